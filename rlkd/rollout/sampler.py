@@ -1,0 +1,52 @@
+"""The protocol that every sampler keeps, whether it runs in this process or behind HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from rlkd.types import Prompt, Rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw completions."""
+
+    temperature: float
+    """0 is greedy: the log-probs are then those of temperature 1."""
+    max_tokens: int
+    seed: int
+
+
+class Sampler(Protocol):
+    """Generates with the weights that it was last given, and says which those were.
+
+    Life: `open` once, then `publish` (a collective: every rank calls it) and `sample` (each rank for its own
+    prompts), then `close`.
+    """
+
+    def open(self) -> None:
+        """Load the model or connect to the servers. Every rank calls it, after the process group exists."""
+        ...
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Take over `weights` (full, unsharded, Hugging Face names, the same on every rank) as version `version`.
+
+        Raises: RuntimeError when a server does not report the version afterwards.
+        """
+        ...
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
+        """n completions of each prompt, by the published weights; one list per prompt, in order.
+
+        What is drawn is a function of (sampling.seed, iteration, prompt.id, sample index), not of the company in
+        the batch. Every rollout carries the version that it was sampled with.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what `open` took."""
+        ...

@@ -1,0 +1,79 @@
+"""Numbers that change over a run. A schedule is a function of the iteration (0 is the first), never of a run's
+length, so that a finished run can be continued with more iterations.
+
+In YAML a schedule is a number (constant) or a mapping with `kind`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+class _Schedule(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Constant(_Schedule):
+    """value, always."""
+
+    kind: Literal["constant"] = "constant"
+    value: float = Field(description="the value")
+
+    def __call__(self, iteration: int) -> float:
+        return self.value
+
+
+class Linear(_Schedule):
+    """start → end in a straight line over `over` iterations, then end.
+
+    KDRL (arXiv 2506.02208, §3.3): max(5e-3 − 5e-5·t, 1e-3) is {start: 5e-3, end: 1e-3, over: 80}.
+    """
+
+    kind: Literal["linear"]
+    start: float = Field(description="value at iteration 0")
+    end: float = Field(description="value from iteration `over` on")
+    over: int = Field(gt=0, description="iterations from start to end")
+
+    def __call__(self, iteration: int) -> float:
+        return self.start + (self.end - self.start) * min(iteration / self.over, 1.0)
+
+
+class Cosine(_Schedule):
+    """start → end along half a cosine over `over` iterations, then end."""
+
+    kind: Literal["cosine"]
+    start: float = Field(description="value at iteration 0")
+    end: float = Field(description="value from iteration `over` on")
+    over: int = Field(gt=0, description="iterations from start to end")
+
+    def __call__(self, iteration: int) -> float:
+        progress = min(iteration / self.over, 1.0)
+        return self.end + (self.start - self.end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+class Step(_Schedule):
+    """start before iteration `at`, end from it on: a hard switch."""
+
+    kind: Literal["step"]
+    start: float = Field(description="value before the switch")
+    end: float = Field(description="value from iteration `at` on")
+    at: int = Field(ge=0, description="first iteration with the end value")
+
+    def __call__(self, iteration: int) -> float:
+        return self.end if iteration >= self.at else self.start
+
+
+def _number_is_constant(value: Any) -> Any:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return {"kind": "constant", "value": value}
+    return value
+
+
+Schedule = Annotated[
+    Annotated[Constant | Linear | Cosine | Step, Field(discriminator="kind")],
+    BeforeValidator(_number_is_constant),
+]
+"""A number, or {kind: constant | linear | cosine | step, …}."""
