@@ -18,6 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlkd.metrics import Meter
+
 FinishReason = Literal["stop", "length"]
 """`stop`: the last token is the end-of-sequence token that the author chose. `length`: the budget ran out."""
 
@@ -150,6 +152,8 @@ class ScoredRollout:
 class Batch:
     """All that the trainer sees of one rank's rollouts. Rows are right-padded to a common T."""
 
+    iteration: int
+    """Iterations completed before this one; schedules are functions of it."""
     input_ids: Tensor  # [B, T] int64: prompt, completion, padding
     lengths: Tensor  # [B] int64: prompt + completion tokens
     completion_mask: Tensor  # [B, T] bool: completion tokens of samples that count
@@ -165,8 +169,8 @@ class Batch:
     weights: Tensor | None = None  # [B, T] of the policy term; made once an update from global counts
     distil_weights: Tensor | None = None  # [B, T] of the distillation term
     token_weights: Tensor | None = None  # [B, T] 1/N on every completion token: means for the log
-    metrics: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    """name → (sum, count) over this rank's rollouts; the log divides after adding up the ranks."""
+    metrics: Meter = field(default_factory=Meter)
+    """What is known of this rank's rollouts before training."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -196,7 +200,7 @@ class Batch:
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` [b], cut to their longest length. Metrics stay with the whole batch."""
         length = int(self.lengths[index].max())
-        picked: dict[str, Any] = {"metrics": {}}
+        picked: dict[str, Any] = {"metrics": Meter()}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+from transformers import GenerationConfig
 
+from rlkd.config import ModelConfig
+from rlkd.tiny import resolve
 from rlkd.types import Prompt, Rollout
 
 
@@ -50,3 +53,15 @@ class Sampler(Protocol):
     def close(self) -> None:
         """Free what `open` took."""
         ...
+
+
+def end_ids(model: ModelConfig) -> tuple[int, ...]:
+    """The token ids that end a completion, from the model's generation config.
+
+    Raises: ValueError when it names none: completions would never stop.
+    """
+    generation = GenerationConfig.from_pretrained(resolve(model.path))
+    ids = generation.eos_token_id
+    if ids is None:
+        raise ValueError(f"model.path: {model.path} has no eos_token_id in its generation_config.json; add one")
+    return tuple(ids) if isinstance(ids, list) else (int(ids),)

@@ -1,0 +1,7 @@
+"""The algorithms, one file each. An import line here makes an algorithm known to configs."""
+
+from rlkd.algorithms.grpo import GRPO
+from rlkd.algorithms.kdrl import KDRL
+from rlkd.module import ALGORITHMS
+
+__all__ = ["ALGORITHMS", "GRPO", "KDRL"]

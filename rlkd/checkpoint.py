@@ -1,0 +1,103 @@
+"""Checkpoints between iterations, and the signals that ask for one."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning
+
+from rlkd import distributed
+from rlkd.config import Config
+from rlkd.export import export
+from rlkd.module import PolicyModule
+from rlkd.rollout.loader import RolloutLoader
+from rlkd.types import Batch
+
+NAME = re.compile(r"iteration-(\d{6,})")
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
+    folder = Path(run_dir, "checkpoints")
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("iteration-")))
+
+
+def resume_path(config: Config) -> Path | None:
+    """The checkpoint that `run.resume` names: none for never, the newest for auto (if any), or that path."""
+    if config.run.resume == "never":
+        return None
+    if config.run.resume == "auto":
+        whole = checkpoints(config.run_dir)
+        return whole[-1] if whole else None
+    return Path(config.run.resume)
+
+
+class Checkpoint(lightning.Callback):
+    """Saves every `checkpoint.every` iterations and at the end of the run, and ends it.
+
+    The run ends at `run.iterations`, or after the iteration in which any rank got SIGTERM or SIGINT: the flag is
+    combined over the ranks, so that all save and leave together. A second signal ends the process at once.
+    """
+
+    def __init__(self, config: Config, loader: RolloutLoader):
+        self.config = config
+        self.loader = loader
+        self._signalled = False
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        # In place of Lightning's own handlers, which broadcast inside the handler: one signalled rank hangs all.
+        # Lightning puts the old ones back after the run.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+        if self.loader.iteration >= self.config.run.iterations:
+            trainer.should_stop = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._signalled = True
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        done = batch.iteration + 1
+        signalled = distributed.all_reduce([float(self._signalled)], "max")[0] > 0
+        ending = signalled or done >= self.config.run.iterations
+        every = self.config.checkpoint.every
+        if ending or (every and done % every == 0):
+            self._save(trainer, done)
+        if signalled and distributed.rank() == 0:
+            print(f"signal: saved iteration {done}; go on with run.resume=auto", flush=True)
+        if ending:
+            if self.config.checkpoint.export and not signalled:
+                weights = pl_module.model.full_weights()
+                if distributed.rank() == 0:
+                    folder = Path(self.config.run_dir, "hf")
+                    export(weights, pl_module.model.hf.config, self.loader.tokenizer, self.config.model.path, folder)
+            trainer.should_stop = True
+
+    def _save(self, trainer: lightning.Trainer, done: int) -> None:
+        """Write aside, then rename: what bears a checkpoint's name is whole."""
+        folder = Path(self.config.run_dir, "checkpoints")
+        final = folder / f"iteration-{done:06d}"
+        beside = folder / f".iteration-{done:06d}.partial"
+        if distributed.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(beside, ignore_errors=True)
+        distributed.barrier()
+        trainer.save_checkpoint(beside)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            shutil.rmtree(final, ignore_errors=True)
+            beside.rename(final)
+            for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:
+                shutil.rmtree(old)
+        distributed.barrier()

@@ -1,0 +1,186 @@
+"""YAML files and `a.b=c` overrides → one tree of nodes that know where they were set.
+
+A scalar keeps the text that stood in the file: `run.name: 1.10` is then the name "1.10", and a message quotes what was
+written. Unquoted words mean what YAML 1.2 says: only true and false are booleans, so `log.wandb: off` is the text
+"off", and 010 or 12:30 are no numbers. 1e-6 is one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+COMMAND_LINE = "command line"
+MISSING = "???"
+
+_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
+_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?")
+_INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
+    spelling: word == "true" for word in ("true", "false") for spelling in (word, word.capitalize(), word.upper())
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A value of the tree: a scalar, a dict of nodes or a list of nodes."""
+
+    value: Any
+    origin: str
+    """`file:line` or `command line`."""
+    text: str = ""
+    """Of a scalar: as it was written, without quotes."""
+    plain: bool = False
+    """Whether it was written without quotes."""
+
+
+def scalar(text: str) -> Any:
+    """What an unquoted word means: null, a boolean, a number, or itself."""
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INT.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text)
+    return float(text.replace(".", "")) if _INFINITY.fullmatch(text) else text
+
+
+def read_file(path: str, problems: list[str]) -> Node | None:
+    """The tree of one file, or None where it has none; what is wrong with it is added to `problems`."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        problems.append(f"{path}: cannot be read: {error.strerror}")
+        return None
+    try:
+        root = yaml.compose(content, Loader=yaml.BaseLoader)
+        if root is None:
+            return Node({}, path)
+        if not isinstance(root, yaml.MappingNode):
+            problems.append(f"{path}:{_line(root)}: wants sections such as model: and data:, got {_kind(root)}")
+            return None
+        return replace(_node(root, f"{path}:{_line(root)}", path, problems, ()), origin=path)
+    except yaml.YAMLError as error:
+        problems.append(f"{path}{_what_is_broken(error)}")
+        return None
+
+
+def read_override(argument: str, problems: list[str]) -> Node | None:
+    """The tree of one `a.b=value`: the value is a word, or YAML where it starts with a quote or a bracket."""
+    key, equals, text = argument.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        hint = f"; for a file write --config {argument}" if argument.endswith((".yaml", ".yml")) else ""
+        problems.append(f"{COMMAND_LINE}: {argument!r}: wants section.key=value{hint}")
+        return None
+    node = Node(scalar(text.strip()), COMMAND_LINE, text.strip(), plain=True)
+    if text.lstrip()[:1] in tuple("[{\"'"):
+        try:
+            composed = yaml.compose(text, Loader=yaml.BaseLoader)
+            assert composed is not None
+            node = _node(composed, COMMAND_LINE, None, problems, ())
+        except yaml.YAMLError as error:
+            what = _what_is_broken(error).split(": ", 1)[-1]
+            problems.append(f"{COMMAND_LINE}: {key}: {text!r} starts like YAML but is not ({what}); quote a text")
+            return None
+    for part in reversed(parts):
+        node = Node({part: node}, COMMAND_LINE)
+    return node
+
+
+def merge(under: Node, over: Node, tags: Mapping[tuple[str, ...], str], path: tuple[str, ...] = ()) -> Node:
+    """`over` on top of `under`: mappings are merged, anything else is replaced.
+
+    `tags` names the key that picks the kind of a section: a mapping with another kind replaces the whole section. In
+    a schedule that key is `kind`, wherever it stands. A section that is left blank and `???` change nothing.
+    """
+    if over.value == MISSING or (over.value is None and not over.text and isinstance(under.value, dict)):
+        return under
+    if not isinstance(under.value, dict) or not isinstance(over.value, dict):
+        return over
+    tag = tags.get(path, "kind")
+    if tag in under.value and tag in over.value and under.value[tag].value != over.value[tag].value:
+        return over
+    merged = dict(under.value)
+    for key, node in over.value.items():
+        merged[key] = merge(merged[key], node, tags, (*path, key)) if key in merged else node
+    return Node(merged, under.origin)
+
+
+def at(root: Node, path: Sequence[str | int]) -> tuple[Node, bool]:
+    """The node at `path`, or the nearest one above it, and whether it is the very node."""
+    node = root
+    for key in path:
+        inside = isinstance(node.value, dict) and key in node.value
+        if not inside and not (isinstance(node.value, list) and isinstance(key, int) and key < len(node.value)):
+            return node, False
+        node = node.value[key]
+    return node, True
+
+
+def _node(
+    composed: yaml.Node, origin: str, file: str | None, problems: list[str], above: tuple[yaml.Node, ...]
+) -> Node:
+    """The Node of a composed YAML node; `above` are the nodes that hold it."""
+
+    def place(part: yaml.Node) -> str:
+        return f"{file}:{_line(part)}" if file is not None else origin
+
+    if composed in above:
+        raise yaml.MarkedYAMLError(problem="an anchor (&) that holds itself", problem_mark=composed.start_mark)
+    if not composed.tag.startswith("tag:yaml.org,2002:") or composed.tag.split(":")[-1] not in ("str", "map", "seq"):
+        problems.append(f"{place(composed)}: the tag {composed.tag} is not read here; write the plain value")
+    if isinstance(composed, yaml.ScalarNode):
+        plain = composed.style is None
+        return Node(scalar(composed.value) if plain else composed.value, origin, composed.value, plain)
+    above = (*above, composed)
+    if isinstance(composed, yaml.SequenceNode):
+        return Node([_node(item, place(item), file, problems, above) for item in composed.value], origin)
+    items: dict[str, Node] = {}
+    lines: dict[str, int] = {}
+    inherited: dict[str, Node] = {}
+    for key, value in composed.value:
+        if not isinstance(key, yaml.ScalarNode):
+            problems.append(f"{place(key)}: a key must be a word, got {_kind(key)}")
+        elif key.value == "<<" and key.style is None:
+            for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                node = _node(source, place(key), file, problems, above)
+                if isinstance(node.value, dict):
+                    inherited = node.value | inherited
+                else:
+                    problems.append(f"{place(key)}: << wants a mapping, got {_kind(source)}")
+        else:
+            node = _node(value, place(key), file, problems, above)
+            if key.value in items:
+                problems.append(f"{place(key)}: the key {key.value!r} is set twice, first on line {lines[key.value]}")
+                node = merge(node, items[key.value], {})  # the first, so that this mistake makes no others
+            lines.setdefault(key.value, _line(key))
+            items[key.value] = node
+    return Node(inherited | items, origin)
+
+
+def _line(node: yaml.Node) -> int:
+    return int(node.start_mark.line) + 1
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return f"the text {node.value[:40]!r}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _what_is_broken(error: yaml.YAMLError) -> str:
+    """`:line: what` of a YAML error."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        what = error.problem or error.context or "broken YAML"
+        if "'\\t'" in what:
+            what = "a tab; YAML is indented with spaces"
+        elif "alias" in what or "document" in what:
+            what = f"{error.context or ''} {what}".strip()
+        return f":{error.problem_mark.line + 1}: broken YAML: {' '.join(what.split())}"
+    return f": broken YAML: {' '.join(str(error).split())}"

@@ -1,0 +1,245 @@
+"""Prompts from a JSONL file, a Hugging Face data set or the built-in task.
+
+Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and says where a bad row
+stands; `load_source` turns the rows into prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, overload
+
+from transformers import PreTrainedTokenizerBase
+
+from rlkd.config import DataConfig
+from rlkd.data.chat import encode_prompt
+from rlkd.types import Prompt
+
+BUILTIN_TASK = "builtin:reverse"
+BUILTIN_COLUMNS = {f"{column}_column": column for column in ("id", "prompt", "answer", "privileged")}
+PREFLIGHT_ROWS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One example, checked, not yet tokenized."""
+
+    where: str
+    """For messages: file and line, or data set and row."""
+    id: str
+    prompt: str | tuple[Mapping[str, str], ...]
+    answer: str | None
+    privileged: str | None
+    meta: Mapping[str, Any]
+    """All other columns. Rewards get them."""
+
+
+class PromptList(Sequence[Prompt]):
+    """Prompts in memory, in the order of the data."""
+
+    def __init__(self, prompts: Sequence[Prompt], skipped: int = 0) -> None:
+        self._prompts = tuple(prompts)
+        self.skipped = skipped
+        """Rows left out because their prompt is longer than data.max_prompt_tokens."""
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @overload
+    def __getitem__(self, index: int, /) -> Prompt: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> Sequence[Prompt]: ...
+
+    def __getitem__(self, index: int | slice, /) -> Prompt | Sequence[Prompt]:
+        return self._prompts[index]
+
+
+def load_source(data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PromptList:
+    """All prompts of `path` (default: data.path), as the student of `tokenizer` reads them.
+
+    Raises: ValueError, one line, for whatever is wrong with the data.
+    """
+    prompts = []
+    skipped = 0
+    for row in read_rows(data, path):
+        try:
+            messages, token_ids = encode_prompt(tokenizer, row.prompt, data.system, data.chat_template)
+        except ValueError as error:
+            raise ValueError(f"{row.where}: {error}") from error
+        if len(token_ids) > data.max_prompt_tokens:
+            if data.too_long == "error":
+                raise ValueError(
+                    f"{row.where}: prompt {row.id!r} has {len(token_ids)} tokens, more than data.max_prompt_tokens = "
+                    f"{data.max_prompt_tokens}; raise it, or leave such prompts out by data.too_long: skip"
+                )
+            skipped += 1
+            continue
+        prompts.append(
+            Prompt(
+                id=row.id,
+                messages=messages,
+                token_ids=token_ids,
+                answer=row.answer,
+                privileged=row.privileged,
+                meta=row.meta,
+            )
+        )
+    if not prompts:
+        raise ValueError(
+            f"{path or data.path}: all {skipped} prompts are longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens}; raise it"
+        )
+    return PromptList(prompts, skipped)
+
+
+def check_columns(data: DataConfig, path: str | None = None) -> list[str]:
+    """What is wrong with the first rows of the data, one line or none. Needs no tokenizer, so preflight can ask."""
+    try:
+        for _ in itertools.islice(read_rows(data, path), PREFLIGHT_ROWS):
+            pass
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
+def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
+    """The rows of `path` (default: data.path), at most data.limit of them.
+
+    Raises: ValueError, one line: no such data, a broken line, a missing column, a wrong type, an empty prompt, an id
+    that comes twice, no rows at all.
+    """
+    path = data.path if path is None else path
+    if path.startswith("builtin:"):
+        data = data.model_copy(update=BUILTIN_COLUMNS)  # the built-in task has columns of its own
+    seen: dict[str, str] = {}
+    for number, (where, columns) in enumerate(itertools.islice(_tables(data, path), data.limit)):
+        row = _row(data, columns, where, number)
+        if row.id in seen:
+            raise ValueError(f"{where}: id {row.id!r} was already used at {seen[row.id]}; ids must be unique")
+        seen[row.id] = where
+        yield row
+    if not seen:
+        raise ValueError(f"{path}: the data set is empty")
+
+
+def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, columns) of every row."""
+    if path == BUILTIN_TASK:
+        from rlkd.tiny import task
+
+        rows = task.rows(cast(task.Split, data.split))  # checks the split itself
+        return ((f"{path}[{data.split}] row {i}", row) for i, row in enumerate(rows))
+    if path.startswith("builtin:"):
+        raise ValueError(f"{path!r} is unknown; the built-in task is {BUILTIN_TASK}")
+    if path.endswith(".jsonl"):
+        return _jsonl(Path(path))
+    if Path(path).is_file():
+        raise ValueError(f"{path}: only .jsonl files are read; put other formats into a folder of their own")
+    return _hugging_face(path, data.split)
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file (data.path)")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                value = json.loads(line.decode("utf-8-sig"))
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise ValueError(f"{where}: not JSON: {error}") from error
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: is a JSON {type(value).__name__}, wants an object with columns")
+            yield where, value
+
+
+def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    import datasets  # two seconds that only its users pay
+
+    folder = Path(path)
+    try:
+        if (folder / "dataset_dict.json").is_file():
+            splits = datasets.load_from_disk(path)
+            assert isinstance(splits, datasets.DatasetDict)
+            if split not in splits:
+                raise ValueError(f"it has no split {split!r} (data.split), but {', '.join(splits)}")
+            table = splits[split]
+        elif (folder / "state.json").is_file():
+            table = datasets.load_from_disk(path)
+            if table.split is not None and str(table.split) != split:
+                raise ValueError(f"it holds split {str(table.split)!r}, but data.split is {split!r}")
+        else:
+            table = datasets.load_dataset(path, split=split)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load data set {path!r}: {' '.join(str(error).split())[:300]}") from error
+    assert isinstance(table, datasets.Dataset)
+    for number, row in enumerate(table):
+        yield f"{path}[{split}] row {number}", row
+
+
+def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) -> Row:
+    used = {
+        "data.prompt_column": data.prompt_column,
+        "data.answer_column": data.answer_column,
+        "data.privileged_column": data.privileged_column,
+        "data.id_column": data.id_column,
+    }
+    for key, column in used.items():
+        if column is not None and column not in columns:
+            raise ValueError(f"{where}: no column {column!r} ({key}); it has: {', '.join(columns)}")
+
+    def text(column: str | None, key: str) -> str | None:
+        if column is None:
+            return None
+        value = columns[column]
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: column {column!r} ({key}) is {_kind(value)}, wants a text")
+        return value
+
+    meta = {key: value for key, value in columns.items() if key not in used.values()}
+    for column, value in meta.items():
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: column {column!r} is not JSON ({error}); drop it from the data") from error
+    name = text(data.id_column, "data.id_column")
+    return Row(
+        where=where,
+        id=str(number) if name is None else name,
+        prompt=_prompt(columns[data.prompt_column], f"{where}: column {data.prompt_column!r} (data.prompt_column)"),
+        answer=text(data.answer_column, "data.answer_column"),
+        privileged=text(data.privileged_column, "data.privileged_column"),
+        meta=meta,
+    )
+
+
+def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{where} is empty")
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"{where} is {_kind(value)}, wants a text or a list of messages")
+    if not value:
+        raise ValueError(f"{where} is empty")
+    for message in value:
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not isinstance(message.get("content"), str)
+        ):
+            raise ValueError(f"{where}: each message wants a text 'role' and a text 'content', got {str(message)[:80]}")
+    return tuple(value)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

@@ -1,0 +1,145 @@
+"""Held-out accuracy: greedy, avg@k and pass@k, during a run and as a command.
+
+python -m rlkd.evaluate --config X.yaml model.path=runs/x/hf
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import lightning
+from transformers import PreTrainedTokenizerBase
+
+from rlkd import distributed
+from rlkd.config import Config
+from rlkd.data.sources import load_source
+from rlkd.metrics import Meter
+from rlkd.module import PolicyModule
+from rlkd.rollout.loader import RolloutLoader
+from rlkd.rollout.sampler import Sampling
+from rlkd.types import Batch, Prompt
+
+
+def heldout_path(config: Config) -> str | None:
+    """Where held-out prompts come from: eval.path, else the built-in task's own, else nowhere."""
+    if config.eval.path is not None:
+        return config.eval.path
+    return f"{config.data.path}-heldout" if config.data.path.startswith("builtin:") else None
+
+
+def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The first `eval.prompts` held-out prompts; none when the run has no held-out data."""
+    path = heldout_path(config)
+    if path is None:
+        return []
+    source = load_source(config.data.model_copy(update={"limit": None}), tokenizer, path=path)
+    return [source[i] for i in range(min(len(source), config.eval.prompts))]
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """1 − C(n−c, k) / C(n, k): the chance that k of n samples, c of them correct, hold a correct one.
+
+    The unbiased estimator of arXiv 2107.03374, Eq. 1.
+    """
+    if samples - correct < k:
+        return 1.0
+    wrong = 1.0
+    for i in range(samples - correct + 1, samples + 1):
+        wrong *= 1.0 - k / i
+    return 1.0 - wrong
+
+
+def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> dict[str, float]:
+    """eval/greedy, eval/avg@k and eval/pass@k (k = eval.samples) by the published weights.
+
+    A collective: each rank takes its share of `prompts`. The noise is the same at every evaluation of a run.
+    """
+    meter = Meter()
+    mine = prompts[distributed.rank() :: distributed.world_size()]
+    plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
+    meter.total("eval/errors", 0.0)
+    for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
+        meter.mean(name, 0.0, 0.0)
+    for plan, n, temperature in plans:
+        if not mine:
+            continue
+        # Another seed than training's, so that no training sample is ever drawn again here.
+        sampling = Sampling(
+            temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31
+        )
+        groups = loader.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
+        for group in groups:
+            known = [s.reward >= config.reward.correct_at for s in group if s.reward is not None]
+            meter.total("eval/errors", float(len(group) - len(known)))
+            if plan == "greedy":
+                meter.mean("eval/greedy", sum(known), len(known))
+            elif known:
+                meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
+                meter.mean("eval/pass@k", pass_at_k(len(known), sum(known), min(n, len(known))), 1.0)
+    return meter.reduce()
+
+
+class Evaluate(lightning.Callback):
+    """Evaluates before the first iteration, every `eval.every` iterations and after the last."""
+
+    def __init__(self, config: Config, loader: RolloutLoader):
+        self.config = config
+        self.loader = loader
+        self.prompts = heldout_prompts(config, loader.tokenizer) if config.eval.every else []
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if self.prompts and self.loader.iteration == 0:
+            self._evaluate(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        done = batch.iteration + 1
+        if self.prompts and (done % self.config.eval.every == 0 or done == self.config.run.iterations):
+            self._evaluate(pl_module)
+
+    def _evaluate(self, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        pl_module.row.update(evaluate(self.config, self.loader, self.prompts))
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate `model.path` on the held-out data of a config; prints one JSON object."""
+    from rlkd.config_file import ConfigError, load, parse_args
+    from rlkd.student import load_causal_lm
+
+    try:
+        args = parse_args(argv)
+        config = load(args.files, args.overrides).config
+    except ConfigError as error:
+        print("\n".join(error.lines), file=sys.stderr)
+        return 2
+    import torch
+
+    from rlkd.algorithms import ALGORITHMS
+
+    loader = RolloutLoader(config, ALGORITHMS[config.algorithm.name](config))
+    prompts = heldout_prompts(config, loader.tokenizer)
+    if not prompts:
+        print("eval.path: got nothing, wants held-out data", file=sys.stderr)
+        return 2
+    loader.policy.open()
+    loader.rewards.open()
+    try:
+        model = load_causal_lm(
+            config.model.path,
+            torch.float32,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        loader.policy.publish(model.state_dict(), 0)
+        print(json.dumps(evaluate(config, loader, prompts)))
+    finally:
+        loader.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

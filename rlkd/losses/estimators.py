@@ -1,0 +1,74 @@
+"""KL estimators on sampled tokens, per token, and the importance weight between sampler and trainer.
+
+With R = log T(y) − log π(y) on a token y ~ π (by enumeration over a vocabulary, `tests/test_losses.py`):
+
+    estimator          value expects    back-propagated, its gradient expects
+    k1 = −R            KL(π‖T)          0: no signal, so it is no loss here
+    k2 = ½R²           (not a KL)       ∇KL(π‖T), the reverse KL
+    k3 = e^R − R − 1   KL(π‖T)          ∇KL(T‖π), the forward KL
+    R as advantage     −KL(π‖T)         ∇KL(π‖T) through −R·∇log π
+
+Source of k1, k2, k3: J. Schulman, "Approximating KL divergence", 2020.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def kl_k2(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """½ (log T − log π)²: back-propagated on student samples it gives ∇KL(π‖T) in expectation.
+
+    Args:
+        logprobs: [B, T] of the student; carries gradient.
+        teacher_logprobs: [B, T] of the teacher on the same tokens; detached.
+
+    Returns: [B, T].
+    """
+    assert logprobs.shape == teacher_logprobs.shape
+    return 0.5 * (teacher_logprobs.detach() - logprobs).square()
+
+
+def kl_k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """exp(R) − R − 1, R = log T − log π: its value expects KL(π‖T), its gradient ∇KL(T‖π).
+
+    Args and returns as `kl_k2`. Non-negative.
+    """
+    assert logprobs.shape == teacher_logprobs.shape
+    log_ratio = teacher_logprobs.detach() - logprobs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def kl_k1_advantage(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """log T − log π, detached: the advantage to multiply with −log π for ∇KL(π‖T).
+
+    Args: both [B, T]. Returns: [B, T] without gradient.
+    """
+    assert logprobs.shape == teacher_logprobs.shape
+    return (teacher_logprobs - logprobs).detach()
+
+
+def importance_weights(
+    old_logprobs: Tensor, sampler_logprobs: Tensor, student_mask: Tensor, mode: Literal["truncate", "mask"], cap: float
+) -> Tensor:
+    """exp(log π_old − log π_sampler) per token: what makes the trainer's expectation that of its own policy.
+
+    Truncated importance sampling: min(w, cap) (Yao et al., "Your efficient RL framework secretly brings you
+    off-policy RL training", 2025). `mask` instead drops tokens with w > cap.
+
+    Args:
+        old_logprobs: [B, T] of the trainer, at the start of the iteration.
+        sampler_logprobs: [B, T] of what generated; NaN where `student_mask` is false.
+        student_mask: [B, T] bool; other tokens get weight 1.
+
+    Returns: [B, T] without gradient.
+    """
+    assert old_logprobs.shape == sampler_logprobs.shape == student_mask.shape
+    log_ratio = torch.where(student_mask, old_logprobs.detach() - sampler_logprobs, 0.0)
+    weights = torch.exp(log_ratio)
+    if mode == "truncate":
+        return weights.clamp(max=cap)
+    return torch.where(weights > cap, 0.0, weights)

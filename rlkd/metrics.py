@@ -1,0 +1,54 @@
+"""Figures that add up over micro-batches and ranks before anybody divides."""
+
+from __future__ import annotations
+
+from rlkd import distributed
+
+
+class Meter:
+    """Collects means, totals and maxima under metric names; `reduce` combines the ranks.
+
+    Example: m.mean("reward/mean", total=3.0, count=8); m.total("tokens/trained", 512); m.maximum("mismatch/max", 1e-6)
+    """
+
+    def __init__(self) -> None:
+        self._means: dict[str, tuple[float, float]] = {}
+        self._totals: dict[str, float] = {}
+        self._maxima: dict[str, float] = {}
+
+    def mean(self, name: str, total: float, count: float) -> None:
+        """Add `total` over `count` things to the mean `name`; without any thing it is left out of the row."""
+        before_total, before_count = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (before_total + total, before_count + count)
+
+    def total(self, name: str, value: float) -> None:
+        """Add `value` to the sum `name`."""
+        self._totals[name] = self._totals.get(name, 0.0) + value
+
+    def maximum(self, name: str, value: float) -> None:
+        """Let `name` be at least `value`."""
+        self._maxima[name] = max(self._maxima.get(name, value), value)
+
+    def value(self, name: str) -> float:
+        """The total `name` of this rank."""
+        return self._totals[name]
+
+    def merge(self, other: Meter) -> None:
+        """Add all that `other` collected."""
+        for name, (total, count) in other._means.items():
+            self.mean(name, total, count)
+        for name, value in other._totals.items():
+            self.total(name, value)
+        for name, value in other._maxima.items():
+            self.maximum(name, value)
+
+    def reduce(self) -> dict[str, float]:
+        """The figures over all ranks. A collective: every rank must have collected the same names."""
+        means, totals, maxima = sorted(self._means), sorted(self._totals), sorted(self._maxima)
+        summed = distributed.all_reduce(
+            [self._means[n][0] for n in means] + [self._means[n][1] for n in means] + [self._totals[n] for n in totals]
+        )
+        row = {n: summed[i] / summed[len(means) + i] for i, n in enumerate(means) if summed[len(means) + i]}
+        row.update(zip(totals, summed[2 * len(means) :], strict=True))
+        row.update(zip(maxima, distributed.all_reduce([self._maxima[n] for n in maxima], "max"), strict=True))
+        return row

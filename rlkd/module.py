@@ -1,0 +1,271 @@
+"""PolicyModule: the right half of the line. Forward → loss → backward → step, from nothing but a Batch.
+
+The left half asks it three questions (`rollout`, `teacher_prompt`, `advantages`) and the update a fourth (`needs` and
+`loss`); an algorithm is a subclass that answers them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, get_args
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rlkd import distributed
+from rlkd.config import AlgorithmConfig, Config
+from rlkd.losses import counts
+from rlkd.metrics import Meter
+from rlkd.micro_batches import split_by_tokens, updates, weightless
+from rlkd.policy_head import Needs, PolicyOutput
+from rlkd.rollout.sampler import Sampler, Sampling
+from rlkd.student import Student, build_student
+from rlkd.teachers.teacher import Teacher
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
+
+
+ALGORITHMS: dict[str, type[PolicyModule]] = {}
+"""algorithm.name → its module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What an algorithm minimises on one micro-batch: shares of global means, so they add up."""
+
+    total: Tensor  # scalar, with gradient
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """name → scalar without gradient; adds up over micro-batches and ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts over all ranks and micro-batches of one update."""
+
+    tokens: float
+    sequences: float
+    distil_tokens: float
+    distil_sequences: float
+
+
+class PolicyModule(lightning.LightningModule):
+    """Builds and shards the student, and runs the updates of an iteration.
+
+    It is cheap to construct: the model is loaded in `configure_model`. It needs
+    `ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)`, on one device too.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]]
+    uses_teacher: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        """Defining an algorithm makes it known to configs under the `name` of its Options."""
+        super().__init_subclass__()
+        (name,) = get_args(cls.Options.model_fields["name"].annotation)
+        ALGORITHMS[name] = cls
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if not isinstance(config.algorithm, self.Options):
+            raise ValueError(f"algorithm.name is {config.algorithm.name}, but the module is {type(self).__name__}")
+        self.config = config
+        self.automatic_optimization = False
+        self.student: Student | None = None
+        self.row: dict[str, float] = {}
+        """Figures of the iteration just trained, over all ranks."""
+
+    # ---- the four questions -------------------------------------------------------------------------------------
+
+    def rollout(
+        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
+    ) -> list[list[Rollout]]:
+        """What is sampled, by whom? Default: `group_size` completions of each prompt by the student."""
+        sampling = Sampling(
+            temperature=self.config.rollout.temperature,
+            max_tokens=self.config.rollout.max_tokens,
+            seed=self.config.run.seed,
+        )
+        return policy.sample(prompts, n=self.config.algorithm.group_size, iteration=iteration, sampling=sampling)
+
+    def teacher_prompt(self, prompt: Prompt) -> tuple[int, ...] | None:
+        """What does the teacher read before the completion? Default: no teacher is asked."""
+        return None
+
+    def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
+        raise NotImplementedError
+
+    @property
+    def needs(self) -> Needs:
+        """What the forward must give for `loss`."""
+        return Needs(temperature=self.config.rollout.temperature)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `loss` reads `batch.reference_logprobs`."""
+        return False
+
+    def weigh(self, batch: Batch, counts: Counts) -> Batch:
+        """The batch with `weights` (and `distil_weights`) from the counts of the whole update."""
+        raise NotImplementedError
+
+    def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
+        """What is minimised?"""
+        raise NotImplementedError
+
+    # ---- the update ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.student is not None:  # Lightning calls this once a stage
+            return
+        mesh = self.device_mesh
+        if mesh is None:
+            raise ValueError(
+                "rlkd modules want strategy=ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), "
+                "on one device too"
+            )
+        self.student = build_student(self.config.model, self.config.trainer, mesh["data_parallel"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        return torch.optim.AdamW(
+            self.model.parameters(),
+            lr=optim.lr(0),
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+        )
+
+    @property
+    def model(self) -> Student:
+        assert self.student is not None, "the student exists after configure_model"
+        return self.student
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One iteration: every update of this rollout batch. Leaves its figures in `self.row`."""
+        started = time.perf_counter()
+        seed = self.config.run.seed
+        torch.manual_seed(int(np.random.SeedSequence([seed, batch.iteration, distributed.rank()]).generate_state(1)[0]))
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
+        lr = self.config.optim.lr(batch.iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        meter = Meter()
+        meter.merge(batch.metrics)
+        meter.maximum("lr", lr)
+        per_iteration = self.config.trainer.updates_per_iteration
+        if per_iteration > 1:
+            batch = self._with_old_logprobs(batch, meter)
+        for part in updates(batch, per_iteration, seed):
+            self._update(part, optimizer, meter)
+        meter.total("tokens/trained", float(batch.completion_mask.sum()))
+        meter.maximum("time/train", time.perf_counter() - started)
+        if self.device.type == "cuda":
+            meter.maximum("memory/peak_gb", torch.cuda.max_memory_allocated() / 2**30)
+        self.row = meter.reduce() | {
+            "iteration": batch.iteration + 1,
+            "update": (batch.iteration + 1) * per_iteration,
+        }
+
+    def _update(self, batch: Batch, optimizer: Any, meter: Meter) -> None:
+        """One optimizer step on `batch`, this rank's share of the update."""
+        batch = self._weighed(batch)
+        first = batch.old_logprobs is None
+        sums: dict[str, float] = {}
+        mismatch = Meter()
+        optimizer.zero_grad()
+        for micro in self._micro_batches(batch):
+            output: PolicyOutput = self.model(micro, self.needs)
+            if first:
+                # With one update the policy has not moved since it sampled: its own forward is the old one.
+                micro = replace(micro, old_logprobs=output.logprobs.detach())
+                measure_mismatch(micro, mismatch)
+            loss = self.loss(output, micro, micro.iteration)
+            # FSDP2 averages gradients over the ranks, but the weights are shares of a global sum.
+            self.manual_backward(loss.total * distributed.world_size())
+            for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        if first:
+            check_mismatch(mismatch, self.config, batch.iteration)
+            meter.merge(mismatch)
+        sharded = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        assert isinstance(sharded, DTensor)
+        norm = float(sharded.full_tensor())
+        if not math.isfinite(norm):
+            raise RuntimeError(
+                f"the gradient norm of iteration {batch.iteration + 1} is {norm}; nothing was stepped or "
+                "published. Check optim.lr and the scale of rewards"
+            )
+        optimizer.step()
+        per_iteration = self.config.trainer.updates_per_iteration
+        meter.mean("grad_norm", norm, 1.0)
+        for name, total in sums.items():
+            meter.total(name, total / per_iteration)
+
+    def _weighed(self, batch: Batch) -> Batch:
+        """Weights from the counts over all ranks: the only place where normalisation is decided."""
+        distil = batch.distil_mask if batch.distil_mask is not None else torch.zeros_like(batch.completion_mask)
+        total = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil)])
+        over_all = Counts(tokens=total[0], sequences=total[1], distil_tokens=total[2], distil_sequences=total[3])
+        batch = replace(batch, token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0))
+        return self.weigh(batch, over_all)
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """This rank's micro-batches, filled up with weightless ones to the largest number of any rank.
+
+        FSDP gathers parameters in every forward and backward: a rank with fewer would deadlock the others.
+        """
+        parts = [batch.rows(i) for i in split_by_tokens(batch, self.config.trainer.micro_batch_tokens)]
+        most = int(distributed.all_reduce([float(len(parts))], "max")[0])
+        return parts + [weightless(batch)] * (most - len(parts))
+
+    @torch.no_grad()
+    def _with_old_logprobs(self, batch: Batch, meter: Meter) -> Batch:
+        """The trainer's own log-probs before the first of several updates, and the mismatch with the sampler's."""
+        old = torch.zeros_like(batch.advantages)
+        mismatch = Meter()
+        needs = Needs(temperature=self.config.rollout.temperature)
+        indices = split_by_tokens(batch, self.config.trainer.micro_batch_tokens)
+        most = int(distributed.all_reduce([float(len(indices))], "max")[0])
+        for index in indices:
+            micro = batch.rows(index)
+            logprobs = self.model(micro, needs).logprobs
+            old[index, : logprobs.shape[1]] = logprobs
+            measure_mismatch(replace(micro, old_logprobs=logprobs), mismatch)
+        for _ in range(most - len(indices)):
+            self.model(weightless(batch), needs)
+        check_mismatch(mismatch, self.config, batch.iteration)
+        meter.merge(mismatch)
+        return replace(batch, old_logprobs=old)
+
+
+def measure_mismatch(batch: Batch, meter: Meter) -> None:
+    """Add |log-prob by sampler − by trainer| of the student's own tokens, freshly sampled, to `meter`."""
+    assert batch.old_logprobs is not None
+    gap = (batch.old_logprobs - batch.sampler_logprobs).abs()[batch.student_mask].double()
+    meter.mean("mismatch/mean", float(gap.sum()), float(gap.numel()))
+    meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
+
+
+def check_mismatch(meter: Meter, config: Config, iteration: int) -> None:
+    """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
+
+    Raises: RuntimeError above `rollout.max_mismatch`.
+    """
+    row = meter.reduce()
+    if "mismatch/mean" not in row:  # no token was the student's
+        return
+    gap = row["mismatch/mean"]
+    if not gap <= config.rollout.max_mismatch:
+        raise RuntimeError(
+            f"iteration {iteration + 1}: sampler and trainer disagree by {gap:.3g} nats a token on average, more than "
+            f"rollout.max_mismatch = {config.rollout.max_mismatch}; nothing was trained on these samples. The sampler "
+            "holds other weights than the trainer (was the publish whole? is the output layer tied?), or computes "
+            "otherwise (dtype, chat template, temperature)"
+        )

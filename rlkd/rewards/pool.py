@@ -1,0 +1,309 @@
+"""Rewards of many completions, computed in processes that can be killed.
+
+A reward runs other people's code on text that a model wrote: it may hang, crash or fill the disk with prints. So each
+call has a wall-clock limit, kept from outside, and whoever breaks it is killed with all that it started. A reward that
+could not be computed is None with the reason, never 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlkd.config import RewardConfig, RewardFunction
+from rlkd.rewards import registry
+
+START_TIMEOUT_S = 120.0
+"""Limit of a worker's start: the imports of the user's module."""
+MAX_AHEAD = 32
+"""Items that a worker may hold: enough to keep it busy while this process looks after others."""
+TICK_S = 0.1
+"""How often a worker is looked at whose pipe stays open although it died (a child of it holds the other end)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardItem:
+    """One completion to judge. `meta` must be JSON."""
+
+    completion: str
+    answer: str | None
+    prompt: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardResult:
+    """What the functions said of one completion."""
+
+    reward: float | None
+    """Σ weight · part; None where any part is None."""
+    parts: dict[str, float | None]
+    error: str | None
+    """Which functions failed and why, on one line."""
+
+
+def part_names(functions: Sequence[RewardFunction]) -> list[str]:
+    """The functions' names; the second of equal ones gets "#2", and so on. Example: ["format", "format#2"]."""
+    names: list[str] = []
+    for i, function in enumerate(functions):
+        earlier = sum(other.name == function.name for other in functions[:i])
+        names.append(f"{function.name}#{earlier + 1}" if earlier else function.name)
+    return names
+
+
+_Value = tuple[float | None, str | None]
+"""What became of one call: (reward, None) or (None, what went wrong)."""
+
+
+@dataclass
+class _Job:
+    """One item at one worker, and the functions that have not answered yet."""
+
+    item: int
+    functions: deque[int]
+
+
+class _Worker:
+    """One worker process, its two pipes, and the jobs that it holds."""
+
+    def __init__(self, setup: bytes) -> None:
+        request_out, self._request = os.pipe()
+        self._response, response_in = os.pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rlkd.rewards.worker", str(request_out), str(response_in)],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what rewards print goes to our stderr
+            pass_fds=(request_out, response_in),
+            start_new_session=True,
+        )
+        os.close(request_out)
+        os.close(response_in)
+        os.set_blocking(self._request, False)
+        os.set_blocking(self._response, False)
+        self.jobs: deque[_Job] = deque()
+        self.ready = False
+        self.since = time.monotonic()
+        """When the call in progress began: the last answer, or the job that ended the idleness."""
+        self._unsent = bytearray(setup)
+        self._received = bytearray()
+
+    def give(self, jobs: Sequence[_Job], messages: bytes) -> None:
+        """Hand over `jobs`; `messages` tells them to the process."""
+        if not self.jobs:
+            self.since = time.monotonic()
+        self.jobs.extend(jobs)
+        self._unsent += messages
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the pipe takes now. That the process died shows when receiving."""
+        while self._unsent:
+            try:
+                written = os.write(self._request, self._unsent[:65536])
+            except (BlockingIOError, BrokenPipeError):
+                return
+            del self._unsent[:written]
+
+    def register(self, poll: select.poll) -> None:
+        """Make `poll` wake up when there is something to receive or to flush."""
+        poll.register(self._response, select.POLLIN)
+        if self._unsent:
+            poll.register(self._request, select.POLLOUT)
+
+    def receive(self) -> tuple[list[Any], bool]:
+        """(the messages that have arrived, whether the pipe has ended)."""
+        ended = False
+        while True:
+            try:
+                data = os.read(self._response, 65536)
+            except BlockingIOError:
+                break
+            if not data:
+                ended = True
+                break
+            self._received += data
+        *lines, rest = self._received.split(b"\n")
+        self._received = bytearray(rest)
+        if lines:
+            self.since = time.monotonic()
+        return [json.loads(line) for line in lines], ended
+
+    def exit(self, patience_s: float = 0.0) -> str | None:
+        """How the process ended; None while it runs. Waits up to `patience_s`.
+
+        It is left a zombie, so that its group number cannot be given to others before `kill`.
+        """
+        until = time.monotonic() + patience_s
+        while (status := os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
+            if time.monotonic() >= until:
+                return None
+            time.sleep(0.002)
+        how = "exited with status" if status.si_code == os.CLD_EXITED else "was killed by signal"
+        return f"its process {how} {status.si_status}"
+
+    def kill(self) -> None:
+        """End the worker and all of its process group."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._request)
+        os.close(self._response)
+
+
+class RewardPool:
+    """Worker processes that score completions. `open` once, `score` often, `close`; or `with RewardPool(config)`.
+
+    Not for several threads at once. Workers end with this process, however it ends.
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._functions = config.functions
+        self._names = part_names(config.functions)
+        self._timeout_s = config.timeout_s
+        self._size = config.workers
+        self._workers: list[_Worker] = []
+        self._setup = b""
+
+    def open(self) -> None:
+        """Start the workers and wait until each has loaded the functions.
+
+        Raises: ValueError, one line, where a function cannot be loaded; RuntimeError where a worker cannot start.
+        """
+        assert not self._workers, "the pool is open"
+        functions = [[f.name, f.options] for f in self._functions]
+        self._setup = _line({"path": registry.search_path(), "functions": functions})
+        self._workers = [_Worker(self._setup) for _ in range(self._size)]
+        self._run([], [], [])
+
+    def close(self) -> None:
+        """Kill the workers and whatever they started."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+    def __enter__(self) -> RewardPool:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """The rewards of `items`, in their order. Each function has `timeout_s` seconds for each item.
+
+        Raises: ValueError where an item's meta is not JSON; RuntimeError where a worker cannot be restarted.
+        """
+        assert self._workers, "the pool is not open"
+        payloads = [_payload(item) for item in items]
+        values: list[list[_Value]] = [[(None, None)] * len(self._functions) for _ in items]
+        self._run([_Job(i, deque(range(len(self._functions)))) for i in range(len(items))], payloads, values)
+        return [self._result(row) for row in values]
+
+    def _run(self, jobs: Sequence[_Job], payloads: Sequence[bytes], values: list[list[_Value]]) -> None:
+        """Until every worker is ready and every job done. Writes values[item][function]."""
+        queue = deque(jobs)
+        try:
+            while queue or any(worker.jobs or not worker.ready for worker in self._workers):
+                self._feed(queue, payloads)
+                self._wait()
+                for i, worker in enumerate(self._workers):
+                    worker.flush()
+                    cause = worker.exit()  # asked first: what it had said before it died is then there to receive
+                    messages, ended = worker.receive()
+                    for message in messages:
+                        _take(worker, message, values)
+                    if ended:
+                        cause = worker.exit(patience_s=1.0) or "its process closed its pipe"
+                    elif cause is None and worker.since + self._limit(worker) <= time.monotonic():
+                        cause = f"gave no answer within {self._limit(worker):g} s"
+                    if cause is not None:
+                        worker.kill()
+                        self._workers[i] = _Worker(self._setup)
+                        _blame(worker, cause, queue, values)
+        except BaseException:
+            self.close()  # workers with half of their jobs done are of no use to the next call
+            raise
+
+    def _feed(self, queue: deque[_Job], payloads: Sequence[bytes]) -> None:
+        """Hand out jobs: many at a time while there are many, one at a time near the end, so that none waits long
+        behind a slow one while another worker is idle."""
+        share = max(1, min(MAX_AHEAD, len(queue) // (2 * len(self._workers))))
+        for worker in self._workers:
+            given: list[_Job] = []
+            while worker.ready and queue and len(worker.jobs) + len(given) < share:
+                given.append(queue.popleft())
+            if given:
+                worker.give(given, b"".join(_message(job, payloads[job.item]) for job in given))
+
+    def _limit(self, worker: _Worker) -> float:
+        """Seconds that the worker may take for what it does now."""
+        if not worker.ready:
+            return START_TIMEOUT_S
+        return self._timeout_s if worker.jobs else float("inf")
+
+    def _wait(self) -> None:
+        """Until a worker can be talked with, or one is over its time."""
+        poll = select.poll()
+        for worker in self._workers:
+            worker.register(poll)
+        now = time.monotonic()
+        remaining = min(worker.since + self._limit(worker) - now for worker in self._workers)
+        poll.poll(1000 * max(0.0, min(TICK_S, remaining)) + 1)
+
+    def _result(self, values: Sequence[_Value]) -> RewardResult:
+        parts = {name: value for name, (value, _) in zip(self._names, values, strict=True)}
+        errors = [f"reward {name}: {error}" for name, (_, error) in zip(self._names, values, strict=True) if error]
+        total = None
+        if not errors:
+            total = sum(f.weight * (value or 0.0) for f, (value, _) in zip(self._functions, values, strict=True))
+        return RewardResult(reward=total, parts=parts, error="; ".join(errors) or None)
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _payload(item: RewardItem) -> bytes:
+    """The item as JSON."""
+    try:
+        return json.dumps({
+            "completion": item.completion, "answer": item.answer, "prompt": item.prompt, "meta": dict(item.meta)
+        }).encode()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the meta of prompt {item.prompt[:40]!r} is not JSON: {error}") from error
+
+
+def _message(job: _Job, payload: bytes) -> bytes:
+    return b'{"job":%d,"functions":%s,"item":%s}\n' % (job.item, json.dumps(list(job.functions)).encode(), payload)
+
+
+def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
+    """Note down one message of a worker."""
+    if not worker.ready:
+        if message["ready"] is not None:
+            raise ValueError(message["ready"])
+        worker.ready = True
+        return
+    item, function, value, error = message
+    job = worker.jobs[0]
+    assert (job.item, job.functions.popleft()) == (item, function), "a worker answered out of order"
+    values[item][function] = (value, error)
+    if not job.functions:
+        worker.jobs.popleft()
+
+
+def _blame(worker: _Worker, cause: str, queue: deque[_Job], values: list[list[_Value]]) -> None:
+    """The call in progress failed by `cause`; what else the worker held goes back to the head of the queue."""
+    if not worker.ready:
+        raise RuntimeError(f"a reward worker did not start: {cause}; see its output above")
+    if worker.jobs:
+        values[worker.jobs[0].item][worker.jobs[0].functions.popleft()] = (None, cause)
+    queue.extendleft(reversed([job for job in worker.jobs if job.functions]))

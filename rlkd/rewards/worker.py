@@ -1,0 +1,102 @@
+"""A process that computes rewards: `python -m rlkd.rewards.worker REQUEST_FD RESPONSE_FD`, started by `pool`.
+
+It leads its own session. Both pipes carry one JSON value a line:
+
+    in    {"path", "functions"}, once: a sys.path, and [name, options] pairs
+    out   {"ready": null or an error}, once
+    in    {"job", "functions", "item"}: indices of functions, and {"completion", "answer", "prompt", "meta"}
+    out   [job, function, value or null, error or null], one by one as they finish
+
+The pipes are descriptors of their own, so what a reward prints or reads cannot disturb them. JSON, not pickle: nothing
+that comes through the pipe can run code in the trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rlkd.rewards import registry
+
+
+def main(request: int, response: int) -> None:
+    """Answer requests until the pipe ends; then the guardian kills the whole process group."""
+    _start_guardian(request, response)
+    os.set_inheritable(request, False)  # programs that a reward starts have no business with the pipes
+    os.set_inheritable(response, False)
+    me = os.getpid()
+
+    def send(message: Any) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        while data:
+            data = data[os.write(response, data) :]
+
+    with open(request, "rb", closefd=False) as lines:
+        setup = json.loads(lines.readline())
+        sys.path[:] = setup["path"]
+        try:
+            functions = [(registry.resolve(name), options) for name, options in setup["functions"]]
+        except ValueError as problem:
+            send({"ready": str(problem)})
+            return
+        for (name, _), (function, options) in zip(setup["functions"], functions, strict=True):
+            if name in registry.BUILTIN:  # math imports for a second: now, not within the time limit of the first call
+                function("\\boxed{0}", answer="0", prompt="", meta={}, **options)
+        send({"ready": None})
+        for line in lines:
+            job = json.loads(line)
+            for index in job["functions"]:
+                function, options = functions[index]
+                value, error = _call(function, options, job["item"])
+                if os.getpid() != me:
+                    os._exit(0)  # a reward forked, and this is the child coming home: it must not answer too
+                send([job["job"], index, value, error])
+
+
+def _call(
+    function: Callable[..., Any], options: dict[str, Any], item: dict[str, Any]
+) -> tuple[float | None, str | None]:
+    """(reward, None), or (None, what was wrong with the call)."""
+    try:
+        value = function(
+            item["completion"], answer=item["answer"], prompt=item["prompt"], meta=dict(item["meta"]), **options
+        )
+        if not isinstance(value, numbers.Real):
+            return None, f"returned {type(value).__name__}, wants a finite number"
+        number = float(value)
+    except BaseException as error:  # SystemExit too: whatever a reward does, this sample has no reward, and says why
+        return None, f"raised {registry.one_line(error)}"
+    if not math.isfinite(number):
+        return None, f"returned {number}, wants a finite number"
+    return number, None
+
+
+def _start_guardian(request: int, response: int) -> None:
+    """Fork a process that kills this whole group as soon as nobody holds the other end of `request`.
+
+    So rewards, and what they started, end with the trainer however it ends. A thread in this process would not do: a
+    reward can hold the interpreter's lock for hours. Nor would PDEATHSIG: it also fires when only the thread ends that
+    started the worker. Forked twice, so that the guardian is no child that a reward could wait for.
+    """
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    if os.fork():
+        os._exit(0)
+    os.close(response)  # or the pool would not see the end of a worker that died
+    hang_up = select.poll()
+    hang_up.register(request, 0)  # no events asked for: only POLLHUP and POLLERR are reported
+    hang_up.poll()
+    os.killpg(0, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

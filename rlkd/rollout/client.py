@@ -1,0 +1,144 @@
+"""One vLLM server, spoken to over HTTP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+import tenacity
+
+IMPOSSIBLE_LOGPROB = -9999.0
+"""vLLM's HTTP layer writes this for −inf, NaN and a missing log-prob; it is never a value."""
+
+_KEEPALIVE_S = 2.0
+"""Below the server's own five seconds: else a request can travel on a connection that it is just closing."""
+
+
+class ServerError(RuntimeError):
+    """A request that the server refused, failed or never answered."""
+
+
+class VLLMClient:
+    """Requests to one server. Safe to use from several threads.
+
+    Only a connection that could not be made is tried again: such a request has reached nobody. Everything else ends
+    in a ServerError of one line.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.url,
+            timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE_S),
+            trust_env=False,
+        )
+
+    def get(self, path: str) -> dict[str, Any]:
+        return self._request("GET", path, None, None)
+
+    def post(
+        self, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        return self._request("POST", path, body, query)
+
+    def _request(
+        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
+    ) -> dict[str, Any]:
+        try:
+            response = self._send(method, path, body, query)
+        except httpx.HTTPError as error:
+            reason = str(error) or "no answer"
+            raise ServerError(f"{method} {self.url}{path}: {type(error).__name__}: {reason}") from error
+        if response.status_code != 200:
+            raise ServerError(f"{method} {self.url}{path} answered {response.status_code}: {_message(response)}")
+        if not response.content:
+            return {}
+        answer = response.json()
+        if not isinstance(answer, dict):
+            raise ServerError(f"{method} {self.url}{path} answered no JSON object but {response.text[:200]!r}")
+        return answer
+
+    @tenacity.retry(
+        retry=tenacity.retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
+        stop=tenacity.stop_after_attempt(4),
+        wait=tenacity.wait_exponential(multiplier=0.2, max=2.0),
+        reraise=True,
+    )
+    def _send(
+        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
+    ) -> httpx.Response:
+        return self._http.request(method, path, json=body, params=query)
+
+    def healthy(self) -> bool:
+        """Whether the server answers that its engine lives. Never raises, never retries."""
+        try:
+            return self._http.get("/health", timeout=5.0).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def model_card(self, model: str, longest: int) -> str:
+        """The name under which the server offers `model`.
+
+        Args:
+            model: the name that we gave a server of ours, or the folder or hub id that somebody else's should serve.
+            longest: prompt + completion tokens of the longest request that will come.
+
+        Raises: ServerError when it serves another model, or none as long as that.
+        """
+        cards = [card for card in self.get("/v1/models")["data"] if card.get("parent") is None]
+        wanted = {model, os.path.basename(model.rstrip("/"))}
+        for card in cards:
+            names = [card["id"], card["root"] or card["id"]]
+            if wanted.isdisjoint([*names, *(os.path.basename(name.rstrip("/")) for name in names)]):
+                continue
+            if card["max_model_len"] < longest:
+                raise ServerError(
+                    f"{self.url} was started with --max-model-len {card['max_model_len']}, but a prompt and its "
+                    f"completion may have {longest} tokens; restart it with --max-model-len {longest}"
+                )
+            return str(card["id"])
+        offered = ", ".join(repr(card["id"]) for card in cards)
+        raise ServerError(
+            f"{self.url} serves {offered}, wanted {model!r}; correct the address, or start that server with "
+            f"--served-model-name {model}"
+        )
+
+    def weight_version(self) -> int | None:
+        """The version of the weights that the server holds; None: those that it was started with.
+
+        Raises: ServerError; a server that was not started for weight updates has no such route.
+        """
+        version = self.get("/weight_info")["weight_version"]
+        return None if version == "default" else parse_version(version, self.url)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+def parse_version(version: object, where: str) -> int:
+    """The integer that a weight version of ours is.
+
+    Raises: ServerError for "default", which a server says that was never given weights, and for anything else.
+    """
+    if version == "default":
+        raise ServerError(
+            f"{where} holds its start weights (version 'default'): it was restarted, or never given the policy's; "
+            "publish before sampling"
+        )
+    if not (isinstance(version, str) and version.isdecimal()):
+        raise ServerError(f"{where} says weight version {version!r}, not a number: somebody else updates its weights")
+    return int(version)
+
+
+def _message(response: httpx.Response) -> str:
+    """The server's own words, in one line."""
+    text = response.text
+    if response.headers.get("content-type", "").startswith("application/json"):
+        body = response.json()
+        if isinstance(body, dict):
+            error = body.get("error", body.get("detail", text))
+            text = str(error["message"] if isinstance(error, dict) and "message" in error else error)
+    return " ".join(text.split())[:300]

@@ -1,0 +1,167 @@
+"""The in-process sampler: its own unsharded copy of the student, which receives weights as a server does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rlkd.config import Config
+from rlkd.distributed import local_device
+from rlkd.policy_head import logit_transform
+from rlkd.rollout.sampler import Sampling
+from rlkd.student import load_causal_lm
+from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
+
+
+class HFSampler:
+    """Samples with transformers. See `Sampler` for the protocol.
+
+    The draw is one float64 uniform per (seed, iteration, prompt, sample, position) against the float64 CDF, so what is
+    sampled does not depend on which rows share a batch.
+    """
+
+    def __init__(self, config: Config, eos_ids: Sequence[int]):
+        self.config = config
+        self.eos_ids = tuple(eos_ids)
+        self.version: int | None = None
+        self._hf: PreTrainedModel | None = None
+
+    def open(self) -> None:
+        model = self.config.model
+        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
+        hf = load_causal_lm(model.path, dtype, attention=model.attention, trust_remote_code=model.trust_remote_code)
+        torch.nn.Module.to(hf, local_device(self.config.trainer.accelerator))
+        self._hf = hf.eval()
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self._model.load_state_dict(dict(weights), strict=True)
+        self.version = version
+
+    def close(self) -> None:
+        self._hf = None
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        assert self._hf is not None, "open() comes first"
+        return self._hf
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
+        assert self.version is not None, "publish() comes before sample()"
+        rows = [(prompt, i) for prompt in prompts for i in range(n)]
+        completions: list[_Completion] = []
+        for start in range(0, len(rows), self.config.rollout.batch_rows):
+            completions += self._decode(rows[start : start + self.config.rollout.batch_rows], iteration, sampling)
+        rollouts = [
+            Rollout(
+                prompt=prompt,
+                token_ids=tuple(completion.token_ids),
+                logprobs=tuple(completion.logprobs),
+                weight_versions=(VersionSpan(start=0, end=len(completion.token_ids), version=self.version),),
+                finish_reason=completion.finish_reason,
+            )
+            for (prompt, _), completion in zip(rows, completions, strict=True)
+        ]
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+    @torch.no_grad()
+    def _decode(self, rows: Sequence[tuple[Prompt, int]], iteration: int, sampling: Sampling) -> list[_Completion]:
+        """Decode all rows together; a finished row leaves the batch."""
+        hf = self._model
+        device = hf.device
+        uniforms = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in rows])
+        input_ids, mask = _left_padded([prompt.token_ids for prompt, _ in rows], device)
+        done = [_Completion() for _ in rows]
+        alive = list(range(len(rows)))
+        cache = DynamicCache(config=hf.config)
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+        eos = torch.tensor(self.eos_ids, device=device)
+        for position in range(sampling.max_tokens):
+            trunk = hf.base_model(
+                input_ids=input_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            logits = self._logits(trunk.last_hidden_state[:, -1])
+            noise = torch.as_tensor(uniforms[alive, position], device=device)
+            tokens, logprobs = draw(logits, noise, sampling.temperature)
+            ended = torch.isin(tokens, eos)
+            for row, token, logprob, end in zip(
+                alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True
+            ):
+                done[row].token_ids.append(token)
+                done[row].logprobs.append(logprob)
+                if end:
+                    done[row].finish_reason = "stop"
+            keep = (~ended).nonzero().squeeze(1)
+            if len(keep) == 0:
+                break
+            if len(keep) < len(alive):
+                cache.batch_select_indices(keep)
+                tokens, mask, position_ids = tokens[keep], mask[keep], position_ids[keep]
+                alive = [alive[i] for i in keep.tolist()]
+            input_ids = tokens[:, None]
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+            position_ids = position_ids[:, -1:] + 1
+        return done
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[B, H] → [B, V] float64, with the architecture's scale and soft cap."""
+        scale, softcap = logit_transform(self._model.config)
+        logits = self._model.get_output_embeddings()(hidden).double() * scale
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _Completion:
+    """One row while it is decoded."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.finish_reason: FinishReason = "length"
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling.
+
+    Args:
+        logits: [B, V] float64.
+        uniforms: [B] float64 in [0, 1).
+        temperature: 0 is greedy; its log-probs are those of temperature 1.
+
+    Returns: (tokens [B], log-probs [B] at the temperature).
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        cdf = logprobs.exp().cumsum(dim=-1)
+        # The last entry is 1 up to rounding: scale the draw so that it can never fall behind the end.
+        tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def uniform(sampling: Sampling, iteration: int, prompt_id: str, sample: int) -> np.ndarray:
+    """The noise of one completion: [max_tokens] float64 in [0, 1), a function of its arguments alone."""
+    name = hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()
+    words = np.frombuffer(name[:8], dtype=np.uint32).tolist()
+    key = np.random.SeedSequence([sampling.seed, iteration, sample, *words])
+    return np.random.Generator(np.random.Philox(key)).random(sampling.max_tokens)
+
+
+def _left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """([B, T] ids, [B, T] mask), so that every row's last token stands in the last column."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)

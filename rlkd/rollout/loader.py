@@ -1,0 +1,247 @@
+"""The left half of the line: prompts → rollout → reward → teacher scores → advantages → Batch."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlkd import distributed
+from rlkd.config import Config
+from rlkd.data.chat import load_tokenizer
+from rlkd.data.prompts import PromptStream
+from rlkd.data.sources import load_source
+from rlkd.metrics import Meter
+from rlkd.module import PolicyModule
+from rlkd.rewards.pool import RewardItem, RewardPool
+from rlkd.rollout.collate import collate, describe
+from rlkd.rollout.hf import HFSampler
+from rlkd.rollout.sampler import Sampler, end_ids
+from rlkd.teachers.local import LocalScorer
+from rlkd.teachers.teacher import Teacher
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
+
+ENDLESS = 10**9
+"""`__len__`: larger than any run. With the true length, Lightning would store "last batch" in a finished run's
+checkpoint, and resuming it with more iterations would train nothing."""
+
+
+class RolloutLoader:
+    """One Batch an iteration, made when it is asked for: by the weights that were just published.
+
+    A plain sized iterable, not a torch DataLoader. Its length matters: without one, Lightning fetches a batch ahead,
+    which would be sampled by old weights. Its whole state is the iteration.
+    """
+
+    def __init__(self, config: Config, algorithm: PolicyModule):
+        self.config = config
+        self.algorithm = algorithm
+        self.iteration = 0
+        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        self.prompts = PromptStream(load_source(config.data, self.tokenizer), seed=config.run.seed)
+        self.policy = build_sampler(config)
+        self.teacher = build_teacher(config) if algorithm.uses_teacher else None
+        self.reference = build_reference(config) if algorithm.needs_reference else None
+        self.rewards = RewardPool(config.reward)
+
+    def open(self) -> None:
+        """Load models, connect to or start servers, start reward workers. Every rank calls it, once."""
+        self.policy.open()
+        for scorer in (self.teacher, self.reference):
+            if scorer is not None:
+                scorer.open()
+        self.rewards.open()
+
+    def close(self) -> None:
+        """Stop all that `open` started."""
+        self.rewards.close()
+        for scorer in (self.teacher, self.reference):
+            if scorer is not None:
+                scorer.close()
+        self.policy.close()
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            batch = self.batch(self.iteration)
+            self.iteration += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.iteration = state["iteration"]
+
+    def batch(self, iteration: int) -> Batch:
+        """This rank's share of iteration `iteration` (0 is the first), with its figures in `metrics`."""
+        clock = Clock()
+        config = self.config
+        prompts = self.prompts.take(
+            iteration, config.rollout.prompts, distributed.rank(), distributed.world_size()
+        )
+        rollouts = self.algorithm.rollout(prompts, self.policy, self.teacher, iteration)
+        check_versions(rollouts, iteration, config.rollout.max_staleness)
+        clock.lap("time/rollout")
+        groups = self.reward(rollouts)
+        clock.lap("time/reward")
+        groups = self.score(groups)
+        clock.lap("time/teacher")
+        groups = [self.algorithm.advantages(group) for group in groups]
+        batch = collate(groups, iteration)
+        self.dump(groups, iteration)
+        batch.metrics.merge(describe(groups, iteration, config.reward.correct_at))
+        check_errors(batch.metrics, len(batch), config, iteration)
+        distributed.barrier()
+        clock.lap("time/wait")
+        batch.metrics.merge(clock.meter)
+        return batch
+
+    def reward(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
+        """Each rollout with its reward, computed in the worker processes."""
+        rollouts = [rollout for group in groups for rollout in group]
+        items = [
+            RewardItem(
+                completion=self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True),
+                answer=rollout.prompt.answer,
+                prompt=self.tokenizer.decode(rollout.prompt.token_ids, skip_special_tokens=True),
+                meta=dict(rollout.prompt.meta),
+            )
+            for rollout in rollouts
+        ]
+        scored = iter([
+            ScoredRollout(rollout=rollout, reward=result.reward, reward_parts=result.parts)
+            for rollout, result in zip(rollouts, self.rewards.score(items), strict=True)
+        ])
+        return [[next(scored) for _ in group] for group in groups]
+
+    def score(self, groups: Sequence[Sequence[ScoredRollout]]) -> list[list[ScoredRollout]]:
+        """Each rollout with the log-probs of the teacher, and of the reference, where the algorithm asks for them."""
+        scored = [list(group) for group in groups]
+        if self.teacher is not None:
+            scored = _scored_by(self.teacher, scored, "teacher", self.algorithm.teacher_prompt)
+        if self.reference is not None:
+            scored = _scored_by(self.reference, scored, "reference", lambda prompt: prompt.token_ids)
+        return scored
+
+    def dump(self, groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> None:
+        """All rollouts of this rank as JSONL, in the run directory."""
+        every = self.config.log.rollouts_every
+        if not every or iteration % every:
+            return
+        folder = Path(self.config.run_dir, "rollouts")
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{iteration + 1:06d}-rank{distributed.rank()}.jsonl", "w", encoding="utf-8") as file:
+            for scored in (s for group in groups for s in group):
+                rollout = scored.rollout
+                line = {
+                    "iteration": iteration + 1,
+                    "id": rollout.prompt.id,
+                    "prompt": self.tokenizer.decode(rollout.prompt.token_ids),
+                    "completion": self.tokenizer.decode(rollout.token_ids),
+                    "answer": rollout.prompt.answer,
+                    "reward": scored.reward,
+                    "reward_parts": dict(scored.reward_parts),
+                    "advantage": scored.advantage,
+                    "finish_reason": rollout.finish_reason,
+                    "weight_version": rollout.oldest_version,
+                    "token_ids": list(rollout.token_ids),
+                    "logprobs": list(rollout.logprobs),
+                    "teacher_logprobs": None if scored.teacher is None else list(scored.teacher.logprobs),
+                }
+                file.write(json.dumps(line) + "\n")
+
+
+class Clock:
+    """Seconds between laps; each figure is the slowest rank's."""
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.meter.maximum(name, now - self._last)
+        self._last = now
+
+
+def build_sampler(config: Config) -> Sampler:
+    """The sampler that `rollout.backend` names, not yet opened."""
+    if config.rollout.backend == "hf":
+        return HFSampler(config, end_ids(config.model))
+    from rlkd.rollout.vllm import VLLMSampler
+
+    return VLLMSampler(config, end_ids(config.model))
+
+
+def build_teacher(config: Config) -> Teacher:
+    """The teacher that `teacher.backend` names, not yet opened."""
+    teacher = config.teacher
+    if teacher.backend == "local":
+        return LocalScorer(
+            teacher.path,
+            temperature=teacher.temperature,
+            batch_tokens=teacher.batch_tokens,
+            dtype=getattr(torch, teacher.dtype),
+            accelerator=config.trainer.accelerator,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    assert teacher.backend == "served", "an algorithm with a teacher refuses backend none"
+    from rlkd.teachers.served import ServedTeacher
+
+    return ServedTeacher(config)
+
+
+def build_reference(config: Config) -> Teacher:
+    """The student's frozen start, at the rollout temperature."""
+    return LocalScorer(
+        config.model.path,
+        temperature=config.rollout.temperature,
+        batch_tokens=config.trainer.micro_batch_tokens,
+        dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
+        accelerator=config.trainer.accelerator,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
+def _scored_by(scorer: Teacher, groups: list[list[ScoredRollout]], field: str, prompt_of: Any) -> list[list[ScoredRollout]]:
+    rows = [scored for group in groups for scored in group]
+    pairs = [(prompt_of(s.rollout.prompt), s.rollout.token_ids) for s in rows]
+    filled = iter([replace(s, **{field: scores}) for s, scores in zip(rows, scorer.score(pairs), strict=True)])
+    return [[next(filled) for _ in group] for group in groups]
+
+
+def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_staleness: int) -> None:
+    """Every token must come from the weights of this iteration, or at most `max_staleness` versions before.
+
+    Raises: RuntimeError naming both versions.
+    """
+    for rollout in (r for group in groups for r in group):
+        for span in rollout.weight_versions:
+            if not iteration - max_staleness <= span.version <= iteration:
+                raise RuntimeError(
+                    f"iteration {iteration + 1} wants samples by weight version {iteration}, but the sampler used "
+                    f"version {span.version} (rollout.max_staleness is {max_staleness})"
+                )
+
+
+def check_errors(meter: Meter, rows: int, config: Config, iteration: int) -> None:
+    """Stop the run when too many rewards failed, on all ranks together.
+
+    Raises: RuntimeError above `reward.max_error_rate`.
+    """
+    errors, total = distributed.all_reduce([meter.value("reward/errors"), float(rows)])
+    if errors / total > config.reward.max_error_rate:
+        raise RuntimeError(
+            f"iteration {iteration + 1}: {errors:.0f} of {total:.0f} rewards failed, more than "
+            f"reward.max_error_rate = {config.reward.max_error_rate}; the reward workers' messages are above"
+        )

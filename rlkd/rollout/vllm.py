@@ -1,0 +1,292 @@
+"""The vLLM sampler: rollouts from one or more servers, ours or somebody else's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal
+
+from torch import Tensor
+
+from rlkd import distributed
+from rlkd.config import Config
+from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, parse_version
+from rlkd.rollout.sampler import Sampling
+from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts
+from rlkd.tiny import resolve
+from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
+from rlkd.weight_sync.nccl import DirectTransfer
+from rlkd.weight_sync.plugin import ENGINE
+from rlkd.weight_sync.weight_file import WeightFile
+
+_MAX_REQUESTS = 256
+"""At a time and rank. One request is a prompt with all its samples."""
+
+_COLDEST = 0.01
+"""vLLM silently raises a lower temperature to this."""
+
+
+def policy_arguments(weight_sync: Literal["file", "nccl", "ipc"]) -> list[str]:
+    """What a policy server must be started with, beside the model."""
+    return [
+        "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
+        "--logprobs-mode",
+        "processed_logprobs",  # of the distribution that was sampled: at the temperature
+        "--max-logprobs",
+        "-1",
+        "--weight-transfer-config",
+        json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync}),
+    ]
+
+
+def request_seed(seed: int, iteration: int, prompt_id: str) -> int:
+    """31 bits, the same in every process and Python version. The server samples completion i with this + i."""
+    digest = hashlib.sha256(f"{seed}/{iteration}/{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class VLLMSampler:
+    """Implements `Sampler`. Rank 0 starts the servers, if they are ours, and talks to all of them about weights."""
+
+    def __init__(self, config: Config, eos_ids: Sequence[int]) -> None:
+        """
+        Args:
+            eos_ids: a completion ends with one of them, and with nothing else.
+        """
+        self._config = config
+        self._model_path = resolve(config.model.path)
+        self._eos_ids = frozenset(eos_ids)
+        self._servers: list[VLLMServer] = []
+        self._clients: list[VLLMClient] = []
+        self._models: list[str] = []
+        self._lost: dict[str, str] = {}
+        """url → what went wrong in its last update. Such a server may hold any mixture of weights."""
+        self._initialised: set[str] = set()
+        self._file: WeightFile | None = None
+        self._direct: DirectTransfer | None = None
+
+    def open(self) -> None:
+        """Raises: RuntimeError when a server cannot be started or reached, or is not fit for its task."""
+        server = self._config.rollout.server
+        longest = self._config.data.max_prompt_tokens + self._config.rollout.max_tokens
+        urls = on_rank_zero(lambda: self._launch(longest)) if server.launch else server.urls
+        for url in urls:
+            client = VLLMClient(url, server.request_timeout_s)
+            self._clients.append(client)
+            self._models.append(client.model_card(self._model_path, longest))
+            client.weight_version()  # fails here, not after the first rollout, on a server without these routes
+        if server.weight_sync == "file":
+            if distributed.rank() == 0:
+                self._file = WeightFile(server.sync_dir)
+        else:
+            self._direct = DirectTransfer(server.weight_sync, urls, server.request_timeout_s)
+
+    def _launch(self, longest: int) -> list[str]:
+        config, weight_sync = self._config, self._config.rollout.server.weight_sync
+        arguments = policy_arguments(weight_sync)
+        if config.model.trust_remote_code:
+            arguments.append("--trust-remote-code")
+        self._servers = launch(
+            config.rollout.server,
+            role="policy",
+            model=self._model_path,
+            max_model_len=longest,
+            run_dir=config.run_dir,
+            slots=(0, sum(server_counts(config))),
+            arguments=arguments,
+            # CUDA IPC handles travel pickled; the server listens to this machine only
+            environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if weight_sync == "ipc" else {},
+        )
+        return [server.url for server in self._servers]
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """See `Sampler.publish`.
+
+        Raises: RuntimeError on every rank when one server did not take the weights over. That server counts as lost,
+            and `sample` refuses, until a whole update has succeeded.
+        """
+        if self._direct is None:
+            on_rank_zero(lambda: self._publish_file(weights, version))
+        else:
+            on_rank_zero(lambda: self._everywhere(_pause))
+            failure: Exception | None = None
+            try:
+                self._direct.send(weights, version)
+            except Exception as error:  # every rank must reach the next line
+                failure = error
+            on_rank_zero(lambda: self._settle_direct(failure, version))
+
+    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> None:
+        assert self._file is not None, "publish before open"
+        directory = str(self._file.directory)
+        name = self._file.write(weights, version)
+
+        def update(client: VLLMClient) -> None:
+            _pause(client)
+            if client.url not in self._initialised:
+                client.post("/init_weight_transfer_engine", {"init_info": {"directory": directory}})
+                self._initialised.add(client.url)
+            client.post("/start_weight_update")
+            client.post("/update_weights", {"update_info": {"file": name}})
+            client.post("/finish_weight_update", {"weight_version": str(version)})
+            _resume(client, version)
+
+        self._everywhere(update)
+        self._file.keep_only(name)
+
+    def _settle_direct(self, failure: Exception | None, version: int) -> None:
+        if failure is not None:
+            self._lost = {client.url: str(failure) for client in self._clients}
+            raise RuntimeError(f"the weights did not reach the servers: {failure}") from failure
+        self._everywhere(lambda client: _resume(client, version))
+
+    def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
+        """`act` on all servers at once; those where it fails are lost, the others are not."""
+
+        def attempt(client: VLLMClient) -> str | None:
+            try:
+                act(client)
+            except ServerError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(len(self._clients)) as pool:
+            outcomes = list(pool.map(attempt, self._clients))
+        for client, problem in zip(self._clients, outcomes, strict=True):
+            if problem is None:
+                self._lost.pop(client.url, None)
+            else:
+                self._lost[client.url] = problem
+        for server in self._servers:
+            server.check_alive()
+        for problem in self._lost.values():
+            raise RuntimeError(f"a weight update failed, and that server is lost: {problem}")
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
+        """See `Sampler.sample`.
+
+        Raises: RuntimeError when a server fails or answers anything but complete, finite figures; ValueError for a
+            temperature that vLLM would change.
+        """
+        if 0 < sampling.temperature < _COLDEST:
+            raise ValueError(
+                f"the temperature is {sampling.temperature}, but vLLM silently raises it to {_COLDEST}; use 0 (greedy)"
+            )
+        for problem in self._lost.values():
+            raise RuntimeError(f"a server is lost since its last weight update: {problem}")
+
+        def one(job: tuple[int, Prompt]) -> list[Rollout]:
+            # ranks start at different servers, so that few prompts on many ranks spread too
+            which = (job[0] + distributed.rank()) % len(self._clients)
+            return self._one_prompt(self._clients[which], self._models[which], job[1], n, iteration, sampling)
+
+        with ThreadPoolExecutor(max(1, min(_MAX_REQUESTS, len(prompts)))) as pool:
+            try:
+                return list(pool.map(one, enumerate(prompts)))
+            except ServerError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for server in self._servers:
+                    server.check_alive()  # a death says more than a broken connection
+                raise
+
+    def _one_prompt(
+        self, client: VLLMClient, model: str, prompt: Prompt, n: int, iteration: int, sampling: Sampling
+    ) -> list[Rollout]:
+        greedy = sampling.temperature == 0
+        answer = client.post(
+            "/inference/v1/generate",
+            {
+                "model": model,
+                "token_ids": list(prompt.token_ids),
+                "sampling_params": {
+                    "n": 1 if greedy else n,
+                    "temperature": sampling.temperature,
+                    "max_tokens": sampling.max_tokens,
+                    "seed": request_seed(sampling.seed, iteration, prompt.id),
+                    "logprobs": 0,  # of the sampled token alone
+                    "ignore_eos": True,  # stop at our ids and at no others
+                    "stop_token_ids": sorted(self._eos_ids),
+                    "detokenize": False,
+                },
+            },
+        )
+        where = f"{client.url}, prompt {prompt.id!r}"
+        if answer["model"] != model:
+            raise ServerError(f"{where}: answered by model {answer['model']!r}, wanted {model!r}")
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        if len(choices) != (1 if greedy else n):
+            raise ServerError(f"{where}: {len(choices)} completions, wanted {1 if greedy else n}")
+        rollouts = [self._rollout(prompt, choice, sampling.max_tokens, where) for choice in choices]
+        return rollouts * n if greedy else rollouts
+
+    def _rollout(self, prompt: Prompt, choice: Mapping[str, Any], max_tokens: int, where: str) -> Rollout:
+        token_ids: list[int] = choice["token_ids"] or []
+        logprobs = sampled_logprobs(choice, where)
+        said = choice["finish_reason"]
+        ended = bool(token_ids) and token_ids[-1] in self._eos_ids
+        finish_reason: FinishReason = "stop" if ended else "length"
+        if said != finish_reason or (said == "length" and len(token_ids) != max_tokens):
+            raise ServerError(
+                f"{where}: a completion of {len(token_ids)} tokens ended with {said!r}; it must end with an "
+                f"end-of-sequence token ('stop') or after {max_tokens} tokens ('length')"
+            )
+        spans = choice["weight_versions"]
+        if not spans:
+            raise ServerError(f"{where}: no weight versions")
+        versions = tuple(
+            VersionSpan(start=span["start"], end=span["end"], version=parse_version(span["version"], where))
+            for span in spans
+        )
+        return Rollout(
+            prompt=prompt,
+            token_ids=tuple(token_ids),
+            logprobs=logprobs,
+            weight_versions=versions,
+            finish_reason=finish_reason,
+        )
+
+    def close(self) -> None:
+        """Ends the servers that we started; lets go of the others."""
+        for server in self._servers:
+            server.stop()
+        for client in self._clients:
+            client.close()
+        if self._file is not None:
+            self._file.close()
+        if self._direct is not None:
+            self._direct.close()
+        self._servers, self._clients, self._models, self._file, self._direct = [], [], [], None, None
+
+
+def sampled_logprobs(choice: Mapping[str, Any], where: str) -> tuple[float, ...]:
+    """The log-prob of every sampled token of a `/inference/v1/generate` choice.
+
+    Raises: ServerError for one that is missing, of another token, or vLLM's stand-in for −inf and NaN.
+    """
+    token_ids: list[int] = choice["token_ids"] or []
+    content = (choice["logprobs"] or {}).get("content") or []
+    if len(content) != len(token_ids):
+        raise ServerError(f"{where}: {len(token_ids)} tokens but {len(content)} log-probs")
+    for position, (token, entry) in enumerate(zip(token_ids, content, strict=True)):
+        if entry["token_id"] != token:
+            raise ServerError(f"{where}: token {position} is {token}, but its log-prob is of token {entry['token_id']}")
+        if entry["logprob"] is None or not entry["logprob"] > IMPOSSIBLE_LOGPROB:
+            raise ServerError(
+                f"{where}: the log-prob of token {position} is {entry['logprob']}: NaN, −inf or missing in the server"
+            )
+    return tuple(entry["logprob"] for entry in content)
+
+
+def _pause(client: VLLMClient) -> None:
+    """Wait for what is under way, so that no completion is written by two versions; hold back what comes."""
+    client.post("/pause", query={"mode": "wait"})
+
+
+def _resume(client: VLLMClient, version: int) -> None:
+    client.post("/reset_prefix_cache")  # its keys and values are the old weights'
+    client.post("/resume")
+    held = client.weight_version()
+    if held != version:
+        raise ServerError(f"{client.url} says weight version {held} after an update to {version}")

@@ -1,0 +1,113 @@
+"""What a run tells while it runs: metrics.jsonl, the loggers of the Trainer, and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar
+
+from rlkd import distributed
+from rlkd.config import Config
+from rlkd.module import PolicyModule
+from rlkd.rollout.loader import RolloutLoader
+from rlkd.types import Batch
+
+
+class RunLog(lightning.Callback):
+    """One row an iteration: to `<run>/metrics.jsonl` and to every logger of the Trainer, at step = iteration.
+
+    Row 0 holds the first evaluation. A resumed run drops the rows after its checkpoint first.
+    """
+
+    def __init__(self, config: Config, loader: RolloutLoader):
+        self.config = config
+        self.loader = loader
+        self.path = Path(config.run_dir, "metrics.jsonl")
+        self._last = 0.0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        self._last = time.perf_counter()
+        if distributed.rank() == 0:
+            self._keep_rows_up_to(self.loader.iteration)
+        evaluated = {k: v for k, v in pl_module.row.items() if k.startswith("eval/")}
+        if evaluated:
+            self._write(trainer, {"iteration": 0} | evaluated)
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        now = time.perf_counter()
+        row = pl_module.row
+        row["time/total"] = now - self._last
+        row["tokens_per_s"] = row["tokens/generated"] / row["time/total"]
+        self._last = now
+        self._write(trainer, row)
+
+    def _write(self, trainer: lightning.Trainer, row: dict[str, float]) -> None:
+        if distributed.rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+        for logger in trainer.loggers:  # rank-zero only by themselves
+            logger.log_metrics(row, step=int(row["iteration"]))
+
+    def _keep_rows_up_to(self, iteration: int) -> None:
+        """Truncate metrics.jsonl to what the restored state knows of; nothing for a fresh run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if self.path.exists() and iteration > 0:
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
+        beside = self.path.with_suffix(".partial")
+        beside.write_text("".join(kept), encoding="utf-8")
+        os.replace(beside, self.path)
+
+
+SHOWN = ("reward/mean", "accuracy", "tokens_per_s", "eval/greedy")
+
+
+class IterationBar(RichProgressBar):
+    """Lightning's Rich bar with the iterations of the run as its length, and our figures."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.iterations = config.run.iterations
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.iterations
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        assert isinstance(pl_module, PolicyModule)
+        return {name: f"{pl_module.row[name]:.3g}" for name in SHOWN if name in pl_module.row}
+
+
+class IterationLines(lightning.Callback):
+    """One line an iteration, where there is no terminal to draw a bar on."""
+
+    def __init__(self, config: Config):
+        self.iterations = config.run.iterations
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        if distributed.rank() == 0:
+            shown = "  ".join(f"{name} {pl_module.row[name]:.3g}" for name in SHOWN if name in pl_module.row)
+            print(f"iteration {batch.iteration + 1}/{self.iterations}  {shown}", flush=True)
+
+
+def progress(config: Config) -> list[lightning.Callback]:
+    """The bar on a terminal, lines elsewhere, nothing when `log.progress` is off."""
+    if not config.log.progress:
+        return []
+    return [IterationBar(config) if sys.stdout.isatty() else IterationLines(config)]

@@ -1,0 +1,61 @@
+"""Reverse a word: every answer can be checked exactly, and a 100,000-parameter model can learn it.
+
+A word belongs to the held-out part by its own hash, so that no list of words has to be kept apart from another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+Split = Literal["train", "heldout"]
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SHORTEST, LONGEST = 5, 8
+SIZES: dict[Split, int] = {"train": 4000, "heldout": 256}
+ANSWER_TOKENS = LONGEST + 1
+"""Characters of the longest answer, and its end of sequence."""
+
+HINT_TEMPLATE = "{prompt} hint: {privileged}"
+"""The prompt of a teacher that is shown the answer (self-distillation). A config may repeat it as it stands."""
+
+
+def split_of(word: str) -> Split:
+    """The part that `word` belongs to: one word in sixteen is held out."""
+    return "heldout" if hashlib.sha256(word.encode()).digest()[0] % 16 == 0 else "train"
+
+
+def words(split: Split, seed: int = 0) -> Iterator[str]:
+    """Distinct words of `split`, without end, in an order that depends on `seed` only."""
+    draw = random.Random(seed)
+    seen: set[str] = set()
+    while True:
+        length = SHORTEST + int(draw.random() * (LONGEST - SHORTEST + 1))
+        word = "".join(LETTERS[int(draw.random() * len(LETTERS))] for _ in range(length))
+        if split_of(word) == split and word not in seen:
+            seen.add(word)
+            yield word
+
+
+def row(word: str, name: str) -> dict[str, str]:
+    """One example: {"id", "prompt", "answer", "privileged"}. The answer is itself the reference solution."""
+    answer = word[::-1]
+    return {"id": name, "prompt": f"reverse: {word}", "answer": answer, "privileged": answer}
+
+
+def rows(split: Split) -> list[dict[str, str]]:
+    """All examples of `split`, the same ones in the same order at every call.
+
+    Raises: ValueError for an unknown split.
+    """
+    if split not in SIZES:
+        raise ValueError(f"the built-in task has no split {split!r}; choose one of {', '.join(SIZES)}")
+    source = words(split)
+    return [row(next(source), f"{split}-{i}") for i in range(SIZES[split])]
+
+
+def hinted_prompt(example: Mapping[str, str]) -> str:
+    """The prompt of `example` with its reference answer in it, e.g. "reverse: kfbqe hint: eqbfk"."""
+    return HINT_TEMPLATE.format(prompt=example["prompt"], privileged=example["privileged"])

@@ -1,0 +1,146 @@
+"""python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import lightning
+
+    from rlkd.config import Config
+    from rlkd.rollout.loader import RolloutLoader
+
+
+def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
+    """What turns a plain `lightning.Trainer` into a run, in the order in which it must act."""
+    from rlkd.checkpoint import Checkpoint
+    from rlkd.evaluate import Evaluate
+    from rlkd.run_log import RunLog, progress
+    from rlkd.weight_sync.publish import Publish
+
+    return [
+        Publish(loader),
+        Evaluate(config, loader),
+        RunLog(config, loader),
+        *progress(config),
+        Checkpoint(config, loader),
+    ]
+
+
+def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
+    """The Trainer of a run. Lightning's own checkpoints, sanity checks and samplers stay out of the way."""
+    import lightning
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy(data_parallel_size=config.world_size, tensor_parallel_size=1)
+    return lightning.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        num_nodes=config.trainer.num_nodes,
+        strategy=strategy,
+        precision="32-true",
+        max_epochs=-1,
+        logger=loggers(config),
+        callbacks=callbacks(config, loader),
+        enable_checkpointing=False,
+        enable_progress_bar=config.log.progress and sys.stdout.isatty(),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def loggers(config: Config) -> list[lightning.pytorch.loggers.Logger]:
+    """W&B as `log.wandb` says; a resumed run goes on in the same W&B run."""
+    if config.log.wandb == "off":
+        return []
+    from lightning.pytorch.loggers import WandbLogger
+
+    identity = Path(config.run_dir, "wandb_id")
+    if int(os.environ.get("RANK", "0")) == 0 and not identity.exists():
+        identity.parent.mkdir(parents=True, exist_ok=True)
+        identity.write_text(os.urandom(4).hex())
+    return [
+        WandbLogger(
+            name=config.run.name,
+            project=config.log.project,
+            save_dir=config.run_dir,
+            offline=config.log.wandb == "offline",
+            id=identity.read_text() if identity.exists() else None,
+            resume="allow",
+        )
+    ]
+
+
+def run(config: Config, text: str) -> None:
+    """Train as `config` says. `text` is the merged YAML, kept as `<run>/config.yaml`."""
+    from rlkd import distributed
+    from rlkd.algorithms import ALGORITHMS
+    from rlkd.checkpoint import resume_path
+    from rlkd.report import write_report
+    from rlkd.rollout.loader import RolloutLoader
+
+    checkpoint = resume_path(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        Path(config.run_dir, "config.yaml").write_text(text, encoding="utf-8")
+    module = ALGORITHMS[config.algorithm.name](config)
+    loader = RolloutLoader(config, module)
+    try:
+        build_trainer(config, loader).fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+    finally:
+        loader.close()
+    if distributed.rank() == 0:
+        report = write_report(config.run_dir)
+        print(summary(config, report))
+
+
+def summary(config: Config, report: Path) -> str:
+    """The closing lines: accuracy before and after, and where things are."""
+    with open(Path(config.run_dir, "metrics.jsonl"), encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    lines = []
+    for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
+        seen = [row[name] for row in rows if row.get(name) is not None]
+        if len(seen) > 1:
+            label = name.replace("@k", f"@{config.eval.samples}")
+            lines.append(f"{label:<12} {seen[0]:6.1%} before  {seen[-1]:6.1%} after")
+    lines.append(f"report:      {report}")
+    if config.checkpoint.export:
+        lines.append(f"student:     {Path(config.run_dir, 'hf')}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr)."""
+    from rlkd.config_file import ConfigError, help_text, load, parse_args
+
+    try:
+        args = parse_args(argv)
+        if args.help:
+            print(help_text())
+            return 0
+        loaded = load(args.files, args.overrides)
+        if args.print_config:
+            print(loaded.text, end="")
+            return 0
+    except ConfigError as error:
+        print("\n".join(error.lines), file=sys.stderr)
+        return 2
+    from rlkd.preflight import check
+
+    problems = check(loaded.config)
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", module="lightning.*")
+    run(loaded.config, loaded.text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,106 @@
+"""The server's side of weight updates through a file: a vLLM weight-transfer engine that reads one safetensors file.
+
+It serves CPU servers, for which vLLM has no engine of its own, and GPU servers that share a disk with the trainer.
+Loaded by vLLM's workers only (see plugin.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+
+@dataclass
+class FileInitInfo(WeightTransferInitInfo):
+    """Sent once."""
+
+    directory: str
+    """Where the files will lie; no other place is ever read."""
+
+
+@dataclass
+class FileUpdateInfo(WeightTransferUpdateInfo):
+    """Sent with each update."""
+
+    file: str
+    """Relative to the directory. Holds the whole model under its Hugging Face names."""
+
+
+class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
+    """Loads a file into the running model, in the checkpoint's own names and shapes.
+
+    vLLM lays weights out anew after loading them and, on the CPU, empties the originals. So an update runs inside
+    vLLM's layer-wise reload, which puts empty originals back first and lays out each layer again at the end.
+    """
+
+    init_info_cls = FileInitInfo
+    update_info_cls = FileUpdateInfo
+    supports_draft_weight_update = False
+    _directory: Path | None = None
+
+    def init_transfer_engine(self, init_info: FileInitInfo) -> None:
+        directory = Path(init_info.directory)
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is not a directory on the server's machine; trainer and server must share it")
+        self._directory = directory.resolve()
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        wanted = {name for name, _ in self.model.named_parameters()}
+        loaded: set[str] | None = self.model.load_weights(_tensors(self._path(update_info.file)))
+        if loaded is not None and wanted - loaded:
+            missing = sorted(wanted - loaded)
+            raise ValueError(f"{update_info.file} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        self._refresh_tied_head()
+
+    def shutdown(self) -> None:
+        self._directory = None
+
+    def _refresh_tied_head(self) -> None:
+        """Lay out the output layer anew from the weights just loaded (CPU).
+
+        With tied embeddings the reload renews the embedding, but the output layer keeps the packed copy that it made
+        at start: every call answers 200, the version moves, and the logits are those of the old output layer.
+        """
+        if self.device.type != "cpu":
+            return
+        for module in self.model.modules():
+            if isinstance(module, ParallelLMHead):
+                module.quant_method.process_weights_after_loading(module)
+
+    def _path(self, name: str) -> Path:
+        """The file of that name.
+
+        Raises: ValueError when it lies outside the directory, links followed.
+        """
+        if self._directory is None:
+            raise ValueError("the file engine was not given its directory: call /init_weight_transfer_engine first")
+        path = (self._directory / name).resolve()
+        if not path.is_relative_to(self._directory) or not path.is_file():
+            raise ValueError(f"{name!r} is not a file inside {self._directory}")
+        return path
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """One tensor at a time, so that a model is never twice in memory."""
+    file: Any
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping
+            yield name, file.get_tensor(name)

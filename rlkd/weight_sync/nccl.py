@@ -1,0 +1,113 @@
+"""The trainer's side of vLLM's own GPU engines, `nccl` and `ipc`. Thin: the engines gather, send and hand-shake."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+from torch import Tensor
+
+from rlkd import distributed
+from rlkd.rollout.client import VLLMClient
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer import ParamMeta
+
+
+class CurrentWeights:
+    """A `WeightSource` of vLLM over the mapping that it was last given."""
+
+    def __init__(self) -> None:
+        self.weights: Mapping[str, Tensor] = {}
+
+    def metadata(self) -> list[ParamMeta]:
+        from vllm.distributed.weight_transfer import ParamMeta
+
+        return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self.weights.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.weights.items())
+
+
+def versioned_client(url: str, timeout_s: float) -> Any:
+    """vLLM's HTTP client, but its updates carry the version in `.version`: the engines themselves send none."""
+    from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
+
+    class Client(HTTPVLLMWeightSyncClient):  # type: ignore[misc]
+        version: int
+
+        def finish_weight_update(self, weight_version: str | None = None) -> None:
+            super().finish_weight_update(str(self.version))
+
+    return Client(url, timeout_s)
+
+
+class DirectTransfer:
+    """Sends weights from GPU to GPU, one server after the other. Every trainer rank makes one and calls `send`.
+
+    NCCL cannot join a trainer and a server on the same GPU; there use `ipc` or the file engine.
+    """
+
+    def __init__(self, kind: Literal["nccl", "ipc"], urls: Sequence[str], timeout_s: float) -> None:
+        self._kind = kind
+        self._urls = list(urls)
+        self._timeout_s = timeout_s
+        self._source = CurrentWeights()
+        self._clients: list[Any] = []
+        self._engines: list[Any] = []
+
+    def send(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Send `weights` (full tensors on the GPU, the same on every rank) to every server as `version`."""
+        self._source.weights = weights
+        if not self._engines:
+            self._connect()
+        for client, engine in zip(self._clients, self._engines, strict=True):
+            client.version = version
+            engine.send_weights()
+
+    def _connect(self) -> None:
+        from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
+
+        for url in self._urls:
+            client = versioned_client(url, self._timeout_s)
+            info = self._nccl_info(url) if self._kind == "nccl" else _ipc_info()
+            self._engines.append(WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source))
+            self._clients.append(client)
+
+    def _nccl_info(self, url: str) -> Any:
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        place: tuple[str, int, int] = ("", 0, 0)
+        if distributed.rank() == 0:
+            control = VLLMClient(url, self._timeout_s)
+            place = (*_meeting_point(url), 1 + control.get("/get_world_size")["world_size"])
+            control.close()
+        address, port, members = distributed.broadcast(place)
+        return NCCLTrainerInitInfo(
+            master_address=address, master_port=port, world_size=members, rank=distributed.rank()
+        )
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.shutdown()
+        self._engines, self._clients = [], []
+
+
+def _ipc_info() -> Any:
+    from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+    return IPCTrainerInitInfo(rank=distributed.rank(), packed=True)
+
+
+def _meeting_point(url: str) -> tuple[str, int]:
+    """This machine's address as the server at `url` reaches it, and a free port."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((parts.hostname, parts.port or 80))  # a datagram socket: nothing is sent
+        address = probe.getsockname()[0]
+    with socket.socket() as listener:
+        listener.bind((address, 0))
+        return address, listener.getsockname()[1]

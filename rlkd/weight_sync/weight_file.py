@@ -1,0 +1,66 @@
+"""The trainer's side of weight updates through a file."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class WeightFile:
+    """A directory with the newest version of the weights, as one safetensors file that the servers read."""
+
+    def __init__(self, directory: str | None) -> None:
+        """
+        Args:
+            directory: on a disk that trainer and servers share; None: a fresh one in this machine's memory, which
+                `close` removes.
+        """
+        self._own = directory is None
+        if directory is None:
+            self.directory = Path(tempfile.mkdtemp(prefix="rlkd-weights-", dir="/dev/shm"))  # mode 0700
+        else:
+            self.directory = Path(directory).resolve()
+            self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self, weights: Mapping[str, Tensor], version: int) -> str:
+        """Write all weights and return the file's name, relative to the directory. It appears whole or not at all.
+
+        A tensor that stands under two names (tied embeddings) is written once, under the first.
+        """
+        name = f"weights-{version}.safetensors"
+        unfinished = self.directory / f".{name}.{os.getpid()}"
+        save_file(each_once(weights), unfinished)
+        os.replace(unfinished, self.directory / name)
+        return name
+
+    def keep_only(self, name: str) -> None:
+        """Remove the weights of other versions."""
+        for path in self.directory.glob("weights-*.safetensors"):
+            if path.name != name:
+                path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Remove the files, and the directory if it is our own."""
+        if self._own:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        else:
+            self.keep_only("")
+
+
+def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` without second names of the same memory, contiguous and in this machine's memory."""
+    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    unique: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
+        if place in seen:
+            continue
+        seen.add(place)
+        unique[name] = tensor.detach().cpu().contiguous()
+    return unique

@@ -1,0 +1,306 @@
+"""Sources, chat templates, vocabularies, and the order of prompts."""
+
+import collections
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from rlkd.config import DataConfig
+from rlkd.data.chat import encode_prompt, first_difference, load_tokenizer, vocabulary_hash
+from rlkd.data.prompts import PromptStream
+from rlkd.data.sources import check_columns, load_source
+from rlkd.types import Prompt
+
+LETTERS = [chr(c) for c in range(32, 127)]
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def make_tokenizer(
+    template: str | None = TEMPLATE, extra: list[str] | None = None, ends: str = ""
+) -> PreTrainedTokenizerFast:
+    """One token per ASCII letter; writes <s> before a text, and `ends` after it."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *LETTERS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    core.post_processor = processors.TemplateProcessing(
+        single=f"<s> $A {ends}".strip(), special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.chat_template = template
+    if extra:
+        tokenizer.add_tokens(extra)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+def config(path: Path | str, **changes) -> DataConfig:
+    return DataConfig(path=str(path), **changes)
+
+
+def write(path: Path, *rows) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+# ---------------------------------------------------------------- chat
+
+
+def test_template_ids_have_one_bos_and_end_with_the_generation_prompt(tokenizer):
+    messages, ids = encode_prompt(tokenizer, "hi", "be brief")
+    assert messages == ({"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"})
+    assert tokenizer.decode(ids).replace(" ", "") == "<s>[system]bebrief[user]hi[assistant]"
+    assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
+    assert encode_prompt(tokenizer, messages) == (messages, ids)
+
+
+@pytest.mark.parametrize("text", ["hi", "<s>hi"])
+@pytest.mark.parametrize("ends", ["", "</s>"])
+def test_plain_text_has_one_bos_and_no_end_of_sequence(text, ends):
+    tokenizer = make_tokenizer(template=None, ends=ends)
+    messages, ids = encode_prompt(tokenizer, text, chat_template=False)
+    assert ids == (1, *tokenizer.convert_tokens_to_ids(["h", "i"]))
+    assert messages == ({"role": "user", "content": text},)
+
+
+def test_no_bos_where_the_tokenizer_writes_none():
+    tokenizer = make_tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    assert encode_prompt(tokenizer, "hi", chat_template=False)[1] == tuple(tokenizer.convert_tokens_to_ids(["h", "i"]))
+
+
+def test_a_missing_chat_template_names_the_key():
+    with pytest.raises(ValueError, match="no chat template.*data.chat_template: false"):
+        encode_prompt(make_tokenizer(template=None), "hi")
+
+
+def test_what_cannot_be_combined(tokenizer):
+    message = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ValueError, match="needs data.chat_template: true"):
+        encode_prompt(tokenizer, message, chat_template=False)
+    with pytest.raises(ValueError, match="needs data.chat_template: true"):
+        encode_prompt(tokenizer, "hi", "be brief", chat_template=False)
+    with pytest.raises(ValueError, match="data.system is for text prompts"):
+        encode_prompt(tokenizer, message, "be brief")
+    picky = make_tokenizer(template="{{ raise_exception('no system role here') }}")
+    with pytest.raises(ValueError, match="refuses a prompt: no system role here"):
+        encode_prompt(picky, "hi", "be brief")
+
+
+def test_vocabularies_differ_by_the_first_id_that_does():
+    a, b = make_tokenizer(), make_tokenizer(template=None)
+    assert first_difference(a, b) is None
+    assert vocabulary_hash(a) == vocabulary_hash(b)
+    longer = make_tokenizer(extra=["<think>"])
+    assert first_difference(a, longer) == "token 98 is unused in the first tokenizer, but '<think>' in the second"
+    assert first_difference(longer, make_tokenizer(extra=["<reason>"])) == (
+        "token 98 is '<think>' in the first tokenizer, but '<reason>' in the second"
+    )
+    assert vocabulary_hash(longer) != vocabulary_hash(a)
+
+
+def test_load_tokenizer_from_a_folder_and_from_nowhere(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "model")
+    loaded = load_tokenizer(str(tmp_path / "model"))
+    assert first_difference(loaded, tokenizer) is None
+    assert encode_prompt(loaded, "hi") == encode_prompt(tokenizer, "hi")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no tokenizer in .*empty") as caught:
+        load_tokenizer(str(tmp_path / "empty"))
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_jsonl_columns_become_fields_and_the_rest_is_meta(tokenizer, tmp_path):
+    path = write(
+        tmp_path / "data.jsonl",
+        {"question": "1+1", "gold": 2, "solution": "count", "name": "a", "level": 3},
+        "",
+        {"question": [{"role": "user", "content": "2+2"}], "gold": "4", "solution": "", "name": "b", "level": None},
+    )
+    data = config(
+        path, prompt_column="question", answer_column="gold", privileged_column="solution", id_column="name"
+    )
+    first, second = load_source(data, tokenizer)
+    assert (first.id, first.answer, first.privileged, first.meta) == ("a", "2", "count", {"level": 3})
+    assert (second.id, second.messages) == ("b", ({"role": "user", "content": "2+2"},))
+    assert second.token_ids == encode_prompt(tokenizer, "2+2")[1]
+
+
+def test_defaults_limit_and_another_path(tokenizer, tmp_path):
+    path = write(tmp_path / "data.jsonl", *({"prompt": f"p{i}", "answer": "x"} for i in range(5)))
+    other = write(tmp_path / "other.jsonl", {"prompt": "o", "answer": "x"})
+    assert [p.id for p in load_source(config(path, limit=3), tokenizer)] == ["0", "1", "2"]
+    assert len(load_source(config(path), tokenizer, path=str(other))) == 1
+
+
+GOOD = {"prompt": "p", "answer": "a", "id": "same"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "message"),
+    [
+        ([GOOD, '{"prompt": '], {}, r"data.jsonl:2: not JSON"),
+        ([GOOD, "[1]"], {}, r"data.jsonl:2: is a JSON list, wants an object"),
+        ([{"question": "p", "gold": "a"}], {}, r":1: no column 'prompt' \(data.prompt_column\); it has: question"),
+        ([{"prompt": "p", "gold": "a"}], {}, r"no column 'answer' \(data.answer_column\); it has: prompt, gold"),
+        ([GOOD], {"privileged_column": "solution"}, r"no column 'solution' \(data.privileged_column\)"),
+        ([GOOD, {**GOOD, "answer": None}], {}, r"data.jsonl:2: column 'answer' .* is null, wants a text"),
+        ([{**GOOD, "answer": 0.5}], {}, r"is float '0.5', wants a text"),
+        ([{**GOOD, "prompt": 7}], {}, r"column 'prompt' .* is int '7', wants a text or a list of messages"),
+        ([{**GOOD, "prompt": "  "}], {}, r"column 'prompt' .* is empty"),
+        ([{**GOOD, "prompt": []}], {}, r"column 'prompt' .* is empty"),
+        ([{**GOOD, "prompt": [{"role": "user"}]}], {}, r"a text 'role' and a text 'content'"),
+        ([GOOD, GOOD], {"id_column": "id"}, r"data.jsonl:2: id 'same' was already used at .*data.jsonl:1"),
+        ([], {}, r"the data set is empty"),
+    ],
+)
+def test_each_fault_is_one_line_with_its_place(tokenizer, tmp_path, rows, changes, message):
+    data = config(write(tmp_path / "data.jsonl", *rows), **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_source(data, tokenizer)
+    assert "\n" not in str(caught.value)
+    assert check_columns(data) == [str(caught.value)], "preflight must say the same without a tokenizer"
+
+
+def test_a_line_that_is_not_utf8(tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    assert "data.jsonl:1: not JSON" in check_columns(config(tmp_path / "data.jsonl"))[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nowhere.jsonl", "no such file"),
+        ("table.csv", "only .jsonl"),
+        ("empty_folder", "cannot load data set"),
+        ("builtin:sort", "built-in task is builtin:reverse"),
+    ],
+)
+def test_paths_that_are_no_data(tmp_path, monkeypatch, path, message):
+    monkeypatch.chdir(tmp_path)
+    Path("table.csv").write_text("prompt,answer\n")
+    Path("empty_folder").mkdir()
+    (problem,) = check_columns(config(path))
+    assert message in problem and path in problem and "\n" not in problem
+
+
+def test_check_columns_accepts_good_data(tmp_path):
+    assert check_columns(config(write(tmp_path / "data.jsonl", GOOD))) == []
+
+
+def test_long_prompts_are_an_error_or_are_counted(tokenizer, tmp_path):
+    path = write(tmp_path / "data.jsonl", {"prompt": "p", "answer": "a"}, {"prompt": "p" * 50, "answer": "a"})
+    length = len(encode_prompt(tokenizer, "p" * 50)[1])
+    with pytest.raises(ValueError, match=f"data.jsonl:2: prompt '1' has {length} tokens, .*= {length - 1}"):
+        load_source(config(path, max_prompt_tokens=length - 1), tokenizer)
+    assert len(load_source(config(path, max_prompt_tokens=length), tokenizer)) == 2
+    kept = load_source(config(path, max_prompt_tokens=length - 1, too_long="skip"), tokenizer)
+    assert ([p.id for p in kept], kept.skipped) == (["0"], 1)
+    with pytest.raises(ValueError, match="all 2 prompts are longer"):
+        load_source(config(path, max_prompt_tokens=1, too_long="skip"), tokenizer)
+
+
+def test_a_missing_chat_template_is_told_with_the_row(tmp_path):
+    path = write(tmp_path / "data.jsonl", GOOD)
+    with pytest.raises(ValueError, match="data.jsonl:1: .*data.chat_template: false"):
+        load_source(config(path), make_tokenizer(template=None))
+
+
+@pytest.mark.parametrize("kind", ["saved", "saved splits", "folder of files"])
+def test_hugging_face_data_sets(tokenizer, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = {"prompt": ["p0", "p1"], "answer": ["a0", "a1"], "level": [1, 2]}
+    table = datasets.Dataset.from_dict(rows)
+    folder = tmp_path / "data"
+    if kind == "saved":
+        table.save_to_disk(folder)
+    elif kind == "saved splits":
+        datasets.DatasetDict(train=table, test=table.select([0])).save_to_disk(folder)
+    else:
+        folder.mkdir()
+        write(folder / "train.jsonl", *table)
+    first, second = load_source(config(folder), tokenizer)
+    assert (first.id, first.answer, first.meta) == ("0", "a0", {"level": 1})
+    assert second.token_ids == encode_prompt(tokenizer, "p1")[1]
+    (problem,) = check_columns(config(folder, prompt_column="question"))
+    assert "row 0: no column 'question'" in problem and "prompt, answer, level" in problem
+    if kind != "saved":
+        (problem,) = check_columns(config(folder, split="nosuch"))
+        assert "nosuch" in problem and "train" in problem and "\n" not in problem
+
+
+def test_a_column_that_rewards_could_not_be_sent(tmp_path):
+    import datetime
+
+    table = datasets.Dataset.from_dict({"prompt": ["p"], "answer": ["a"], "day": [datetime.datetime(2020, 1, 1)]})
+    table.save_to_disk(tmp_path / "data")
+    assert "column 'day' is not JSON" in check_columns(config(tmp_path / "data"))[0]
+
+
+def test_the_builtin_task_has_its_own_columns_and_splits():
+    tokenizer = make_tokenizer(template=None)
+    data = config("builtin:reverse", chat_template=False, answer_column="nosuch")
+    train = load_source(data, tokenizer)
+    heldout = load_source(data.model_copy(update={"split": "heldout"}), tokenizer)
+    assert {p.id for p in train}.isdisjoint(p.id for p in heldout)
+    for prompt in heldout:
+        word = prompt.messages[0]["content"].removeprefix("reverse: ")
+        assert prompt.answer == prompt.privileged == word[::-1]
+    assert "nosuch" in check_columns(config("builtin:reverse", split="nosuch"))[0]
+
+
+# ---------------------------------------------------------------- order
+
+
+def prompts(n: int) -> list[Prompt]:
+    return [Prompt(id=str(i), messages=(), token_ids=(1,)) for i in range(n)]
+
+
+def ids(taken: list[Prompt]) -> list[str]:
+    return [p.id for p in taken]
+
+
+def test_an_epoch_has_each_prompt_once_and_the_rest_waits():
+    stream = PromptStream(prompts(10), seed=3)
+    epochs = [[i for k in range(3) for i in ids(stream.take(3 * e + k, 3))] for e in range(40)]
+    assert all(len(set(epoch)) == 9 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 40, "each epoch has an order of its own"
+    seen = collections.Counter(i for epoch in epochs for i in epoch)
+    assert len(seen) == 10 and min(seen.values()) >= 30, "who is left out changes with the epoch"
+
+
+def test_the_order_is_a_function_of_the_seed_and_the_iteration():
+    straight = [ids(PromptStream(prompts(10), seed=3).take(i, 4)) for i in range(8)]
+    backwards = PromptStream(prompts(10), seed=3)
+    assert [ids(backwards.take(i, 4)) for i in reversed(range(8))] == straight[::-1]
+    assert [ids(PromptStream(prompts(10), seed=4).take(i, 4)) for i in range(8)] != straight
+    # Pinned: a run must find the same order after an update of numpy.
+    assert straight[0] == ["6", "1", "8", "5"]
+
+
+def test_ranks_take_contiguous_shares_of_the_same_iteration():
+    stream = PromptStream(prompts(11), seed=0)
+    for iteration in range(5):
+        whole = ids(stream.take(iteration, 6))
+        assert [i for rank in range(3) for i in ids(stream.take(iteration, 6, rank, 3))] == whole
+
+
+def test_impossible_counts_name_the_key():
+    stream = PromptStream(prompts(5), seed=0)
+    with pytest.raises(ValueError, match="rollout.prompts is 6, but the data has only 5 prompts"):
+        stream.take(0, 6)
+    with pytest.raises(ValueError, match="rollout.prompts is 5, not divisible by the 2 ranks"):
+        stream.take(0, 5, rank=0, world=2)

@@ -1,0 +1,185 @@
+"""Laws of the losses, most of them by enumeration over a small vocabulary."""
+
+import math
+
+import pytest
+import torch
+
+from rlkd.losses import (
+    clipped_surrogate,
+    counts,
+    forward_kl,
+    generalized_jsd,
+    importance_weights,
+    kl_k1_advantage,
+    kl_k2,
+    kl_k3,
+    reduction_weights,
+    reverse_kl,
+    weighted_sum,
+)
+
+V = 5
+
+
+@pytest.fixture
+def pair():
+    """Student and teacher logits [1, 1, V] in float64; the student's carry gradient."""
+    generator = torch.Generator().manual_seed(3)
+    student = torch.randn(1, 1, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(1, 1, V, generator=generator, dtype=torch.float64)
+    return student, teacher
+
+
+def gradient(value, logits):
+    return torch.autograd.grad(value.sum(), logits)[0]
+
+
+def expected_gradient(per_token, student, teacher):
+    """E_{y~π}[∇ per_token(log π(y), log T(y))], the samples held fixed, by summing over the whole vocabulary."""
+    teacher_logprobs = teacher.log_softmax(-1)
+    total = torch.zeros_like(student)
+    for y in range(V):
+        logprobs = student.log_softmax(-1)
+        probability = logprobs[..., y].exp().detach()
+        total += gradient(probability * per_token(logprobs[..., y], teacher_logprobs[..., y]), student)
+    return total
+
+
+def test_k1_backpropagated_has_no_expected_gradient(pair):
+    student, teacher = pair
+    assert expected_gradient(lambda p, t: p - t, student, teacher).abs().max() < 1e-12
+
+
+def test_k2_has_the_gradient_of_the_reverse_kl(pair):
+    student, teacher = pair
+    wanted = gradient(reverse_kl(student, teacher), student)
+    torch.testing.assert_close(expected_gradient(kl_k2, student, teacher), wanted, atol=1e-12, rtol=0)
+
+
+def test_k3_has_the_gradient_of_the_forward_kl(pair):
+    student, teacher = pair
+    wanted = gradient(forward_kl(student, teacher), student)
+    torch.testing.assert_close(expected_gradient(kl_k3, student, teacher), wanted, atol=1e-12, rtol=0)
+
+
+def test_k1_as_an_advantage_has_the_gradient_of_the_reverse_kl(pair):
+    student, teacher = pair
+    wanted = gradient(reverse_kl(student, teacher), student)
+    got = expected_gradient(lambda p, t: -kl_k1_advantage(p, t) * p, student, teacher)
+    torch.testing.assert_close(got, wanted, atol=1e-12, rtol=0)
+
+
+def test_values_k3_expects_the_reverse_kl_and_k2_does_not(pair):
+    student, teacher = pair
+    logprobs, teacher_logprobs = student.log_softmax(-1).detach(), teacher.log_softmax(-1)
+    exact = reverse_kl(student, teacher).item()
+    assert (logprobs.exp() * kl_k3(logprobs, teacher_logprobs)).sum().item() == pytest.approx(exact, abs=1e-12)
+    assert abs((logprobs.exp() * kl_k2(logprobs, teacher_logprobs)).sum().item() - exact) > 1e-2
+
+
+@pytest.mark.parametrize("estimator", [kl_k2, kl_k3])
+def test_estimators_are_zero_at_equality_and_never_negative(estimator):
+    logprobs = torch.linspace(-8, -0.01, 50)[None]
+    assert estimator(logprobs, logprobs).abs().max() == 0
+    assert (estimator(logprobs, logprobs.flip(1)) >= 0).all()
+
+
+@pytest.mark.parametrize("estimator", [kl_k2, kl_k3, kl_k1_advantage])
+def test_no_gradient_into_the_teacher(estimator):
+    teacher = torch.full((1, 3), -2.0, requires_grad=True)
+    student = torch.full((1, 3), -1.0, requires_grad=True)
+    value = estimator(student, teacher).sum()
+    assert not value.requires_grad or torch.autograd.grad(value, teacher, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("divergence", [forward_kl, reverse_kl, lambda s, t: generalized_jsd(s, t, 0.3)])
+def test_divergences_vanish_with_their_gradient_at_equality(divergence):
+    logits = torch.randn(2, 3, V, dtype=torch.float64, requires_grad=True)
+    value = divergence(logits, logits.detach().clone())
+    assert value.abs().max() < 1e-12
+    assert gradient(value, logits).abs().max() < 1e-12
+
+
+def test_forward_and_reverse_kl_by_hand():
+    student = torch.tensor([[[0.75, 0.25]]], dtype=torch.float64).log()
+    teacher = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64).log()
+    assert forward_kl(student, teacher).item() == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(2.0))
+    assert reverse_kl(student, teacher).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+
+
+def test_jsd_tends_to_the_kls_when_rescaled_and_refuses_the_ends(pair):
+    student, teacher = pair
+    near = 1e-5
+    assert generalized_jsd(student, teacher, near).item() / near == pytest.approx(
+        forward_kl(student, teacher).item(), rel=1e-3
+    )
+    assert generalized_jsd(student, teacher, 1 - near).item() / near == pytest.approx(
+        reverse_kl(student, teacher).item(), rel=1e-3
+    )
+    for beta in (0.0, 1.0):
+        with pytest.raises(ValueError, match="beta is"):
+            generalized_jsd(student, teacher, beta)
+
+
+def test_surrogate_at_ratio_one_is_reinforce():
+    logprobs = torch.tensor([[-1.0, -2.0, -0.5]], requires_grad=True)
+    advantages = torch.tensor([[1.5, -0.7, 0.0]])
+    loss = clipped_surrogate(logprobs, logprobs.detach(), advantages, 0.2, 0.2)
+    torch.testing.assert_close(loss, -advantages)
+    torch.testing.assert_close(gradient(loss, logprobs), -advantages)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [(1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5), (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.7, 0.0)],
+)
+def test_surrogate_clips_only_where_the_ratio_has_gone_too_far(ratio, advantage, value, slope):
+    """PPO's table (arXiv 1707.06347, Fig. 1) at ε_low = 0.3, ε_high = 0.2."""
+    logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    loss = clipped_surrogate(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.3, 0.2)
+    assert loss.item() == pytest.approx(value)
+    assert gradient(loss, logprobs).item() == pytest.approx(slope)
+
+
+def test_importance_weights_truncate_or_mask_and_leave_other_authors_alone():
+    old = torch.tensor([[0.0, 0.0, 0.0]])
+    sampler = torch.tensor([[math.log(0.25), math.log(0.8), math.nan]])
+    student = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(
+        importance_weights(old, sampler, student, "truncate", 2.0), torch.tensor([[2.0, 1.25, 1.0]])
+    )
+    torch.testing.assert_close(importance_weights(old, sampler, student, "mask", 2.0), torch.tensor([[0.0, 1.25, 1.0]]))
+
+
+def mask_of(*lengths):
+    mask = torch.zeros(len(lengths), 8, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        mask[row, 1 : 1 + length] = True
+    return mask
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_means_have_weights_that_sum_to_one(reduction):
+    mask = mask_of(3, 1, 7)
+    assert reduction_weights(mask, reduction, *counts(mask), 7).sum().item() == pytest.approx(1.0)
+
+
+def test_dr_grpo_divides_by_the_budget_whatever_the_length():
+    weights = reduction_weights(mask_of(3, 1), "dr_grpo", 4, 2, 10)
+    assert weights[weights > 0].tolist() == pytest.approx([1 / 20] * 4)
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "dr_grpo"])
+def test_weights_do_not_depend_on_the_split(reduction):
+    mask = mask_of(3, 1, 7, 2)
+    whole = reduction_weights(mask, reduction, *counts(mask), 7)
+    parts = [reduction_weights(mask[rows], reduction, *counts(mask), 7) for rows in ([0, 1, 2], [3])]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=0, atol=0)
+
+
+def test_masked_tokens_do_not_matter_even_as_nan():
+    values = torch.tensor([[1.0, math.nan, 3.0]], requires_grad=True)
+    total = weighted_sum(values, torch.tensor([[0.5, 0.0, 0.5]]))
+    assert total.item() == pytest.approx(2.0)
+    torch.testing.assert_close(gradient(total, values), torch.tensor([[0.5, 0.0, 0.5]]))

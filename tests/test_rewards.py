@@ -1,0 +1,181 @@
+"""The reward functions' values, and how the registry finds them."""
+
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from rlkd.config import RewardFunction
+from rlkd.rewards import registry
+from rlkd.rewards.exact_match import exact_match
+from rlkd.rewards.format import format
+from rlkd.rewards.math import last_box, math
+
+NOTHING = {"prompt": "", "meta": {}}
+
+
+def box(content: str) -> str:
+    return r"So \boxed{" + content + "}."
+
+
+@pytest.mark.parametrize(("completion", "value"), [("cba", 1.0), (" cba\n", 1.0), ("cb", 0.0), ("CBA", 0.0), ("", 0.0)])
+def test_exact_match(completion, value):
+    assert exact_match(completion, answer="cba ", **NOTHING) == value
+
+
+@pytest.mark.parametrize("function", [exact_match, math])
+def test_no_answer_is_an_error_and_no_zero(function):
+    with pytest.raises(ValueError, match="data.answer_column"):
+        function(box("1"), answer=None, **NOTHING)
+
+
+def test_format_matches_the_whole_text_over_line_ends():
+    options = {"pattern": "<think>.*</think>.*", "answer": None, **NOTHING}
+    assert format("<think>a\nb</think>c\n", **options) == 1.0
+    assert format("x<think>a</think>", **options) == 0.0
+    assert format("", **options) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{1} then \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}} done {}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{a\\}", r"a\\"),
+        (r"\boxed {3}", "3"),
+        (r"\boxed{a + \boxed{b}}", r"a + \boxed{b}"),
+        (r"\boxed{1} but \boxed{2", None),
+        (r"\boxed{ no \boxed{2}", "2"),
+        (r"\boxed{}", ""),
+        ("no box", None),
+    ],
+)
+def test_last_box(text, content):
+    assert last_box(text) == content
+
+
+@pytest.mark.parametrize(
+    ("answer", "completion", "value"),
+    [
+        ("2", r"first \boxed{1}, no: \boxed{2}", 1.0),
+        ("1", r"first \boxed{1}, no: \boxed{2}", 0.0),
+        ("1", r"\boxed{1} and cut off \boxed{2", 0.0),
+        (r"\frac{1}{2}", box("0.5"), 1.0),
+        ("1/2", box(r"\dfrac{2}{4}"), 1.0),
+        ("12", box("12."), 1.0),
+        ("12", box("$12$"), 1.0),
+        ("12", box("\n12\n"), 1.0),
+        ("1234", box("1,234"), 1.0),
+        (r"\{1, 2\}", box(r"\{2, 1\}"), 1.0),
+        (r"\{1, 2\}", box("1"), 0.0),
+        ("(1, 2)", box("(2, 1)"), 0.0),
+        ("[0, 1)", box("[0,1)"), 1.0),
+        ("[0, 1)", box("[0,1]"), 0.0),
+        ("x^2 + 1", box("1 + x^2"), 1.0),
+        (r"3\sqrt{2}", box(r"\sqrt{18}"), 1.0),
+        (r"$\boxed{7}$", box("7"), 1.0),
+        ("5", box("x = 5"), 1.0),
+        ("7", "the answer is 7", 0.0),
+        ("7", box(""), 0.0),
+        ("7", box("???"), 0.0),
+        ("7", "", 0.0),
+    ],
+)
+def test_math(answer, completion, value):
+    assert math(completion, answer=answer, **NOTHING) == value
+
+
+def test_math_without_a_box_only_where_it_is_allowed():
+    assert math("the answer is 7", answer="7", require_box=False, **NOTHING) == 1.0
+    assert math("the answer is 8", answer="7", require_box=False, **NOTHING) == 0.0
+    assert math(r"the answer is 7, no: \boxed{8}", answer="7", require_box=False, **NOTHING) == 0.0
+    assert math(r"the answer is 7, no: \boxed{7", answer="7", require_box=False, **NOTHING) == 0.0
+
+
+def test_math_names_an_answer_that_it_cannot_read():
+    with pytest.raises(ValueError, match="cannot read the answer '  '"):
+        math(box("1"), answer="  ", **NOTHING)
+
+
+# ---------------------------------------------------------------- registry
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """A working directory with the user's module `my_rewards_x`, which is not on sys.path."""
+    (tmp_path / "my_rewards_x.py").write_text(
+        textwrap.dedent(
+            """
+            def length(completion, *, answer, prompt, meta, scale, offset=0.0):
+                return len(completion) * scale + offset
+
+            def anything(completion, **given):
+                return 1.0
+
+            def narrow(completion, answer):
+                return 1.0
+
+            NUMBER = 3
+            """
+        )
+    )
+    (tmp_path / "my_broken_x.py").write_text("import nosuchmodule\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("my_rewards_x", None)
+
+
+def check(name: str, **options: object) -> list[str]:
+    return registry.check([RewardFunction(name=name, options=options)])
+
+
+def test_good_functions_have_no_problems(mine):
+    assert check("exact_match") == check("math", require_box=False) == check("format", pattern="a.*") == []
+    assert check("my_rewards_x:length", scale=2.0) == check("my_rewards_x:anything", whatever=1) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("exact_mach", {}, r"'exact_mach' is unknown \(did you mean exact_match\?\); there are exact_match, math"),
+        ("module.function", {}, "is unknown; there are .* module:function"),
+        ("my_rewards_x:", {}, "is unknown"),
+        ("my_rewards_y:length", {}, "importing my_rewards_y raised ModuleNotFoundError"),
+        ("my_broken_x:f", {}, "importing my_broken_x raised .*nosuchmodule"),
+        ("my_rewards_x:lenght", {}, r"no function lenght \(did you mean length\?\)"),
+        ("my_rewards_x:NUMBER", {}, "no function NUMBER"),
+        ("my_rewards_x:length", {"scal": 1}, r"no option 'scal' \(did you mean scale\?\)"),
+        ("my_rewards_x:length", {}, "cannot be called .* missing a required argument: 'scale'"),
+        ("my_rewards_x:narrow", {}, "cannot be called as"),
+        ("my_rewards_x:length", {"scale": 1, "answer": "x"}, "answer is given by the data"),
+        ("format", {}, "missing a required argument: 'pattern'"),
+        ("format", {"pattern": "(a"}, "missing \\), unterminated subpattern"),
+        ("format", {"pattern": 3}, "TypeError"),
+        ("math", {"require_box": "yes"}, "require_box is 'yes', wants true or false"),
+        ("__main__:f", {}, "move the function into a module"),
+    ],
+)
+def test_each_wrong_name_or_option_is_one_line(mine, name, options, message):
+    (problem,) = check(name, **options)
+    assert "\n" not in problem
+    assert re.search(message, problem), problem
+
+
+def test_all_problems_at_once():
+    names = ["mth", "exact_match", "frmat"]
+    assert len(registry.check([RewardFunction(name=name) for name in names])) == 2
+
+
+@pytest.mark.process
+def test_a_worker_imports_nothing_heavy():
+    heavy = "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
+    code = (
+        "import sys; import rlkd.rewards.worker; from rlkd.rewards import registry; registry.resolve('exact_match');"
+        f"registry.resolve('math'); print([m for m in '{heavy}'.split() if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,139 @@
+"""The built-in task and its two models: what they must be for the learning tests to mean anything."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlkd.tiny import make, resolve, task, tokenizer
+
+FOLDERS = {name: Path(resolve(f"builtin:{name}")) for name in ("student", "teacher")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tok():
+    return AutoTokenizer.from_pretrained(FOLDERS["student"])
+
+
+def load(name: str):
+    return AutoModelForCausalLM.from_pretrained(FOLDERS[name], dtype=torch.float32)
+
+
+def test_resolve_maps_builtin_names_only():
+    assert FOLDERS["student"].is_dir() and FOLDERS["teacher"].is_dir()
+    assert resolve("some/hub-id") == "some/hub-id"
+    with pytest.raises(ValueError, match="builtin:pupil.*builtin:student, builtin:teacher") as error:
+        resolve("builtin:pupil")
+    assert "\n" not in str(error.value)
+
+
+def test_resolve_and_task_import_no_torch():
+    code = "import sys, rlkd.tiny, rlkd.tiny.task; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_rows_are_stable_distinct_and_disjoint():
+    train, held_out = task.rows("train"), task.rows("heldout")
+    assert (len(train), len(held_out)) == (4000, 256)
+    assert train == task.rows("train")
+    assert held_out[0] == {"id": "heldout-0", "prompt": "reverse: qvgtdf", "answer": "fdtgvq", "privileged": "fdtgvq"}
+    prompts = {r["prompt"] for r in train}, {r["prompt"] for r in held_out}
+    assert len(prompts[0]) == 4000 and len(prompts[1]) == 256 and not prompts[0] & prompts[1]
+    assert len({r["id"] for r in train + held_out}) == 4256
+    with pytest.raises(ValueError, match="no split 'test'; choose one of train, heldout"):
+        task.rows("test")
+
+
+def test_pretraining_words_are_never_held_out():
+    source = task.words("train", seed=1)
+    held_out = {r["prompt"].removeprefix("reverse: ") for r in task.rows("heldout")}
+    assert not held_out & {next(source) for _ in range(20000)}
+
+
+def test_hint_template():
+    example = {"prompt": "reverse: kfbqe", "answer": "eqbfk", "privileged": "eqbfk"}
+    assert task.hinted_prompt(example) == "reverse: kfbqe hint: eqbfk"
+
+
+@pytest.mark.parametrize("text", ["eqbfk", "a b", "  two  spaces ", "x.\ny: 10 + (2)", ""])
+def test_round_trip_is_exact(tok, text):
+    ids = tok.encode(text)
+    assert len(ids) == len(text)
+    assert tok.decode(ids, skip_special_tokens=True) == text
+    assert tok.decode([*ids, tok.eos_token_id], skip_special_tokens=True) == text
+
+
+def test_chat_template_ids(tok):
+    chat = [{"role": "user", "content": "ab"}]
+    names = ["<user>", "a", "b", "<assistant>"]
+    asked = tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert asked == tok.convert_tokens_to_ids(names)
+    answered = tok.apply_chat_template([*chat, {"role": "assistant", "content": "ba"}], return_dict=False)
+    assert answered == [*asked, *tok.encode("ba"), tok.eos_token_id]
+    with_system = tok.apply_chat_template([{"role": "system", "content": "a"}, *chat], return_dict=False)
+    assert tok.decode(with_system) == "<system>a<user>ab"
+    assert len({tok.pad_token_id, tok.eos_token_id, tok.unk_token_id}) == 3
+    with pytest.raises(Exception, match="roles are system, user and assistant, not tool"):
+        tok.apply_chat_template([{"role": "tool", "content": "a"}])
+
+
+def test_both_folders_hold_the_tokenizer_that_the_code_builds(tmp_path):
+    tokenizer.build().save_pretrained(tmp_path)
+    built = {f.name: f.read_text() for f in tmp_path.iterdir()}
+    for folder in FOLDERS.values():
+        assert {name: (folder / name).read_text() for name in built} == built
+
+
+@pytest.mark.parametrize(("name", "size", "tied"), [("student", 104_256, True), ("teacher", 670_848, False)])
+def test_shape_of_the_models(tok, name, size, tied):
+    model = load(name)
+    assert sum(p.numel() for p in model.parameters()) == size
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+    assert model.config.head_dim == 32 and model.config.vocab_size == len(tok)
+    assert model.generation_config.eos_token_id == tok.eos_token_id
+    assert model.generation_config.pad_token_id == tok.pad_token_id
+
+
+def test_greedy_accuracy_is_in_bounds(capsys):
+    assert make.check(FOLDERS["student"].parent), capsys.readouterr().out
+
+
+def test_check_fails_on_a_model_out_of_bounds(tmp_path, capsys, tok):
+    for name in ("student", "teacher"):
+        (tmp_path / name).symlink_to(FOLDERS["teacher"])  # a student that is too good
+    assert not make.check(tmp_path)
+    assert "student plain: 1.000 (wanted 0.05 to 0.2)  OUT OF BOUNDS" in capsys.readouterr().out
+
+
+def test_greedy_agrees_with_generate(tok):
+    model, examples = load("student"), task.rows("heldout")[:8]
+    for example, text in zip(examples, make.greedy(model, tok, [e["prompt"] for e in examples]), strict=True):
+        ids = torch.tensor([make.chat_ids(tok, example["prompt"])])
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)
+        assert tok.decode(generated[0, ids.shape[1] :], skip_special_tokens=True) == text
+
+
+def test_training_is_a_function_of_the_seed(tok):
+    def weights_after_three_steps(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        model = make.fresh_model("student", tok)
+        steps = make.training(model, tok, rate=make.student_rate, hinted_share=lambda step: 0.5, seed=seed)
+        assert [next(steps) for _ in range(3)] == [1, 2, 3]
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    first = weights_after_three_steps(0)
+    assert torch.equal(first, weights_after_three_steps(0))
+    assert not torch.equal(first, weights_after_three_steps(1))

@@ -1,0 +1,97 @@
+"""A tiny model and one real vLLM server for all tests of a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from rlkd.config import RolloutServerConfig
+from rlkd.rollout.server import VLLMServer, cpu_cores
+from rlkd.weight_sync.weight_file import ENGINE_ARGUMENTS
+
+VOCABULARY = 60  # vLLM pads it to 64: a padded vocabulary must not disturb anything
+EOS = 1
+MAX_LEN = 96
+
+
+def tiny_model(seed: int, tied: bool = True) -> LlamaForCausalLM:
+    """Random, fp32, with logits spread over several nats so that a wrong weight shows."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=MAX_LEN,
+        tie_word_embeddings=tied,
+        initializer_range=0.25,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=EOS,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save_model(model: LlamaForCausalLM, directory: Path) -> str:
+    """With a tokenizer of one character a token."""
+    words = {"<pad>": 0, "<eos>": EOS} | {chr(48 + i): i for i in range(2, VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    model.save_pretrained(directory)
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>").save_pretrained(directory)
+    return str(directory)
+
+
+def true_logprobs(
+    model: LlamaForCausalLM, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """[len(completion)] by a plain transformers forward."""
+    ids = torch.tensor([[*prompt, *completion]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+
+
+def start_server(
+    name: str, model: str, log_dir: Path, extra_args: Sequence[str] = (), **environment: str
+) -> VLLMServer:
+    """A policy server with the file engine; the caller waits for it and stops it."""
+    return VLLMServer(
+        name=name,
+        model=model,
+        config=RolloutServerConfig(launch=True, start_timeout_s=240.0, request_timeout_s=120.0, extra_args=list(extra_args)),
+        devices=[],
+        cores=cpu_cores(0, 1),
+        max_model_len=MAX_LEN,
+        log_dir=log_dir,
+        arguments=ENGINE_ARGUMENTS["file"],
+        environment=list(environment.items()),
+    )
+
+
+@pytest.fixture(scope="session")
+def policy_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_model(tiny_model(0), tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="session")
+def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """Serves tiny_model(0) at start; tests publish what they need, so none may assume what it holds."""
+    server = start_server("policy", policy_path, tmp_path_factory.mktemp("logs"))
+    server.wait_ready()
+    yield server
+    server.stop()
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
