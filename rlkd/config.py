@@ -197,6 +197,7 @@ class EvalConfig(Section):
 
     every: int = Field(25, ge=0, description="iterations between evaluations, before the first and after the last too; 0: never")
     path: str | None = Field(None, description="held-out data, read like data.path; null: none (a builtin task has its own)")
+    split: str = Field("test", description="split of a Hugging Face data set at eval.path")
     prompts: int = Field(128, ge=1, description="held-out prompts")
     samples: int = Field(4, ge=1, description="k of avg@k and pass@k")
     temperature: float = Field(1.0, gt=0, description="temperature of avg@k and pass@k")

@@ -51,12 +51,16 @@ class Report:
         """In the order of the sections."""
         order = [*self.schema.fields(self.schema.config)]
         ranked = sorted(self._lines, key=lambda path: order.index(path[0]) if path[0] in order else len(order))
-        return [*self.general, *(self._lines[path] for path in ranked)]
+        return [*self.general, *(self._lines[path] for path in ranked if self._lines[path])]
 
     def say(self, path: Path, message: str) -> None:
         """Add a mistake, with the place that set the key, or the section that lacks it."""
         origin = at(self.root, path)[0].origin or COMMAND_LINE
         self._lines.setdefault(path, f"{origin}: {dotted(path)}: {' '.join(message.split())}")
+
+    def blame_elsewhere(self, path: Path) -> None:
+        """What is wrong at `path` follows from a mistake that has its own line."""
+        self._lines.setdefault(path, "")
 
     def unknown_kind(self, place: Slot, path: Path) -> None:
         """The section at `path` has no tag, or one that is none of the kinds."""
@@ -88,13 +92,14 @@ class Report:
                 got = f"got {shown(node)}; " if exact and not isinstance(node.value, dict | list) else ""
                 self.say(path, f"{got}{error['ctx']['error']}")
             else:
-                self.say(path, self._wrong(path, slot, error["input"]))
+                wanted = "a finite number" if kind == "finite_number" else wants(slot)
+                self.say(path, self._wrong(path, slot, error["input"], wanted))
 
-    def _wrong(self, path: Path, slot: Slot, value: Any) -> str:
+    def _wrong(self, path: Path, slot: Slot, value: Any, wanted: str) -> str:
         node, exact = at(self.root, path)
         if not exact:  # it came from a reference
-            return f"got {type(value).__name__} from {shown(node)}, wants {wants(slot)}"
-        line = f"got {shown(node)}, wants {wants(slot)}"
+            return f"got {type(value).__name__} from {shown(node)}, wants {wanted}"
+        line = f"got {shown(node)}, wants {wanted}"
         if not isinstance(node.value, str):
             return line
         numeric = {int, float} & set(slot.members) or slot.is_schedule

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -113,7 +113,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algori
 def _registered() -> Algorithms:
     from rlkd.algorithms import ALGORITHMS  # late: torch and Lightning take seconds
 
-    return {name: module.Config for name, module in ALGORITHMS.items()}
+    return {name: module.Options for name, module in ALGORITHMS.items()}
 
 
 @dataclass
@@ -162,7 +162,7 @@ class _Loading:
         if isinstance(node.value, list):
             item = place.item
             return [self._filled(item, inner, (*path, i)) for i, inner in enumerate(node.value)]
-        if node.value is None and place.models and not place.nullable:
+        if node.value is None and place.models and not place.nullable and not place.is_schedule:
             node = Node({}, node.origin) if path != ("teacher",) else Node({"backend": Node("none", "")}, node.origin)
         if isinstance(node.value, dict):
             model = self._model(place, node, path)
@@ -218,16 +218,16 @@ class _Loading:
 
     def _resolved(self, container: DictConfig | ListConfig, path: Path) -> Any:
         """The container's plain values, references replaced by what they stand for."""
-        unresolved = OmegaConf.to_container(container, resolve=False)
-        items: Iterable[tuple[Any, Any]]
-        items = unresolved.items() if isinstance(unresolved, dict) else enumerate(unresolved)  # type: ignore[arg-type]
+        unresolved: Any = OmegaConf.to_container(container, resolve=False)
+        items = unresolved.items() if isinstance(unresolved, dict) else enumerate(unresolved)
         values: dict[Any, Any] = {}
         for key, raw in items:
             here = (*path, key)
             try:
                 value = raw if OmegaConf.is_missing(container, key) else container[key]
             except InterpolationToMissingValueError:
-                value = raw  # the ??? that it leads to has its own line
+                self.report.blame_elsewhere(here)  # the ??? that it leads to
+                value = raw
             except OmegaConfBaseException as error:
                 self.report.say(here, f"got {raw!r}: {_why_unresolved(error)}")
                 value = raw

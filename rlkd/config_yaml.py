@@ -64,7 +64,7 @@ def read_file(path: str, problems: list[str]) -> Node | None:
         if not isinstance(root, yaml.MappingNode):
             problems.append(f"{path}:{_line(root)}: wants sections such as model: and data:, got {_kind(root)}")
             return None
-        return replace(_node(root, f"{path}:{_line(root)}", path, problems, ()), origin=path)
+        return replace(_node(root, f"{path}:{_line(root)}", path, problems), origin=path)
     except yaml.YAMLError as error:
         problems.append(f"{path}{_what_is_broken(error)}")
         return None
@@ -83,7 +83,7 @@ def read_override(argument: str, problems: list[str]) -> Node | None:
         try:
             composed = yaml.compose(text, Loader=yaml.BaseLoader)
             assert composed is not None
-            node = _node(composed, COMMAND_LINE, None, problems, ())
+            node = _node(composed, COMMAND_LINE, None, problems, section=key)
         except yaml.YAMLError as error:
             what = _what_is_broken(error).split(": ", 1)[-1]
             problems.append(f"{COMMAND_LINE}: {key}: {text!r} starts like YAML but is not ({what}); quote a text")
@@ -124,9 +124,14 @@ def at(root: Node, path: Sequence[str | int]) -> tuple[Node, bool]:
 
 
 def _node(
-    composed: yaml.Node, origin: str, file: str | None, problems: list[str], above: tuple[yaml.Node, ...]
+    composed: yaml.Node,
+    origin: str,
+    file: str | None,
+    problems: list[str],
+    above: tuple[yaml.Node, ...] = (),
+    section: str = "",
 ) -> Node:
-    """The Node of a composed YAML node; `above` are the nodes that hold it."""
+    """The Node of a composed YAML node; `above` are the nodes that hold it, `section` its dotted key."""
 
     def place(part: yaml.Node) -> str:
         return f"{file}:{_line(part)}" if file is not None else origin
@@ -140,7 +145,8 @@ def _node(
         return Node(scalar(composed.value) if plain else composed.value, origin, composed.value, plain)
     above = (*above, composed)
     if isinstance(composed, yaml.SequenceNode):
-        return Node([_node(item, place(item), file, problems, above) for item in composed.value], origin)
+        inside = [_node(item, place(item), file, problems, above, section) for item in composed.value]
+        return Node(inside, origin)
     items: dict[str, Node] = {}
     lines: dict[str, int] = {}
     inherited: dict[str, Node] = {}
@@ -149,15 +155,16 @@ def _node(
             problems.append(f"{place(key)}: a key must be a word, got {_kind(key)}")
         elif key.value == "<<" and key.style is None:
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                node = _node(source, place(key), file, problems, above)
+                node = _node(source, place(key), file, problems, above, section)
                 if isinstance(node.value, dict):
                     inherited = node.value | inherited
                 else:
                     problems.append(f"{place(key)}: << wants a mapping, got {_kind(source)}")
         else:
-            node = _node(value, place(key), file, problems, above)
+            dotted = f"{section}.{key.value}" if section else key.value
+            node = _node(value, place(key), file, problems, above, dotted)
             if key.value in items:
-                problems.append(f"{place(key)}: the key {key.value!r} is set twice, first on line {lines[key.value]}")
+                problems.append(f"{place(key)}: {dotted}: set twice, first on line {lines[key.value]}; keep one")
                 node = merge(node, items[key.value], {})  # the first, so that this mistake makes no others
             lines.setdefault(key.value, _line(key))
             items[key.value] = node

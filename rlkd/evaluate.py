@@ -13,29 +13,31 @@ import lightning
 from transformers import PreTrainedTokenizerBase
 
 from rlkd import distributed
-from rlkd.config import Config
+from rlkd.config import Config, DataConfig
 from rlkd.data.sources import load_source
 from rlkd.metrics import Meter
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.rollout.sampler import Sampling
+from rlkd.tiny import BUILTIN
 from rlkd.types import Batch, Prompt
 
 
-def heldout_path(config: Config) -> str | None:
-    """Where held-out prompts come from: eval.path, else the built-in task's own, else nowhere."""
+def heldout(config: Config) -> DataConfig | None:
+    """Where held-out prompts come from: eval.path, else the built-in task's own split, else nowhere."""
     if config.eval.path is not None:
-        return config.eval.path
-    return f"{config.data.path}-heldout" if config.data.path.startswith("builtin:") else None
+        return config.data.model_copy(
+            update={"path": config.eval.path, "split": config.eval.split, "limit": config.eval.prompts}
+        )
+    if config.data.path.startswith(BUILTIN):
+        return config.data.model_copy(update={"split": "heldout", "limit": config.eval.prompts})
+    return None
 
 
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The first `eval.prompts` held-out prompts; none when the run has no held-out data."""
-    path = heldout_path(config)
-    if path is None:
-        return []
-    source = load_source(config.data.model_copy(update={"limit": None}), tokenizer, path=path)
-    return [source[i] for i in range(min(len(source), config.eval.prompts))]
+    data = heldout(config)
+    return [] if data is None else list(load_source(data, tokenizer))
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

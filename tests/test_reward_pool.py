@@ -90,7 +90,7 @@ def running(mark: str, wanted: int | None = None) -> int:
     return count
 
 
-def pool(*names: str, timeout_s: float = 0.5, workers: int = 1, **options) -> RewardPool:
+def pool(*names: str, timeout_s: float = 1.0, workers: int = 1, **options) -> RewardPool:
     """Of builtin functions, and of those in MODULE by their bare names."""
     full = [f"pool_rewards_x:{name}" if f"def {name}(" in MODULE else name for name in names]
     functions = [RewardFunction(name=name, options=options) for name in full]
@@ -134,9 +134,9 @@ def test_a_hanging_reward_is_killed_in_time_and_the_others_get_theirs(workers, m
     with pool("act", "double", workers=workers) as scorer:
         start = time.monotonic()
         results = scorer.score(items(*["return 1"] * 20, "hang", *["return 3"] * 20, "hang"))
-        assert 0.5 < time.monotonic() - start < 4
+        assert 1.0 < time.monotonic() - start < 6
         assert [r.reward for r in results] == [*[3.0] * 20, None, *[5.0] * 20, None]
-        assert results[20].error == "reward pool_rewards_x:act: gave no answer within 0.5 s"
+        assert results[20].error == "reward pool_rewards_x:act: gave no answer within 1 s"
         assert results[20].parts == {"pool_rewards_x:act": None, "pool_rewards_x:double": 2.0}
         assert scorer.score(items("return 7"))[0].reward == 9.0
     assert running(mine, 0) == 0
@@ -146,21 +146,21 @@ def test_a_reward_that_holds_the_interpreter_is_killed(mine):
     """A regular expression that backtracks for hours holds the lock: only another process can end it."""
     with pool("format", pattern="(a+)+b") as scorer:
         bad, good = scorer.score(items("a" * 60, "aab"))
-    assert (bad.reward, bad.error) == (None, "reward format: gave no answer within 0.5 s")
+    assert (bad.reward, bad.error) == (None, "reward format: gave no answer within 1 s")
     assert good.reward == 1.0
     assert running(mine, 0) == 0
 
 
 def test_the_limit_is_per_item_not_per_batch():
-    with pool("act", timeout_s=0.5) as scorer:
-        results = scorer.score(items(*["nap 0.1"] * 12))
-    assert [r.reward for r in results] == [0.1] * 12
+    with pool("act") as scorer:
+        results = scorer.score(items(*["nap 0.15"] * 12))
+    assert [r.reward for r in results] == [0.15] * 12
 
 
 @pytest.mark.parametrize(
     ("completion", "error"),
     [
-        ("fork", "gave no answer within 0.5 s"),
+        ("fork", "gave no answer within 1 s"),
         ("orphan", "its process exited with status 5"),
         ("exit", "its process exited with status 3"),
         ("crash", f"its process was killed by signal {signal.SIGSEGV.value}"),
@@ -209,10 +209,12 @@ def test_slow_items_are_shared_among_the_workers():
     assert time.monotonic() - start < 0.2 * 16 / 2
 
 
-def test_items_larger_than_a_pipe():
-    with pool("exact_match", timeout_s=5) as scorer:
-        big = [RewardItem(completion="x" * 300_000, answer="x" * 300_000, prompt="") for _ in range(40)]
-        assert [r.reward for r in scorer.score(big)] == [1.0] * 40
+def test_items_larger_than_a_pipe_while_the_worker_hangs():
+    """Nobody reads the pipe then: a write that waits for the worker would wait for ever."""
+    large = RewardItem(completion="return 2", answer="x" * 300_000, prompt="")
+    with pool("act") as scorer:
+        results = scorer.score([*items("hang"), *[large] * 40])
+    assert [r.reward for r in results] == [None, *[2.0] * 40]
 
 
 def test_a_worker_that_died_between_two_calls_is_replaced():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlkd.config import RolloutServerConfig
+from rlkd.config import (
+    AlgorithmConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    RolloutConfig,
+    RolloutServerConfig,
+    ServedTeacher,
+)
 from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.weight_sync.weight_file import ENGINE_ARGUMENTS
+from rlkd.rollout.vllm import policy_arguments
+from rlkd.types import Prompt
 
 VOCABULARY = 60  # vLLM pads it to 64: a padded vocabulary must not disturb anything
 EOS = 1
@@ -69,13 +78,13 @@ def start_server(
     return VLLMServer(
         name=name,
         model=model,
-        config=RolloutServerConfig(launch=True, start_timeout_s=240.0, request_timeout_s=120.0, extra_args=list(extra_args)),
+        config=RolloutServerConfig(launch=True, start_timeout_s=300.0, extra_args=list(extra_args)),
         devices=[],
         cores=cpu_cores(0, 1),
         max_model_len=MAX_LEN,
         log_dir=log_dir,
-        arguments=ENGINE_ARGUMENTS["file"],
-        environment=list(environment.items()),
+        arguments=policy_arguments("file"),
+        environment=environment,
     )
 
 
@@ -93,5 +102,19 @@ def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) ->
     server.stop()
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def run_config(policy_path: str, url: str, *, max_tokens: int = 24, **changes: Any) -> Config:
+    """A run that uses the running server at `url` as sampler and as teacher."""
+    return Config(
+        model=ModelConfig(path=policy_path),
+        data=DataConfig(path="unused.jsonl", max_prompt_tokens=32),
+        algorithm=AlgorithmConfig(name="none"),
+        rollout=RolloutConfig(backend="vllm", max_tokens=max_tokens, server=RolloutServerConfig(urls=[url])),
+        teacher=ServedTeacher(backend="served", path=policy_path, url=url),
+        **changes,
+    )
+
+
+def prompts(count: int) -> list[Prompt]:
+    """Of different lengths and tokens."""
+    ids = [[2 + (7 * i + 3 * t) % (VOCABULARY - 2) for t in range(3 + i % 5)] for i in range(count)]
+    return [Prompt(id=f"p{i}", messages=(), token_ids=tuple(tokens)) for i, tokens in enumerate(ids)]

@@ -12,9 +12,6 @@ import tenacity
 IMPOSSIBLE_LOGPROB = -9999.0
 """vLLM's HTTP layer writes this for −inf, NaN and a missing log-prob; it is never a value."""
 
-_KEEPALIVE_S = 2.0
-"""Below the server's own five seconds: else a request can travel on a connection that it is just closing."""
-
 
 class ServerError(RuntimeError):
     """A request that the server refused, failed or never answered."""
@@ -32,7 +29,9 @@ class VLLMClient:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=_KEEPALIVE_S),
+            # Never a connection twice: the server closes it after an error or five idle seconds, and a request that
+            # is sent just then fails although nothing is wrong.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
             trust_env=False,
         )
 

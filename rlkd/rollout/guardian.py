@@ -74,7 +74,7 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def _shared_memory(group: int) -> set[Path]:
+def shared_memory(group: int) -> set[Path]:
     """The files under /dev/shm that a process of the group has mapped or open."""
     found: set[Path] = set()
     for process in Path("/proc").iterdir():
@@ -95,7 +95,7 @@ def end_group(group: int, segments: set[Path]) -> None:
 
     Removes what is then left of their shared memory: `segments` and those that they hold now.
     """
-    segments = segments | _shared_memory(group)
+    segments = segments | shared_memory(group)
     for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 30.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(group, number)
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
         if readable and not os.read(0, 4096):
             break
         if time.monotonic() > next_scan:
-            segments |= _shared_memory(server.pid)
+            segments |= shared_memory(server.pid)
             next_scan = time.monotonic() + SCAN_S
         exit_code = _reap().get(server.pid)
     end_group(server.pid, segments)

@@ -160,10 +160,18 @@ class VLLMServer:
 
     def _epitaph(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        causes = [line for line in lines if re.search(r"\b[A-Z]\w*(Error|Exception|Interrupt): .", line)]
-        cause = f": {causes[-1].split(') ', 1)[-1].strip()[:300]}" if causes else ""
-        headline = f"the vLLM server {self.name!r} {what}{cause}; its log is {self.log}, which ends:"
+        headline = f"the vLLM server {self.name!r} {what}{_cause(lines)}; its log is {self.log}, which ends:"
         return "\n    ".join([headline, *lines[-8:]])
+
+
+def _cause(log: Sequence[str]) -> str:
+    """The last exception that the log names, or nothing. A validation error says what is wrong in the line after."""
+    for i in reversed(range(len(log))):
+        found = re.search(r"\b[A-Z]\w*(Error|Exception): .+", log[i])
+        if found is not None:
+            more = log[i + 1 : i + 2] if "validation error" in found[0] else []
+            return ": " + " ".join([found[0], *more]).strip()[:300]
+    return ""
 
 
 def cpu_cores(slot: int, slots: int) -> str:

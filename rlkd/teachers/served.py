@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlkd import config as configuration
+from rlkd.config import Config
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
-from rlkd.rollout.server import VLLMServer, launch, on_rank_zero
+from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts
+from rlkd.tiny import resolve
 from rlkd.types import TeacherScores
 
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -28,26 +29,13 @@ class ServedTeacher:
     Its scores are at temperature 1: vLLM applies no temperature to them.
     """
 
-    def __init__(
-        self,
-        settings: configuration.ServedTeacher,
-        *,
-        model_path: str,
-        longest: int,
-        run_dir: str | os.PathLike[str],
-        slots: tuple[int, int],
-    ) -> None:
-        """
-        Args:
-            model_path: folder or hub id of the teacher.
-            longest: the teacher's prompt + completion, in tokens.
-            run_dir, slots: see `rlkd.rollout.server.launch`; used only where we start the server.
-        """
-        self._settings = settings
-        self._model_path = model_path
-        self._longest = longest + 1  # the server insists on generating a token
-        self._run_dir = run_dir
-        self._slots = slots
+    def __init__(self, config: Config) -> None:
+        assert isinstance(config.teacher, configuration.ServedTeacher)
+        self._config = config
+        self._settings = config.teacher
+        self._model_path = resolve(config.teacher.path)
+        # the server insists on generating one token beyond what it scores
+        self._longest = config.data.max_prompt_tokens + config.rollout.max_tokens + 1
         self._servers: list[VLLMServer] = []
         self._clients: list[VLLMClient] = []
         self._models: list[str] = []
@@ -66,13 +54,14 @@ class ServedTeacher:
             self._models.append(client.model_card(self._model_path, self._longest))
 
     def _launch(self) -> list[str]:
+        of_policy, of_teacher = server_counts(self._config)
         self._servers = launch(
             self._settings.server,
             role="teacher",
             model=self._model_path,
             max_model_len=self._longest,
-            run_dir=self._run_dir,
-            slots=self._slots,
+            run_dir=self._config.run_dir,
+            slots=(of_policy, of_policy + of_teacher),
             arguments=TEACHER_ARGUMENTS,
         )
         return [server.url for server in self._servers]
@@ -84,7 +73,9 @@ class ServedTeacher:
         """
         for prompt, completion in pairs:
             if not prompt or not completion:
-                raise ValueError(f"a teacher needs a prompt and a completion, got {len(prompt)} and {len(completion)} tokens")
+                raise ValueError(
+                    f"a teacher needs a prompt and a completion, got {len(prompt)} and {len(completion)} tokens"
+                )
         requests = [pairs[start : start + _PAIRS_PER_REQUEST] for start in range(0, len(pairs), _PAIRS_PER_REQUEST)]
 
         def one(job: tuple[int, Sequence[Pair]]) -> list[TeacherScores]:
@@ -150,6 +141,8 @@ def completion_logprobs(
         if entry is None:
             raise ServerError(f"{where}: no log-prob of completion token {position}, which is {token}")
         if entry["logprob"] is None or not entry["logprob"] > IMPOSSIBLE_LOGPROB:
-            raise ServerError(f"{where}: the log-prob of completion token {position} is {entry['logprob']}: −inf or NaN")
+            raise ServerError(
+                f"{where}: the log-prob of completion token {position} is {entry['logprob']}: NaN or −inf in the server"
+            )
         logprobs.append(float(entry["logprob"]))
     return tuple(logprobs)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.config import VllmConfig
+from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -48,26 +50,33 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     init_info_cls = FileInitInfo
     update_info_cls = FileUpdateInfo
     supports_draft_weight_update = False
-    _directory: Path | None = None
+
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: torch.nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._directory: Path | None = None
+        # Asked here, once: a reload takes tied weights apart, and they would be missed under their second name.
+        self._names = {name for name, _ in model.named_parameters()}
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         directory = Path(init_info.directory)
         if not directory.is_dir():
-            raise ValueError(f"{directory} is not a directory on the server's machine; trainer and server must share it")
+            raise ValueError(f"{directory} is no directory on the server's machine; trainer and server must share it")
         self._directory = directory.resolve()
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        wanted = {name for name, _ in self.model.named_parameters()}
-        loaded: set[str] | None = self.model.load_weights(_tensors(self._path(update_info.file)))
-        if loaded is not None and wanted - loaded:
-            missing = sorted(wanted - loaded)
+        model: Any = self.model
+        loaded: set[str] | None = model.load_weights(_tensors(self._path(update_info.file)))
+        if loaded is not None and not loaded >= self._names:
+            missing = sorted(self._names - loaded)
             raise ValueError(f"{update_info.file} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
 
     def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
         self._refresh_tied_head()
 
     def shutdown(self) -> None:

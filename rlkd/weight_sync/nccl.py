@@ -35,7 +35,7 @@ def versioned_client(url: str, timeout_s: float) -> Any:
     """vLLM's HTTP client, but its updates carry the version in `.version`: the engines themselves send none."""
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
 
-    class Client(HTTPVLLMWeightSyncClient):  # type: ignore[misc]
+    class Client(HTTPVLLMWeightSyncClient):
         version: int
 
         def finish_weight_update(self, weight_version: str | None = None) -> None:
@@ -54,7 +54,7 @@ class DirectTransfer:
         self._kind = kind
         self._urls = list(urls)
         self._timeout_s = timeout_s
-        self._source = CurrentWeights()
+        self._source: Any = CurrentWeights()
         self._clients: list[Any] = []
         self._engines: list[Any] = []
 

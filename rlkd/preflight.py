@@ -1,0 +1,170 @@
+"""What can be known to be wrong before a model is loaded: paths, vocabularies, lengths, data, rewards, servers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from rlkd.checkpoint import checkpoints
+from rlkd.config import Config, DataConfig, LocalTeacher, ServedTeacher
+from rlkd.data.chat import first_difference, load_tokenizer
+from rlkd.data.prompts import PromptStream
+from rlkd.data.sources import load_source
+from rlkd.evaluate import heldout
+from rlkd.rewards import registry
+from rlkd.rollout.client import ServerError, VLLMClient
+from rlkd.tiny import resolve
+
+_ANSWER_S = 5.0
+"""Patience with a server that should be running."""
+
+
+def check(config: Config) -> list[str]:
+    """What would stop the run `config`, one line each with its dotted key; empty: nothing that is known beforehand.
+
+    Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
+    """
+    problems = _run_directory(config) + _devices(config)
+    student = _model("model.path", config.model.path, config.model.trust_remote_code, config, problems)
+    if isinstance(config.teacher, LocalTeacher | ServedTeacher):
+        teacher = _model("teacher.path", config.teacher.path, config.model.trust_remote_code, config, problems)
+        difference = first_difference(student, teacher) if student is not None and teacher is not None else None
+        if difference is not None:
+            problems.append(
+                f"teacher.path: {config.teacher.path} has another vocabulary than model.path: {difference}; token "
+                "ids are compared one by one, so both must agree (model.path is the first)"
+            )
+    if student is not None:
+        problems += _data(config, student)
+    problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
+    return problems + _servers(config)
+
+
+def _run_directory(config: Config) -> list[str]:
+    """Only what a training run writes counts: another rank of this run may just have made the directory."""
+    resume, folder = config.run.resume, Path(config.run_dir)
+    if resume == "never":
+        if Path(folder, "metrics.jsonl").exists() or checkpoints(folder):
+            return [
+                f"run.name: {folder} holds a run already; go on with it by run.resume=auto, or choose another run.name"
+            ]
+    elif resume != "auto" and not Path(resume).is_dir():
+        names = ", ".join(str(path) for path in checkpoints(folder)[-3:])
+        hint = f"; {folder} has {names}" if names else ""
+        return [f"run.resume: no checkpoint {resume}; wants never, auto, or the folder of a checkpoint{hint}"]
+    return []
+
+
+def _devices(config: Config) -> list[str]:
+    problems = []
+    gpus = torch.cuda.device_count()
+    if config.trainer.accelerator == "gpu" and config.trainer.devices > gpus:
+        problems.append(
+            f"trainer.devices: is {config.trainer.devices} with trainer.accelerator gpu, but this node has {gpus}; "
+            "lower it, or set trainer.accelerator: cpu"
+        )
+    launches = {"rollout.server.launch": config.rollout.server.launch}
+    if isinstance(config.teacher, ServedTeacher):
+        launches["teacher.server.launch"] = config.teacher.server.launch
+    for key, launch in launches.items():
+        if launch and importlib.util.find_spec("vllm") is None:
+            problems.append(f"{key}: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
+    return problems
+
+
+def _model(
+    key: str, path: str, trust_remote_code: bool, config: Config, problems: list[str]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None where something is wrong, which is then added to `problems`."""
+    try:
+        folder = resolve(path)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+        return None
+    if not Path(folder).is_dir() and (folder[:1] in "/.~" or folder.count("/") > 1):
+        hint = " (~ is not expanded here)" if folder.startswith("~") else ""
+        problems.append(f"{key}: no folder {folder}{hint}")
+        return None
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        problems.append(f"{key}: {path} has no config.json; wants a model folder in Hugging Face form")
+        return None
+    try:
+        model = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code)
+    except (OSError, ValueError) as error:
+        what = path if Path(folder).is_dir() else f"{path} is no folder here, and as a hub id"
+        problems.append(f"{key}: {what}: {' '.join(str(error).split())[:300]}")
+        return None
+    limit = _positions(model)
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if limit is not None and longest > limit:
+        problems.append(
+            f"rollout.max_tokens: data.max_prompt_tokens + rollout.max_tokens = {longest}, but {key} {path} has "
+            f"{limit} positions; lower one of them"
+        )
+    return tokenizer
+
+
+def _positions(model: Any) -> int | None:
+    """The longest sequence that a model knows; None where its architecture has no such bound."""
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)  # a state-space model has none
+    return None if limit is None else int(limit)
+
+
+def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    problems = []
+    sources: list[tuple[str, DataConfig]] = [("data.path", config.data)]
+    held_out = heldout(config)
+    if held_out is not None and config.eval.every > 0:
+        sources.append(("eval.path", held_out))
+    for key, source in sources:
+        try:
+            prompts = load_source(source, tokenizer)
+            if key == "data.path":
+                PromptStream(prompts, seed=0).take(0, config.rollout.prompts)  # enough of them for an iteration?
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _servers(config: Config) -> list[str]:
+    """Asks servers that should be running already who they are."""
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    asked: list[tuple[str, str, str, int]] = []
+    if config.rollout.backend == "vllm":
+        asked += [("rollout.server.urls", url, config.model.path, longest) for url in config.rollout.server.urls]
+    if isinstance(config.teacher, ServedTeacher) and config.teacher.url is not None:
+        asked.append(("teacher.url", config.teacher.url, config.teacher.path, longest + 1))  # it must generate one
+    problems = []
+    for key, url, path, tokens in asked:
+        if not url.startswith(("http://", "https://")):
+            problems.append(f"{key}: got {url!r}, wants an address such as http://host:8000")
+            continue
+        try:
+            _ask(VLLMClient(url, _ANSWER_S), path, tokens, trains=key.startswith("rollout"))
+        except (ServerError, httpx.InvalidURL) as error:
+            problems.append(f"{key}: {' '.join(str(error).split())}")
+    return problems
+
+
+def _ask(client: VLLMClient, path: str, tokens: int, trains: bool) -> None:
+    """Raises: ServerError, one line, when the server is not the one that is wanted."""
+    try:
+        if not client.healthy():
+            raise ServerError(
+                f"no healthy server at {client.url} (GET /health, {_ANSWER_S:g} s); start it, or correct the address"
+            )
+        try:
+            client.model_card(resolve(path), tokens)
+            if trains:
+                client.weight_version()  # only a server in dev mode takes new weights
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ServerError(f"{client.url} answers, but not as a vLLM server does: {error!r}") from error
+    finally:
+        client.close()

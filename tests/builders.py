@@ -1,0 +1,85 @@
+"""Small real things that several tests need: configs, scored rollouts, one training step."""
+
+import lightning
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from rlkd.algorithms import ALGORITHMS
+from rlkd.config import Config
+from rlkd.config_file import load
+from rlkd.rollout.collate import collate
+from rlkd.types import Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
+
+GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
+
+
+def config(*overrides: str) -> Config:
+    """The quickstart with overrides; the mismatch bound is off, since these rollouts are made up."""
+    return load(["configs/quickstart.yaml"], ["rollout.max_mismatch=1000.0", "algorithm.group_size=4", *overrides]).config
+
+
+def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRollout:
+    """A made-up rollout of `length` random tokens, with everything filled in."""
+    generator = torch.Generator().manual_seed(seed)
+    prompt = Prompt(id=f"p{seed}", messages=(), token_ids=tuple(range(5, 5 + 3 + seed % 4)))
+    ids = torch.randint(4, 30, (length,), generator=generator)
+    logprobs = -4 * torch.rand(3, length, generator=generator)
+    rollout = Rollout(
+        prompt=prompt,
+        token_ids=tuple(ids.tolist()),
+        logprobs=tuple(logprobs[0].tolist()),
+        weight_versions=(VersionSpan(start=0, end=length, version=0),),
+        finish_reason="stop" if seed % 2 else "length",
+    )
+    filled = {
+        "rollout": rollout,
+        "reward": reward,
+        "teacher": TeacherScores(logprobs=tuple(logprobs[1].tolist())),
+        "reference": TeacherScores(logprobs=tuple(logprobs[2].tolist())),
+    }
+    return ScoredRollout(**(filled | changes))
+
+
+LENGTHS = (5, 1, 9, 3, 7, 12, 2, 4)
+REWARDS = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def groups(algorithm, lengths=LENGTHS, rewards=REWARDS):
+    """Two groups of four, credited by the algorithm."""
+    rows = [scored(i, n, r) for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))]
+    return [algorithm.advantages(rows[:4]), algorithm.advantages(rows[4:])]
+
+
+class OneBatch:
+    """A loader of one batch (Lightning takes a bare list for a collection of loaders)."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def __len__(self):
+        return 1
+
+    def __iter__(self):
+        return iter([self.batch])
+
+
+class Captured:
+    """One iteration through a real Trainer: gradients (whole), figures, parameters after the step."""
+
+    def __init__(self, settings: Config, batch=None):
+        module = ALGORITHMS[settings.algorithm.name](settings)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
+            max_epochs=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, OneBatch(batch if batch is not None else collate(groups(module), 0)))
+        named = dict(module.model.hf.named_parameters())
+        self.gradients = {name: p.grad.full_tensor().clone() for name, p in named.items()}
+        self.parameters = {name: p.detach().full_tensor().clone() for name, p in named.items()}
+        self.row = module.row

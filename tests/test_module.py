@@ -1,0 +1,199 @@
+"""The update: what is minimised does not depend on how the work is cut, and algorithms reduce to each other."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from builders import GRPO, LENGTHS, REWARDS, Captured, config, groups
+
+from rlkd.algorithms import KDRL
+from rlkd.rollout.collate import collate
+from rlkd.student import load_causal_lm
+
+NO_CLIP = "optim.max_grad_norm=1000000.0"
+
+
+def assert_same(a, b, atol):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def assert_moved(captured):
+    assert max(g.abs().max() for g in captured.gradients.values()) > 1e-3
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "dr_grpo"])
+def test_micro_batches_change_no_gradient(reduction):
+    settings = (NO_CLIP, f"algorithm.reduction={reduction}", "algorithm.kd.mask=response")
+    whole = Captured(config(*settings))
+    # The longest row has 16 tokens: one to three rows a micro-batch.
+    split = Captured(config(*settings, "trainer.micro_batch_tokens=48", "rollout.max_tokens=12"))
+    if reduction == "dr_grpo":  # its constant is the budget
+        whole = Captured(config(*settings, "rollout.max_tokens=12"))
+    assert_moved(whole)
+    assert_same(whole.gradients, split.gradients, 1e-6)
+    for name in ("loss", "loss/pg", "loss/kd", "kd/kl", "entropy", "mismatch/mean"):
+        assert whole.row[name] == pytest.approx(split.row[name], rel=1e-5), name
+
+
+def test_kdrl_with_coefficient_zero_is_grpo_bit_for_bit():
+    grpo = Captured(config(*GRPO))
+    kdrl = Captured(config("algorithm.kd.coef=0"))
+    assert_moved(grpo)
+    assert_same(grpo.gradients, kdrl.gradients, 0)
+    assert_same(grpo.parameters, kdrl.parameters, 0)
+
+
+@pytest.mark.parametrize("mask", ["none", "response", "group"])
+def test_kdrl_with_zero_advantages_is_the_coefficient_times_distillation(mask):
+    settings = (NO_CLIP, f"algorithm.kd.mask={mask}")
+    algorithm = KDRL(config(*settings))
+    batch = collate(groups(algorithm), 0)
+    batch = dataclasses.replace(batch, advantages=torch.zeros_like(batch.advantages))
+    kdrl = Captured(config(*settings, "algorithm.kd.coef=0.25"), batch)
+    distillation = Captured(config(*settings, "algorithm.kd.coef=1", "algorithm.policy_coef=0"))
+    assert_moved(distillation)
+    assert_same(kdrl.gradients, {n: 0.25 * g for n, g in distillation.gradients.items()}, 0)
+
+
+@pytest.mark.parametrize("denominator", ["all", "kept"])
+@pytest.mark.parametrize("mask", ["none", "response"])
+def test_joint_k2_and_the_advantage_form_have_the_same_gradient_on_policy(mask, denominator):
+    settings = (NO_CLIP, "algorithm.kd.coef=0.3", f"algorithm.kd.mask={mask}", f"algorithm.kd.denominator={denominator}")
+    joint = Captured(config(*settings))
+    advantage = Captured(config(*settings, "algorithm.kd.form=advantage"))
+    assert_moved(joint)
+    assert_same(joint.gradients, advantage.gradients, 2e-6)
+
+
+def test_masked_samples_change_nothing():
+    """A failed reward masks its row: whatever that row holds, gradients and figures stay."""
+    algorithm = KDRL(config())
+    made = groups(algorithm, rewards=(1.0, 0.0, None, 1.0, 0.0, 0.0, 0.0, 0.0))
+    batch = collate(made, 0)
+    other = dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids.index_fill(0, torch.tensor([2]), 7),
+        teacher_logprobs=batch.teacher_logprobs.index_fill(0, torch.tensor([2]), -99.0),
+        advantages=batch.advantages.index_fill(0, torch.tensor([2]), 5.0),
+    )
+    a, b = Captured(config(), batch), Captured(config(), other)
+    assert_moved(a)
+    assert_same(a.gradients, b.gradients, 0)
+    assert a.row["loss"] == b.row["loss"] and a.row["kd/kl"] == b.row["kd/kl"]
+
+
+def test_groups_without_variance_keep_their_distillation_gradient():
+    def gradient(*settings):
+        batch = collate(groups(KDRL(config(*settings)), rewards=(0.0,) * 8), 0)
+        return max(g.abs().max() for g in Captured(config(*settings), batch).gradients.values())
+
+    assert gradient("algorithm.kd.coef=1") > 1e-3
+    assert gradient("algorithm.kd.coef=0") == 0
+    assert gradient("algorithm.kd.coef=1", "algorithm.kd.mask=group") > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("mask", "kept"),
+    [
+        ("none", [True] * 8),
+        ("response", [r < 1 for r in REWARDS]),
+        ("group", [False] * 4 + [True] * 4),
+    ],
+)
+def test_reward_guided_masks_on_a_two_by_four_matrix(mask, kept):
+    algorithm = KDRL(config(f"algorithm.kd.mask={mask}"))
+    rows = [s for group in groups(algorithm) for s in group]
+    assert [all(s.distil) for s in rows] == kept
+    assert [any(s.distil) for s in rows] == kept
+
+
+def test_mask_eos_spares_the_last_token_of_finished_completions_only():
+    algorithm = KDRL(config("algorithm.kd.mask_eos=true"))
+    for s in (s for group in groups(algorithm) for s in group):
+        finished = s.rollout.finish_reason == "stop"
+        assert s.distil == (True,) * (len(s.distil) - 1) + (not finished,)
+
+
+def test_denominator_kept_rescales_by_the_kept_share():
+    """6 of 8 completions failed; both forms differ by kept tokens / all tokens."""
+    settings = (NO_CLIP, "algorithm.policy_coef=0", "algorithm.kd.coef=1", "algorithm.kd.mask=response")
+    over_all = Captured(config(*settings))
+    over_kept = Captured(config(*settings, "algorithm.kd.denominator=kept"))
+    kept = sum(n for n, r in zip(LENGTHS, REWARDS, strict=True) if r < 1)
+    share = kept / sum(LENGTHS)
+    assert_same(over_all.gradients, {n: share * g for n, g in over_kept.gradients.items()}, 1e-6)
+
+
+def test_sign_conflicts_are_counted():
+    """Advantage +1 everywhere, teacher far below the student on every token: all tokens conflict."""
+    batch = collate(groups(KDRL(config())), 0)
+    batch = dataclasses.replace(
+        batch,
+        advantages=torch.ones_like(batch.advantages),
+        teacher_logprobs=torch.full_like(batch.teacher_logprobs, -50.0),
+    )
+    assert Captured(config(), batch).row["kd/sign_conflict"] == pytest.approx(1.0)
+
+
+def test_a_teacher_equal_to_the_student_gives_no_distillation():
+    settings = config("algorithm.policy_coef=0", "algorithm.kd.coef=1")
+    batch = collate(groups(KDRL(settings)), 0)
+    hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
+    with torch.no_grad():
+        logprobs = hf(batch.input_ids).logits.log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    own = torch.nn.functional.pad(logprobs, (1, 0))
+    captured = Captured(settings, dataclasses.replace(batch, teacher_logprobs=own))
+    assert captured.row["kd/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert max(g.abs().max() for g in captured.gradients.values()) < 1e-5
+
+
+def test_several_updates_step_several_times_and_use_the_ratio():
+    one = Captured(config())
+    two = Captured(config("trainer.updates_per_iteration=2"))
+    assert one.row["update"] == 1 and two.row["update"] == 2
+    assert one.row["mismatch/mean"] == pytest.approx(two.row["mismatch/mean"], abs=1e-6)
+    assert any(not torch.equal(one.parameters[n], two.parameters[n]) for n in one.parameters)
+
+
+def test_reference_kl_is_zero_at_the_start_and_pulls_back_elsewhere():
+    settings = config(*GRPO, "algorithm.reference_coef=1")
+    captured = Captured(settings)
+    assert captured.row["reference/kl"] > 0.01  # made-up reference scores
+    assert_moved(captured)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    assert_same(Captured(config()).gradients, Captured(config("model.gradient_checkpointing=true")).gradients, 1e-7)
+
+
+def test_bf16_computes_in_half_and_keeps_fp32_masters():
+    half, full = Captured(config("trainer.precision=bf16")), Captured(config())
+    assert all(p.dtype == torch.float32 for p in half.parameters.values())
+    assert all(g.dtype == torch.float32 for g in half.gradients.values())
+    assert half.row["entropy"] == pytest.approx(full.row["entropy"], rel=0.02)
+    assert half.row["entropy"] != full.row["entropy"]
+
+
+def test_a_large_mismatch_stops_before_any_step():
+    with pytest.raises(RuntimeError, match=r"sampler and trainer disagree by .* rollout.max_mismatch = 0.01"):
+        Captured(config("rollout.max_mismatch=0.01"))
+
+
+def test_a_non_finite_gradient_stops_before_the_step():
+    batch = collate(groups(KDRL(config())), 0)
+    bad = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, math.inf))
+    with pytest.raises(RuntimeError, match="the gradient norm of iteration 1 is"):
+        Captured(config(), bad)
+
+
+def test_a_row_longer_than_the_budget_names_the_key():
+    with pytest.raises(ValueError, match=r"trainer.micro_batch_tokens is 14, but a rollout has 16 tokens"):
+        Captured(config("trainer.micro_batch_tokens=14", "rollout.max_tokens=8", "data.max_prompt_tokens=6"))
+
+
+def test_k1_is_refused_with_the_reason():
+    with pytest.raises(ValueError, match="k1 = log π − log T has zero expected gradient"):
+        config("algorithm.kd.estimator=k1")

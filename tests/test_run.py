@@ -1,0 +1,198 @@
+"""Whole runs as a user starts them: real processes, real signals, equal results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.process
+
+# 4 prompts × 4 samples; a budget of three rows a micro-batch, so that two ranks need unequal numbers of them.
+SMALL = (
+    "rollout.prompts=4",
+    "algorithm.group_size=4",
+    "data.max_prompt_tokens=24",
+    "trainer.micro_batch_tokens=80",
+    "eval.every=0",
+    "checkpoint.every=5",
+)
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def command(ranks, folder, *overrides):
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return [
+        *launcher,
+        *("-m", "rlkd.train", "--config", "configs/quickstart.yaml"),
+        *(f"run.dir={folder.parent}", f"run.name={folder.name}", f"trainer.devices={ranks}"),
+        *SMALL,
+        *overrides,
+    ]
+
+
+def train(ranks, folder, *overrides):
+    done = subprocess.run(command(ranks, folder, *overrides), env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def saved(folder, iteration):
+    """The tensors of a checkpoint: model and optimizer, by name."""
+    whole = folder / f"whole-{iteration}.pt"
+    dcp_to_torch_save(folder / "checkpoints" / f"iteration-{iteration:06d}", whole)
+    flat = {}
+
+    def walk(value, name):
+        if isinstance(value, torch.Tensor):
+            flat[name] = value
+        elif isinstance(value, dict):
+            for key, entry in value.items():
+                walk(entry, f"{name}/{key}")
+
+    walk(torch.load(whole, weights_only=False), "")
+    assert any("exp_avg_sq" in name for name in flat) and any("lm_head" in name for name in flat)
+    return flat
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """6 iterations without a break, on 1 and on 2 ranks."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp("runs") / f"straight{ranks}"
+        train(ranks, folders[ranks], "run.iterations=6")
+    return folders
+
+
+def test_two_ranks_agree_with_one(straight):
+    one, two = saved(straight[1], 5), saved(straight[2], 5)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(rows(straight[1]), rows(straight[2]), strict=True):
+        for name in ("reward/mean", "tokens/trained", "completion/length", "tokens/generated"):
+            assert a[name] == pytest.approx(b[name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_three_and_three_is_six_bit_for_bit(straight, tmp_path, ranks):
+    """The run of 3 ends normally, then is resumed with more iterations."""
+    folder = tmp_path / "resumed"
+    train(ranks, folder, "run.iterations=3")
+    train(ranks, folder, "run.iterations=6", "run.resume=auto")
+    resumed, whole = saved(folder, 6), saved(straight[ranks], 6)
+    assert resumed.keys() == whole.keys()
+    different = [name for name in whole if not torch.equal(resumed[name], whole[name])]
+    assert not different
+    assert [row["iteration"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "reward/mean", "kd/kl", "grad_norm"):
+        assert [r[name] for r in rows(folder)] == [r[name] for r in rows(straight[ranks])]
+
+
+def test_the_export_is_the_checkpoint_and_loads_in_transformers(straight):
+    model = AutoModelForCausalLM.from_pretrained(straight[1] / "hf", dtype=torch.float32)
+    trained = {n.split("hf.", 1)[1]: t for n, t in saved(straight[1], 6).items() if "/state_dict/" in n}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    start = AutoModelForCausalLM.from_pretrained("rlkd/tiny/student", dtype=torch.float32).state_dict()
+    assert any(not torch.equal(start[n], v) for n, v in model.state_dict().items())
+
+
+def test_every_file_of_a_run_is_there(straight):
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "checkpoints", "rollouts", "hf"):
+        assert (straight[2] / name).exists(), name
+    lines = [json.loads(x) for f in sorted((straight[2] / "rollouts").glob("000003-*")) for x in open(f)]
+    assert len(lines) == 16
+    assert all(line["weight_version"] == 2 and len(line["token_ids"]) == len(line["logprobs"]) for line in lines)
+    assert all(r["staleness/mean"] == 0 and r["mismatch/mean"] < 1e-5 for r in rows(straight[2]))
+
+
+def test_sigterm_to_one_of_two_ranks_saves_and_ends_both_and_the_run_resumes(tmp_path):
+    folder = tmp_path / "signalled"
+    run = subprocess.Popen(
+        command(2, folder, "run.iterations=10000"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        metrics = folder / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0][-3000:]
+            time.sleep(0.2)
+        (second,) = [p for p in psutil.Process(run.pid).children() if p.environ()["RANK"] == "1"]
+        second.send_signal(signal.SIGTERM)
+        output, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+    assert run.returncode == 0, output[-3000:]
+    (last,) = [int(p.name.split("-")[1]) for p in (folder / "checkpoints").iterdir()][-1:]
+    assert f"signal: saved iteration {last}; go on with run.resume=auto" in output
+    train(2, folder, f"run.iterations={last + 1}", "run.resume=auto")
+    assert [row["iteration"] for row in rows(folder)] == list(range(1, last + 2))
+
+
+RANKS_THAT_DIFFER = """
+import dataclasses, sys
+import lightning
+from lightning.pytorch.strategies import ModelParallelStrategy
+sys.path.insert(0, "tests")
+from builders import OneBatch, config, scored
+from rlkd import distributed
+from rlkd.algorithms import KDRL
+from rlkd.rollout.collate import collate
+
+settings = config("trainer.devices=2", "trainer.micro_batch_tokens=48", "rollout.max_tokens=12", *sys.argv[1:])
+module = KDRL(settings)
+trainer = lightning.Trainer(accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False,
+    strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), enable_progress_bar=False)
+rank = trainer.global_rank
+# Rank 0 has eight long rows (several micro-batches), rank 1 two short ones whose rewards failed (all masked).
+rows = [scored(i, 12, float(i % 2)) for i in range(8)] if rank == 0 else [scored(i, 1, None) for i in range(2)]
+trainer.fit(module, OneBatch(collate([module.advantages(rows)], 0)))
+print(f"rank {rank} trained {module.row['tokens/trained']:.0f} tokens")
+"""
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_unequal_and_empty_micro_batches_do_not_hang(tmp_path, updates):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS_THAT_DIFFER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*launcher, f"trainer.updates_per_iteration={updates}"], env=ENV, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "rank 0 trained 96 tokens" in done.stdout and "rank 1 trained 96 tokens" in done.stdout
+
+
+def test_three_mistakes_are_three_lines_and_exit_2(tmp_path):
+    wrong = ("optim.lrr=1e-3", "rollout.backend=vlm", "algorithm.group_size=1")
+    done = subprocess.run(command(1, tmp_path / "x", *wrong), env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line, key in zip(sorted(lines), ("algorithm.group_size", "optim.lrr", "rollout.backend"), strict=True):
+        assert key in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_readmes_python_example_runs():
+    text = Path("README.md").read_text(encoding="utf-8")
+    (code,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(code.splitlines()) < 20
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,192 @@
+"""Servers of our own: they end whole, whatever ends them, and say in one line what went wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from vllm_fixtures import start_server
+
+from rlkd.rollout import server as servers
+from rlkd.rollout.guardian import shared_memory
+from rlkd.rollout.server import VLLMServer, cpu_cores
+
+
+def group_members(group: int) -> list[str]:
+    """Command lines of all processes in the process group, those without one (zombies) left out."""
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if process.name.isdigit() and os.getpgid(int(process.name)) == group:
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+        except (ProcessLookupError, FileNotFoundError):
+            pass
+    return [line for line in found if line]
+
+
+def wait_until(true: Callable[[], bool], seconds: float) -> float:
+    """Seconds that it took; fails after `seconds`."""
+    start = time.monotonic()
+    while not true():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s"
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+OWNER = """
+import sys
+from pathlib import Path
+from vllm_fixtures import start_server
+server = start_server("owned", sys.argv[1], Path(sys.argv[2]))
+server.wait_ready()
+print(server.pid, server.guardian_pid, server.url, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.server
+@pytest.mark.process
+def test_nothing_is_left_of_a_server_whose_owner_or_api_process_is_killed(policy_path: str, tmp_path: Path) -> None:
+    """Two servers, to start them side by side: the owner of one is killed, then the first process of the other."""
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, policy_path, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    server = start_server("killed", policy_path, tmp_path)
+    try:
+        assert owner.stdout is not None
+        words = owner.stdout.readline().split()
+        pid, guardian = int(words[0]), int(words[1])
+        server.wait_ready()
+        assert httpx.get(f"{words[2]}/health").status_code == 200
+        assert len(group_members(pid)) >= 3, "API process, engine and worker"
+        held = shared_memory(pid)
+        assert held, "else this test could not see a leak"
+        owner.kill()
+        wait_until(lambda: not group_members(pid) and not group_members(guardian), 15.0)
+        assert not [path for path in held if path.exists()]
+
+        server.check_alive()
+        held = shared_memory(server.pid)
+        os.kill(server.pid, signal.SIGKILL)
+        wait_until(lambda: not group_members(server.pid) and not group_members(server.guardian_pid), 15.0)
+        assert held and not [path for path in held if path.exists()]
+        with pytest.raises(RuntimeError) as death:
+            server.check_alive()
+        first_line = str(death.value).splitlines()[0]
+        assert first_line.startswith("the vLLM server 'killed' ended with exit code 137")
+        assert str(tmp_path / "killed.log") in first_line
+    finally:
+        owner.kill()
+        owner.wait()
+        server.stop()
+
+
+@pytest.mark.process
+def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+    model = tmp_path / "empty"
+    model.mkdir()
+    server = start_server("hopeless", str(model), tmp_path)
+    with pytest.raises(RuntimeError) as failure:
+        server.wait_ready()
+    first_line, *rest = str(failure.value).splitlines()
+    assert first_line.startswith("the vLLM server 'hopeless' ended with exit code 1 before it was ready: ")
+    assert str(model) in first_line and str(tmp_path / "hopeless.log") in first_line
+    assert rest, "the end of the log"
+    server.stop()
+    assert not group_members(server.pid)
+
+
+def stand_in(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VLLMServer:
+    """A server whose Python runs `command` instead of vLLM, with a real guardian."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$2" in vllm*) {command} ;; *) exec {sys.executable} "$@" ;; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    return start_server("stand-in", "no/model", tmp_path)
+
+
+@pytest.mark.process
+def test_a_server_that_does_not_answer_in_time_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = stand_in("sleep 600 & echo started; wait", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match=r"^the vLLM server 'stand-in' did not answer within 1 s; its log is"):
+        server.wait_ready(timeout=1.0)
+    assert not group_members(server.pid)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("ending", ["stop", "guardian terminated", "guardian killed", "deaf to SIGTERM"])
+def test_every_way_to_end_ends_the_children_too(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLKD_TEST_SHM", segment := f"/dev/shm/rlkd-test-{os.getpid()}")
+    script = tmp_path / "tree.py"
+    script.write_text(TREE)
+    deaf = "deaf" if ending == "deaf to SIGTERM" else "polite"
+    server = stand_in(f"exec {sys.executable} {script} {deaf}", tmp_path, monkeypatch)
+    wait_until(lambda: "running" in server.log.read_text(), 20.0)
+    assert len(group_members(server.pid)) == 2
+    if ending == "guardian terminated":
+        os.kill(server.guardian_pid, signal.SIGTERM)
+    elif ending == "guardian killed":
+        os.kill(server.guardian_pid, signal.SIGKILL)
+    else:
+        server.stop()
+    wait_until(lambda: not group_members(server.pid), 15.0)
+    if ending != "guardian killed":  # then nobody knows of the segment but the server, which ended in order
+        wait_until(lambda: not Path(segment).exists(), 5.0)
+    Path(segment).unlink(missing_ok=True)
+    server.stop()
+
+
+TREE = """
+import mmap, os, signal, sys, time
+deaf = sys.argv[1] == "deaf"
+if deaf:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = os.fork()
+if child and not deaf:
+    def end(*_):
+        os.kill(child, signal.SIGTERM)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, end)
+if child:
+    with open(os.environ["RLKD_TEST_SHM"], "w+b") as file:
+        file.truncate(4096)
+        memory = mmap.mmap(file.fileno(), 4096)
+    print("running", flush=True)
+time.sleep(600)
+"""
+
+
+def test_servers_get_cores_from_the_last_down_and_leave_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert cpu_cores(0, 1) == "4,5,6,7"
+    assert [cpu_cores(slot, 3) for slot in range(3)] == ["6,7", "4,5", "2,3"]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5})
+    assert [cpu_cores(slot, 2) for slot in range(3)] == ["5", "3", "5"]
+
+
+@pytest.mark.process
+def test_a_server_does_not_take_itself_for_a_worker_of_torchrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "7")
+    server = stand_in("env; exit 0", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match="ended with exit code 0 before it was ready"):
+        server.wait_ready()
+    variables = {line.split("=")[0] for line in server.log.read_text().splitlines() if "=" in line}
+    assert "VLLM_SERVER_DEV_MODE" in variables
+    assert not {name for name in variables if servers._LAUNCHER_VARIABLES.fullmatch(name)}
+    server.stop()

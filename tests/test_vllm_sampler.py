@@ -1,0 +1,169 @@
+"""The vLLM sampler and the served teacher against a real server; truth is a plain transformers forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+from vllm_fixtures import EOS, prompts, run_config, tiny_model, true_logprobs
+
+from rlkd.rollout.client import ServerError, parse_version
+from rlkd.rollout.sampler import Sampling
+from rlkd.rollout.server import VLLMServer
+from rlkd.rollout.vllm import VLLMSampler, request_seed, sampled_logprobs
+from rlkd.teachers.served import ServedTeacher, completion_logprobs
+from rlkd.types import Rollout
+
+HOT = Sampling(temperature=0.7, max_tokens=24, seed=5)
+GREEDY = Sampling(temperature=0.0, max_tokens=24, seed=5)
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_model(1)
+
+
+@pytest.fixture(scope="module")
+def sampler(policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM) -> Iterator[VLLMSampler]:
+    """Holds tiny_model(1) as version 3."""
+    made = VLLMSampler(run_config(policy_path, policy_server.url), eos_ids=[EOS])
+    made.open()
+    made.publish(model.state_dict(), 3)
+    yield made
+    made.close()
+
+
+def tokens(groups: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
+    return [[rollout.token_ids for rollout in group] for group in groups]
+
+
+@pytest.mark.server
+def test_sampled_logprobs_are_the_models_at_the_temperature(sampler: VLLMSampler, model: LlamaForCausalLM) -> None:
+    groups = sampler.sample(prompts(6), n=4, iteration=0, sampling=HOT)
+    assert [len(group) for group in groups] == [4] * 6
+    for prompt, group in zip(prompts(6), groups, strict=True):
+        for rollout in group:
+            assert rollout.prompt == prompt
+            truth = true_logprobs(model, prompt.token_ids, rollout.token_ids, HOT.temperature)
+            torch.testing.assert_close(torch.tensor(rollout.logprobs), truth, atol=1e-4, rtol=0)
+            assert [span.version for span in rollout.weight_versions] == [3]
+    assert len({rollout.token_ids for group in groups for rollout in group}) > 12, "samples of a group must differ"
+
+
+@pytest.mark.server
+def test_a_completion_stops_at_eos_with_its_logprob_or_at_the_budget(sampler: VLLMSampler) -> None:
+    rollouts = [r for group in sampler.sample(prompts(16), n=8, iteration=0, sampling=HOT) for r in group]
+    assert {r.finish_reason for r in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        assert EOS not in rollout.token_ids[:-1]
+        assert (rollout.finish_reason == "stop") == (rollout.token_ids[-1] == EOS)
+        assert rollout.finish_reason == "stop" or len(rollout.token_ids) == HOT.max_tokens
+
+
+@pytest.mark.server
+def test_greedy_takes_the_likeliest_token(sampler: VLLMSampler, model: LlamaForCausalLM) -> None:
+    (group,) = sampler.sample(prompts(1), n=2, iteration=0, sampling=GREEDY)
+    assert group[0] == group[1]
+    ids = list(prompts(1)[0].token_ids)
+    for token in group[0].token_ids:
+        with torch.no_grad():
+            assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+    truth = true_logprobs(model, prompts(1)[0].token_ids, group[0].token_ids)
+    torch.testing.assert_close(torch.tensor(group[0].logprobs), truth, atol=1e-4, rtol=0)
+
+
+@pytest.mark.server
+def test_what_is_drawn_depends_on_seed_iteration_and_prompt_alone(sampler: VLLMSampler) -> None:
+    first = tokens(sampler.sample(prompts(6), n=3, iteration=7, sampling=HOT))
+    alone = tokens(sampler.sample(prompts(6)[4:5], n=3, iteration=7, sampling=HOT))
+    assert alone == first[4:5]
+    assert tokens(sampler.sample(prompts(6), n=3, iteration=8, sampling=HOT)) != first
+    other_seed = Sampling(temperature=0.7, max_tokens=24, seed=6)
+    assert tokens(sampler.sample(prompts(6), n=3, iteration=7, sampling=other_seed)) != first
+
+
+@pytest.mark.server
+def test_a_served_teacher_scores_as_the_model_does(
+    sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
+) -> None:
+    pairs = [(prompt.token_ids, tuple(range(2, 2 + length))) for length, prompt in enumerate(prompts(40), start=1)]
+    teacher = ServedTeacher(run_config(policy_path, policy_server.url))
+    teacher.open()
+    scores = teacher.score(pairs)
+    for (prompt, completion), score in zip(pairs, scores, strict=True):
+        truth = true_logprobs(model, prompt, completion)
+        torch.testing.assert_close(torch.tensor(score.logprobs), truth, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="got 2 and 0 tokens"):
+        teacher.score([((4, 5), ())])
+    with pytest.raises(ServerError, match="answered 400: .*96"):
+        teacher.score([((4, 5), (6,) * 95)])
+    teacher.close()
+
+
+@pytest.mark.server
+def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, policy_path: str, tmp_path: object) -> None:
+    with pytest.raises(ServerError, match=r"serves 'policy', wanted 'another/model'; .* --served-model-name") as wrong:
+        VLLMSampler(run_config("another/model", policy_server.url), eos_ids=[EOS]).open()
+    with pytest.raises(ServerError, match=r"--max-model-len 96, but .* 132 tokens") as short:
+        VLLMSampler(run_config(policy_path, policy_server.url, max_tokens=100), eos_ids=[EOS]).open()
+    with pytest.raises(ServerError, match=r"GET http://127.0.0.1:9/v1/models: ConnectError") as absent:
+        VLLMSampler(run_config(policy_path, "http://127.0.0.1:9"), eos_ids=[EOS]).open()
+    assert all("\n" not in str(caught.value) for caught in (wrong, short, absent))
+
+
+@pytest.mark.server
+def test_a_temperature_that_vllm_would_change_is_refused(sampler: VLLMSampler) -> None:
+    with pytest.raises(ValueError, match=r"temperature is 0.001, but vLLM silently raises it to 0.01"):
+        sampler.sample(prompts(1), n=1, iteration=0, sampling=Sampling(temperature=0.001, max_tokens=4, seed=0))
+
+
+def test_request_seeds_are_fixed_for_all_time() -> None:
+    assert request_seed(0, 0, "p0") == 1851750685
+    seeds = {request_seed(s, i, f"p{p}") for s in range(4) for i in range(4) for p in range(16)}
+    assert len(seeds) == 256 and max(seeds) < 2**31
+
+
+def choice(token_ids: list[int], entries: list[tuple[int, float | None]]) -> dict[str, object]:
+    content = [{"token_id": token, "logprob": logprob} for token, logprob in entries]
+    return {"token_ids": token_ids, "logprobs": {"content": content}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "complaint"),
+    [
+        (choice([4, 5], [(4, -1.0)]), "2 tokens but 1 log-probs"),
+        (choice([4, 5], [(4, -1.0), (6, -1.0)]), "token 1 is 5, but its log-prob is of token 6"),
+        (choice([4], [(4, -9999.0)]), "log-prob of token 0 is -9999.0: NaN, −inf or missing"),
+        (choice([4], [(4, float("nan"))]), "log-prob of token 0 is nan"),
+        (choice([4], [(4, None)]), "log-prob of token 0 is None"),
+        ({"token_ids": [4], "logprobs": None}, "1 tokens but 0 log-probs"),
+    ],
+)
+def test_a_value_that_is_none_is_an_error(answer: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ServerError, match=complaint):
+        sampled_logprobs(answer, "server")
+
+
+@pytest.mark.parametrize(
+    ("entries", "complaint"),
+    [
+        (None, "3 tokens were to be scored, the answer has none"),
+        ([None, {"7": {"logprob": -1.0}}], "3 tokens were to be scored, the answer has 2"),
+        ([None, {"7": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}], "no log-prob of completion token 1, which is 8"),
+        ([None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -1.0}}], "completion token 0 is -9999.0"),
+    ],
+)
+def test_a_teachers_value_that_is_none_is_an_error(entries: list[object] | None, complaint: str) -> None:
+    with pytest.raises(ServerError, match=complaint):
+        completion_logprobs(entries, [6], [7, 8], "server")  # type: ignore[arg-type]
+
+
+def test_a_server_with_its_start_weights_is_named_as_such() -> None:
+    assert parse_version("12", "server") == 12
+    with pytest.raises(ServerError, match="server holds its start weights .* publish before sampling"):
+        parse_version("default", "server")
+    with pytest.raises(ServerError, match="weight version 'step-3', not a number"):
+        parse_version("step-3", "server")

@@ -1,0 +1,150 @@
+"""New weights reach a running server: exactly, whole, and from nowhere but the agreed directory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
+
+from rlkd.rollout.client import ServerError, VLLMClient
+from rlkd.rollout.sampler import Sampling
+from rlkd.rollout.server import VLLMServer
+from rlkd.rollout.vllm import VLLMSampler
+from rlkd.weight_sync.weight_file import WeightFile
+
+SAMPLING = Sampling(temperature=1.0, max_tokens=16, seed=0)
+
+
+def mismatch(sampler: VLLMSampler, model: LlamaForCausalLM, version: int) -> float:
+    """Largest |log-prob by server − by model| on fresh samples, all of which must be of `version`."""
+    worst = 0.0
+    for group in sampler.sample(prompts(4), n=4, iteration=0, sampling=SAMPLING):
+        for rollout in group:
+            assert [span.version for span in rollout.weight_versions] == [version]
+            truth = true_logprobs(model, rollout.prompt.token_ids, rollout.token_ids)
+            worst = max(worst, float((torch.tensor(rollout.logprobs) - truth).abs().max()))
+    return worst
+
+
+def opened(policy_path: str, server: VLLMServer) -> VLLMSampler:
+    sampler = VLLMSampler(run_config(policy_path, server.url), eos_ids=[EOS])
+    sampler.open()
+    return sampler
+
+
+@pytest.mark.server
+def test_published_weights_are_the_served_ones(policy_server: VLLMServer, policy_path: str) -> None:
+    sampler = opened(policy_path, policy_server)
+    for version, seed in ((11, 21), (12, 22), (13, 0)):
+        model = tiny_model(seed)
+        sampler.publish(model.state_dict(), version)
+        assert mismatch(sampler, model, version) < 1e-4
+        assert mismatch(sampler, tiny_model(seed + 100), version) > 1.0, "else this test could not see old weights"
+    sampler.close()
+
+
+@pytest.mark.server
+def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
+    policy_server: VLLMServer, policy_path: str
+) -> None:
+    sampler, model = opened(policy_path, policy_server), tiny_model(31)
+    weights: Mapping[str, Tensor] = model.state_dict()
+    partial = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    with pytest.raises(RuntimeError, match="a weight update failed, and .* lost: .*/update_weights") as caught:
+        sampler.publish(partial, 14)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="a server is lost since its last weight update"):
+        sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
+    sampler.publish(weights, 15)
+    assert mismatch(sampler, model, 15) < 1e-4
+    sampler.close()
+
+
+@pytest.mark.server
+def test_the_engine_reads_only_inside_its_directory(
+    policy_server: VLLMServer, policy_path: str, tmp_path: Path
+) -> None:
+    weights = tiny_model(41).state_dict()
+    outside = WeightFile(str(tmp_path / "outside"))
+    secret = outside.directory / outside.write(weights, 1)
+    sampler = opened(policy_path, policy_server)
+    sampler.publish(weights, 16)
+    assert sampler._file is not None
+    (sampler._file.directory / "link.safetensors").symlink_to(secret)
+    client = VLLMClient(policy_server.url, 60.0)
+    for name in (f"../{secret.name}", str(secret), "link.safetensors", "."):
+        client.post("/start_weight_update")
+        with pytest.raises(ServerError, match="answered"):
+            client.post("/update_weights", {"update_info": {"file": name}})
+        assert "is not a file inside" in policy_server.log.read_text().rsplit(repr(name), 1)[1][:60]
+    client.close()
+    sampler.publish(weights, 17)
+    sampler.close()
+
+
+WITHOUT_REFRESH = """
+import importlib
+
+real = importlib.import_module
+
+def import_module(name, package=None):
+    module = real(name, package)
+    if name == "rlkd.weight_sync.file_engine":
+        print("the tied head is not refreshed", flush=True)
+        module.FileWeightTransferEngine._refresh_tied_head = lambda self: None
+    return module
+
+importlib.import_module = import_module
+"""
+
+
+@pytest.mark.server
+def test_a_tied_head_needs_the_refresh_and_an_untied_one_does_not(tmp_path: Path) -> None:
+    """Without the refresh, all calls succeed and the version moves, and yet a tied model is far off."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_REFRESH)
+    wrong_by = {}
+    servers: dict[bool, VLLMServer] = {}
+    try:
+        for tied in (False, True):
+            path = save_model(tiny_model(0, tied), tmp_path / f"model-{tied}")
+            servers[tied] = start_server(f"tied-{tied}", path, tmp_path, PYTHONPATH=str(tmp_path))
+        for tied, server in servers.items():
+            server.wait_ready()
+            sampler, model = opened(str(tmp_path / f"model-{tied}"), server), tiny_model(51, tied)
+            sampler.publish(model.state_dict(), 1)
+            wrong_by[tied] = mismatch(sampler, model, 1)
+            sampler.close()
+    finally:
+        for server in servers.values():
+            server.stop()
+    assert "the tied head is not refreshed" in servers[True].log.read_text()
+    assert wrong_by[True] > 0.5
+    assert wrong_by[False] < 1e-4
+
+
+def test_a_weight_file_is_whole_private_and_replaces_the_last() -> None:
+    weights = tiny_model(0).state_dict()
+    assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
+    files = WeightFile(None)
+    assert files.directory.stat().st_mode & 0o777 == 0o700
+    first, second = files.write(weights, 1), files.write(weights, 2)
+    files.keep_only(second)
+    assert [path.name for path in files.directory.iterdir()] == [second] != [first]
+    with safe_open(files.directory / second, framework="pt") as file:
+        assert set(file.keys()) == set(weights) - {"lm_head.weight"}, "a tied tensor once"
+        assert all(torch.equal(file.get_tensor(name), weights[name]) for name in set(file.keys()))
+    files.close()
+    assert not files.directory.exists()
+
+
+def test_the_plugin_is_harmless_where_vllm_is_not_used() -> None:
+    code = "import sys, rlkd.weight_sync.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
