@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -137,9 +138,19 @@ def main(argv: list[str]) -> int:
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
-    warnings.filterwarnings("ignore", module="lightning.*")
+    quiet()
     run(loaded.config, loaded.text)
     return 0
+
+
+def quiet() -> None:
+    """Leave the console to the run: no hints and loading bars of the libraries; their warnings stay."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
 if __name__ == "__main__":

@@ -293,9 +293,9 @@ def test_null_and_blank():
 def test_overrides_are_words_unless_they_start_with_a_quote_or_a_bracket():
     for text in ("Answer: briefly # please", "- x", "*x", "!x", "a, b", "x=y", "no"):
         assert loaded("", f"data.system={text}").config.data.system == text
-    config = loaded("", "data.system='[INST] hi'", "rollout.server.urls=[http://a:1, http://b:2]", "rollout.backend=vllm")
-    assert config.config.data.system == "[INST] hi"
-    assert config.config.rollout.server.urls == ["http://a:1", "http://b:2"]
+    assert loaded("", "data.system='[INST] hi'").config.data.system == "[INST] hi"
+    urls = "rollout.server.urls=[http://a:1, http://b:2]"
+    assert loaded("", urls, "rollout.backend=vllm").config.rollout.server.urls == ["http://a:1", "http://b:2"]
 
 
 def test_schedules():
@@ -363,7 +363,7 @@ ROUND_TRIPS = [
     "",
     "run: {name: 1.10}\nlog: {project: no, wandb: off, progress: off}",
     "data: {system: \"a\\nb: 'c' # ${data.split} \\\\${x}\"}\n",
-    "teacher: {backend: served, path: x, server: {launch: true, extra_args: ['1e-6', '012', on, 'null', '~', '12:30']}}",
+    "teacher: {backend: served, path: x, server: {launch: true, extra_args: ['1e-6', '012', on, 'null', '~', '1:3']}}",
     "optim: {lr: {kind: cosine, start: 1e-5, end: 0, over: 9}}",
     "reward: {functions: [{name: math, weight: 2, options: {a: 'off', b: [1e-3, true, null], c: {d: '1'}}}]}",
 ]

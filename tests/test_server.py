@@ -10,13 +10,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import httpx
 import pytest
-from vllm_fixtures import start_server
+import torch
+from vllm_fixtures import EOS, prompts, run_config, start_server, tiny_model, true_logprobs
 
 from rlkd.rollout import server as servers
+from rlkd.rollout.client import ServerError
 from rlkd.rollout.guardian import shared_memory
+from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer, cpu_cores
+from rlkd.rollout.vllm import VLLMSampler
+
+SAMPLING = Sampling(temperature=1.0, max_tokens=8, seed=0)
 
 
 def group_members(group: int) -> list[str]:
@@ -40,41 +45,56 @@ def wait_until(true: Callable[[], bool], seconds: float) -> float:
     return time.monotonic() - start
 
 
-OWNER = """
+TRAINER = """
 import sys
-from pathlib import Path
-from vllm_fixtures import start_server
-server = start_server("owned", sys.argv[1], Path(sys.argv[2]))
-server.wait_ready()
-print(server.pid, server.guardian_pid, server.url, flush=True)
+from vllm_fixtures import EOS, run_config
+from rlkd.rollout.vllm import VLLMSampler
+sampler = VLLMSampler(run_config(sys.argv[1], run_dir=sys.argv[2]), [EOS])
+sampler.open()
+(server,) = sampler._servers
+print(server.pid, server.guardian_pid, server.url, sampler._file.write({}, 0), sampler._file.directory, flush=True)
 sys.stdin.read()
 """
 
 
 @pytest.mark.server
 @pytest.mark.process
-def test_nothing_is_left_of_a_server_whose_owner_or_api_process_is_killed(policy_path: str, tmp_path: Path) -> None:
-    """Two servers, to start them side by side: the owner of one is killed, then the first process of the other."""
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, policy_path, str(tmp_path)],
+def test_two_servers_of_one_sampler_and_nothing_is_left_of_either(policy_path: str, tmp_path: Path) -> None:
+    """Two, to start them side by side: a trainer starts its own and is killed; the other's first process is killed."""
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", TRAINER, policy_path, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )
-    server = start_server("killed", policy_path, tmp_path)
+    server = start_server("policy", policy_path, tmp_path)
     try:
-        assert owner.stdout is not None
-        words = owner.stdout.readline().split()
-        pid, guardian = int(words[0]), int(words[1])
+        assert trainer.stdout is not None
+        pid, guardian, url, _, weights = trainer.stdout.readline().split()
         server.wait_ready()
-        assert httpx.get(f"{words[2]}/health").status_code == 200
-        assert len(group_members(pid)) >= 3, "API process, engine and worker"
-        held = shared_memory(pid)
-        assert held, "else this test could not see a leak"
-        owner.kill()
-        wait_until(lambda: not group_members(pid) and not group_members(guardian), 15.0)
+        sampler = VLLMSampler(run_config(policy_path, url, server.url), [EOS])
+        sampler.open()
+        model = tiny_model(61)
+        sampler.publish(model.state_dict(), 1)
+        for group in sampler.sample(prompts(4), n=2, iteration=0, sampling=SAMPLING):
+            for rollout in group:
+                truth = true_logprobs(model, rollout.prompt.token_ids, rollout.token_ids)
+                torch.testing.assert_close(torch.tensor(rollout.logprobs), truth, atol=1e-4, rtol=0)
+        logs = [tmp_path / "run" / "server" / "policy.log", server.log]
+        assert [log.read_text().count("POST /inference/v1/generate") for log in logs] == [2, 2]
+
+        assert len(group_members(int(pid))) >= 3, "API process, engine and worker"
+        held = shared_memory(int(pid))
+        assert held and Path(weights).exists(), "else this test could not see a leak"
+        trainer.kill()
+        wait_until(lambda: not group_members(int(pid)) and not group_members(int(guardian)), 15.0)
         assert not [path for path in held if path.exists()]
+        wait_until(lambda: not Path(weights).exists(), 2.0)
+        with pytest.raises(ServerError, match=f"POST {url}/inference/v1/generate: ConnectError: ") as gone:
+            sampler.sample(prompts(4), n=1, iteration=0, sampling=SAMPLING)
+        assert "\n" not in str(gone.value)
+        sampler.close()
 
         server.check_alive()
         held = shared_memory(server.pid)
@@ -84,11 +104,11 @@ def test_nothing_is_left_of_a_server_whose_owner_or_api_process_is_killed(policy
         with pytest.raises(RuntimeError) as death:
             server.check_alive()
         first_line = str(death.value).splitlines()[0]
-        assert first_line.startswith("the vLLM server 'killed' ended with exit code 137")
-        assert str(tmp_path / "killed.log") in first_line
+        assert first_line.startswith("the vLLM server 'policy' ended with exit code 137")
+        assert str(tmp_path / "policy.log") in first_line
     finally:
-        owner.kill()
-        owner.wait()
+        trainer.kill()
+        trainer.wait()
         server.stop()
 
 
@@ -190,3 +210,31 @@ def test_a_server_does_not_take_itself_for_a_worker_of_torchrun(
     assert "VLLM_SERVER_DEV_MODE" in variables
     assert not {name for name in variables if servers._LAUNCHER_VARIABLES.fullmatch(name)}
     server.stop()
+
+
+BOTH_RANKS = """
+import sys
+import torch.distributed as dist
+from rlkd.rollout.server import on_rank_zero
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+print(on_rank_zero(lambda: ["made on", rank]))
+def fail():
+    raise OSError("no room")
+try:
+    on_rank_zero(fail)
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.process
+def test_what_rank_zero_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", BOTH_RANKS, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    assert said == [["['made on', 0]", "OSError no room"], ["['made on', 0]", "RuntimeError on rank 0: no room"]]

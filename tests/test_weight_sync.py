@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler
+from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
 from rlkd.weight_sync.weight_file import WeightFile
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=16, seed=0)
@@ -148,3 +152,40 @@ def test_a_weight_file_is_whole_private_and_replaces_the_last() -> None:
 def test_the_plugin_is_harmless_where_vllm_is_not_used() -> None:
     code = "import sys, rlkd.weight_sync.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_gpu_engines_http_calls_carry_the_version() -> None:
+    """vLLM's own engines finish an update without saying which; the server would go on saying "default"."""
+    calls: list[tuple[str, object]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            length = int(self.headers.get("content-length", 0))
+            calls.append((self.path, json.loads(self.rfile.read(length) or "null")))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    stub = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    client = versioned_client(f"http://127.0.0.1:{stub.server_port}", 5.0)
+    client.version = 4
+    client.start_weight_update()
+    client.update_weights({"names": ["a"]})
+    client.finish_weight_update()
+    stub.shutdown()
+    assert calls == [
+        ("/start_weight_update", None),
+        ("/update_weights", {"update_info": {"names": ["a"]}}),
+        ("/finish_weight_update", {"weight_version": "4"}),
+    ]
+
+
+def test_the_source_of_the_gpu_engines_says_what_it_yields() -> None:
+    source = CurrentWeights()
+    for seed in (0, 1):
+        source.weights = tiny_model(seed).state_dict()
+        told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+        assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,8 +16,10 @@ from rlkd.config import (
     Config,
     DataConfig,
     ModelConfig,
+    NoTeacher,
     RolloutConfig,
     RolloutServerConfig,
+    RunConfig,
     ServedTeacher,
 )
 from rlkd.rollout.server import VLLMServer, cpu_cores
@@ -71,14 +72,12 @@ def true_logprobs(
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def start_server(
-    name: str, model: str, log_dir: Path, extra_args: Sequence[str] = (), **environment: str
-) -> VLLMServer:
+def start_server(name: str, model: str, log_dir: Path, **environment: str) -> VLLMServer:
     """A policy server with the file engine; the caller waits for it and stops it."""
     return VLLMServer(
         name=name,
         model=model,
-        config=RolloutServerConfig(launch=True, start_timeout_s=300.0, extra_args=list(extra_args)),
+        config=RolloutServerConfig(launch=True, start_timeout_s=300.0),
         devices=[],
         cores=cpu_cores(0, 1),
         max_model_len=MAX_LEN,
@@ -102,15 +101,16 @@ def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) ->
     server.stop()
 
 
-def run_config(policy_path: str, url: str, *, max_tokens: int = 24, **changes: Any) -> Config:
-    """A run that uses the running server at `url` as sampler and as teacher."""
+def run_config(policy_path: str, *urls: str, max_tokens: int = 24, run_dir: str = "runs") -> Config:
+    """A run that uses the running servers as sampler, and the first as teacher; without any, it starts its own."""
+    server = RolloutServerConfig(urls=list(urls), launch=not urls, start_timeout_s=300.0)
     return Config(
+        run=RunConfig(dir=run_dir),
         model=ModelConfig(path=policy_path),
         data=DataConfig(path="unused.jsonl", max_prompt_tokens=32),
         algorithm=AlgorithmConfig(name="none"),
-        rollout=RolloutConfig(backend="vllm", max_tokens=max_tokens, server=RolloutServerConfig(urls=[url])),
-        teacher=ServedTeacher(backend="served", path=policy_path, url=url),
-        **changes,
+        rollout=RolloutConfig(backend="vllm", max_tokens=max_tokens, server=server),
+        teacher=ServedTeacher(backend="served", path=policy_path, url=urls[0]) if urls else NoTeacher(),
     )
 
 

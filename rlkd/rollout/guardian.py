@@ -1,6 +1,7 @@
 """Runs one server in a process session of its own and ends all of it, whatever happens to the trainer.
 
     python -m rlkd.rollout.guardian --parent PID --log FILE -- COMMAND …
+    python -m rlkd.rollout.guardian --parent PID --remove DIRECTORY
 
 A vLLM server is a tree of processes: killing its API process leaves the engine and its workers running, with their
 memory. So the guardian stands between trainer and server and ends the server's whole process group when
@@ -9,6 +10,9 @@ memory. So the guardian stands between trainer and server and ends the server's 
 - the trainer is gone although a forked child of it still holds that pipe (the guardian's parent has changed),
 - the server's first process ends by itself, or
 - the guardian gets SIGTERM.
+
+The second form runs nothing, and removes the directory when the trainer is gone: weights in shared memory must not
+outlive a killed trainer either.
 
 If the guardian itself is killed, the kernel sends the server's first process SIGTERM. Standard library only: it must
 start fast and have nothing that can fail.
@@ -27,12 +31,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 POLL_S = 0.2
 SCAN_S = 5.0
 """Between looks at which shared memory the server holds; processes that are all killed at once cannot be asked."""
-GRACE_S = 8.0
+GRACE_S = 5.0
 """From SIGTERM to SIGKILL."""
 
 _PR_SET_PDEATHSIG = 1
@@ -51,6 +57,13 @@ def _in_child(guardian: int) -> None:
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != guardian:  # it died before the line above
         os._exit(1)
+
+
+def _trainer_lives(parent: int) -> bool:
+    """Waits up to POLL_S to find out."""
+    readable, _, _ = select.select([0], [], [], POLL_S)
+    closed = bool(readable) and not os.read(0, 4096)
+    return not closed and os.getppid() == parent
 
 
 def _reap() -> dict[int, int]:
@@ -112,10 +125,31 @@ def end_group(group: int, segments: set[Path]) -> None:
         segment.unlink(missing_ok=True)
 
 
+def start(
+    arguments: Sequence[str], log: IO[bytes] | int, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """A guardian of this process. It acts when its stdin is closed.
+
+    Args:
+        arguments: after `--parent`.
+        log: for the guardian's own complaints.
+        environment: of guardian and server; None: this process's.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", "rlkd.rollout.guardian", "--parent", str(os.getpid()), *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=environment,
+        start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone
+    )
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="rlkd.rollout.guardian")
     parser.add_argument("--parent", type=int, required=True)
-    parser.add_argument("--log", required=True)
+    parser.add_argument("--log", default=os.devnull)
+    parser.add_argument("--remove")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
     command = args.command[1:]  # after --
@@ -130,6 +164,12 @@ def main(argv: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGHUP):  # Ctrl-C goes to the trainer, which decides
         signal.signal(number, signal.SIG_IGN)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+    if args.remove is not None:
+        while not told_to_end and _trainer_lives(args.parent):
+            pass
+        shutil.rmtree(args.remove, ignore_errors=True)
+        return 0
 
     guardian = os.getpid()
     scratch = tempfile.mkdtemp(prefix="rlkd-")  # for sockets and the like, which a killed server does not remove
@@ -151,10 +191,7 @@ def main(argv: list[str]) -> int:
     exit_code: int | None = None
     segments: set[Path] = set()
     next_scan = time.monotonic() + SCAN_S
-    while exit_code is None and not told_to_end and os.getppid() == args.parent:
-        readable, _, _ = select.select([0], [], [], POLL_S)
-        if readable and not os.read(0, 4096):
-            break
+    while exit_code is None and not told_to_end and _trainer_lives(args.parent):
         if time.monotonic() > next_scan:
             segments |= shared_memory(server.pid)
             next_scan = time.monotonic() + SCAN_S

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from rlkd import distributed
-from rlkd.config import Config
+from rlkd.config import Config, NoTeacher
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
@@ -23,6 +23,7 @@ from rlkd.rollout.collate import collate, describe
 from rlkd.rollout.hf import HFSampler
 from rlkd.rollout.sampler import Sampler, end_ids
 from rlkd.teachers.local import LocalScorer
+from rlkd.teachers.parity import check_parity
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
 
@@ -56,6 +57,20 @@ class RolloutLoader:
             if scorer is not None:
                 scorer.open()
         self.rewards.open()
+
+    def check_parity(self) -> None:
+        """The start-up check that `teacher.check_parity` asks for; wants the untrained student in the sampler."""
+        if isinstance(self.config.teacher, NoTeacher) or not self.config.teacher.check_parity or self.iteration > 0:
+            return
+        prompts = self.prompts.take(
+            0, self.config.rollout.prompts, distributed.rank(), distributed.world_size()
+        )
+        start = build_reference(self.config)
+        start.open()
+        gaps = check_parity(self.config, prompts, self.policy, start, self.teacher)
+        start.close()
+        if distributed.rank() == 0:
+            print("parity: " + ", ".join(f"{name} within {gap:.2g} nats" for name, gap in gaps.items()), flush=True)
 
     def close(self) -> None:
         """Stop all that `open` started."""
@@ -200,7 +215,7 @@ def build_teacher(config: Config) -> Teacher:
     return ServedTeacher(config)
 
 
-def build_reference(config: Config) -> Teacher:
+def build_reference(config: Config) -> LocalScorer:
     """The student's frozen start, at the rollout temperature."""
     return LocalScorer(
         config.model.path,

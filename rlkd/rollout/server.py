@@ -16,8 +16,8 @@ import torch
 
 from rlkd import distributed
 from rlkd.config import Config, ServedTeacher, ServerConfig
+from rlkd.rollout import guardian
 from rlkd.rollout.client import VLLMClient
-from rlkd.rollout.guardian import GRACE_S
 
 T = TypeVar("T")
 
@@ -94,19 +94,10 @@ class VLLMServer:
             command += ["--tensor-parallel-size", str(len(devices))]
         command += [*arguments, *config.extra_args]
 
-        guardian = [sys.executable, "-m", "rlkd.rollout.guardian"]
-        guardian += ["--parent", str(os.getpid()), "--log", str(self.log), "--", *command]
         with open(self.log, "wb") as log:
             log.write((" ".join(command) + "\n").encode())
             log.flush()
-            self._guardian = subprocess.Popen(
-                guardian,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=variables,
-                start_new_session=True,  # Ctrl-C in the terminal reaches the trainer alone
-            )
+            self._guardian = guardian.start(["--log", str(self.log), "--", *command], log, variables)
         assert self._guardian.stdout is not None
         with self._guardian.stdout as said:
             first_line = said.readline()
@@ -152,7 +143,7 @@ class VLLMServer:
         assert self._guardian.stdin is not None
         self._guardian.stdin.close()
         try:
-            self._guardian.wait(GRACE_S + 40.0)
+            self._guardian.wait(guardian.GRACE_S + 40.0)
         except subprocess.TimeoutExpired:
             self._guardian.kill()  # the kernel then tells the server
             self._guardian.wait()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from rlkd.rollout import guardian
 
 
 class WeightFile:
@@ -18,12 +20,13 @@ class WeightFile:
     def __init__(self, directory: str | None) -> None:
         """
         Args:
-            directory: on a disk that trainer and servers share; None: a fresh one in this machine's memory, which
-                `close` removes.
+            directory: on a disk that trainer and servers share; None: a fresh one in this machine's memory, which goes
+                with `close` or with this process, whatever ends it.
         """
-        self._own = directory is None
+        self._guardian: subprocess.Popen[bytes] | None = None
         if directory is None:
             self.directory = Path(tempfile.mkdtemp(prefix="rlkd-weights-", dir="/dev/shm"))  # mode 0700
+            self._guardian = guardian.start(["--remove", str(self.directory)], subprocess.DEVNULL)
         else:
             self.directory = Path(directory).resolve()
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -47,10 +50,10 @@ class WeightFile:
 
     def close(self) -> None:
         """Remove the files, and the directory if it is our own."""
-        if self._own:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        else:
-            self.keep_only("")
+        self.keep_only("")
+        if self._guardian is not None:
+            self._guardian.communicate()  # closes its stdin, on which it removes the directory and ends
+            self._guardian = None
 
 
 def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,70 @@
+"""The start-up check behind `teacher.check_parity`: does the teacher path score tokens as it should?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rlkd import distributed
+from rlkd.config import Config, ServedTeacher
+from rlkd.rollout.sampler import Sampler, Sampling
+from rlkd.teachers.local import LocalScorer
+from rlkd.teachers.teacher import Teacher
+from rlkd.types import Prompt
+
+PROMPTS = 8
+
+
+def check_parity(
+    config: Config, prompts: Sequence[Prompt], policy: Sampler, reference: LocalScorer, teacher: Teacher | None
+) -> dict[str, float]:
+    """Score fresh samples of the untrained student twice and compare.
+
+    Student as teacher: the frozen start must score the student's samples as its sampler did (an off-by-one, another
+    chat template or temperature shows here). Served against local: a served teacher must score them as the same
+    model does in this process.
+
+    Args:
+        prompts: of this rank; the first few are used.
+        policy: holds the student's start weights.
+        reference: the student's start, opened.
+        teacher: the run's teacher, opened.
+
+    Returns: the largest gaps over all ranks, in nats. Raises: RuntimeError above `rollout.max_mismatch`.
+    """
+    sampling = Sampling(
+        temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed
+    )
+    rollouts = [group[0] for group in policy.sample(prompts[:PROMPTS], n=1, iteration=0, sampling=sampling)]
+    pairs = [(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
+    gaps = {
+        "student as teacher": _gap(
+            [s.logprobs for s in reference.score(pairs)], [[p or 0.0 for p in r.logprobs] for r in rollouts]
+        )
+    }
+    if isinstance(config.teacher, ServedTeacher) and teacher is not None:
+        local = LocalScorer(
+            config.teacher.path,
+            temperature=1.0,
+            batch_tokens=config.trainer.micro_batch_tokens,
+            dtype=reference.dtype,
+            accelerator=config.trainer.accelerator,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        local.open()
+        gaps["served against local teacher"] = _gap(
+            [s.logprobs for s in teacher.score(pairs)], [s.logprobs for s in local.score(pairs)]
+        )
+        local.close()
+    worst = dict(zip(gaps, distributed.all_reduce(list(gaps.values()), "max"), strict=True))
+    for name, gap in worst.items():
+        if not gap <= config.rollout.max_mismatch:
+            raise RuntimeError(
+                f"teacher.check_parity: {name} differ by up to {gap:.3g} nats a token, more than rollout.max_mismatch "
+                f"= {config.rollout.max_mismatch}; check the model folders, dtypes and temperatures of both sides"
+            )
+    return worst
+
+
+def _gap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+    return max(abs(x - y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True))

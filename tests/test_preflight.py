@@ -1,0 +1,247 @@
+"""What is found out before any model is loaded: the exact line for each thing that is wrong."""
+
+import json
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlkd.config import Config
+from rlkd.config_file import load
+from rlkd.data.chat import load_tokenizer
+from rlkd.preflight import check
+from rlkd.tiny import resolve
+
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+ROWS = [{"id": f"q{i}", "prompt": f"abc{i}", "answer": "x"} for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(*overrides: str) -> Config:
+    return load([QUICKSTART], ["eval.every=0", *overrides]).config
+
+
+def model_folder(name: str, positions: int = 512, extra: list[str] | None = None) -> str:
+    """A model without weights: preflight must not miss them."""
+    folder = Path(name)
+    shutil.copytree(resolve("builtin:student"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if extra:
+        tokenizer = load_tokenizer(name)
+        tokenizer.add_tokens(extra)
+        tokenizer.save_pretrained(name)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": positions}))
+    return str(folder)
+
+
+def data_file(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+@contextmanager
+def server(model: str, length: int = 4096, routes: dict[str, Any] | None = None) -> Iterator[str]:
+    """The address of a server that answers a few GETs as vLLM does; `routes` replaces answers, None is a 404."""
+    answers: dict[str, Any] = {
+        "/health": {},
+        "/v1/models": {"data": [{"id": model, "root": model, "parent": None, "max_model_len": length}]},
+        "/weight_info": {"weight_version": "default"},
+    } | (routes or {})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = answers.get(self.path)
+            body = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
+            self.send_response(404 if answer is None else 200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    stub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{stub.server_address[1]}"
+    finally:
+        stub.shutdown()
+        stub.server_close()
+
+
+def with_servers(*urls: str, path: str = "builtin:student") -> Config:
+    return config(f"model.path={path}", "rollout.backend=vllm", f"rollout.server.urls=[{','.join(urls)}]")
+
+
+def test_the_quickstart_is_fine():
+    assert check(load([QUICKSTART]).config) == []
+
+
+def test_no_weights_are_read():
+    assert check(config(f"model.path={model_folder('m')}", "teacher.path=m")) == []
+
+
+def test_model_paths():
+    Path("empty").mkdir()
+    assert check(config("model.path=/no/such/folder")) == ["model.path: no folder /no/such/folder"]
+    assert check(config("teacher.path=~/m")) == ["teacher.path: no folder ~/m (~ is not expanded here)"]
+    assert check(config("model.path=empty")) == [
+        "model.path: empty has no config.json; wants a model folder in Hugging Face form"
+    ]
+    (line,) = check(config("model.path=builtin:studnet"))
+    assert line.startswith("model.path: ") and "builtin:student" in line
+    shutil.copy(Path(resolve("builtin:student")) / "config.json", "empty")
+    (line,) = check(config("teacher.path=empty"))
+    assert line.startswith("teacher.path: empty: no tokenizer in 'empty': ") and "\n" not in line
+
+
+def test_teacher_and_student_must_share_a_vocabulary():
+    known = len(load_tokenizer("builtin:student"))
+    other = model_folder("other", extra=["<think>"])
+    (line,) = check(config(f"teacher.path={other}"))
+    assert line == (
+        f"teacher.path: other has another vocabulary than model.path: token {known} is unused in the first tokenizer, "
+        "but '<think>' in the second; token ids are compared one by one, so both must agree (model.path is the first)"
+    )
+    assert check(config(f"teacher.path={other}", f"model.path={other}")) == []
+
+
+def test_lengths_must_fit_both_models():
+    model_folder("short", positions=40)
+    line = (
+        "rollout.max_tokens: data.max_prompt_tokens + rollout.max_tokens = 48, but {} short has 40 positions; "
+        "lower one of them"
+    )
+    assert check(config("teacher.path=short")) == [line.format("teacher.path")]
+    assert check(config("model.path=short")) == [line.format("model.path")]
+    assert check(config("model.path=short", "rollout.max_tokens=8")) == []
+
+
+def test_data():
+    assert check(config(f"data.path={data_file(ROWS)}")) == []
+    (line,) = check(config("data.path=none.jsonl"))
+    assert line.startswith("data.path: none.jsonl: no such file")
+    (line,) = check(config("data.path=data.jsonl", "data.prompt_column=question"))
+    assert line == "data.path: data.jsonl:1: no column 'question' (data.prompt_column); it has: id, prompt, answer"
+    (line,) = check(config(f"data.path={data_file([], 'empty.jsonl')}"))
+    assert line == "data.path: empty.jsonl: the data set is empty"
+    (line,) = check(config(f"data.path={data_file(ROWS[:3], 'few.jsonl')}"))
+    assert line == "data.path: rollout.prompts is 16, but the data has only 3 prompts; lower it or use more data"
+    long = data_file([*ROWS, {"id": "long", "prompt": "a" * 99, "answer": "x"}], "long.jsonl")
+    (line,) = check(config(f"data.path={long}"))
+    assert line.startswith("data.path: long.jsonl:21: prompt '20' has ") and "data.max_prompt_tokens = 32" in line
+
+
+def test_held_out_data_is_read_only_where_it_is_used():
+    overrides = (f"data.path={data_file(ROWS)}", "eval.path=none.jsonl")
+    assert check(config(*overrides)) == []
+    (line,) = check(config(*overrides, "eval.every=5"))
+    assert line.startswith("eval.path: none.jsonl: no such file")
+
+
+def test_rewards():
+    (line,) = check(config("reward.functions=[{name: exact_macth}]"))
+    assert line.startswith("reward.functions: ") and "exact_match" in line
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten():
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/config.yaml").touch()  # another rank of this run may have written it
+    assert check(config()) == []
+    Path("runs/quickstart/metrics.jsonl").touch()
+    assert check(config()) == [
+        "run.name: runs/quickstart holds a run already; go on with it by run.resume=auto, or choose another run.name"
+    ]
+    assert check(config("run.resume=auto")) == []
+    assert check(config("run.name=other")) == []
+
+
+def test_a_checkpoint_to_resume_from_must_exist():
+    assert check(config("run.resume=Auto")) == [
+        "run.resume: no checkpoint Auto; wants never, auto, or the folder of a checkpoint"
+    ]
+    Path("runs/quickstart/checkpoints/iteration-000050").mkdir(parents=True)
+    assert check(config("run.resume=runs/quickstart/checkpoints/iteration-000050")) == []
+    assert check(config("run.resume=iteration-000050")) == [
+        "run.resume: no checkpoint iteration-000050; wants never, auto, or the folder of a checkpoint; "
+        "runs/quickstart has runs/quickstart/checkpoints/iteration-000050"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without GPUs")
+def test_devices():
+    assert check(config("trainer.accelerator=gpu")) == [
+        "trainer.devices: is 1 with trainer.accelerator gpu, but this node has 0; "
+        "lower it, or set trainer.accelerator: cpu"
+    ]
+
+
+def test_a_server_that_serves_the_model_is_fine():
+    folder = model_folder("m")
+    with server(folder) as by_path, server("m") as by_name:
+        assert check(with_servers(by_path, by_name, path=folder)) == []
+
+
+def test_servers_that_do_not_answer_are_named_with_their_key():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        line = f"no healthy server at {url} (GET /health, 5 s); start it, or correct the address"
+        assert check(with_servers(url)) == [f"rollout.server.urls: {line}"]
+        teacher = f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}"
+        assert check(config(teacher)) == [f"teacher.url: {line}"]
+    assert check(with_servers("localhost:8000")) == [
+        "rollout.server.urls: got 'localhost:8000', wants an address such as http://host:8000"
+    ]
+    (line,) = check(with_servers("http://localhost:port"))
+    assert line.startswith("rollout.server.urls: ") and "port" in line
+
+
+def test_a_server_of_another_model_or_kind_is_refused():
+    with server("somebody/else") as url:
+        (line,) = check(with_servers(url))
+        assert line.startswith(f"rollout.server.urls: {url} serves 'somebody/else', wanted '")
+    with server("student", length=40) as url:
+        (line,) = check(with_servers(url))
+        assert "--max-model-len 40" in line and "48 tokens" in line
+    with server("teacher", length=48) as url:  # scoring 48 tokens takes 49: the server must generate one
+        (line,) = check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}"))
+        assert line.startswith("teacher.url: ") and "49 tokens" in line
+    with server("student", routes={"/weight_info": None}) as url:
+        (line,) = check(with_servers(url))
+        assert line.startswith(f"rollout.server.urls: GET {url}/weight_info answered 404")
+    for answer in ({}, {"data": 3}, b"<html>"):
+        with server("student", routes={"/v1/models": answer}) as url:
+            (line,) = check(with_servers(url))
+            assert line.startswith(f"rollout.server.urls: {url} answers, but not as a vLLM server does: ")
+    with server("teacher", routes={"/weight_info": None}) as url:  # a teacher never takes new weights
+        assert check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}")) == []
+
+
+def test_all_problems_come_at_once():
+    keys = [
+        line.split(":")[0]
+        for line in check(
+            config(
+                "run.resume=nowhere",
+                "model.path=/no/student",
+                "teacher.path=/no/teacher",
+                "reward.functions=[{name: nonsense}]",
+                "rollout.backend=vllm",
+                "rollout.server.urls=[x]",
+            )
+        )
+    ]
+    assert keys == ["run.resume", "model.path", "teacher.path", "reward.functions", "rollout.server.urls"]
