@@ -102,7 +102,7 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algori
         raise ConfigError(problems)  # what the others lack may stand in the file that cannot be read
     override = Node({}, COMMAND_LINE)
     for node in arguments:
-        override = merge(override, node, _TAGS)  # in one, so that the order of algorithm.name and its keys is free
+        override = merge(override, node, {})  # in one, so that the order of algorithm.name and its keys is free
     root = Node({}, ", ".join(files))
     for node in (*roots, override):
         root = merge(root, node, _TAGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from vllm_fixtures import EOS, prompts, run_config, start_server, tiny_model, true_logprobs
+from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
 
 from rlkd.rollout import server as servers
 from rlkd.rollout.client import ServerError
@@ -59,23 +59,27 @@ sys.stdin.read()
 
 @pytest.mark.server
 @pytest.mark.process
-def test_two_servers_of_one_sampler_and_nothing_is_left_of_either(policy_path: str, tmp_path: Path) -> None:
-    """Two, to start them side by side: a trainer starts its own and is killed; the other's first process is killed."""
+def test_two_servers_of_one_sampler_and_nothing_is_left_of_either(tmp_path: Path) -> None:
+    """Two, to start them side by side: a trainer starts its own and is killed; the other's first process is killed.
+
+    The model has an output layer of its own; the other server tests have a tied one.
+    """
+    path = save_model(tiny_model(60, tied=False), tmp_path / "model")
     trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, policy_path, str(tmp_path)],
+        [sys.executable, "-c", TRAINER, path, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
     )
-    server = start_server("policy", policy_path, tmp_path)
+    server = start_server("policy", path, tmp_path)
     try:
         assert trainer.stdout is not None
         pid, guardian, url, _, weights = trainer.stdout.readline().split()
         server.wait_ready()
-        sampler = VLLMSampler(run_config(policy_path, url, server.url), [EOS])
+        sampler = VLLMSampler(run_config(path, url, server.url), [EOS])
         sampler.open()
-        model = tiny_model(61)
+        model = tiny_model(61, tied=False)
         sampler.publish(model.state_dict(), 1)
         for group in sampler.sample(prompts(4), n=2, iteration=0, sampling=SAMPLING):
             for rollout in group:

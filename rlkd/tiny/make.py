@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,10 +23,12 @@ from rlkd.tiny import task, tokenizer
 
 HEAD_DIM = 32  # the smallest that vLLM serves on a CPU
 BATCH = 64
-TEACHER_STEPS = 800
-HINT_STEPS = 200
-STUDENT_STEPS_AT_MOST = 1000
-STUDENT_STOP = 0.10
+STUDENT_STEPS = 800
+TEACHER_STEPS = 700
+SMOOTHING = 0.1
+VOWELS = "aeiouy"
+SLIPS = {True: 0.85, False: 0.35}
+"""Whether a letter is a vowel → how often the student is shown the next letter instead."""
 
 BOUNDS = {
     ("teacher", False): (0.95, 1.0),
@@ -71,16 +73,24 @@ def padded(sequences: Sequence[list[int]], pad: int) -> torch.Tensor:
 
 
 def supervised_loss(
-    model: LlamaForCausalLM, tok: PreTrainedTokenizerBase, examples: Iterable[tuple[str, str]]
+    model: LlamaForCausalLM,
+    tok: PreTrainedTokenizerBase,
+    examples: Iterable[tuple[str, str, str]],
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens, end of sequence included; examples are (prompt, answer)."""
+    """Mean cross-entropy over completion tokens, end of sequence included.
+
+    An example is (prompt, written, wanted): the model reads `written` after the prompt, and is to predict `wanted`
+    (as long). They differ where it must go on rightly after a mistake.
+    """
     inputs, labels = [], []
-    for prompt, answer in examples:
-        asked, answered = chat_ids(tok, prompt), [*tok.encode(answer), tok.eos_token_id]
-        inputs.append(asked + answered)
-        labels.append([-100] * len(asked) + answered)
+    for prompt, written, wanted in examples:
+        asked, end = chat_ids(tok, prompt), [tok.eos_token_id]
+        inputs.append(asked + tok.encode(written) + end)
+        labels.append([-100] * len(asked) + tok.encode(wanted) + end)
     logits = model(input_ids=padded(inputs, tok.pad_token_id)).logits  # right padding: the causal mask hides it
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), padded(labels, -100)[:, 1:].flatten())
+    wanted_ids = padded(labels, -100)[:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted_ids, label_smoothing=label_smoothing)
 
 
 @torch.no_grad()
@@ -106,76 +116,64 @@ def accuracy(
     return sum(a == e["answer"] for a, e in zip(answers, examples, strict=True)) / len(examples)
 
 
-def teacher_rate(step: int) -> float:
-    """Learning rate of the teacher: a short warm-up, then a cosine down to a twentieth."""
-    return 2e-3 * min(1.0, (step + 1) / 50) * max(0.05, 0.5 * (1 + math.cos(math.pi * step / TEACHER_STEPS)))
+def with_slips(text: str, draw: random.Random) -> str:
+    """`text` with some letters replaced by the next one of the alphabet: vowels mostly, consonants often."""
+    return "".join(
+        chr((ord(c) - ord("a") + 1) % 26 + ord("a")) if draw.random() < SLIPS[c in VOWELS] else c for c in text
+    )
 
 
-def student_rate(step: int) -> float:
-    """Learning rate of the student: a short warm-up, then constant, for its training ends where it ends."""
-    return 2e-3 * min(1.0, (step + 1) / 50)
+def teacher_example(word: str, draw: random.Random) -> tuple[str, str, str]:
+    """The right answer, in half of the cases after somebody else's slips; every third prompt has the hint."""
+    example = task.row(word, "")
+    prompt = task.hinted_prompt(example) if draw.random() < 1 / 3 else example["prompt"]
+    written = with_slips(example["answer"], draw) if draw.random() < 1 / 2 else example["answer"]
+    return prompt, written, example["answer"]
 
 
-def training(
+def student_example(word: str, draw: random.Random) -> tuple[str, str, str]:
+    """The right answer where the prompt has the hint, an answer with slips where it has not: half of each."""
+    example = task.row(word, "")
+    if draw.random() < 1 / 2:
+        return task.hinted_prompt(example), example["answer"], example["answer"]
+    answer = with_slips(example["answer"], draw)
+    return example["prompt"], answer, answer
+
+
+def train(
     model: LlamaForCausalLM,
     tok: PreTrainedTokenizerBase,
+    example: Callable[[str, random.Random], tuple[str, str, str]],
     *,
-    rate: Callable[[int], float],
-    hinted_share: Callable[[int], float],
+    steps: int,
+    lr: float,
+    label_smoothing: float,
     seed: int,
-) -> Iterator[int]:
-    """Supervised training without end; yields the number of finished steps after each.
-
-    `rate` and `hinted_share` (of the rows of a batch that show the answer) are functions of the step.
-    """
+) -> None:
+    """Supervised training of `model` in place, on new words at every step, with a cosine learning rate."""
     draw, source = random.Random(seed), task.words("train", seed=seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate(0), weight_decay=0.01)
-    for step in itertools.count():
-        examples = []
-        for _ in range(BATCH):
-            example = task.row(next(source), "")
-            hinted = draw.random() < hinted_share(step)
-            examples.append((task.hinted_prompt(example) if hinted else example["prompt"], example["answer"]))
-        loss = supervised_loss(model, tok, examples)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    for step in range(steps):
+        warm_up, decay = min(1.0, (step + 1) / 50), 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = lr * warm_up * max(0.05, decay)
+        loss = supervised_loss(model, tok, [example(next(source), draw) for _ in range(BATCH)], label_smoothing)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.step()
-        yield step + 1
+        if (step + 1) % 100 == 0:
+            print(f"  step {step + 1} of {steps}: loss {loss.item():.3f}", flush=True)
 
 
-def make_teacher(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A model that solves the task."""
+def make_model(name: str, tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """Train the "student" or the "teacher" from nothing."""
     torch.manual_seed(seed)
-    model = fresh_model("teacher", tok)
-    for done in training(model, tok, rate=teacher_rate, hinted_share=lambda step: 0.3, seed=seed + 1):
-        if done == TEACHER_STEPS:
-            break
+    model = fresh_model(name, tok)
+    if name == "student":
+        train(model, tok, student_example, steps=STUDENT_STEPS, lr=3e-3, label_smoothing=0.0, seed=seed + 1)
+    else:
+        train(model, tok, teacher_example, steps=TEACHER_STEPS, lr=2e-3, label_smoothing=SMOOTHING, seed=seed + 2)
     return model
-
-
-def make_student(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A model that copies a hint, and without one is right on about one word in eight.
-
-    Without hints it goes from nothing to everything within some hundred steps, so training stops where its accuracy
-    on training words first reaches STUDENT_STOP, not after a fixed number of steps.
-
-    Raises: RuntimeError if that does not happen.
-    """
-    torch.manual_seed(seed)
-    model = fresh_model("student", tok)
-    sample = task.rows("train")[:256]
-
-    def hinted_share(step: int) -> float:
-        return 1.0 if step < HINT_STEPS else 0.75
-
-    for done in training(model, tok, rate=student_rate, hinted_share=hinted_share, seed=seed + 2):
-        if done > HINT_STEPS and done % 5 == 0 and accuracy(model, tok, sample, hinted=False) >= STUDENT_STOP:
-            return model
-        if done == STUDENT_STEPS_AT_MOST:
-            break
-    raise RuntimeError(f"after {STUDENT_STEPS_AT_MOST} steps the student's accuracy is still below {STUDENT_STOP}")
 
 
 def check(folder: Path) -> bool:
@@ -205,9 +203,9 @@ def main() -> int:
     if arguments.check is not None:
         return 0 if check(arguments.check) else 1
     tok = tokenizer.build()
-    for name, make in (("student", make_student), ("teacher", make_teacher)):
+    for name in ("student", "teacher"):
         print(f"training the {name}", flush=True)
-        make(tok, arguments.seed).save_pretrained(arguments.out / name)
+        make_model(name, tok, arguments.seed).save_pretrained(arguments.out / name)
         tok.save_pretrained(arguments.out / name)
     return 0 if check(arguments.out) else 1
 
