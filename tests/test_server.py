@@ -158,19 +158,23 @@ def test_every_way_to_end_ends_the_children_too(
     script.write_text(TREE)
     deaf = "deaf" if ending == "deaf to SIGTERM" else "polite"
     server = stand_in(f"exec {sys.executable} {script} {deaf}", tmp_path, monkeypatch)
-    wait_until(lambda: "running" in server.log.read_text(), 20.0)
-    assert len(group_members(server.pid)) == 2
-    if ending == "guardian terminated":
-        os.kill(server.guardian_pid, signal.SIGTERM)
-    elif ending == "guardian killed":
-        os.kill(server.guardian_pid, signal.SIGKILL)
-    else:
+    try:
+        wait_until(lambda: "running" in server.log.read_text(), 20.0)
+        assert len(group_members(server.pid)) == 2
+        if ending == "guardian terminated":
+            os.kill(server.guardian_pid, signal.SIGTERM)
+        elif ending == "guardian killed":
+            os.kill(server.guardian_pid, signal.SIGKILL)
+        else:
+            server.stop()
+        wait_until(lambda: not group_members(server.pid), 15.0)
+        if ending != "guardian killed":  # then nobody knows of the segment but the server
+            wait_until(lambda: not Path(segment).exists(), 5.0)
+    finally:
         server.stop()
-    wait_until(lambda: not group_members(server.pid), 15.0)
-    if ending != "guardian killed":  # then nobody knows of the segment but the server, which ended in order
-        wait_until(lambda: not Path(segment).exists(), 5.0)
-    Path(segment).unlink(missing_ok=True)
-    server.stop()
+        if group_members(server.pid):
+            os.killpg(server.pid, signal.SIGKILL)
+        Path(segment).unlink(missing_ok=True)
 
 
 TREE = """
