@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,12 @@ def _run_directory(config: Config) -> list[str]:
 
 def _devices(config: Config) -> list[str]:
     problems = []
+    started = int(os.environ.get("WORLD_SIZE", config.world_size))  # set by torchrun
+    if started != config.world_size:
+        problems.append(
+            f"trainer.devices: torchrun started {started} processes, but trainer.devices × trainer.num_nodes is "
+            f"{config.trainer.devices} × {config.trainer.num_nodes}; make them agree"
+        )
     gpus = torch.cuda.device_count()
     if config.trainer.accelerator == "gpu" and config.trainer.devices > gpus:
         problems.append(

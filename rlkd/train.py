@@ -130,13 +130,15 @@ def main(argv: list[str]) -> int:
             print(loaded.text, end="")
             return 0
     except ConfigError as error:
-        print("\n".join(error.lines), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(error.lines), file=sys.stderr)
         return 2
     from rlkd.preflight import check
 
     problems = check(loaded.config)
     if problems:
-        print("\n".join(problems), file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose disks and devices may differ
+            print("\n".join(problems), file=sys.stderr)
         return 2
     quiet()
     run(loaded.config, loaded.text)
