@@ -61,9 +61,15 @@ def plot(curves: dict[str, list[list[tuple[int, float, float]]]], path: Path) ->
     for (arm, runs), colour in zip(curves.items(), ("#D55E00", "#0072B2", "#009E73"), strict=True):
         for i, points in enumerate(runs):
             axes.plot(
-                [p[0] for p in points], [100 * p[1] for p in points], color=colour, alpha=0.8, label=arm if not i else None
+                [p[0] for p in points],
+                [100 * p[1] for p in points],
+                color=colour,
+                alpha=0.8,
+                label=arm if not i else None,
             )
-    axes.set(xlabel="iteration", ylabel="held-out greedy accuracy, %", ylim=(0, 100), title="Built-in task, one line a seed")
+    axes.set(
+        xlabel="iteration", ylabel="held-out greedy accuracy, %", ylim=(0, 100), title="Built-in task, one line a seed"
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")

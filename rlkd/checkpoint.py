@@ -65,7 +65,12 @@ class Checkpoint(lightning.Callback):
         self._signalled = True
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
         done = batch.iteration + 1

@@ -22,12 +22,17 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Identity and length of the run."""
 
-    name: str = Field("run", pattern=r"^[\w.+-]+$", description="name of the run; its directory is <run.dir>/<run.name>")
+    name: str = Field(
+        "run", pattern=r"^[\w.+-]+$", description="name of the run; its directory is <run.dir>/<run.name>"
+    )
     dir: str = Field("runs", description="directory that holds all runs")
     seed: int = Field(0, ge=0, lt=2**31, description="every random choice is a function of this seed")
-    iterations: int = Field(100, ge=1, description="rollout batches to train on; a finished run may be resumed with more")
+    iterations: int = Field(
+        100, ge=1, description="rollout batches to train on; a finished run may be resumed with more"
+    )
     resume: str = Field(
-        "never", description="never: refuse a directory that holds a run; auto: go on from its last checkpoint, if any; or a path"
+        "never",
+        description="never: refuse a directory that holds a run; auto: go on from its last checkpoint; or a path",
     )
 
 
@@ -35,9 +40,13 @@ class ModelConfig(Section):
     """The student."""
 
     path: str = Field(description="folder or hub id of the student, or builtin:student")
-    attention: str | None = Field(None, description="attention implementation of transformers, e.g. sdpa, flash_attention_2")
+    attention: str | None = Field(
+        None, description="attention implementation of transformers, e.g. sdpa, flash_attention_2"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    trust_remote_code: bool = Field(False, description="run Python code that comes with the model; off unless you trust it")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; off unless you trust it"
+    )
 
 
 class ServerConfig(Section):
@@ -45,10 +54,16 @@ class ServerConfig(Section):
 
     launch: bool = Field(False, description="start the server, watch it, and stop it with the run")
     devices: list[list[int]] = Field(
-        [[]], min_length=1, description="one server per entry: the GPU indices of each; [[]] is one server on the CPU or the default GPU"
+        [[]],
+        min_length=1,
+        description="one server per entry, with its GPU indices; [[]]: one on the CPU or the default GPU",
     )
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field("auto", description="vLLM's compute type; float32 on CPU")
-    max_model_len: int | None = Field(None, gt=1, description="longest prompt + completion; null: the rollout's own lengths")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "auto", description="vLLM's compute type; float32 on CPU"
+    )
+    max_model_len: int | None = Field(
+        None, gt=1, description="longest prompt + completion; null: the rollout's own lengths"
+    )
     memory: float = Field(0.85, gt=0, lt=1, description="GPU memory fraction that vLLM may use")
     kv_cache_gb: float = Field(1.0, gt=0, description="key-value cache of a CPU server, in GiB")
     start_timeout_s: float = Field(600.0, gt=0, description="seconds until a started server must answer")
@@ -62,7 +77,8 @@ class RolloutServerConfig(ServerConfig):
     urls: list[str] = Field([], description="running servers, e.g. http://host:8000; excludes launch")
     weight_sync: Literal["file", "nccl", "ipc"] = Field("file", description="how new weights reach the server")
     sync_dir: str | None = Field(
-        None, description="directory of the file engine, on a disk that trainer and servers share; null: a fresh one under /dev/shm"
+        None,
+        description="directory of the file engine, on a disk that trainer and servers share; null: a fresh one under /dev/shm",
     )
 
 
@@ -82,8 +98,12 @@ class RolloutConfig(Section):
 
 
 class _Teacher(Section):
-    temperature: float = Field(1.0, gt=0, description="both models are compared at this temperature; a served teacher can do only 1")
-    check_parity: bool = Field(False, description="at the start, check that the teacher path scores as the trainer does")
+    temperature: float = Field(
+        1.0, gt=0, description="both models are compared at this temperature; a served teacher can do only 1"
+    )
+    check_parity: bool = Field(
+        False, description="at the start, check that the teacher path scores as the trainer does"
+    )
 
 
 class NoTeacher(Section):
@@ -156,8 +176,12 @@ class RewardConfig(Section):
     )
     workers: int = Field(1, ge=1, description="worker processes of each rank")
     timeout_s: float = Field(10.0, gt=0, description="seconds per completion and function; then the worker is killed")
-    max_error_rate: float = Field(0.1, ge=0, le=1, description="share of failed rewards in an iteration above which the run stops")
-    correct_at: float = Field(1.0, description="a completion counts as correct (accuracy, KD masks) from this reward on")
+    max_error_rate: float = Field(
+        0.1, ge=0, le=1, description="share of failed rewards in an iteration above which the run stops"
+    )
+    correct_at: float = Field(
+        1.0, description="a completion counts as correct (accuracy, KD masks) from this reward on"
+    )
 
 
 class AlgorithmConfig(Section):
@@ -187,16 +211,24 @@ class TrainerConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="what to train on")
     devices: int = Field(1, ge=1, description="processes per node; torchrun's --nproc-per-node must agree")
     num_nodes: int = Field(1, ge=1, description="nodes; torchrun's --nnodes must agree")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="compute type; master weights and reductions are always fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute type; master weights and reductions are always fp32"
+    )
     micro_batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, of one forward on one device")
-    updates_per_iteration: int = Field(1, ge=1, description="optimizer steps per rollout batch; 1 is strictly on-policy")
+    updates_per_iteration: int = Field(
+        1, ge=1, description="optimizer steps per rollout batch; 1 is strictly on-policy"
+    )
 
 
 class EvalConfig(Section):
     """Held-out prompts."""
 
-    every: int = Field(25, ge=0, description="iterations between evaluations, before the first and after the last too; 0: never")
-    path: str | None = Field(None, description="held-out data, read like data.path; null: none (a builtin task has its own)")
+    every: int = Field(
+        25, ge=0, description="iterations between evaluations, before the first and after the last too; 0: never"
+    )
+    path: str | None = Field(
+        None, description="held-out data, read like data.path; null: none (a builtin task has its own)"
+    )
     split: str = Field("test", description="split of a Hugging Face data set at eval.path")
     prompts: int = Field(128, ge=1, description="held-out prompts")
     samples: int = Field(4, ge=1, description="k of avg@k and pass@k")
@@ -256,41 +288,54 @@ class Config(Section):
         """
         found: list[tuple[str, str]] = []
         if self.rollout.prompts % self.world_size:
-            found.append((
-                "rollout.prompts",
-                f"is {self.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = {self.world_size}; "
-                "each rank samples whole groups: choose a multiple",
-            ))
+            found.append(
+                (
+                    "rollout.prompts",
+                    f"is {self.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = {self.world_size}; "
+                    "each rank samples whole groups: choose a multiple",
+                )
+            )
         rollouts = self.rollout.prompts * self.algorithm.group_size // self.world_size
         if rollouts % self.trainer.updates_per_iteration:
-            found.append((
-                "trainer.updates_per_iteration",
-                f"is {self.trainer.updates_per_iteration}, which does not divide the {rollouts} rollouts of a rank "
-                "(rollout.prompts × algorithm.group_size / ranks); choose a divisor",
-            ))
+            found.append(
+                (
+                    "trainer.updates_per_iteration",
+                    f"is {self.trainer.updates_per_iteration}, which does not divide the {rollouts} rollouts of a rank "
+                    "(rollout.prompts × algorithm.group_size / ranks); choose a divisor",
+                )
+            )
         server = self.rollout.server
         if self.rollout.backend == "vllm" and server.launch == bool(server.urls):
-            found.append((
-                "rollout.server",
-                "rollout.backend is vllm: set either rollout.server.urls (running servers) or "
-                "rollout.server.launch: true (start them)",
-            ))
+            found.append(
+                (
+                    "rollout.server",
+                    "rollout.backend is vllm: set either rollout.server.urls (running servers) or "
+                    "rollout.server.launch: true (start them)",
+                )
+            )
         if self.rollout.backend == "hf" and (server.launch or server.urls):
-            found.append((
-                "rollout.backend",
-                "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
-            ))
+            found.append(
+                (
+                    "rollout.backend",
+                    "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
+                )
+            )
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens
         if self.trainer.micro_batch_tokens < longest:
-            found.append((
-                "trainer.micro_batch_tokens",
-                f"is {self.trainer.micro_batch_tokens}, less than one sequence of data.max_prompt_tokens + "
-                f"rollout.max_tokens = {longest} tokens; raise it",
-            ))
+            found.append(
+                (
+                    "trainer.micro_batch_tokens",
+                    f"is {self.trainer.micro_batch_tokens}, less than one sequence of data.max_prompt_tokens + "
+                    f"rollout.max_tokens = {longest} tokens; raise it",
+                )
+            )
         if server.max_model_len is not None and server.max_model_len < longest:
-            found.append((
-                "rollout.server.max_model_len",
-                f"is {server.max_model_len}, less than data.max_prompt_tokens + rollout.max_tokens = {longest}; raise it",
-            ))
+            found.append(
+                (
+                    "rollout.server.max_model_len",
+                    f"is {server.max_model_len}, less than data.max_prompt_tokens + rollout.max_tokens = {longest}; "
+                    "raise it",
+                )
+            )
         found.extend(self.algorithm.problems(self))
         return found

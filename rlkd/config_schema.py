@@ -76,9 +76,7 @@ def slot(annotation: Any, metadata: tuple[Any, ...] = (), tag: str | None = None
         parts = [slot(member, metadata, tag) for member in get_args(annotation) if member is not type(None)]
         nullable = type(None) in get_args(annotation) or any(p.nullable for p in parts)
         tags = [p.tag for p in parts if p.tag is not None]
-        return Slot(
-            tuple(m for p in parts for m in p.members), nullable, tags[0] if tags else None, parts[0].metadata
-        )
+        return Slot(tuple(m for p in parts for m in p.members), nullable, tags[0] if tags else None, parts[0].metadata)
     return Slot((annotation,), False, tag, metadata)
 
 

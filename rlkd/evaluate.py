@@ -68,9 +68,7 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> di
         if not mine:
             continue
         # Another seed than training's, so that no training sample is ever drawn again here.
-        sampling = Sampling(
-            temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31
-        )
+        sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
         groups = loader.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
         for group in groups:
             known = [s.reward >= config.reward.correct_at for s in group if s.reward is not None]
@@ -96,7 +94,12 @@ class Evaluate(lightning.Callback):
             self._evaluate(pl_module)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         done = batch.iteration + 1
         if self.prompts and (done % self.config.eval.every == 0 or done == self.config.run.iterations):

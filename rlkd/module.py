@@ -29,7 +29,6 @@ from rlkd.student import Student, build_student
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
 
-
 ALGORITHMS: dict[str, type[PolicyModule]] = {}
 """algorithm.name → its module."""
 

@@ -42,7 +42,12 @@ class RunLog(lightning.Callback):
             self._write(trainer, {"iteration": 0} | evaluated)
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
         now = time.perf_counter()
@@ -98,7 +103,12 @@ class IterationLines(lightning.Callback):
         self.iterations = config.run.iterations
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
         if distributed.rank() == 0:

@@ -55,7 +55,8 @@ class Student(nn.Module):
         gradient; without `cpu_offload`, which hands ranks other than 0 an empty dictionary.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=False)
-        return {name: value for name, value in get_model_state_dict(self.hf, options=options).items() if isinstance(value, Tensor)}
+        weights = get_model_state_dict(self.hf, options=options)
+        return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -70,9 +71,7 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh) 
 
     Master weights are fp32 whatever `trainer.precision` says: in bf16 a learning rate of 1e-6 would be rounded away.
     """
-    hf = load_causal_lm(
-        model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code
-    )
+    hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
     without_dropout(hf)
     hf.train()
     if model.gradient_checkpointing:

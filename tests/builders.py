@@ -15,7 +15,9 @@ GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
 
 def config(*overrides: str) -> Config:
     """The quickstart with overrides; the mismatch bound is off, since these rollouts are made up."""
-    return load(["configs/quickstart.yaml"], ["rollout.max_mismatch=1000.0", "algorithm.group_size=4", *overrides]).config
+    return load(
+        ["configs/quickstart.yaml"], ["rollout.max_mismatch=1000.0", "algorithm.group_size=4", *overrides]
+    ).config
 
 
 def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRollout:

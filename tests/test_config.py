@@ -131,9 +131,7 @@ ONE_LINE = {
         "a.yaml:4: teacher: set either teacher.url (a running server) or teacher.server.launch: true (start one)"
     ),
     # lists of sections
-    "reward:\n  functions:\n  - name: math\n  - weight: 2": (
-        "a.yaml:7: reward.functions[1].name: missing, wants text"
-    ),
+    "reward:\n  functions:\n  - name: math\n  - weight: 2": ("a.yaml:7: reward.functions[1].name: missing, wants text"),
     "reward: {functions: [math]}": "a.yaml:4: reward.functions[0]: got 'math', wants a section with name",
     "reward: {functions: []}": (
         "a.yaml:4: reward.functions: got [], wants a list of a section with name (at least 1 of them)"
@@ -462,7 +460,9 @@ def test_the_quickstart_and_the_registered_algorithms():
     assert "algorithm.kd.coef" in help_text()
 
 
-FULL = BASE + """\
+FULL = (
+    BASE
+    + """\
 run: {name: x, seed: 3}
 teacher: {backend: local, path: t}
 rollout: {server: {urls: [], extra_args: [a]}}
@@ -470,6 +470,7 @@ optim: {lr: {kind: linear, start: 1e-3, end: 0, over: 3}}
 reward: {functions: [{name: math, options: {a: 1}}]}
 eval: {path: "${data.path}"}
 """
+)
 _PIECES = st.sampled_from(
     ["{", "}", "[", "]", ":", ": ", "\n", "\n  ", "- ", "'", '"', "${", "}", "\\", "&a ", "*a", "!x ", "???", "~", "#",
      "<<: ", "null", "on", "1e-6", "-1", ".inf", "\t", "name", "kind: ", "é", "\x00", "|", ">", "? ", "---", ",", "0"]

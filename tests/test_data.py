@@ -130,9 +130,7 @@ def test_jsonl_columns_become_fields_and_the_rest_is_meta(tokenizer, tmp_path):
         "",
         {"question": [{"role": "user", "content": "2+2"}], "gold": "4", "solution": "", "name": "b", "level": None},
     )
-    data = config(
-        path, prompt_column="question", answer_column="gold", privileged_column="solution", id_column="name"
-    )
+    data = config(path, prompt_column="question", answer_column="gold", privileged_column="solution", id_column="name")
     first, second = load_source(data, tokenizer)
     assert (first.id, first.answer, first.privileged, first.meta) == ("a", "2", "count", {"level": 3})
     assert (second.id, second.messages) == ("b", ({"role": "user", "content": "2+2"},))

@@ -31,7 +31,12 @@ def test_the_fused_head_gives_the_cpus_numbers():
     [
         ("trainer.precision=fp32",),
         ("trainer.precision=bf16", "rollout.max_mismatch=0.05"),
-        ("rollout.backend=vllm", "rollout.server.launch=true", "rollout.server.memory=0.3", "rollout.max_mismatch=0.05"),
+        (
+            "rollout.backend=vllm",
+            "rollout.server.launch=true",
+            "rollout.server.memory=0.3",
+            "rollout.max_mismatch=0.05",
+        ),
         (
             *("rollout.backend=vllm", "rollout.server.launch=true", "rollout.server.memory=0.3"),
             *("rollout.server.weight_sync=ipc", "rollout.max_mismatch=0.05"),

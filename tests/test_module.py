@@ -61,7 +61,12 @@ def test_kdrl_with_zero_advantages_is_the_coefficient_times_distillation(mask):
 @pytest.mark.parametrize("denominator", ["all", "kept"])
 @pytest.mark.parametrize("mask", ["none", "response"])
 def test_joint_k2_and_the_advantage_form_have_the_same_gradient_on_policy(mask, denominator):
-    settings = (NO_CLIP, "algorithm.kd.coef=0.3", f"algorithm.kd.mask={mask}", f"algorithm.kd.denominator={denominator}")
+    settings = (
+        NO_CLIP,
+        "algorithm.kd.coef=0.3",
+        f"algorithm.kd.mask={mask}",
+        f"algorithm.kd.denominator={denominator}",
+    )
     joint = Captured(config(*settings))
     advantage = Captured(config(*settings, "algorithm.kd.form=advantage"))
     assert_moved(joint)

@@ -250,5 +250,6 @@ def test_all_problems_come_at_once():
 def test_torchrun_and_the_config_must_agree_on_the_number_of_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert check(config("trainer.devices=2")) == [
-        "trainer.devices: torchrun started 4 processes, but trainer.devices × trainer.num_nodes is 2 × 1; make them agree"
+        "trainer.devices: torchrun started 4 processes, but trainer.devices × trainer.num_nodes is 2 × 1; "
+        "make them agree"
     ]

@@ -222,7 +222,7 @@ def test_a_resumed_run_shows_the_later_of_repeated_rows(run_dir: Path) -> None:
     ],
 )
 def test_a_broken_line_is_named(run_dir: Path, line: str, message: str) -> None:
-    (run_dir / "metrics.jsonl").write_text(f'{json.dumps(ROWS[0])}\n{line}\n{json.dumps(ROWS[1])}\n')
+    (run_dir / "metrics.jsonl").write_text(f"{json.dumps(ROWS[0])}\n{line}\n{json.dumps(ROWS[1])}\n")
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         write_report(run_dir)
     assert "metrics.jsonl" in str(caught.value)

@@ -116,7 +116,8 @@ def test_the_export_is_the_checkpoint_and_loads_in_transformers(straight):
 def test_every_file_of_a_run_is_there(straight):
     for name in ("config.yaml", "metrics.jsonl", "report.html", "checkpoints", "rollouts", "hf"):
         assert (straight[2] / name).exists(), name
-    lines = [json.loads(x) for f in sorted((straight[2] / "rollouts").glob("000003-*")) for x in open(f)]
+    dumps = sorted((straight[2] / "rollouts").glob("000003-*"))
+    lines = [json.loads(line) for dump in dumps for line in dump.read_text().splitlines()]
     assert len(lines) == 16
     assert all(line["weight_version"] == 2 and len(line["token_ids"]) == len(line["logprobs"]) for line in lines)
     assert all(r["staleness/mean"] == 0 and r["mismatch/mean"] < 1e-5 for r in rows(straight[2]))

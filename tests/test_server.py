@@ -150,9 +150,7 @@ def test_a_server_that_does_not_answer_in_time_is_ended(tmp_path: Path, monkeypa
 
 @pytest.mark.process
 @pytest.mark.parametrize("ending", ["stop", "guardian terminated", "guardian killed", "deaf to SIGTERM"])
-def test_every_way_to_end_ends_the_children_too(
-    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_way_to_end_ends_the_children_too(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLKD_TEST_SHM", segment := f"/dev/shm/rlkd-test-{os.getpid()}")
     script = tmp_path / "tree.py"
     script.write_text(TREE)

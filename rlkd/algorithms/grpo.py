@@ -34,7 +34,8 @@ class GRPOConfig(AlgorithmConfig):
     clip_low: float = Field(0.2, ge=0, description="ε_low: the ratio is clipped below 1 − ε_low")
     clip_high: float = Field(0.2, ge=0, description="ε_high: the ratio is clipped above 1 + ε_high")
     reduction: Literal["token_mean", "sequence_mean", "dr_grpo"] = Field(
-        "token_mean", description="normaliser: all tokens, tokens of a sequence then sequences, or sequences × max_tokens"
+        "token_mean",
+        description="normaliser: all tokens, tokens of a sequence then sequences, or sequences × max_tokens",
     )
     importance: Literal["truncate", "mask", "off"] = Field(
         "truncate", description="correction for sampler ≠ trainer: cap the weight, drop tokens above the cap, or none"

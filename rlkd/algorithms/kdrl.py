@@ -62,7 +62,9 @@ class KDRLConfig(GRPOConfig):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
         if config.teacher.backend == "none":
-            found.append(("teacher.backend", "is none, but algorithm.name kdrl imitates a teacher; set local or served"))
+            found.append(
+                ("teacher.backend", "is none, but algorithm.name kdrl imitates a teacher; set local or served")
+            )
         return found
 
 

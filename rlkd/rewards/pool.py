@@ -274,9 +274,9 @@ def _line(value: Any) -> bytes:
 def _payload(item: RewardItem) -> bytes:
     """The item as JSON."""
     try:
-        return json.dumps({
-            "completion": item.completion, "answer": item.answer, "prompt": item.prompt, "meta": dict(item.meta)
-        }).encode()
+        return json.dumps(
+            {"completion": item.completion, "answer": item.answer, "prompt": item.prompt, "meta": dict(item.meta)}
+        ).encode()
     except (TypeError, ValueError) as error:
         raise ValueError(f"the meta of prompt {item.prompt[:40]!r} is not JSON: {error}") from error
 

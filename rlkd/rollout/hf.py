@@ -31,6 +31,9 @@ class HFSampler:
         self.version: int | None = None
         self._hf: PreTrainedModel | None = None
 
+    def start(self) -> None:
+        pass
+
     def open(self) -> None:
         model = self.config.model
         dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
@@ -92,9 +95,7 @@ class HFSampler:
             noise = torch.as_tensor(uniforms[alive, position], device=device)
             tokens, logprobs = draw(logits, noise, sampling.temperature)
             ended = torch.isin(tokens, eos)
-            for row, token, logprob, end in zip(
-                alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True
-            ):
+            for row, token, logprob, end in zip(alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True):
                 done[row].token_ids.append(token)
                 done[row].logprobs.append(logprob)
                 if end:

@@ -52,19 +52,18 @@ class RolloutLoader:
 
     def open(self) -> None:
         """Load models, connect to or start servers, start reward workers. Every rank calls it, once."""
-        self.policy.open()
-        for scorer in (self.teacher, self.reference):
-            if scorer is not None:
-                scorer.open()
+        parts = [part for part in (self.policy, self.teacher, self.reference) if part is not None]
+        for part in parts:
+            part.start()
+        for part in parts:
+            part.open()
         self.rewards.open()
 
     def check_parity(self) -> None:
         """The start-up check that `teacher.check_parity` asks for; wants the untrained student in the sampler."""
         if isinstance(self.config.teacher, NoTeacher) or not self.config.teacher.check_parity or self.iteration > 0:
             return
-        prompts = self.prompts.take(
-            0, self.config.rollout.prompts, distributed.rank(), distributed.world_size()
-        )
+        prompts = self.prompts.take(0, self.config.rollout.prompts, distributed.rank(), distributed.world_size())
         start = build_reference(self.config)
         start.open()
         gaps = check_parity(self.config, prompts, self.policy, start, self.teacher)
@@ -99,9 +98,7 @@ class RolloutLoader:
         """This rank's share of iteration `iteration` (0 is the first), with its figures in `metrics`."""
         clock = Clock()
         config = self.config
-        prompts = self.prompts.take(
-            iteration, config.rollout.prompts, distributed.rank(), distributed.world_size()
-        )
+        prompts = self.prompts.take(iteration, config.rollout.prompts, distributed.rank(), distributed.world_size())
         rollouts = self.algorithm.rollout(prompts, self.policy, self.teacher, iteration)
         check_versions(rollouts, iteration, config.rollout.max_staleness)
         clock.lap("time/rollout")
@@ -119,32 +116,48 @@ class RolloutLoader:
         batch.metrics.merge(clock.meter)
         return batch
 
+    def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """`token_ids` as text, with or without the special tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+        assert isinstance(text, str)
+        return text
+
     def reward(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
         """Each rollout with its reward, computed in the worker processes."""
         rollouts = [rollout for group in groups for rollout in group]
         items = [
             RewardItem(
-                completion=self.tokenizer.decode(rollout.token_ids, skip_special_tokens=True),
+                completion=self.text(rollout.token_ids),
                 answer=rollout.prompt.answer,
-                prompt=self.tokenizer.decode(rollout.prompt.token_ids, skip_special_tokens=True),
+                prompt=self.text(rollout.prompt.token_ids),
                 meta=dict(rollout.prompt.meta),
             )
             for rollout in rollouts
         ]
-        scored = iter([
-            ScoredRollout(rollout=rollout, reward=result.reward, reward_parts=result.parts)
-            for rollout, result in zip(rollouts, self.rewards.score(items), strict=True)
-        ])
+        scored = iter(
+            [
+                ScoredRollout(rollout=rollout, reward=result.reward, reward_parts=result.parts)
+                for rollout, result in zip(rollouts, self.rewards.score(items), strict=True)
+            ]
+        )
         return [[next(scored) for _ in group] for group in groups]
 
     def score(self, groups: Sequence[Sequence[ScoredRollout]]) -> list[list[ScoredRollout]]:
         """Each rollout with the log-probs of the teacher, and of the reference, where the algorithm asks for them."""
-        scored = [list(group) for group in groups]
+        rows = [scored for group in groups for scored in group]
         if self.teacher is not None:
-            scored = _scored_by(self.teacher, scored, "teacher", self.algorithm.teacher_prompt)
+            pairs = [(self._teacher_prompt(s.rollout.prompt), s.rollout.token_ids) for s in rows]
+            rows = [replace(s, teacher=t) for s, t in zip(rows, self.teacher.score(pairs), strict=True)]
         if self.reference is not None:
-            scored = _scored_by(self.reference, scored, "reference", lambda prompt: prompt.token_ids)
-        return scored
+            pairs = [(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
+            rows = [replace(s, reference=r) for s, r in zip(rows, self.reference.score(pairs), strict=True)]
+        scored = iter(rows)
+        return [[next(scored) for _ in group] for group in groups]
+
+    def _teacher_prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        token_ids = self.algorithm.teacher_prompt(prompt)
+        assert token_ids is not None, "an algorithm that uses a teacher has a prompt for it"
+        return token_ids
 
     def dump(self, groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> None:
         """All rollouts of this rank as JSONL, in the run directory."""
@@ -159,8 +172,8 @@ class RolloutLoader:
                 line = {
                     "iteration": iteration + 1,
                     "id": rollout.prompt.id,
-                    "prompt": self.tokenizer.decode(rollout.prompt.token_ids),
-                    "completion": self.tokenizer.decode(rollout.token_ids),
+                    "prompt": self.text(rollout.prompt.token_ids, special=True),
+                    "completion": self.text(rollout.token_ids, special=True),
                     "answer": rollout.prompt.answer,
                     "reward": scored.reward,
                     "reward_parts": dict(scored.reward_parts),
@@ -226,13 +239,6 @@ def build_reference(config: Config) -> LocalScorer:
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
     )
-
-
-def _scored_by(scorer: Teacher, groups: list[list[ScoredRollout]], field: str, prompt_of: Any) -> list[list[ScoredRollout]]:
-    rows = [scored for group in groups for scored in group]
-    pairs = [(prompt_of(s.rollout.prompt), s.rollout.token_ids) for s in rows]
-    filled = iter([replace(s, **{field: scores}) for s, scores in zip(rows, scorer.score(pairs), strict=True)])
-    return [[next(filled) for _ in group] for group in groups]
 
 
 def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_staleness: int) -> None:

@@ -27,9 +27,13 @@ class Sampling:
 class Sampler(Protocol):
     """Generates with the weights that it was last given, and says which those were.
 
-    Life: `open` once, then `publish` (a collective: every rank calls it) and `sample` (each rank for its own
-    prompts), then `close`.
+    Life: `start` and `open` once, then `publish` (a collective: every rank calls it) and `sample` (each rank for its
+    own prompts), then `close`.
     """
+
+    def start(self) -> None:
+        """Begin what takes long, such as starting servers, without waiting. Every rank calls it, before `open`."""
+        ...
 
     def open(self) -> None:
         """Load the model or connect to the servers. Every rank calls it, after the process group exists."""

@@ -195,13 +195,13 @@ def launch(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
 ) -> list[VLLMServer]:
-    """Start one server per entry of `config.devices`, all at once, and wait until every one answers.
+    """Start one server per entry of `config.devices`, all at once; `wait_ready` comes later.
 
     Args:
         role: "policy" or "teacher"; the servers are called role, or role-0, role-1 …
         slots: (first, all): the number of the first of them among all CPU servers of the run.
 
-    Raises: RuntimeError of the first that fails; none is left running then.
+    Raises: RuntimeError of the first that cannot be started; none is left running then.
     """
     servers: list[VLLMServer] = []
     try:
@@ -219,13 +219,26 @@ def launch(
                     environment=environment,
                 )
             )
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise
+    return servers
+
+
+def wait_ready(servers: Sequence[VLLMServer]) -> list[str]:
+    """The addresses of `servers`, once every one answers.
+
+    Raises: RuntimeError of the first that fails; all are stopped then.
+    """
+    try:
         for server in servers:
             server.wait_ready()
     except BaseException:
         for server in servers:
             server.stop()
         raise
-    return servers
+    return [server.url for server in servers]
 
 
 def on_rank_zero(act: Callable[[], T]) -> T:

@@ -14,7 +14,7 @@ from rlkd import distributed
 from rlkd.config import Config
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, parse_version
 from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts
+from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts, wait_ready
 from rlkd.tiny import resolve
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
@@ -58,6 +58,7 @@ class VLLMSampler:
         self._config = config
         self._model_path = resolve(config.model.path)
         self._eos_ids = frozenset(eos_ids)
+        self._longest = config.data.max_prompt_tokens + config.rollout.max_tokens
         self._servers: list[VLLMServer] = []
         self._clients: list[VLLMClient] = []
         self._models: list[str] = []
@@ -67,15 +68,19 @@ class VLLMSampler:
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
+    def start(self) -> None:
+        """Raises: RuntimeError when a server cannot be started."""
+        if self._config.rollout.server.launch:
+            on_rank_zero(self._launch)
+
     def open(self) -> None:
-        """Raises: RuntimeError when a server cannot be started or reached, or is not fit for its task."""
+        """Raises: RuntimeError when a server does not come up, cannot be reached, or is not fit for its task."""
         server = self._config.rollout.server
-        longest = self._config.data.max_prompt_tokens + self._config.rollout.max_tokens
-        urls = on_rank_zero(lambda: self._launch(longest)) if server.launch else server.urls
+        urls = on_rank_zero(lambda: wait_ready(self._servers)) if server.launch else server.urls
         for url in urls:
             client = VLLMClient(url, server.request_timeout_s)
             self._clients.append(client)
-            self._models.append(client.model_card(self._model_path, longest))
+            self._models.append(client.model_card(self._model_path, self._longest))
             client.weight_version()  # fails here, not after the first rollout, on a server without these routes
         if server.weight_sync == "file":
             if distributed.rank() == 0:
@@ -83,7 +88,7 @@ class VLLMSampler:
         else:
             self._direct = DirectTransfer(server.weight_sync, urls, server.request_timeout_s)
 
-    def _launch(self, longest: int) -> list[str]:
+    def _launch(self) -> None:
         config, weight_sync = self._config, self._config.rollout.server.weight_sync
         arguments = policy_arguments(weight_sync)
         if config.model.trust_remote_code:
@@ -92,14 +97,13 @@ class VLLMSampler:
             config.rollout.server,
             role="policy",
             model=self._model_path,
-            max_model_len=longest,
+            max_model_len=self._longest,
             run_dir=config.run_dir,
             slots=(0, sum(server_counts(config))),
             arguments=arguments,
             # CUDA IPC handles travel pickled; the server listens to this machine only
             environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if weight_sync == "ipc" else {},
         )
-        return [server.url for server in self._servers]
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """See `Sampler.publish`.

@@ -40,10 +40,11 @@ class LocalScorer:
         self.trust_remote_code = trust_remote_code
         self._hf: PreTrainedModel | None = None
 
+    def start(self) -> None:
+        pass
+
     def open(self) -> None:
-        hf = load_causal_lm(
-            self.path, self.dtype, attention=self.attention, trust_remote_code=self.trust_remote_code
-        )
+        hf = load_causal_lm(self.path, self.dtype, attention=self.attention, trust_remote_code=self.trust_remote_code)
         torch.nn.Module.to(hf, local_device(self.accelerator))
         self._hf = hf.eval().requires_grad_(False)
 

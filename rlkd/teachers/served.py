@@ -9,7 +9,7 @@ from typing import Any
 from rlkd import config as configuration
 from rlkd.config import Config
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
-from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts
+from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts, wait_ready
 from rlkd.tiny import resolve
 from rlkd.types import TeacherScores
 
@@ -40,11 +40,16 @@ class ServedTeacher:
         self._clients: list[VLLMClient] = []
         self._models: list[str] = []
 
+    def start(self) -> None:
+        """Raises: RuntimeError when the server cannot be started."""
+        if self._settings.server.launch:
+            on_rank_zero(self._launch)
+
     def open(self) -> None:
-        """Raises: RuntimeError when a server cannot be started or reached, or serves another model."""
+        """Raises: RuntimeError when the server does not come up, cannot be reached, or serves another model."""
         server = self._settings.server
         if server.launch:
-            urls = on_rank_zero(self._launch)
+            urls = on_rank_zero(lambda: wait_ready(self._servers))
         else:
             assert self._settings.url is not None
             urls = [self._settings.url]
@@ -53,7 +58,7 @@ class ServedTeacher:
             self._clients.append(client)
             self._models.append(client.model_card(self._model_path, self._longest))
 
-    def _launch(self) -> list[str]:
+    def _launch(self) -> None:
         of_policy, of_teacher = server_counts(self._config)
         self._servers = launch(
             self._settings.server,
@@ -64,7 +69,6 @@ class ServedTeacher:
             slots=(of_policy, of_policy + of_teacher),
             arguments=TEACHER_ARGUMENTS,
         )
-        return [server.url for server in self._servers]
 
     def score(self, pairs: Sequence[Pair]) -> list[TeacherScores]:
         """See `Teacher.score`.

@@ -11,6 +11,10 @@ from rlkd.types import TeacherScores
 class Teacher(Protocol):
     """Scores token ids that somebody else wrote. Frozen; never a submodule of the student."""
 
+    def start(self) -> None:
+        """Begin what takes long, such as starting a server, without waiting. Every rank calls it, before `open`."""
+        ...
+
     def open(self) -> None:
         """Load the model or connect to the server. Every rank calls it, after the process group exists."""
         ...

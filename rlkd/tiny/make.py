@@ -27,7 +27,7 @@ STUDENT_STEPS = 800
 TEACHER_STEPS = 700
 SMOOTHING = 0.1
 VOWELS = "aeiouy"
-SLIPS = {True: 0.85, False: 0.35}
+SLIPS = {True: 0.95, False: 0.35}
 """Whether a letter is a vowel → how often the student is shown the next letter instead."""
 
 BOUNDS = {
