@@ -78,7 +78,7 @@ class RolloutServerConfig(ServerConfig):
     weight_sync: Literal["file", "nccl", "ipc"] = Field("file", description="how new weights reach the server")
     sync_dir: str | None = Field(
         None,
-        description="directory of the file engine, on a disk that trainer and servers share; null: a fresh one under /dev/shm",
+        description="directory of the file engine, on a disk that trainer and servers share; null: in memory",
     )
 
 
@@ -291,7 +291,8 @@ class Config(Section):
             found.append(
                 (
                     "rollout.prompts",
-                    f"is {self.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = {self.world_size}; "
+                    f"is {self.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = "
+                    f"{self.world_size}; "
                     "each rank samples whole groups: choose a multiple",
                 )
             )
