@@ -7,13 +7,13 @@ import shutil
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import lightning
 
 from rlkd import distributed
 from rlkd.config import Config
 from rlkd.export import export
+from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
@@ -38,7 +38,7 @@ def resume_path(config: Config) -> Path | None:
     return Path(config.run.resume)
 
 
-class Checkpoint(lightning.Callback):
+class Checkpoint(IterationCallback):
     """Saves every `checkpoint.every` iterations and at the end of the run, and ends it.
 
     The run ends at `run.iterations`, or after the iteration in which any rank got SIGTERM or SIGINT: the flag is
@@ -50,7 +50,7 @@ class Checkpoint(lightning.Callback):
         self.loader = loader
         self._signalled = False
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         # In place of Lightning's own handlers, which broadcast inside the handler: one signalled rank hangs all.
         # Lightning puts the old ones back after the run.
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,15 +64,7 @@ class Checkpoint(lightning.Callback):
             signal.raise_signal(number)
         self._signalled = True
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, PolicyModule)
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         done = batch.iteration + 1
         signalled = distributed.all_reduce([float(self._signalled)], "max")[0] > 0
         ending = signalled or done >= self.config.run.iterations
@@ -83,10 +75,10 @@ class Checkpoint(lightning.Callback):
             print(f"signal: saved iteration {done}; go on with run.resume=auto", flush=True)
         if ending:
             if self.config.checkpoint.export and not signalled:
-                weights = pl_module.model.full_weights()
+                weights = module.model.full_weights()
                 if distributed.rank() == 0:
                     folder = Path(self.config.run_dir, "hf")
-                    export(weights, pl_module.model.hf.config, self.loader.tokenizer, self.config.model.path, folder)
+                    export(weights, module.model.hf.config, self.loader.tokenizer, self.config.model.path, folder)
             trainer.should_stop = True
 
     def _save(self, trainer: lightning.Trainer, done: int) -> None:

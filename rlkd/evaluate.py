@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
 
 import lightning
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkd import distributed
 from rlkd.config import Config, DataConfig
 from rlkd.data.sources import load_source
+from rlkd.iteration_callback import IterationCallback
 from rlkd.metrics import Meter
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
@@ -81,7 +81,7 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> di
     return meter.reduce()
 
 
-class Evaluate(lightning.Callback):
+class Evaluate(IterationCallback):
     """Evaluates before the first iteration, every `eval.every` iterations and after the last."""
 
     def __init__(self, config: Config, loader: RolloutLoader):
@@ -89,25 +89,17 @@ class Evaluate(lightning.Callback):
         self.loader = loader
         self.prompts = heldout_prompts(config, loader.tokenizer) if config.eval.every else []
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         if self.prompts and self.loader.iteration == 0:
-            self._evaluate(pl_module)
+            self._evaluate(module)
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         done = batch.iteration + 1
         if self.prompts and (done % self.config.eval.every == 0 or done == self.config.run.iterations):
-            self._evaluate(pl_module)
+            self._evaluate(module)
 
-    def _evaluate(self, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, PolicyModule)
-        pl_module.row.update(evaluate(self.config, self.loader, self.prompts))
+    def _evaluate(self, module: PolicyModule) -> None:
+        module.row.update(evaluate(self.config, self.loader, self.prompts))
 
 
 def main(argv: list[str]) -> int:

@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from rlkd import distributed
 from rlkd.config import Config
+from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
 
 
-class RunLog(lightning.Callback):
+class RunLog(IterationCallback):
     """One row an iteration: to `<run>/metrics.jsonl` and to every logger of the Trainer, at step = iteration.
 
     Row 0 holds the first evaluation. A resumed run drops the rows after its checkpoint first.
@@ -32,26 +33,17 @@ class RunLog(lightning.Callback):
         self.path = Path(config.run_dir, "metrics.jsonl")
         self._last = 0.0
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, PolicyModule)
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         self._last = time.perf_counter()
         if distributed.rank() == 0:
             self._keep_rows_up_to(self.loader.iteration)
-        evaluated = {k: v for k, v in pl_module.row.items() if k.startswith("eval/")}
+        evaluated = {k: v for k, v in module.row.items() if k.startswith("eval/")}
         if evaluated:
             self._write(trainer, {"iteration": 0} | evaluated)
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, PolicyModule)
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         now = time.perf_counter()
-        row = pl_module.row
+        row = module.row
         row["time/total"] = now - self._last
         row["tokens_per_s"] = row["tokens/generated"] / row["time/total"]
         self._last = now
@@ -96,23 +88,15 @@ class IterationBar(RichProgressBar):
         return {name: f"{pl_module.row[name]:.3g}" for name in SHOWN if name in pl_module.row}
 
 
-class IterationLines(lightning.Callback):
+class IterationLines(IterationCallback):
     """One line an iteration, where there is no terminal to draw a bar on."""
 
     def __init__(self, config: Config):
         self.iterations = config.run.iterations
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
-    ) -> None:
-        assert isinstance(pl_module, PolicyModule)
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         if distributed.rank() == 0:
-            shown = "  ".join(f"{name} {pl_module.row[name]:.3g}" for name in SHOWN if name in pl_module.row)
+            shown = "  ".join(f"{name} {module.row[name]:.3g}" for name in SHOWN if name in module.row)
             print(f"iteration {batch.iteration + 1}/{self.iterations}  {shown}", flush=True)
 
 
