@@ -50,7 +50,7 @@ import sys
 from vllm_fixtures import EOS, run_config
 from rlkd.rollout.vllm import VLLMSampler
 sampler = VLLMSampler(run_config(sys.argv[1], run_dir=sys.argv[2]), [EOS])
-sampler.open()
+sampler.start(); sampler.open()
 (server,) = sampler._servers
 print(server.pid, server.guardian_pid, server.url, sampler._file.write({}, 0), sampler._file.directory, flush=True)
 sys.stdin.read()

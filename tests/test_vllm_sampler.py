@@ -14,7 +14,7 @@ from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler, request_seed, sampled_logprobs
 from rlkd.teachers.served import ServedTeacher, completion_logprobs
-from rlkd.types import Rollout
+from rlkd.types import Prompt, Rollout
 
 HOT = Sampling(temperature=0.7, max_tokens=24, seed=5)
 GREEDY = Sampling(temperature=0.0, max_tokens=24, seed=5)
@@ -60,6 +60,14 @@ def test_a_completion_stops_at_eos_with_its_logprob_or_at_the_budget(sampler: VL
         assert EOS not in rollout.token_ids[:-1]
         assert (rollout.finish_reason == "stop") == (rollout.token_ids[-1] == EOS)
         assert rollout.finish_reason == "stop" or len(rollout.token_ids) == HOT.max_tokens
+
+
+@pytest.mark.server
+def test_more_prompt_tokens_than_one_prefill_takes_do_not_end_the_server(sampler: VLLMSampler) -> None:
+    """20,000 prompt tokens at once: with chunked prefill, vLLM on a CPU dies of a request with a seed."""
+    long = [Prompt(id=f"l{i}", messages=(), token_ids=tuple(2 + (i + t) % 50 for t in range(40))) for i in range(125)]
+    groups = sampler.sample(long, n=4, iteration=0, sampling=Sampling(temperature=1.0, max_tokens=2, seed=0))
+    assert [len(group) for group in groups] == [4] * 125
 
 
 @pytest.mark.server

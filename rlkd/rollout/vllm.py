@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from rlkd import distributed
@@ -38,6 +39,9 @@ def policy_arguments(weight_sync: Literal["file", "nccl", "ipc"]) -> list[str]:
         "-1",
         "--weight-transfer-config",
         json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync}),
+        # vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when a request with a seed of its own is
+        # prefilled in two parts, as happens to the last of many that come at once.
+        *([] if torch.cuda.is_available() else ["--no-enable-chunked-prefill"]),
     ]
 
 

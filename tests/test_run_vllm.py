@@ -1,0 +1,73 @@
+"""Whole runs with real vLLM servers that the run starts and stops."""
+
+import json
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.server, pytest.mark.process]
+
+WITHOUT_REFRESH = """
+import importlib
+
+real = importlib.import_module
+
+def import_module(name, package=None):
+    module = real(name, package)
+    if name == "rlkd.weight_sync.file_engine":
+        print("the tied head is not refreshed", flush=True)
+        module.FileWeightTransferEngine._refresh_tied_head = lambda self: None
+    return module
+
+importlib.import_module = import_module
+"""
+
+
+def train(folder, *overrides, **environment):
+    command = [
+        *(sys.executable, "-m", "rlkd.train", "--config", "configs/quickstart_vllm.yaml"),
+        *(f"run.dir={folder.parent}", f"run.name={folder.name}", *overrides),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def servers_of(folder):
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+def test_policy_and_teacher_on_servers_agree_with_the_trainer(tmp_path):
+    folder = tmp_path / "served"
+    done = train(folder, "run.iterations=4", "eval.prompts=16", "teacher.check_parity=true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "student as teacher within" in done.stdout and "served against local teacher within" in done.stdout
+    trained = rows(folder)[1:]
+    assert [row["iteration"] for row in trained] == [1, 2, 3, 4]
+    assert all(row["mismatch/mean"] < 1e-4 and row["staleness/mean"] == 0 for row in trained)
+    for dump in (folder / "rollouts").glob("*.jsonl"):
+        lines = [json.loads(line) for line in dump.read_text().splitlines()]
+        assert {line["weight_version"] for line in lines} == {lines[0]["iteration"] - 1}
+        assert all(line["teacher_logprobs"] for line in lines)
+    assert {log.stem for log in (folder / "server").iterdir()} == {"policy", "teacher"}
+    assert not servers_of(folder)
+
+
+def test_a_stale_tied_head_stops_the_run_instead_of_training_on(tmp_path):
+    """The engine's fix taken out: every call of the update succeeds, the version moves, the output layer is old."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_REFRESH)
+    folder = tmp_path / "stale"
+    local = "teacher={backend: local, path: 'builtin:teacher'}"
+    done = train(folder, "run.iterations=20", "eval.every=0", local, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "RuntimeError: iteration" in done.stderr and "sampler and trainer disagree by" in done.stderr
+    assert "is the output layer tied?" in done.stderr
+    assert 1 <= len(rows(folder)) < 10  # the first weights are the served ones; the next already are not
+    assert "the tied head is not refreshed" in (folder / "server" / "policy.log").read_text()
+    assert not servers_of(folder)
