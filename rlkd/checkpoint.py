@@ -38,35 +38,50 @@ def resume_path(config: Config) -> Path | None:
     return Path(config.run.resume)
 
 
+class Signals(IterationCallback):
+    """SIGTERM and SIGINT ask the run to end after the iteration under way; a second Ctrl-C ends it at once.
+
+    The handlers stand in place of Lightning's, which broadcast inside the handler: one signalled rank would hang all.
+    Further SIGTERMs change nothing, since a scheduler and torchrun may well send one each. Lightning puts the old
+    handlers back after the run.
+    """
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        signal.signal(signal.SIGTERM, self._handle)
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._seen and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._seen = True
+
+    def any_rank(self) -> bool:
+        """Whether any rank got a signal, so that all leave together. A collective."""
+        return distributed.all_reduce([float(self._seen)], "max")[0] > 0
+
+
 class Checkpoint(IterationCallback):
     """Saves every `checkpoint.every` iterations and at the end of the run, and ends it.
 
-    The run ends at `run.iterations`, or after the iteration in which any rank got SIGTERM or SIGINT: the flag is
-    combined over the ranks, so that all save and leave together. A second signal ends the process at once.
+    The run ends at `run.iterations`, or after the iteration in which a signal came.
     """
 
-    def __init__(self, config: Config, loader: RolloutLoader):
+    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals):
         self.config = config
         self.loader = loader
-        self._signalled = False
+        self.signals = signals
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
-        # In place of Lightning's own handlers, which broadcast inside the handler: one signalled rank hangs all.
-        # Lightning puts the old ones back after the run.
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
         if self.loader.iteration >= self.config.run.iterations:
             trainer.should_stop = True
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._signalled = True
-
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         done = batch.iteration + 1
-        signalled = distributed.all_reduce([float(self._signalled)], "max")[0] > 0
+        signalled = self.signals.any_rank()
         ending = signalled or done >= self.config.run.iterations
         every = self.config.checkpoint.every
         if ending or (every and done % every == 0):
@@ -78,7 +93,7 @@ class Checkpoint(IterationCallback):
                 weights = module.model.full_weights()
                 if distributed.rank() == 0:
                     folder = Path(self.config.run_dir, "hf")
-                    export(weights, module.model.hf.config, self.loader.tokenizer, self.config.model.path, folder)
+                    export(weights, module.model.hf.config, self.loader.tokenizer, self.config.model, folder)
             trainer.should_stop = True
 
     def _save(self, trainer: lightning.Trainer, done: int) -> None:

@@ -67,7 +67,9 @@ class ServerConfig(Section):
     memory: float = Field(0.85, gt=0, lt=1, description="GPU memory fraction that vLLM may use")
     kv_cache_gb: float = Field(1.0, gt=0, description="key-value cache of a CPU server, in GiB")
     start_timeout_s: float = Field(600.0, gt=0, description="seconds until a started server must answer")
-    request_timeout_s: float = Field(600.0, gt=0, description="seconds until a request must be answered")
+    request_timeout_s: float = Field(
+        3600.0, gt=0, description="seconds until a request must be answered, queue included"
+    )
     extra_args: list[str] = Field([], description="further arguments for the vLLM command line, as they are")
 
 
@@ -338,5 +340,29 @@ class Config(Section):
                     "raise it",
                 )
             )
+        found.extend(self._launch_problems())
         found.extend(self.algorithm.problems(self))
+        return found
+
+    def _launch_problems(self) -> list[tuple[str, str]]:
+        launched: dict[str, ServerConfig] = {}
+        if self.rollout.backend == "vllm" and self.rollout.server.launch:
+            launched["rollout.server"] = self.rollout.server
+        if isinstance(self.teacher, ServedTeacher) and self.teacher.server.launch:
+            launched["teacher.server"] = self.teacher.server
+        found = []
+        for key, server in launched.items():
+            if self.trainer.num_nodes > 1:
+                why = (
+                    f"is true, but trainer.num_nodes is {self.trainer.num_nodes}, and a server on the first node "
+                    "listens to that node only; start the servers yourself and give their addresses"
+                )
+                found.append((f"{key}.launch", why))
+            shared = {gpu for gpus in server.devices for gpu in gpus} & set(range(self.trainer.devices))
+            if shared and self.trainer.accelerator != "cpu":
+                why = (
+                    f"names GPU {min(shared)}, on which trainer.devices = {self.trainer.devices} trains; choose "
+                    f"others, or [[]] with a small {key}.memory to share one GPU on purpose"
+                )
+                found.append((f"{key}.devices", why))
         return found

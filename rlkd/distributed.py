@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 def initialized() -> bool:
@@ -45,18 +47,48 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's `value`, in rank order, on every rank."""
-    if world_size() == 1:
-        return [value]
-    box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
-    return box
-
-
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+
+
+def on_rank_zero(act: Callable[[], T]) -> T:
+    """What `act` returns on rank 0, on every rank; if it fails there, every rank raises.
+
+    A failure that only rank 0 knows of would leave the others waiting for ever.
+    """
+    outcome: tuple[T | None, str | None] = (None, None)
+    failure: Exception | None = None
+    if rank() == 0:
+        try:
+            outcome = (act(), None)
+        except Exception as error:
+            failure = error
+            outcome = (None, str(error))
+    result, message = broadcast(outcome)
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"on rank 0: {message}")
+    return result  # type: ignore[no-any-return]
+
+
+def on_every_rank(act: Callable[[], T]) -> T:
+    """What `act`, which holds no collective, returns on this rank; if it fails on any rank, every rank raises.
+
+    Else the others would wait in the next collective until its time-out.
+    """
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = act()
+    except Exception as error:
+        failure = error
+    if not all_reduce([float(failure is not None)], "max")[0]:
+        return result  # type: ignore[return-value]
+    if failure is not None:
+        raise failure
+    raise RuntimeError("another rank failed; its error is above or in its own log")
 
 
 def local_device(accelerator: Literal["auto", "cpu", "gpu"]) -> torch.device:

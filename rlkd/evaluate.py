@@ -58,8 +58,12 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> di
 
     A collective: each rank takes its share of `prompts`. The noise is the same at every evaluation of a run.
     """
-    meter = Meter()
     mine = prompts[distributed.rank() :: distributed.world_size()]
+    return distributed.on_every_rank(lambda: _evaluated(config, loader, mine)).reduce()
+
+
+def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> Meter:
+    meter = Meter()
     plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
     meter.total("eval/errors", 0.0)
     for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
@@ -71,14 +75,14 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> di
         sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
         groups = loader.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
         for group in groups:
-            known = [s.reward >= config.reward.correct_at for s in group if s.reward is not None]
+            known = [s.is_correct(config.reward.correct_at) is True for s in group if s.reward is not None]
             meter.total("eval/errors", float(len(group) - len(known)))
             if plan == "greedy":
                 meter.mean("eval/greedy", sum(known), len(known))
             elif known:
                 meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
                 meter.mean("eval/pass@k", pass_at_k(len(known), sum(known), min(n, len(known))), 1.0)
-    return meter.reduce()
+    return meter
 
 
 class Evaluate(IterationCallback):
@@ -105,6 +109,7 @@ class Evaluate(IterationCallback):
 def main(argv: list[str]) -> int:
     """Evaluate `model.path` on the held-out data of a config; prints one JSON object."""
     from rlkd.config_file import ConfigError, load, parse_args
+    from rlkd.preflight import check_evaluation
     from rlkd.student import load_causal_lm
 
     try:
@@ -113,18 +118,20 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.lines), file=sys.stderr)
         return 2
+    problems = check_evaluation(config)
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        return 2
     import torch
 
     from rlkd.algorithms import ALGORITHMS
 
     loader = RolloutLoader(config, ALGORITHMS[config.algorithm.name](config))
     prompts = heldout_prompts(config, loader.tokenizer)
-    if not prompts:
-        print("eval.path: got nothing, wants held-out data", file=sys.stderr)
-        return 2
-    loader.policy.open()
-    loader.rewards.open()
     try:
+        loader.policy.start()
+        loader.policy.open()
+        loader.rewards.open()
         model = load_causal_lm(
             config.model.path,
             torch.float32,

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from rlkd.config import ModelConfig
 from rlkd.tiny import resolve
 
 
@@ -17,7 +18,7 @@ def export(
     weights: Mapping[str, Tensor],
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    source: str,
+    source: ModelConfig,
     folder: Path,
 ) -> None:
     """Write model, tokenizer and generation config to `folder`, whole or not at all.
@@ -25,12 +26,12 @@ def export(
     Args:
         weights: full, unsharded, Hugging Face names (`Student.full_weights`).
         config: of the model.
-        source: the path that the student came from, for its generation config.
+        source: what the student came from, for its generation config.
         folder: replaced when it exists.
     """
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     model.load_state_dict(dict(weights), strict=True)
-    model.generation_config = GenerationConfig.from_pretrained(resolve(source))
+    model.generation_config = GenerationConfig.from_pretrained(resolve(source.path))
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)

@@ -29,10 +29,6 @@ class Meter:
         """Let `name` be at least `value`."""
         self._maxima[name] = max(self._maxima.get(name, value), value)
 
-    def value(self, name: str) -> float:
-        """The total `name` of this rank."""
-        return self._totals[name]
-
     def merge(self, other: Meter) -> None:
         """Add all that `other` collected."""
         for name, (total, count) in other._means.items():

@@ -65,7 +65,10 @@ class PolicyModule(lightning.LightningModule):
     def __init_subclass__(cls) -> None:
         """Defining an algorithm makes it known to configs under the `name` of its Options."""
         super().__init_subclass__()
+        if "Options" not in cls.__dict__:
+            return  # a variant for use from Python, without a name of its own
         (name,) = get_args(cls.Options.model_fields["name"].annotation)
+        assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
         ALGORITHMS[name] = cls
 
     def __init__(self, config: Config):

@@ -23,8 +23,6 @@ class Needs:
     temperature: float
     """Logits are divided by it for `logprobs` and `entropy`: the rollout temperature."""
     entropy: bool = False
-    distil_temperature: float | None = None
-    """Also give the student's log-probs at this temperature, for comparison with a teacher."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,6 @@ class PolicyOutput:
 
     logprobs: Tensor  # [B, T] fp32
     entropy: Tensor | None = None  # [B, T] fp32
-    distil_logprobs: Tensor | None = None  # [B, T] fp32
 
 
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:

@@ -18,8 +18,10 @@ from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.evaluate import heldout
+from rlkd.policy_head import logit_transform
 from rlkd.rewards import registry
 from rlkd.rollout.client import ServerError, VLLMClient
+from rlkd.rollout.sampler import end_ids
 from rlkd.tiny import resolve
 
 _ANSWER_S = 5.0
@@ -42,9 +44,32 @@ def check(config: Config) -> list[str]:
                 "ids are compared one by one, so both must agree (model.path is the first)"
             )
     if student is not None:
+        problems += _generation(config) + _data(config, student)
+    problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
+    return problems + _servers(config)
+
+
+def check_evaluation(config: Config) -> list[str]:
+    """What would stop `rlkd.evaluate`, one line each; empty: nothing that is known beforehand."""
+    if heldout(config) is None:
+        return ["eval.path: got nothing, wants held-out data"]
+    problems: list[str] = []
+    student = _model("model.path", config.model.path, config.model.trust_remote_code, config, problems)
+    if student is not None:
         problems += _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
     return problems + _servers(config)
+
+
+def _generation(config: Config) -> list[str]:
+    """The student must say how completions end and how its logits are made."""
+    try:
+        end_ids(config.model)
+        known = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
+        logit_transform(known)
+    except (ValueError, OSError) as error:
+        return [f"model.path: {' '.join(str(error).removeprefix('model.path: ').split())}"]
+    return []
 
 
 def _run_directory(config: Config) -> list[str]:

@@ -20,7 +20,7 @@ class Constant(_Schedule):
     """value, always."""
 
     kind: Literal["constant"] = "constant"
-    value: float = Field(description="the value")
+    value: float = Field(ge=0, description="the value")
 
     def __call__(self, iteration: int) -> float:
         return self.value
@@ -33,8 +33,8 @@ class Linear(_Schedule):
     """
 
     kind: Literal["linear"]
-    start: float = Field(description="value at iteration 0")
-    end: float = Field(description="value from iteration `over` on")
+    start: float = Field(ge=0, description="value at iteration 0")
+    end: float = Field(ge=0, description="value from iteration `over` on")
     over: int = Field(gt=0, description="iterations from start to end")
 
     def __call__(self, iteration: int) -> float:
@@ -45,8 +45,8 @@ class Cosine(_Schedule):
     """start → end along half a cosine over `over` iterations, then end."""
 
     kind: Literal["cosine"]
-    start: float = Field(description="value at iteration 0")
-    end: float = Field(description="value from iteration `over` on")
+    start: float = Field(ge=0, description="value at iteration 0")
+    end: float = Field(ge=0, description="value from iteration `over` on")
     over: int = Field(gt=0, description="iterations from start to end")
 
     def __call__(self, iteration: int) -> float:
@@ -58,8 +58,8 @@ class Step(_Schedule):
     """start before iteration `at`, end from it on: a hard switch."""
 
     kind: Literal["step"]
-    start: float = Field(description="value before the switch")
-    end: float = Field(description="value from iteration `at` on")
+    start: float = Field(ge=0, description="value before the switch")
+    end: float = Field(ge=0, description="value from iteration `at` on")
     at: int = Field(ge=0, description="first iteration with the end value")
 
     def __call__(self, iteration: int) -> float:

@@ -39,14 +39,7 @@ class Student(nn.Module):
             config=self.hf.config,
             entropy=needs.entropy,
         )
-        distil = None
-        if needs.distil_temperature == needs.temperature:
-            distil = logprobs
-        elif needs.distil_temperature is not None:
-            distil, _ = token_logprobs(
-                hidden, head, batch.input_ids, temperature=needs.distil_temperature, config=self.hf.config
-            )
-        return PolicyOutput(logprobs=logprobs, entropy=entropy, distil_logprobs=distil)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy)
 
     def full_weights(self) -> Mapping[str, Tensor]:
         """All weights, unsharded, on every rank, under Hugging Face names. A collective.
@@ -69,13 +62,15 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
 def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh) -> Student:
     """Load the student in fp32 and shard it over `mesh` (1-D, data parallel): each block, then the root.
 
+    The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds it whole.
     Master weights are fp32 whatever `trainer.precision` says: in bf16 a learning rate of 1e-6 would be rounded away.
     """
     hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
-    without_dropout(hf)
-    hf.train()
+    hf.eval()  # no dropout of any kind: the trained distribution must be the sampled one
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode
+            module.training = True
     student = Student(hf)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
@@ -83,7 +78,6 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh) 
         # Else the root would cast log-probs and advantages of the batch to bf16 on the way in.
         cast_forward_inputs=False,
     )
-    student.to(mesh.device_type)
     for module in blocks(hf):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
@@ -94,12 +88,3 @@ def blocks(hf: PreTrainedModel) -> list[nn.Module]:
     """The repeated layers of the model, by the class names that it declares as not to be split."""
     names = set(hf._no_split_modules or ())
     return [module for module in hf.modules() if type(module).__name__ in names]
-
-
-def without_dropout(hf: PreTrainedModel) -> None:
-    """Switch every dropout off: the trained distribution must be the sampled one."""
-    for module in hf.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010  (a plain float on attention layers)

@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
     """What turns a plain `lightning.Trainer` into a run, in the order in which it must act."""
-    from rlkd.checkpoint import Checkpoint
+    from rlkd.checkpoint import Checkpoint, Signals
     from rlkd.evaluate import Evaluate
     from rlkd.run_log import RunLog, progress
     from rlkd.weight_sync.publish import Publish
 
+    signals = Signals()
     return [
+        signals,
         Publish(loader),
         Evaluate(config, loader),
         RunLog(config, loader),
         *progress(config),
-        Checkpoint(config, loader),
+        Checkpoint(config, loader, signals),
     ]
 
 
@@ -111,7 +113,7 @@ def summary(config: Config, report: Path) -> str:
             label = name.replace("@k", f"@{config.eval.samples}")
             lines.append(f"{label:<12} {seen[0]:6.1%} before  {seen[-1]:6.1%} after")
     lines.append(f"report:      {report}")
-    if config.checkpoint.export:
+    if Path(config.run_dir, "hf").exists():
         lines.append(f"student:     {Path(config.run_dir, 'hf')}")
     return "\n".join(lines)
 

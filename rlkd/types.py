@@ -138,6 +138,8 @@ class ScoredRollout:
     """The same tokens scored by the frozen start of the student, when the loss has a KL to it."""
     distil: tuple[bool, ...] | None = None
     """Per completion token, whether the distillation term acts on it; None: no distillation."""
+    error: str | None = None
+    """Why there is no reward."""
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)
@@ -146,6 +148,10 @@ class ScoredRollout:
                 raise ValueError(f"the {name} scored {len(scores.logprobs)} tokens of a completion of {length}")
         if self.distil is not None and len(self.distil) != length:
             raise ValueError(f"distil has {len(self.distil)} entries for a completion of {length}")
+
+    def is_correct(self, correct_at: float) -> bool | None:
+        """Whether the reward reaches `correct_at`, up to the rounding of a weighted sum; None without a reward."""
+        return None if self.reward is None else self.reward >= correct_at - 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)

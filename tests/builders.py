@@ -29,7 +29,8 @@ def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRol
     rollout = Rollout(
         prompt=prompt,
         token_ids=tuple(ids.tolist()),
-        logprobs=tuple(logprobs[0].tolist()),
+        # Far down, like the student's own on random tokens: else every importance weight would be about 0.
+        logprobs=tuple((8 * logprobs[0]).tolist()),
         weight_versions=(VersionSpan(start=0, end=length, version=0),),
         finish_reason="stop" if seed % 2 else "length",
     )

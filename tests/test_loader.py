@@ -86,7 +86,7 @@ def test_lightning_sees_a_sized_loader_whose_state_is_the_iteration(loader):
 
 def test_too_many_failed_rewards_stop_the_run():
     made = opened("reward.functions=[{name: 'reward_that_raises:on_every_completion'}]")
-    with pytest.raises(RuntimeError, match=r"16 of 16 rewards failed, more than reward.max_error_rate = 0.1"):
+    with pytest.raises(RuntimeError, match=r"16 of 16 rewards failed.*max_error_rate = 0.1; most often: .*no disk"):
         made.batch(0)
     made.close()
 
@@ -97,7 +97,7 @@ def test_a_few_failed_rewards_are_counted_and_masked():
     made.close()
     failed = batch.rewards.isnan()
     assert 0 < failed.sum() < 16
-    assert batch.metrics.value("reward/errors") == failed.sum()
+    assert batch.metrics.reduce()["reward/errors"] == failed.sum()
     assert torch.equal(batch.completion_mask.any(1), ~failed)
 
 

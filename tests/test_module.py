@@ -7,6 +7,7 @@ import pytest
 import torch
 from builders import GRPO, LENGTHS, REWARDS, Captured, config, groups
 
+from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
 from rlkd.rollout.collate import collate
 from rlkd.student import load_causal_lm
@@ -14,8 +15,10 @@ from rlkd.student import load_causal_lm
 NO_CLIP = "optim.max_grad_norm=1000000.0"
 
 
-def assert_same(a, b, atol):
+def assert_same(a, b, tolerance):
+    """Equal up to `tolerance`, in units of the largest entry (or of 1, if that is larger)."""
     assert a.keys() == b.keys()
+    atol = tolerance * max(1.0, *(float(x.abs().max()) for x in a.values()))
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -146,28 +149,52 @@ def test_sign_conflicts_are_counted():
 def test_a_teacher_equal_to_the_student_gives_no_distillation():
     settings = config("algorithm.policy_coef=0", "algorithm.kd.coef=1")
     batch = collate(groups(KDRL(settings)), 0)
-    hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
-    with torch.no_grad():
-        logprobs = hf(batch.input_ids).logits.log_softmax(-1)[:, :-1].gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    own = torch.nn.functional.pad(logprobs, (1, 0))
-    captured = Captured(settings, dataclasses.replace(batch, teacher_logprobs=own))
+    captured = Captured(settings, dataclasses.replace(batch, teacher_logprobs=own_logprobs(settings, batch)))
     assert captured.row["kd/kl"] == pytest.approx(0.0, abs=1e-9)
     assert max(g.abs().max() for g in captured.gradients.values()) < 1e-5
 
 
-def test_several_updates_step_several_times_and_use_the_ratio():
-    one = Captured(config())
-    two = Captured(config("trainer.updates_per_iteration=2"))
+def test_the_second_of_two_updates_sees_a_ratio():
+    """At a ratio clipped to exactly 1, only a policy that has moved since the old log-probs can be clipped."""
+    narrow = ("algorithm.clip_low=0", "algorithm.clip_high=0", "optim.lr=0.01", *GRPO)
+    one = Captured(config(*narrow))
+    two = Captured(config(*narrow, "trainer.updates_per_iteration=2"))
+    assert one.row["clip_fraction"] == 0
+    assert 0 < two.row["clip_fraction"] < 1
     assert one.row["update"] == 1 and two.row["update"] == 2
-    assert one.row["mismatch/mean"] == pytest.approx(two.row["mismatch/mean"], abs=1e-6)
-    assert any(not torch.equal(one.parameters[n], two.parameters[n]) for n in one.parameters)
+    assert one.row["mismatch/mean"] == pytest.approx(two.row["mismatch/mean"], rel=1e-5)
+
+
+def own_logprobs(settings, batch):
+    hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
+    with torch.no_grad():
+        logits = hf(batch.input_ids).logits[:, :-1] / settings.rollout.temperature
+    logprobs = logits.log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return torch.nn.functional.pad(logprobs, (1, 0))
 
 
 def test_reference_kl_is_zero_at_the_start_and_pulls_back_elsewhere():
-    settings = config(*GRPO, "algorithm.reference_coef=1")
-    captured = Captured(settings)
-    assert captured.row["reference/kl"] > 0.01  # made-up reference scores
-    assert_moved(captured)
+    settings = config(*GRPO, "algorithm.reference_coef=1", NO_CLIP)
+    batch = collate(groups(GRPOModule(settings), rewards=(0.0,) * 8), 0)
+    start = Captured(settings, dataclasses.replace(batch, reference_logprobs=own_logprobs(settings, batch)))
+    assert start.row["reference/kl"] == pytest.approx(0.0, abs=1e-9)
+    assert max(g.abs().max() for g in start.gradients.values()) < 1e-5
+    elsewhere = Captured(settings, batch)
+    assert elsewhere.row["reference/kl"] > 0.01
+    assert_moved(elsewhere)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_a_prompt_token_that_the_student_finds_impossible_does_no_harm(estimator):
+    """Prompt and padding columns have no score: k3 of a made-up 0 there would overflow to inf, and 0 · inf is NaN."""
+    cold = ("rollout.temperature=0.02", "teacher.temperature=0.02")
+    settings = config(*cold, f"algorithm.kd.estimator={estimator}", "algorithm.policy_coef=0")
+    batch = collate(groups(KDRL(settings)), 0)
+    own = own_logprobs(settings, batch)
+    assert own[~batch.completion_mask].min() < -200, "else nothing could overflow"
+    teacher = torch.where(batch.completion_mask, own - 0.1, 0.0)
+    captured = Captured(settings, dataclasses.replace(batch, teacher_logprobs=teacher))
+    assert all(g.isfinite().all() for g in captured.gradients.values())
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -178,7 +205,7 @@ def test_bf16_computes_in_half_and_keeps_fp32_masters():
     half, full = Captured(config("trainer.precision=bf16")), Captured(config())
     assert all(p.dtype == torch.float32 for p in half.parameters.values())
     assert all(g.dtype == torch.float32 for g in half.gradients.values())
-    assert half.row["entropy"] == pytest.approx(full.row["entropy"], rel=0.02)
+    assert half.row["entropy"] == pytest.approx(full.row["entropy"], rel=0.1)
     assert half.row["entropy"] != full.row["entropy"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -119,10 +121,10 @@ def test_check_fails_on_a_model_out_of_bounds(tmp_path, capsys, tok):
 
 
 def test_greedy_agrees_with_generate(tok):
-    model, examples = load("student"), task.rows("heldout")[:8]
+    model, examples, longest = load("student"), task.rows("heldout")[:8], task.ANSWER_TOKENS
     for example, text in zip(examples, make.greedy(model, tok, [e["prompt"] for e in examples]), strict=True):
         ids = torch.tensor([make.chat_ids(tok, example["prompt"])])
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=9)
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=longest)
         assert tok.decode(generated[0, ids.shape[1] :], skip_special_tokens=True) == text
 
 
@@ -130,10 +132,23 @@ def test_training_is_a_function_of_the_seed(tok):
     def weights_after_three_steps(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         model = make.fresh_model("student", tok)
-        steps = make.training(model, tok, rate=make.student_rate, hinted_share=lambda step: 0.5, seed=seed)
-        assert [next(steps) for _ in range(3)] == [1, 2, 3]
+        example = functools.partial(make.student_example, slips=True)
+        make.train(model, tok, example, steps=3, lr=1e-3, label_smoothing=0.0, seed=seed)
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     first = weights_after_three_steps(0)
     assert torch.equal(first, weights_after_three_steps(0))
     assert not torch.equal(first, weights_after_three_steps(1))
+
+
+def test_teacher_goes_on_rightly_after_a_slip(tok):
+    """What distillation needs on a student's own, wrong prefixes."""
+    model, right = load("teacher"), 0
+    examples = task.rows("heldout")[:64]
+    for example in examples:
+        answer = example["answer"]
+        slipped = make.with_slips(answer[:4], random.Random(example["id"]))
+        ids = torch.tensor([make.chat_ids(tok, example["prompt"]) + tok.encode(slipped)])
+        with torch.no_grad():
+            right += tok.decode(model(input_ids=ids).logits[0, -1].argmax().tolist()) == answer[4]
+    assert right >= 0.95 * len(examples)

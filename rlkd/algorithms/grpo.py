@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -114,9 +115,11 @@ class GRPO(PolicyModule):
         if options.reference_coef > 0:
             assert batch.reference_logprobs is not None
             estimator = {"k2": kl_k2, "k3": kl_k3}[options.reference_estimator]
-            to_reference = estimator(output.logprobs, batch.reference_logprobs)
+            # Prompts and padding have no score: there the student is its own reference, so that nothing overflows.
+            reference = torch.where(batch.completion_mask, batch.reference_logprobs, output.logprobs.detach())
+            to_reference = estimator(output.logprobs, reference)
             total = total + options.reference_coef * weighted_sum(to_reference, batch.weights)
-            value = kl_k3(output.logprobs.detach(), batch.reference_logprobs)
+            value = kl_k3(output.logprobs.detach(), reference)
             metrics["reference/kl"] = weighted_sum(value, batch.token_weights)
         return Loss(total=total, metrics=metrics)
 

@@ -14,7 +14,7 @@ from rlkd.algorithms.grpo import GRPO, GRPOConfig
 from rlkd.config import AlgorithmConfig, Config, Section
 from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weighted_sum
 from rlkd.module import Counts, Loss
-from rlkd.policy_head import Needs, PolicyOutput
+from rlkd.policy_head import PolicyOutput
 from rlkd.schedules import Constant, Linear, Schedule
 from rlkd.types import Batch, Prompt, ScoredRollout
 
@@ -88,9 +88,12 @@ class KDRL(GRPO):
         return prompt.token_ids
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        kd, correct_at = self.algorithm.kd, self.config.reward.correct_at
-        failed = [scored.reward is not None and scored.reward < correct_at for scored in group]
-        kept = {"none": [True] * len(group), "response": failed, "group": [all(failed)] * len(group)}[kd.mask]
+        correct = [scored.is_correct(self.config.reward.correct_at) for scored in group]
+        kept = {
+            "none": [True] * len(group),
+            "response": [c is False for c in correct],
+            "group": [True not in correct] * len(group),
+        }[self.algorithm.kd.mask]
         return [
             replace(scored, distil=self._distilled_tokens(scored, keep))
             for scored, keep in zip(super().advantages(group), kept, strict=True)
@@ -101,11 +104,6 @@ class KDRL(GRPO):
         if self.algorithm.kd.mask_eos and scored.rollout.finish_reason == "stop":
             tokens[-1] = False
         return tuple(tokens)
-
-    @property
-    def needs(self) -> Needs:
-        assert self.config.teacher.backend != "none"
-        return replace(super().needs, distil_temperature=self.config.teacher.temperature)
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         batch = super().weigh(batch, counts)
@@ -124,9 +122,11 @@ class KDRL(GRPO):
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         kd = self.algorithm.kd
         beta, policy_coef = kd.coef(iteration), self.algorithm.policy_coef(iteration)
-        assert output.distil_logprobs is not None and batch.teacher_logprobs is not None
+        assert batch.teacher_logprobs is not None
         assert batch.weights is not None and batch.distil_weights is not None and batch.token_weights is not None
-        log_ratio = kl_k1_advantage(output.distil_logprobs, batch.teacher_logprobs)  # R_t = log T − log π
+        # Prompts and padding have no score: there the student is its own teacher, so that nothing overflows.
+        teacher = torch.where(batch.completion_mask, batch.teacher_logprobs, output.logprobs.detach())
+        log_ratio = kl_k1_advantage(output.logprobs, teacher)  # R_t = log T − log π
         advantages = policy_coef * batch.advantages
         if kd.form == "advantage":
             share = torch.where(batch.weights > 0, batch.distil_weights / batch.weights, 0.0)
@@ -135,10 +135,10 @@ class KDRL(GRPO):
         else:
             policy = self.policy_loss(output, batch, advantages)
             estimator = {"k2": kl_k2, "k3": kl_k3}[kd.estimator]
-            per_token = estimator(output.distil_logprobs, batch.teacher_logprobs)
+            per_token = estimator(output.logprobs, teacher)
             kd_loss = weighted_sum(per_token * self._correction(output, batch), batch.distil_weights)
             total = policy.total + beta * kd_loss
-        value = kl_k3(output.distil_logprobs.detach(), batch.teacher_logprobs)
+        value = kl_k3(output.logprobs.detach(), teacher)
         conflict = (batch.advantages * log_ratio < 0) & (batch.distil_weights > 0)
         metrics = policy.metrics | {
             "loss/kd": kd_loss.detach(),

@@ -45,6 +45,9 @@ def reduction_weights(mask: Tensor, reduction: Reduction, tokens: float, sequenc
 def weighted_sum(per_token: Tensor, weights: Tensor) -> Tensor:
     """Σ per_token · weights; what stands on a token of weight 0 does not matter, even a NaN.
 
+    That holds for `per_token` itself. If it was made by a function that is not finite there, the backward pass of
+    that function still gives 0 · inf: mask what goes into it.
+
     Args: both [B, T]. Returns: a scalar that keeps the graph alive when all weights are 0.
     """
     assert per_token.shape == weights.shape

@@ -68,7 +68,7 @@ def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_
     meter = Meter()
     for group in groups:
         rewards = [s.reward for s in group if s.reward is not None]
-        correct = [r >= correct_at for r in rewards]
+        correct = [s.is_correct(correct_at) is True for s in group if s.reward is not None]
         meter.mean("reward/mean", math.fsum(rewards), len(rewards))
         meter.mean("accuracy", sum(correct), len(correct))
         mean = math.fsum(rewards) / max(len(rewards), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,10 @@ class RolloutLoader:
         self.algorithm = algorithm
         self.iteration = 0
         self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
-        self.prompts = PromptStream(load_source(config.data, self.tokenizer), seed=config.run.seed)
+        source = load_source(config.data, self.tokenizer)
+        if source.skipped and distributed.rank() == 0:
+            print(f"data: {source.skipped} prompts over data.max_prompt_tokens were skipped", flush=True)
+        self.prompts = PromptStream(source, seed=config.run.seed)
         self.policy = build_sampler(config)
         self.teacher = build_teacher(config) if algorithm.uses_teacher else None
         self.reference = build_reference(config) if algorithm.needs_reference else None
@@ -97,6 +101,16 @@ class RolloutLoader:
     def batch(self, iteration: int) -> Batch:
         """This rank's share of iteration `iteration` (0 is the first), with its figures in `metrics`."""
         clock = Clock()
+        groups = distributed.on_every_rank(lambda: self._line(iteration, clock))
+        clock.lap("time/wait")
+        batch = collate(groups, iteration)
+        batch.metrics.merge(describe(groups, iteration, self.config.reward.correct_at))
+        batch.metrics.merge(clock.meter)
+        check_errors(groups, self.config, iteration)
+        return batch
+
+    def _line(self, iteration: int, clock: Clock) -> list[list[ScoredRollout]]:
+        """prompts → rollout → reward → teacher scores → advantages, for this rank; no collectives."""
         config = self.config
         prompts = self.prompts.take(iteration, config.rollout.prompts, distributed.rank(), distributed.world_size())
         rollouts = self.algorithm.rollout(prompts, self.policy, self.teacher, iteration)
@@ -107,14 +121,9 @@ class RolloutLoader:
         groups = self.score(groups)
         clock.lap("time/teacher")
         groups = [self.algorithm.advantages(group) for group in groups]
-        batch = collate(groups, iteration)
         self.dump(groups, iteration)
-        batch.metrics.merge(describe(groups, iteration, config.reward.correct_at))
-        check_errors(batch.metrics, len(batch), config, iteration)
-        distributed.barrier()
-        clock.lap("time/wait")
-        batch.metrics.merge(clock.meter)
-        return batch
+        clock.lap("time/dump")
+        return groups
 
     def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """`token_ids` as text, with or without the special tokens."""
@@ -136,7 +145,7 @@ class RolloutLoader:
         ]
         scored = iter(
             [
-                ScoredRollout(rollout=rollout, reward=result.reward, reward_parts=result.parts)
+                ScoredRollout(rollout=rollout, reward=result.reward, reward_parts=result.parts, error=result.error)
                 for rollout, result in zip(rollouts, self.rewards.score(items), strict=True)
             ]
         )
@@ -177,6 +186,7 @@ class RolloutLoader:
                     "answer": rollout.prompt.answer,
                     "reward": scored.reward,
                     "reward_parts": dict(scored.reward_parts),
+                    "error": scored.error,
                     "advantage": scored.advantage,
                     "finish_reason": rollout.finish_reason,
                     "weight_version": rollout.oldest_version,
@@ -255,14 +265,16 @@ def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_stal
                 )
 
 
-def check_errors(meter: Meter, rows: int, config: Config, iteration: int) -> None:
-    """Stop the run when too many rewards failed, on all ranks together.
+def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, iteration: int) -> None:
+    """Stop the run when too many rewards failed, on all ranks together. A collective.
 
-    Raises: RuntimeError above `reward.max_error_rate`.
+    Raises: RuntimeError above `reward.max_error_rate`, with the most frequent error of this rank.
     """
-    errors, total = distributed.all_reduce([meter.value("reward/errors"), float(rows)])
-    if errors / total > config.reward.max_error_rate:
+    errors = [scored.error for group in groups for scored in group if scored.reward is None]
+    failed, total = distributed.all_reduce([float(len(errors)), float(sum(len(group) for group in groups))])
+    if failed / total > config.reward.max_error_rate:
+        most = Counter(errors).most_common(1)
         raise RuntimeError(
-            f"iteration {iteration + 1}: {errors:.0f} of {total:.0f} rewards failed, more than "
-            f"reward.max_error_rate = {config.reward.max_error_rate}; the reward workers' messages are above"
+            f"iteration {iteration + 1}: {failed:.0f} of {total:.0f} rewards failed, more than "
+            f"reward.max_error_rate = {config.reward.max_error_rate}; " + (f"most often: {most[0][0]}" if most else "")
         )

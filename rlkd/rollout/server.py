@@ -8,18 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
-from rlkd import distributed
 from rlkd.config import Config, ServedTeacher, ServerConfig
 from rlkd.rollout import guardian
 from rlkd.rollout.client import VLLMClient
-
-T = TypeVar("T")
 
 _LAUNCHER_VARIABLES = re.compile(r"(MASTER_|TORCHELASTIC_|ROLE_|GROUP_)\w+|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|PL_\w+")
 """What torchrun tells its workers; a server that read it would take itself for one of them."""
@@ -78,7 +74,9 @@ class VLLMServer:
             variables["VLLM_CPU_KVCACHE_SPACE"] = f"{config.kv_cache_gb:g}"
             variables["VLLM_CPU_OMP_THREADS_BIND"] = cores
         if devices:
-            variables["CUDA_VISIBLE_DEVICES"] = ",".join(str(device) for device in devices)
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
         variables |= environment or {}
 
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
@@ -239,24 +237,3 @@ def wait_ready(servers: Sequence[VLLMServer]) -> list[str]:
             server.stop()
         raise
     return [server.url for server in servers]
-
-
-def on_rank_zero(act: Callable[[], T]) -> T:
-    """What `act` returns on rank 0, on every rank; if it fails there, every rank raises.
-
-    A failure that only rank 0 knows of would leave the others waiting for ever.
-    """
-    outcome: tuple[T | None, str | None] = (None, None)
-    failure: Exception | None = None
-    if distributed.rank() == 0:
-        try:
-            outcome = (act(), None)
-        except Exception as error:
-            failure = error
-            outcome = (None, str(error))
-    result, message = distributed.broadcast(outcome)
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise RuntimeError(f"on rank 0: {message}")
-    return result  # type: ignore[no-any-return]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rlkd import distributed
 from rlkd.config import Config
+from rlkd.distributed import on_rank_zero
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, parse_version
 from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts, wait_ready
+from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
 from rlkd.tiny import resolve
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer

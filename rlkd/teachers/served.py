@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rlkd import config as configuration
+from rlkd import distributed
 from rlkd.config import Config
+from rlkd.distributed import on_rank_zero
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
-from rlkd.rollout.server import VLLMServer, launch, on_rank_zero, server_counts, wait_ready
+from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
 from rlkd.tiny import resolve
 from rlkd.types import TeacherScores
 
@@ -83,7 +85,8 @@ class ServedTeacher:
         requests = [pairs[start : start + _PAIRS_PER_REQUEST] for start in range(0, len(pairs), _PAIRS_PER_REQUEST)]
 
         def one(job: tuple[int, Sequence[Pair]]) -> list[TeacherScores]:
-            which = job[0] % len(self._clients)
+            # ranks start at different servers, since each may have a request or two only
+            which = (job[0] + distributed.rank()) % len(self._clients)
             return self._request(self._clients[which], self._models[which], job[1])
 
         with ThreadPoolExecutor(_MAX_REQUESTS * len(self._clients)) as pool:

@@ -79,12 +79,13 @@ class DirectTransfer:
     def _nccl_info(self, url: str) -> Any:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-        place: tuple[str, int, int] = ("", 0, 0)
-        if distributed.rank() == 0:
+        def agree() -> tuple[str, int, int]:
             control = VLLMClient(url, self._timeout_s)
             place = (*_meeting_point(url), 1 + control.get("/get_world_size")["world_size"])
             control.close()
-        address, port, members = distributed.broadcast(place)
+            return place
+
+        address, port, members = distributed.on_rank_zero(agree)
         return NCCLTrainerInitInfo(
             master_address=address, master_port=port, world_size=members, rank=distributed.rank()
         )

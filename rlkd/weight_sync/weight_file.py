@@ -20,16 +20,16 @@ class WeightFile:
     def __init__(self, directory: str | None) -> None:
         """
         Args:
-            directory: on a disk that trainer and servers share; None: a fresh one in this machine's memory, which goes
-                with `close` or with this process, whatever ends it.
+            directory: on a disk that trainer and servers share; None: this machine's memory. The weights lie in a
+                fresh directory inside, so that two runs never meet; it goes with `close` or with this process,
+                whatever ends it.
         """
-        self._guardian: subprocess.Popen[bytes] | None = None
-        if directory is None:
-            self.directory = Path(tempfile.mkdtemp(prefix="rlkd-weights-", dir="/dev/shm"))  # mode 0700
-            self._guardian = guardian.start(["--remove", str(self.directory)], subprocess.DEVNULL)
-        else:
-            self.directory = Path(directory).resolve()
-            self.directory.mkdir(parents=True, exist_ok=True)
+        parent = Path("/dev/shm" if directory is None else directory).resolve()
+        parent.mkdir(parents=True, exist_ok=True)
+        self.directory = Path(tempfile.mkdtemp(prefix="rlkd-weights-", dir=parent))  # mode 0700
+        self._guardian: subprocess.Popen[bytes] | None = guardian.start(
+            ["--remove", str(self.directory)], subprocess.DEVNULL
+        )
 
     def write(self, weights: Mapping[str, Tensor], version: int) -> str:
         """Write all weights and return the file's name, relative to the directory. It appears whole or not at all.
