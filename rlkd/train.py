@@ -155,6 +155,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose: no dropout (student.py)
 
 
 if __name__ == "__main__":

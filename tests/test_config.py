@@ -96,7 +96,7 @@ ONE_LINE = {
     "optim: {lr: {kind: liner}}": (
         "a.yaml:4: optim.lr.kind: got 'liner', wants constant | linear | cosine | step; did you mean linear?"
     ),
-    "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": "a.yaml:4: optim.lr.end: got 'x', wants a number",
+    "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": "a.yaml:4: optim.lr.end: got 'x', wants a number ≥ 0",
     "optim: {lr: {kind: step, start: 1, end: 0, at: -1}}": "a.yaml:4: optim.lr.at: got -1, wants an integer ≥ 0",
     # unknown keys
     "optim: {lrr: 3}": "a.yaml:4: optim.lrr: unknown key; did you mean optim.lr?",

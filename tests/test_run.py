@@ -136,6 +136,7 @@ def test_sigterm_to_one_of_two_ranks_saves_and_ends_both_and_the_run_resumes(tmp
             time.sleep(0.2)
         (second,) = [p for p in psutil.Process(run.pid).children() if p.environ()["RANK"] == "1"]
         second.send_signal(signal.SIGTERM)
+        second.send_signal(signal.SIGTERM)  # schedulers may send several; they change nothing
         output, _ = run.communicate(timeout=60)
     finally:
         run.kill()
@@ -197,3 +198,18 @@ def test_the_readmes_python_example_runs():
     assert len(code.splitlines()) < 20
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_evaluate_prints_one_json_object(straight):
+    """The exported student, by the command of the README."""
+    command = [sys.executable, "-m", "rlkd.evaluate", "--config", "configs/quickstart.yaml"]
+    done = subprocess.run(
+        [*command, f"model.path={straight[1] / 'hf'}", "eval.prompts=8"],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert set(figures) == {"eval/greedy", "eval/avg@k", "eval/pass@k", "eval/errors"}

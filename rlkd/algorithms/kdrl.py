@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from rlkd.algorithms.grpo import GRPO, GRPOConfig
-from rlkd.config import AlgorithmConfig, Config, Section
+from rlkd.config import AlgorithmConfig, Config, NoTeacher, Section
 from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weighted_sum
 from rlkd.module import Counts, Loss
 from rlkd.policy_head import PolicyOutput
@@ -61,10 +61,19 @@ class KDRLConfig(GRPOConfig):
 
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
-        if config.teacher.backend == "none":
-            found.append(
-                ("teacher.backend", "is none, but algorithm.name kdrl imitates a teacher; set local or served")
+        teacher, temperature = config.teacher, config.rollout.temperature
+        if isinstance(teacher, NoTeacher):
+            why = "is none, but algorithm.name kdrl imitates a teacher; set local or served"
+            found.append(("teacher.backend", why))
+        elif teacher.temperature != temperature:
+            why = (
+                f"is {teacher.temperature}, but rollout.temperature is {temperature}; k2, k3 and log T − log π have "
+                "the gradient of a KL only on samples of the distribution that they compare: make them equal"
             )
+            found.append(("teacher.temperature", why))
+        if self.kd.form == "advantage" and self.kd.estimator != "k2":
+            why = f"is {self.kd.estimator}, but algorithm.kd.form: advantage uses log T − log π; drop the estimator"
+            found.append(("algorithm.kd.estimator", why))
         return found
 
 

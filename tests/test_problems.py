@@ -1,0 +1,49 @@
+"""Contradictions between keys: one line that names both and the fix."""
+
+import pytest
+from builders import config
+
+from rlkd.config_file import ConfigError, load
+
+LAUNCHED = (
+    *("rollout.backend=vllm", "rollout.server.launch=true", "rollout.server.devices=[[1]]"),
+    "trainer.accelerator=gpu",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("rollout.temperature=0.7",), "teacher.temperature: is 1.0, but rollout.temperature is 0.7"),
+        (
+            ("algorithm.kd.form=advantage", "algorithm.kd.estimator=k3"),
+            "algorithm.kd.estimator: is k3, but algorithm.kd.form: advantage",
+        ),
+        (("teacher=null",), "teacher.backend: is none, but algorithm.name kdrl imitates a teacher"),
+        (
+            (*LAUNCHED, "trainer.num_nodes=2"),
+            "rollout.server.launch: is true, but trainer.num_nodes is 2",
+        ),
+        (
+            (*LAUNCHED, "trainer.devices=2"),
+            "rollout.server.devices: names GPU 1, on which trainer.devices = 2 trains",
+        ),
+        (("rollout.prompts=3", "trainer.devices=2"), "rollout.prompts: is 3, not divisible by"),
+        (("trainer.updates_per_iteration=3",), "trainer.updates_per_iteration: is 3, which does not divide the 128"),
+        (("rollout.backend=vllm",), "rollout.server: rollout.backend is vllm: set either rollout.server.urls"),
+        (("rollout.server.launch=true",), "rollout.backend: is hf, but rollout.server names servers"),
+        (("trainer.micro_batch_tokens=20",), "trainer.micro_batch_tokens: is 20, less than one sequence"),
+        (("algorithm.kd.coef=-1",), "algorithm.kd.coef: got -1, wants"),
+    ],
+)
+def test_one_contradiction_is_one_line(overrides, line):
+    with pytest.raises(ConfigError) as error:
+        load(["configs/quickstart.yaml"], overrides)
+    assert len(error.value.lines) == 1
+    assert line in error.value.lines[0]
+
+
+def test_the_same_set_ups_without_the_contradiction_are_fine():
+    config("rollout.temperature=0.7", "teacher.temperature=0.7")
+    config(*LAUNCHED)
+    config("algorithm={name: grpo}", "teacher=null")
