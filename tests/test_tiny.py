@@ -51,7 +51,7 @@ def test_rows_are_stable_distinct_and_disjoint():
     train, held_out = task.rows("train"), task.rows("heldout")
     assert (len(train), len(held_out)) == (4000, 256)
     assert train == task.rows("train")
-    assert held_out[0] == {"id": "heldout-0", "prompt": "reverse: qvgtdf", "answer": "fdtgvq", "privileged": "fdtgvq"}
+    assert held_out[0] == {"id": "heldout-0", "prompt": "reverse: lemkonijv", "answer": "vjinokmel", "privileged": "vjinokmel"}
     prompts = {r["prompt"] for r in train}, {r["prompt"] for r in held_out}
     assert len(prompts[0]) == 4000 and len(prompts[1]) == 256 and not prompts[0] & prompts[1]
     assert len({r["id"] for r in train + held_out}) == 4256

@@ -13,7 +13,7 @@ from typing import Literal
 Split = Literal["train", "heldout"]
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-SHORTEST, LONGEST = 6, 9
+SHORTEST, LONGEST = 7, 10
 SIZES: dict[Split, int] = {"train": 4000, "heldout": 256}
 ANSWER_TOKENS = LONGEST + 1
 """Characters of the longest answer, and its end of sequence."""
