@@ -18,19 +18,20 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
+# One thread: the tiny models gain nothing from more, and servers or other work share the cores.
 quickstart: $(STAMP)
 	rm -rf runs/quickstart
-	$(BIN)/python -m rlkd.train --config configs/quickstart.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart.yaml
 
 quickstart-vllm: $(STAMP)
 	rm -rf runs/quickstart_vllm
-	$(BIN)/python -m rlkd.train --config configs/quickstart_vllm.yaml
+	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart_vllm.yaml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not server and not process"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process"
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

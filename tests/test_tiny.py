@@ -51,7 +51,8 @@ def test_rows_are_stable_distinct_and_disjoint():
     train, held_out = task.rows("train"), task.rows("heldout")
     assert (len(train), len(held_out)) == (4000, 256)
     assert train == task.rows("train")
-    assert held_out[0] == {"id": "heldout-0", "prompt": "reverse: lemkonijv", "answer": "vjinokmel", "privileged": "vjinokmel"}
+    prompt, answer = "reverse: lemkonijv", "vjinokmel"
+    assert held_out[0] == {"id": "heldout-0", "prompt": prompt, "answer": answer, "privileged": answer}
     prompts = {r["prompt"] for r in train}, {r["prompt"] for r in held_out}
     assert len(prompts[0]) == 4000 and len(prompts[1]) == 256 and not prompts[0] & prompts[1]
     assert len({r["id"] for r in train + held_out}) == 4256
@@ -110,22 +111,25 @@ def test_shape_of_the_models(tok, name, size, tied):
 
 
 def test_greedy_accuracy_is_in_bounds(capsys):
-    assert make.check(FOLDERS["student"].parent), capsys.readouterr().out
+    assert make.check(FOLDERS["student"].parent, task.rows("heldout")), capsys.readouterr().out
 
 
 def test_check_fails_on_a_model_out_of_bounds(tmp_path, capsys, tok):
     for name in ("student", "teacher"):
         (tmp_path / name).symlink_to(FOLDERS["teacher"])  # a student that is too good
-    assert not make.check(tmp_path)
+    assert not make.check(tmp_path, task.rows("heldout")[:32])
     assert "student plain: 1.000 (wanted 0.05 to 0.2)  OUT OF BOUNDS" in capsys.readouterr().out
 
 
-def test_greedy_agrees_with_generate(tok):
-    model, examples, longest = load("student"), task.rows("heldout")[:8], task.ANSWER_TOKENS
-    for example, text in zip(examples, make.greedy(model, tok, [e["prompt"] for e in examples]), strict=True):
-        ids = torch.tensor([make.chat_ids(tok, example["prompt"])])
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=longest)
-        assert tok.decode(generated[0, ids.shape[1] :], skip_special_tokens=True) == text
+def test_batched_greedy_agrees_with_a_plain_loop(tok):
+    model, prompts = load("student"), [e["prompt"] for e in task.rows("heldout")[:8]]
+    for prompt, text in zip(prompts, make.greedy(model, tok, prompts), strict=True):
+        ids = make.chat_ids(tok, prompt)
+        start = len(ids)
+        while ids[-1] != tok.eos_token_id and len(ids) < start + task.ANSWER_TOKENS:
+            with torch.no_grad():
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert tok.decode(ids[start:], skip_special_tokens=True) == text
 
 
 def test_training_is_a_function_of_the_seed(tok):
