@@ -213,3 +213,19 @@ def test_evaluate_prints_one_json_object(straight):
     assert done.returncode == 0, done.stderr[-3000:]
     figures = json.loads(done.stdout.splitlines()[-1])
     assert set(figures) == {"eval/greedy", "eval/avg@k", "eval/pass@k", "eval/errors"}
+
+
+def test_the_quickstart_learns_and_logs_to_wandb_offline(tmp_path):
+    """Accuracy rises by 30 points in 30 iterations (80 in the whole quickstart); no network is touched."""
+    folder = tmp_path / "learns"
+    command = [sys.executable, "-m", "rlkd.train", "--config", "configs/quickstart.yaml"]
+    settings = (f"run.dir={tmp_path}", "run.name=learns", "run.iterations=30", "eval.every=30", "eval.prompts=64")
+    done = subprocess.run(
+        [*command, *settings, "log.wandb=offline"], env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert first["iteration"] == 0 and set(first) >= {"eval/greedy", "eval/avg@k", "eval/pass@k"}
+    assert last["eval/greedy"] > first["eval/greedy"] + 0.3
+    assert "before" in done.stdout and "report.html" in done.stdout
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
