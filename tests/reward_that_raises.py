@@ -5,7 +5,7 @@ def on_every_completion(completion: str, *, answer: str | None, prompt: str, met
     raise OSError("no disk")
 
 
-def on_long_completions(completion: str, *, answer: str | None, prompt: str, meta: dict) -> float:
-    if len(completion) > len(answer or ""):
-        raise OSError("too long for me")
+def on_some_completions(completion: str, *, answer: str | None, prompt: str, meta: dict) -> float:
+    if completion[:1] > "m":
+        raise OSError("not in my half of the alphabet")
     return float(completion == answer)

@@ -92,7 +92,7 @@ def test_too_many_failed_rewards_stop_the_run():
 
 
 def test_a_few_failed_rewards_are_counted_and_masked():
-    made = opened("reward.functions=[{name: 'reward_that_raises:on_long_completions'}]", "reward.max_error_rate=1.0")
+    made = opened("reward.functions=[{name: 'reward_that_raises:on_some_completions'}]", "reward.max_error_rate=1.0")
     batch = made.batch(0)
     made.close()
     failed = batch.rewards.isnan()

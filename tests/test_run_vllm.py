@@ -26,13 +26,16 @@ importlib.import_module = import_module
 """
 
 
+# As it is when tests are collected: a Trainer in this process leaves its rank and port behind for its children.
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
 def train(folder, *overrides, **environment):
     command = [
         *(sys.executable, "-m", "rlkd.train", "--config", "configs/quickstart_vllm.yaml"),
         *(f"run.dir={folder.parent}", f"run.name={folder.name}", *overrides),
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, env=ENV | environment, capture_output=True, text=True, timeout=400)
 
 
 def rows(folder):

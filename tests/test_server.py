@@ -221,7 +221,7 @@ def test_a_server_does_not_take_itself_for_a_worker_of_torchrun(
 BOTH_RANKS = """
 import sys
 import torch.distributed as dist
-from rlkd.rollout.server import on_rank_zero
+from rlkd.distributed import on_every_rank, on_rank_zero
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 print(on_rank_zero(lambda: ["made on", rank]))
@@ -231,11 +231,16 @@ try:
     on_rank_zero(fail)
 except Exception as error:
     print(type(error).__name__, error)
+print("each its own", on_every_rank(lambda: rank))
+try:
+    on_every_rank(lambda: fail() if rank == 1 else None)
+except Exception as error:
+    print(type(error).__name__, error)
 """
 
 
 @pytest.mark.process
-def test_what_rank_zero_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path) -> None:
+def test_what_a_rank_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", BOTH_RANKS, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE, text=True
@@ -243,4 +248,9 @@ def test_what_rank_zero_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path
         for rank in range(2)
     ]
     said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
-    assert said == [["['made on', 0]", "OSError no room"], ["['made on', 0]", "RuntimeError on rank 0: no room"]]
+    assert [lines[:2] for lines in said] == [
+        ["['made on', 0]", "OSError no room"],
+        ["['made on', 0]", "RuntimeError on rank 0: no room"],
+    ]
+    assert said[0][2:] == ["each its own 0", "RuntimeError another rank failed; its error is above or in its own log"]
+    assert said[1][2:] == ["each its own 1", "OSError no room"]

@@ -24,7 +24,13 @@ def plain_logprobs(hf, prompt, completion, temperature):
 @pytest.mark.parametrize("temperature", ["1.0", "0.5"])
 @pytest.mark.parametrize("batch_tokens", [16, 4096])
 def test_scores_are_a_plain_forwards_whatever_the_batch(temperature, batch_tokens):
-    teacher = build_teacher(config(f"teacher.temperature={temperature}", f"teacher.batch_tokens={batch_tokens}"))
+    teacher = build_teacher(
+        config(
+            f"teacher.temperature={temperature}",
+            f"rollout.temperature={temperature}",
+            f"teacher.batch_tokens={batch_tokens}",
+        )
+    )
     teacher.open()
     hf = load_causal_lm("builtin:teacher", torch.float32, attention=None, trust_remote_code=False)
     for (prompt, completion), scores in zip(PAIRS, teacher.score(PAIRS), strict=True):
