@@ -106,6 +106,7 @@ class Checkpoint(IterationCallback):
             shutil.rmtree(beside, ignore_errors=True)
         distributed.barrier()
         trainer.save_checkpoint(beside)
+        self.loader.save(beside)
         distributed.barrier()
         if distributed.rank() == 0:
             shutil.rmtree(final, ignore_errors=True)

@@ -143,7 +143,80 @@ class ServedTeacher(_Teacher):
         return self
 
 
-Teacher = Annotated[NoTeacher | LocalTeacher | ServedTeacher, Field(discriminator="backend")]
+class SelfTeacher(_Teacher):
+    """The student itself, which reads more than the student does: self-distillation."""
+
+    backend: Literal["self"] = Field(description="self: the student, under a privileged prompt")
+    weights: Literal["fixed", "ema", "live"] = Field(
+        "fixed", description="the student's start, a moving average of its weights, or the weights that sampled"
+    )
+    decay: float = Field(0.999, ge=0, lt=1, description="ema: weight of the average so far, an iteration")
+    scorer: Literal["local", "policy_server"] = Field(
+        "local", description="local: a copy in every trainer process; policy_server: the vLLM servers that sample"
+    )
+    batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, that a local copy scores at a time")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of a local copy")
+
+    @model_validator(mode="after")
+    def _check(self) -> SelfTeacher:
+        if self.scorer == "policy_server" and self.weights != "live":
+            raise ValueError(
+                f"teacher.scorer is policy_server, but teacher.weights is {self.weights}: those servers hold the live "
+                "weights; set teacher.weights: live, or teacher.scorer: local (for fixed weights on a server of their "
+                "own: teacher.backend: served with the student's path)"
+            )
+        if self.scorer == "policy_server" and self.temperature != 1.0:
+            raise ValueError(
+                f"teacher.temperature is {self.temperature}, but a server scores at 1 in every mode; set it to 1 "
+                "or use teacher.scorer: local"
+            )
+        return self
+
+
+class NamedLocalTeacher(LocalTeacher):
+    """One of several teachers, in every trainer process."""
+
+    name: str = Field(description="rows whose teacher.column has this value are its own")
+
+
+class NamedServedTeacher(ServedTeacher):
+    """One of several teachers, behind a vLLM server."""
+
+    name: str = Field(description="rows whose teacher.column has this value are its own")
+
+
+class RoutedTeacher(Section):
+    """Several teachers; a column of the data says whose a prompt is."""
+
+    backend: Literal["routed"] = Field(description="routed: several teachers, by a column of the data")
+    column: str = Field("teacher", description="column with the name of the prompt's teacher")
+    teachers: list[Annotated[NamedLocalTeacher | NamedServedTeacher, Field(discriminator="backend")]] = Field(
+        min_length=1, description="the teachers, each with a name"
+    )
+
+    @property
+    def temperature(self) -> float:
+        return self.teachers[0].temperature
+
+    @property
+    def check_parity(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _check(self) -> RoutedTeacher:
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teacher.teachers: names must differ, got {', '.join(names)}")
+        if len({teacher.temperature for teacher in self.teachers}) > 1:
+            raise ValueError("teacher.teachers: all must have one temperature, at which the student is compared too")
+        if any(isinstance(teacher, ServedTeacher) and teacher.server.launch for teacher in self.teachers):
+            raise ValueError("teacher.teachers: servers of several teachers are not launched; start them, give url")
+        return self
+
+
+Teacher = Annotated[
+    NoTeacher | LocalTeacher | ServedTeacher | SelfTeacher | RoutedTeacher, Field(discriminator="backend")
+]
 
 
 class DataConfig(Section):
@@ -154,11 +227,14 @@ class DataConfig(Section):
     prompt_column: str = Field("prompt", description="column with the prompt: a text, or a list of chat messages")
     answer_column: str | None = Field("answer", description="column with the reference answer; null: none")
     privileged_column: str | None = Field(None, description="column that only a teacher may see, e.g. a solution")
+    completion_column: str | None = Field(None, description="column with a completion to imitate (SFT, GKD, REDI)")
+    rejected_column: str | None = Field(None, description="column with a completion to avoid (REDI)")
     id_column: str | None = Field(None, description="column with a unique id; null: the row number")
     chat_template: bool = Field(True, description="wrap the prompt in the student's chat template; false: plain text")
     system: str | None = Field(None, description="system message put before a text prompt")
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, in tokens")
+    max_completion_tokens: int = Field(4096, ge=1, description="longest completion in the data, in tokens")
     too_long: Literal["error", "skip"] = Field("error", description="what to do with a longer prompt")
 
 
@@ -191,6 +267,10 @@ class AlgorithmConfig(Section):
 
     name: str = Field(description="the algorithm")
     group_size: int = Field(8, ge=1, description="completions per prompt")
+
+    def longest_teacher_prompt(self, config: Config) -> int:
+        """Tokens of the longest prompt that a teacher reads."""
+        return config.data.max_prompt_tokens
 
     def problems(self, config: Config) -> list[tuple[str, str]]:
         """Contradictions between this section and the rest of `config`: (key, one line) each."""
@@ -340,6 +420,10 @@ class Config(Section):
                     "raise it",
                 )
             )
+        on_policy_server = isinstance(self.teacher, SelfTeacher) and self.teacher.scorer == "policy_server"
+        if on_policy_server and self.rollout.backend != "vllm":
+            why = "is policy_server, but rollout.backend is hf; set rollout.backend: vllm, or teacher.scorer: local"
+            found.append(("teacher.scorer", why))
         found.extend(self._launch_problems())
         found.extend(self.algorithm.problems(self))
         return found

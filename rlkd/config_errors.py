@@ -137,7 +137,8 @@ class Report:
                 return f"unknown key here; only {section}.{kinds.tag}: {' | '.join(having)} has it"
         if key.partition(".")[0] in known:
             return f"unknown key; in YAML the sections are nested: {key.replace('.', ': {', 1)}: …}}"
-        elsewhere = sorted({f"{where}.{name}" for where, name in self.schema.all_keys() if name == key})
+        lists_apart = [(where, name) for where, name in self.schema.all_keys() if "[]" not in where]
+        elsewhere = sorted({f"{where}.{name}" for where, name in lists_apart if name == key})
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         rough = difflib.get_close_matches(key, known, n=1)
         if close or (rough and not elsewhere):

@@ -6,6 +6,7 @@ The left half asks it three questions (`rollout`, `teacher_prompt`, `advantages`
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Sequence
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
 
 from rlkd import distributed
-from rlkd.config import AlgorithmConfig, Config
+from rlkd.config import AlgorithmConfig, Config, NoTeacher
+from rlkd.data.chat import load_tokenizer
 from rlkd.losses import counts
 from rlkd.metrics import Meter
 from rlkd.micro_batches import split_by_tokens, updates, weightless
@@ -27,7 +30,7 @@ from rlkd.policy_head import Needs, PolicyOutput
 from rlkd.rollout.sampler import Sampler, Sampling
 from rlkd.student import Student, build_student
 from rlkd.teachers.teacher import Teacher
-from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
 
 ALGORITHMS: dict[str, type[PolicyModule]] = {}
 """algorithm.name → its module."""
@@ -61,6 +64,7 @@ class PolicyModule(lightning.LightningModule):
 
     Options: ClassVar[type[AlgorithmConfig]]
     uses_teacher: ClassVar[bool] = False
+    uses_rewards: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         """Defining an algorithm makes it known to configs under the `name` of its Options."""
@@ -81,26 +85,50 @@ class PolicyModule(lightning.LightningModule):
         self.row: dict[str, float] = {}
         """Figures of the iteration just trained, over all ranks."""
 
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training completions are drawn."""
+        rollout = self.config.rollout
+        return Sampling(temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=self.config.run.seed)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """At which student and teacher are compared."""
+        assert not isinstance(self.config.teacher, NoTeacher)
+        return self.config.teacher.temperature
+
     # ---- the four questions -------------------------------------------------------------------------------------
 
     def rollout(
         self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
     ) -> list[list[Rollout]]:
         """What is sampled, by whom? Default: `group_size` completions of each prompt by the student."""
-        sampling = Sampling(
-            temperature=self.config.rollout.temperature,
-            max_tokens=self.config.rollout.max_tokens,
-            seed=self.config.run.seed,
-        )
-        return policy.sample(prompts, n=self.config.algorithm.group_size, iteration=iteration, sampling=sampling)
+        size = self.config.algorithm.group_size
+        return policy.sample(prompts, n=size, iteration=iteration, sampling=self.sampling)
 
-    def teacher_prompt(self, prompt: Prompt) -> tuple[int, ...] | None:
-        """What does the teacher read before the completion? Default: no teacher is asked."""
-        return None
+    def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
+        """What does the teacher read before the completion? Default: what the student read.
+
+        None: it is not asked, and nothing is distilled on this completion. `group` holds the prompt's other rollouts.
+        """
+        return scored.rollout.prompt.token_ids
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
         raise NotImplementedError
+
+    @property
+    def signal(self) -> Signal:
+        """How much the teacher is to say of each token."""
+        return Signal()
+
+    def diagnose(self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, meter: Meter) -> None:
+        """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
 
     @property
     def needs(self) -> Needs:

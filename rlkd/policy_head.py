@@ -1,4 +1,4 @@
-"""Hidden states → log-probs and entropy of given tokens, without a [B, T, V] tensor.
+"""Hidden states → log-probs and entropy of given tokens, and divergences, without a [B, T, V] tensor.
 
 The one place that wraps TRL's kernel (not a public API there: the version is pinned), and the one place with the
 shift by one.
@@ -6,14 +6,43 @@ shift by one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
+from rlkd.losses import DivergenceKind, divergence, renormalised, with_tail
+from rlkd.output_layer import logit_transform, shaped
+from rlkd.types import Batch
+
 VOCABULARY_CHUNK = 8192
 """Columns of logits that exist at a time, for up to 4,096 tokens."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time in a divergence: 64 MiB in fp32, about eight times over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A divergence between student and teacher, over the whole vocabulary or some of it."""
+
+    kind: DivergenceKind
+    temperature: float
+    """Of both models."""
+    beta: float = 0.5
+    """Of the JSD."""
+    clip: float | None = None
+    """Cap of each vocabulary entry's share."""
+    support: Literal["full", "teacher_top_k", "student_top_k"] = "full"
+    """teacher_top_k wants `batch.teacher_top_ids`; the others want `batch.teacher_hidden`."""
+    k: int = 0
+    """Of student_top_k."""
+    tail: bool = True
+    """Of the top-k supports: all other tokens count as one more entry; False: they are left out, and the k have all."""
+    blend: float | None = None
+    """TAID: the teacher's logits become (1 − blend) · student + blend · teacher, detached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +52,7 @@ class Needs:
     temperature: float
     """Logits are divided by it for `logprobs` and `entropy`: the rollout temperature."""
     entropy: bool = False
+    comparison: Comparison | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,24 +61,9 @@ class PolicyOutput:
 
     logprobs: Tensor  # [B, T] fp32
     entropy: Tensor | None = None  # [B, T] fp32
-
-
-def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """(scale, soft cap) that the architecture applies to its raw logits; (1, None) for most.
-
-    Raises: ValueError for an architecture whose transform we do not know how to read.
-    """
-    text = config.get_text_config()
-    known = text.to_dict()
-    softcap = known.get("final_logit_softcapping")
-    scale = 1.0
-    if known.get("logit_scale") is not None:  # Cohere
-        scale = float(known["logit_scale"])
-    elif known.get("logits_scaling") is not None and text.model_type.startswith("granite"):
-        scale = 1.0 / float(known["logits_scaling"])
-    elif any(known.get(key) is not None for key in ("logits_scaling", "lm_head_multiplier", "output_multiplier")):
-        raise ValueError(f"model.path: the logits of {text.model_type} are scaled in a way that rlkd does not know")
-    return scale, softcap
+    divergence: Tensor | None = None
+    """Scalar Σ divergence · batch.distil_weights, with gradient: it is formed in the forward, chunk by chunk."""
+    token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
 
 
 def token_logprobs(
@@ -87,3 +102,128 @@ def token_logprobs(
         return torch.nn.functional.pad(values.view(rows, columns - 1), (1, 0))
 
     return aligned(result[0]), aligned(result[1]) if entropy else None
+
+
+def compared(
+    hidden: Tensor, head: nn.Linear, batch: Batch, comparison: Comparison, config: PreTrainedConfig
+) -> tuple[Tensor, Tensor]:
+    """Σ divergence · `batch.distil_weights`, and the divergence of every token that has a weight.
+
+    Only such tokens are looked at, a few at a time. Vocabularies of unequal width (padding of the embeddings; the
+    tokenizers agree) are compared on the columns that both have.
+
+    Args:
+        hidden: [B, T, H], last hidden states of the tokens `batch.input_ids`.
+        head: the student's output layer, weight [V, H].
+
+    Returns: (scalar with gradient, [B, T] fp32 without). Column t: token t given tokens < t.
+    """
+    assert batch.distil_weights is not None and batch.teacher_index is not None
+    scale, softcap = logit_transform(config)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    per_token = torch.zeros_like(batch.distil_weights)
+    teachers = range(max(1, len(batch.teacher_layers)))
+    for teacher in teachers:
+        of_teacher = batch.teacher_index == teacher if len(teachers) > 1 else torch.ones_like(batch.teacher_index) > 0
+        row, column = ((batch.distil_weights != 0) & of_teacher[:, None]).nonzero(as_tuple=True)
+        width = head.weight.shape[0]
+        if comparison.support != "teacher_top_k":
+            width = min(width, batch.teacher_layers[teacher].weight.shape[0])
+        bias = None if head.bias is None else head.bias[:width]
+        against = _against(batch, comparison, teacher, row, column, width)
+
+        def values(raw: Tensor, chunk: slice, against: Callable[..., Tensor] = against) -> Tensor:
+            return against(shaped(raw, scale, softcap), chunk)
+
+        part, found = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
+            hidden[row, column - 1], head.weight[:width], bias, batch.distil_weights[row, column], values
+        )
+        total = total + part
+        per_token[row, column] = found
+    return total, per_token
+
+
+def _against(
+    batch: Batch, comparison: Comparison, teacher: int, row: Tensor, column: Tensor, width: int
+) -> Callable[[Tensor, slice], Tensor]:
+    """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
+    kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
+    closed = with_tail if comparison.tail else renormalised
+
+    def by_teachers_top(logits: Tensor, chunk: slice) -> Tensor:
+        assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
+        ids = batch.teacher_top_ids[row[chunk], column[chunk]]
+        log_t = batch.teacher_top_logprobs[row[chunk], column[chunk]].to(logits.dtype)
+        absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
+        log_s = (logits / temperature).log_softmax(-1).gather(1, ids.clamp(0, width - 1))
+        log_s, log_t = (x.masked_fill(absent, -torch.inf) for x in (log_s, log_t))
+        return divergence(closed(log_s), closed(log_t), kind, beta, clip)
+
+    def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
+        assert batch.teacher_hidden is not None
+        theirs = batch.teacher_layers[teacher].logits(batch.teacher_hidden[row[chunk], column[chunk]], width)
+        theirs = theirs.to(logits.dtype)
+        if comparison.blend is not None:
+            theirs = torch.lerp(logits.detach(), theirs, comparison.blend)
+        log_s, log_t = (logits / temperature).log_softmax(-1), (theirs / temperature).log_softmax(-1)
+        if comparison.support == "student_top_k":
+            ids = log_s.detach().topk(min(comparison.k, width), dim=-1).indices
+            log_s, log_t = closed(log_s.gather(1, ids)), closed(log_t.gather(1, ids))
+        return divergence(log_s, log_t, kind, beta, clip)
+
+    return by_teachers_top if comparison.support == "teacher_top_k" else by_hidden_states
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Σ_n weights_n · values(logits_n), with logits = hidden · weightᵀ + bias, for [n, V] a chunk of tokens at a time.
+
+    The gradient is formed in the forward, so that no chunk's logits outlive it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        weights: Tensor,  # [N]
+        values: Callable[[Tensor, slice], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        learns = any(ctx.needs_input_grad[:3])
+        total = weights.new_zeros(())
+        found = torch.zeros_like(weights)
+        of_hidden = torch.zeros_like(hidden) if learns else None
+        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if learns else None
+        of_bias = None if bias is None or of_weight is None else torch.zeros_like(bias, dtype=of_weight.dtype)
+        step = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(hidden), step):
+            chunk = slice(start, start + step)
+            raw = torch.nn.functional.linear(hidden[chunk], weight, bias)
+            raw = raw if raw.dtype == torch.float64 else raw.float()
+            with torch.set_grad_enabled(learns):
+                value = values(raw.requires_grad_(learns), chunk)
+                share = (value * weights[chunk]).sum()
+            total += share.detach()
+            found[chunk] = value.detach()
+            if of_hidden is not None and of_weight is not None:
+                (slope,) = torch.autograd.grad(share, raw)
+                of_hidden[chunk] = slope.to(weight.dtype) @ weight
+                of_weight.addmm_(slope.to(of_weight.dtype).T, hidden[chunk].to(of_weight.dtype))
+                if of_bias is not None:
+                    of_bias += slope.sum(0)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(found)
+        return total, found
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        of_weight_dtype, of_bias_dtype = ctx.dtypes
+        return (
+            of_hidden * slope.to(of_hidden.dtype),
+            (of_weight * slope).to(of_weight_dtype),
+            None if of_bias is None else (of_bias * slope).to(of_bias_dtype),
+            None,
+            None,
+        )

@@ -18,7 +18,7 @@ from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.evaluate import heldout
-from rlkd.policy_head import logit_transform
+from rlkd.output_layer import logit_transform
 from rlkd.rewards import registry
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import end_ids
@@ -64,7 +64,7 @@ def check_evaluation(config: Config) -> list[str]:
 def _generation(config: Config) -> list[str]:
     """The student must say how completions end and how its logits are made."""
     try:
-        end_ids(config.model)
+        end_ids(config.model.path)
         known = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
         logit_transform(known)
     except (ValueError, OSError) as error:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlkd.config import ModelConfig, TrainerConfig
-from rlkd.policy_head import Needs, PolicyOutput, token_logprobs
+from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
 from rlkd.types import Batch
 
@@ -39,7 +39,10 @@ class Student(nn.Module):
             config=self.hf.config,
             entropy=needs.entropy,
         )
-        return PolicyOutput(logprobs=logprobs, entropy=entropy)
+        if needs.comparison is None:
+            return PolicyOutput(logprobs=logprobs, entropy=entropy)
+        total, per_token = compared(hidden, head, batch, needs.comparison, self.hf.config)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:
         """All weights, unsharded, on every rank, under Hugging Face names. A collective.

@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rlkd.metrics import Meter
+from rlkd.output_layer import OutputLayer
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the last token is the end-of-sequence token that the author chose. `length`: the budget ran out."""
 
-Author = Literal["student", "teacher", "glue"]
+Author = Literal["student", "teacher", "glue", "data"]
+"""Who wrote a token: the student sampled it, a teacher did, it joins two parts, or it stands in the data set."""
+AUTHORS: tuple[Author, ...] = get_args(Author)
+"""Their order gives the codes of `Batch.authors`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,10 @@ class Prompt:
     """What rewards compare with."""
     privileged: str | None = None
     """What only a teacher may see: a reference solution, say."""
+    completion: tuple[int, ...] | None = None
+    """A completion to imitate, from the data, end of sequence included."""
+    rejected: tuple[int, ...] | None = None
+    """A completion to avoid, from the data, end of sequence included."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -95,33 +103,75 @@ class Rollout:
         if covered != [t for t, by_student in enumerate(self.student_tokens()) if by_student]:
             raise ValueError(f"{where}: weight versions must cover the student's tokens once, in order")
 
+    def authors(self) -> tuple[Author, ...]:
+        """Who wrote each token."""
+        found: list[Author] = ["student"] * len(self.token_ids)
+        for segment in self.segments:
+            found[segment.start : segment.end] = [segment.author] * (segment.end - segment.start)
+        return tuple(found)
+
     def student_tokens(self) -> tuple[bool, ...]:
         """Per token, whether the student sampled it."""
-        by_student = [True] * len(self.token_ids)
-        for segment in self.segments:
-            for t in range(segment.start, segment.end):
-                by_student[t] = segment.author == "student"
-        return tuple(by_student)
+        return tuple(author == "student" for author in self.authors())
 
     @property
-    def oldest_version(self) -> int:
-        return min(span.version for span in self.weight_versions)
+    def oldest_version(self) -> int | None:
+        """The oldest weights that sampled a token; None where the student sampled none."""
+        return min((span.version for span in self.weight_versions), default=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What a model wrote after a prompt, whoever it is."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """Of these tokens, at the temperature that drew them."""
+    finish_reason: FinishReason
+
+
+def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_reason: FinishReason) -> Rollout:
+    """A completion of `prompt` that the student did not sample: all of it by `author`."""
+    return Rollout(
+        prompt=prompt,
+        token_ids=tuple(token_ids),
+        logprobs=(None,) * len(token_ids),
+        weight_versions=(),
+        finish_reason=finish_reason,
+        segments=(Segment(start=0, end=len(token_ids), author=author),),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signal:
+    """How much a teacher is to say of each completion token."""
+
+    tier: Literal["sampled", "top_k", "hidden"] = "sampled"
+    """sampled: the log-prob of the token that stands there; top_k: also its k likeliest tokens; hidden: also its last
+    hidden state, from which its output layer gives the whole distribution."""
+    k: int = 0
+    """Of top_k."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherScores:
-    """What a teacher thinks of the completion tokens of one rollout.
-
-    Top-k and hidden states join here as further optional fields when a divergence needs them.
-    """
+    """What a teacher thinks of the completion tokens of one rollout; L of them."""
 
     logprobs: tuple[float, ...]
     """log π_T(token t | the teacher's prompt, the tokens before t), one per completion token."""
+    top_ids: Tensor | None = None  # [L, K] int64, the teacher's likeliest tokens first
+    top_logprobs: Tensor | None = None  # [L, K] fp32
+    hidden: Tensor | None = None  # [L, H]: row t is what the teacher predicts token t from
+    teacher: int = 0
+    """Which of several teachers."""
 
     def __post_init__(self) -> None:
         for position, logprob in enumerate(self.logprobs):
             if not math.isfinite(logprob):
                 raise ValueError(f"the teacher's log-prob of completion token {position} is {logprob}")
+        for name in ("top_ids", "top_logprobs", "hidden"):
+            value = getattr(self, name)
+            assert value is None or (value.dim() == 2 and len(value) == len(self.logprobs)), f"{name} wants [L, …]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +180,8 @@ class ScoredRollout:
 
     rollout: Rollout
     reward: float | None
-    """None: the reward could not be computed. The sample is masked; it is never a 0."""
+    """None: it could not be computed (then `error` says why, and the sample is masked; it is never a 0), or the
+    algorithm asks for none."""
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
     teacher: TeacherScores | None = None
@@ -139,7 +190,7 @@ class ScoredRollout:
     distil: tuple[bool, ...] | None = None
     """Per completion token, whether the distillation term acts on it; None: no distillation."""
     error: str | None = None
-    """Why there is no reward."""
+    """Why the reward could not be computed."""
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)
@@ -149,9 +200,16 @@ class ScoredRollout:
         if self.distil is not None and len(self.distil) != length:
             raise ValueError(f"distil has {len(self.distil)} entries for a completion of {length}")
 
+        if self.distil is not None and any(self.distil) and self.teacher is None:
+            raise ValueError("distil marks tokens that no teacher scored")
+
     def is_correct(self, correct_at: float) -> bool | None:
         """Whether the reward reaches `correct_at`, up to the rounding of a weighted sum; None without a reward."""
         return None if self.reward is None else self.reward >= correct_at - 1e-6
+
+
+_OF_ROWS = ("lengths", "rewards", "weight_version", "teacher_index")
+_OF_VECTORS = ("teacher_top_ids", "teacher_top_logprobs", "teacher_hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +222,18 @@ class Batch:
     lengths: Tensor  # [B] int64: prompt + completion tokens
     completion_mask: Tensor  # [B, T] bool: completion tokens of samples that count
     student_mask: Tensor  # [B, T] bool: of these, the tokens that the student sampled
+    authors: Tensor  # [B, T] int64: index in AUTHORS of who wrote the token; meaningful on completion_mask only
     sampler_logprobs: Tensor  # [B, T] fp32, at the rollout temperature; meaningful on student_mask only
     advantages: Tensor  # [B, T] fp32
-    rewards: Tensor  # [B] fp32, NaN where the reward failed
-    weight_version: Tensor  # [B] int64: the oldest version that wrote a token of the row
+    rewards: Tensor  # [B] fp32, NaN where there is none
+    weight_version: Tensor  # [B] int64: the oldest version that sampled a token of the row, −1 where none did
     old_logprobs: Tensor | None = None  # [B, T] the trainer's own, at the start of the iteration
     teacher_logprobs: Tensor | None = None  # [B, T], at the teacher's temperature
+    teacher_top_ids: Tensor | None = None  # [B, T, K] int64
+    teacher_top_logprobs: Tensor | None = None  # [B, T, K]
+    teacher_hidden: Tensor | None = None  # [B, T, H]: column t is what the teacher predicts token t from
+    teacher_index: Tensor | None = None  # [B] int64: which of `teacher_layers` belongs to the row
+    teacher_layers: tuple[OutputLayer, ...] = ()
     reference_logprobs: Tensor | None = None  # [B, T], at the rollout temperature
     distil_mask: Tensor | None = None  # [B, T] bool: tokens on which the distillation term acts
     weights: Tensor | None = None  # [B, T] of the policy term; made once an update from global counts
@@ -184,8 +248,9 @@ class Batch:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                wanted = shape[:1] if f.name in ("lengths", "rewards", "weight_version") else shape
-                assert value.shape == wanted, f"{f.name} is {tuple(value.shape)}, wants {tuple(wanted)}"
+                wanted = shape[:1] if f.name in _OF_ROWS else shape
+                got = value.shape[:2] if f.name in _OF_VECTORS else value.shape
+                assert got == wanted, f"{f.name} is {tuple(value.shape)}, wants {tuple(wanted)}"
         columns = torch.arange(shape[1], device=self.input_ids.device)
         real = columns < self.lengths[:, None]
         assert not bool((self.completion_mask & ~real).any()), "completion_mask covers padding"
@@ -201,7 +266,8 @@ class Batch:
             for f in dataclasses.fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **moved)
+        layers = tuple(layer.to(device) for layer in self.teacher_layers)
+        return dataclasses.replace(self, teacher_layers=layers, **moved)
 
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` [b], cut to their longest length. Metrics stay with the whole batch."""
@@ -210,7 +276,7 @@ class Batch:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                picked[f.name] = value[index, :length] if value.dim() == 2 else value[index]
+                picked[f.name] = value[index] if f.name in _OF_ROWS else value[index, :length]
         return dataclasses.replace(self, **picked)
 
     def __len__(self) -> int:

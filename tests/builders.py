@@ -37,6 +37,7 @@ def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRol
     filled = {
         "rollout": rollout,
         "reward": reward,
+        "error": "failed" if reward is None else None,
         "teacher": TeacherScores(logprobs=tuple(logprobs[1].tolist())),
         "reference": TeacherScores(logprobs=tuple(logprobs[2].tolist())),
     }

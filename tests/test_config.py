@@ -116,16 +116,16 @@ ONE_LINE = {
     ),
     # sections of several kinds
     "teacher: local": (
-        "a.yaml:4: teacher: got 'local', wants a section with backend: none | local | served; "
+        "a.yaml:4: teacher: got 'local', wants a section with backend: none | local | served | self | routed; "
         "did you mean teacher.backend: local?"
     ),
-    "teacher: {path: x}": "a.yaml:4: teacher.backend: missing, wants none | local | served",
+    "teacher: {path: x}": "a.yaml:4: teacher.backend: missing, wants none | local | served | self | routed",
     "teacher: {backend: lokal, path: 3}": (
-        "a.yaml:4: teacher.backend: got 'lokal', wants none | local | served; did you mean local?"
+        "a.yaml:4: teacher.backend: got 'lokal', wants none | local | served | self | routed; did you mean local?"
     ),
     "teacher: {backend: local}": "a.yaml:4: teacher.path: missing, wants text",
     "teacher: {backend: served, path: x, url: u, batch_tokens: 3}": (
-        "a.yaml:4: teacher.batch_tokens: unknown key here; only teacher.backend: local has it"
+        "a.yaml:4: teacher.batch_tokens: unknown key here; only teacher.backend: local | self has it"
     ),
     "teacher: {backend: served, path: x}": (
         "a.yaml:4: teacher: set either teacher.url (a running server) or teacher.server.launch: true (start one)"
@@ -485,7 +485,7 @@ _OVERRIDES = st.builds(
 )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(FULL)), st.integers(0, 12), _PIECES), max_size=3),
     overrides=st.lists(_OVERRIDES, max_size=2),

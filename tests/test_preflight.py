@@ -29,7 +29,7 @@ def _in_a_directory_of_its_own(tmp_path, monkeypatch):
 
 
 def config(*overrides: str) -> Config:
-    return load([QUICKSTART], ["eval.every=0", *overrides]).config
+    return load([QUICKSTART], ["eval.every=0", "data.limit=64", *overrides]).config
 
 
 def model_folder(name: str, positions: int = 512, extra: list[str] | None = None) -> str:

@@ -6,12 +6,18 @@ from builders import config
 
 from rlkd.algorithms import KDRL
 from rlkd.rollout.hf import HFSampler
-from rlkd.rollout.loader import RolloutLoader, build_reference, build_teacher
+from rlkd.rollout.loader import RolloutLoader, build_reference, build_sampler, build_teacher
 from rlkd.rollout.sampler import end_ids
 from rlkd.student import load_causal_lm
 from rlkd.teachers.parity import check_parity
+from rlkd.teachers.teacher import Question
+from rlkd.types import Signal
 
-PAIRS = [((4, 20, 9, 11), (7, 8, 1)), ((4, 20), (12, 12, 9, 30, 1)), ((4, 5, 6, 7, 8, 9, 10), (3,))]
+QUESTIONS = [
+    Question((4, 20, 9, 11), (7, 8, 1)),
+    Question((4, 20), (12, 12, 9, 30, 1)),
+    Question((4, 5, 6, 7, 8, 9, 10), (3,)),
+]
 
 
 def plain_logprobs(hf, prompt, completion, temperature):
@@ -24,17 +30,17 @@ def plain_logprobs(hf, prompt, completion, temperature):
 @pytest.mark.parametrize("temperature", ["1.0", "0.5"])
 @pytest.mark.parametrize("batch_tokens", [16, 4096])
 def test_scores_are_a_plain_forwards_whatever_the_batch(temperature, batch_tokens):
-    teacher = build_teacher(
-        config(
-            f"teacher.temperature={temperature}",
-            f"rollout.temperature={temperature}",
-            f"teacher.batch_tokens={batch_tokens}",
-        )
+    settings = config(
+        f"teacher.temperature={temperature}",
+        f"rollout.temperature={temperature}",
+        f"teacher.batch_tokens={batch_tokens}",
     )
+    teacher = build_teacher(settings, build_sampler(settings))
     teacher.open()
     hf = load_causal_lm("builtin:teacher", torch.float32, attention=None, trust_remote_code=False)
-    for (prompt, completion), scores in zip(PAIRS, teacher.score(PAIRS), strict=True):
-        assert scores.logprobs == pytest.approx(plain_logprobs(hf, prompt, completion, float(temperature)), abs=1e-4)
+    for question, scores in zip(QUESTIONS, teacher.score(QUESTIONS, Signal()), strict=True):
+        wanted = plain_logprobs(hf, question.prompt, question.completion, float(temperature))
+        assert scores.logprobs == pytest.approx(wanted, abs=1e-4)
 
 
 @pytest.fixture
@@ -42,7 +48,7 @@ def line():
     """A loader whose sampler holds the student's start."""
     settings = config("rollout.max_mismatch=0.001")
     loader = RolloutLoader(settings, KDRL(settings))
-    loader.policy = HFSampler(settings, end_ids(settings.model))
+    loader.policy = HFSampler(settings, end_ids(settings.model.path))
     loader.policy.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
     loader.policy.publish(hf.state_dict(), 0)

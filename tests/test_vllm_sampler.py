@@ -9,12 +9,14 @@ import torch
 from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, prompts, run_config, tiny_model, true_logprobs
 
+from rlkd.noise import request_seed
 from rlkd.rollout.client import ServerError, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
-from rlkd.rollout.vllm import VLLMSampler, request_seed, sampled_logprobs
+from rlkd.rollout.vllm import VLLMSampler, sampled_logprobs
 from rlkd.teachers.served import ServedTeacher, completion_logprobs
-from rlkd.types import Prompt, Rollout
+from rlkd.teachers.teacher import Question
+from rlkd.types import Prompt, Rollout, Signal
 
 HOT = Sampling(temperature=0.7, max_tokens=24, seed=5)
 GREEDY = Sampling(temperature=0.0, max_tokens=24, seed=5)
@@ -97,17 +99,18 @@ def test_what_is_drawn_depends_on_seed_iteration_and_prompt_alone(sampler: VLLMS
 def test_a_served_teacher_scores_as_the_model_does(
     sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
 ) -> None:
-    pairs = [(prompt.token_ids, tuple(range(2, 2 + length))) for length, prompt in enumerate(prompts(40), start=1)]
-    teacher = ServedTeacher(run_config(policy_path, policy_server.url))
+    questions = [Question(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(40), start=1)]
+    settings = run_config(policy_path, policy_server.url)
+    teacher = ServedTeacher(settings, settings.teacher)
     teacher.open()
-    scores = teacher.score(pairs)
-    for (prompt, completion), score in zip(pairs, scores, strict=True):
-        truth = true_logprobs(model, prompt, completion)
+    scores = teacher.score(questions, Signal())
+    for question, score in zip(questions, scores, strict=True):
+        truth = true_logprobs(model, question.prompt, question.completion)
         torch.testing.assert_close(torch.tensor(score.logprobs), truth, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="got 2 and 0 tokens"):
-        teacher.score([((4, 5), ())])
+        teacher.score([Question((4, 5), ())], Signal())
     with pytest.raises(ServerError, match="answered 400: .*96"):
-        teacher.score([((4, 5), (6,) * 95)])
+        teacher.score([Question((4, 5), (6,) * 95)], Signal())
     teacher.close()
 
 

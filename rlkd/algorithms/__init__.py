@@ -2,6 +2,7 @@
 
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import KDRL
+from rlkd.algorithms.opd import OPD
 from rlkd.module import ALGORITHMS
 
-__all__ = ["ALGORITHMS", "GRPO", "KDRL"]
+__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD"]

@@ -16,7 +16,7 @@ from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weight
 from rlkd.module import Counts, Loss
 from rlkd.policy_head import PolicyOutput
 from rlkd.schedules import Constant, Linear, Schedule
-from rlkd.types import Batch, Prompt, ScoredRollout
+from rlkd.types import Batch, ScoredRollout
 
 
 class DistillationConfig(Section):
@@ -92,9 +92,6 @@ class KDRL(GRPO):
     def algorithm(self) -> KDRLConfig:
         assert isinstance(self.config.algorithm, KDRLConfig)
         return self.config.algorithm
-
-    def teacher_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        return prompt.token_ids
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         correct = [scored.is_correct(self.config.reward.correct_at) for scored in group]

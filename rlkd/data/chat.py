@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from jinja2.exceptions import TemplateError
@@ -82,14 +81,6 @@ def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return {index: token for token, index in tokenizer.get_vocab().items()}
-
-
-def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of the map from id to token, added tokens included: equal where the ids mean the same."""
-    digest = hashlib.sha256()
-    for index, token in sorted(_tokens(tokenizer).items()):
-        digest.update(f"{index} {len(token.encode())} {token}\n".encode())
-    return digest.hexdigest()
 
 
 def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:

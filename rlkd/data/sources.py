@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +21,6 @@ from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
 BUILTIN_COLUMNS = {f"{column}_column": column for column in ("id", "prompt", "answer", "privileged")}
-PREFLIGHT_ROWS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +33,8 @@ class Row:
     prompt: str | tuple[Mapping[str, str], ...]
     answer: str | None
     privileged: str | None
+    completion: str | None
+    rejected: str | None
     meta: Mapping[str, Any]
     """All other columns. Rewards get them."""
 
@@ -86,6 +87,8 @@ def load_source(data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str 
                 token_ids=token_ids,
                 answer=row.answer,
                 privileged=row.privileged,
+                completion=_completion(data, tokenizer, row, "completion"),
+                rejected=_completion(data, tokenizer, row, "rejected"),
                 meta=row.meta,
             )
         )
@@ -97,14 +100,21 @@ def load_source(data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str 
     return PromptList(prompts, skipped)
 
 
-def check_columns(data: DataConfig, path: str | None = None) -> list[str]:
-    """What is wrong with the first rows of the data, one line or none. Needs no tokenizer, so preflight can ask."""
-    try:
-        for _ in itertools.islice(read_rows(data, path), PREFLIGHT_ROWS):
-            pass
-    except ValueError as error:
-        return [str(error)]
-    return []
+def _completion(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, name: Literal["completion", "rejected"]
+) -> tuple[int, ...] | None:
+    """The ids of a completion that the data has, end of sequence included; None where it has none."""
+    text = row.completion if name == "completion" else row.rejected
+    if text is None:
+        return None
+    assert isinstance(tokenizer.eos_token_id, int)
+    token_ids = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+    if len(token_ids) > data.max_completion_tokens:
+        raise ValueError(
+            f"{row.where}: the {name} of {row.id!r} has {len(token_ids)} tokens, more than "
+            f"data.max_completion_tokens = {data.max_completion_tokens}; raise it, or leave such rows out of the data"
+        )
+    return token_ids
 
 
 def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
@@ -189,6 +199,8 @@ def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) 
         "data.prompt_column": data.prompt_column,
         "data.answer_column": data.answer_column,
         "data.privileged_column": data.privileged_column,
+        "data.completion_column": data.completion_column,
+        "data.rejected_column": data.rejected_column,
         "data.id_column": data.id_column,
     }
     for key, column in used.items():
@@ -218,6 +230,8 @@ def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) 
         prompt=_prompt(columns[data.prompt_column], f"{where}: column {data.prompt_column!r} (data.prompt_column)"),
         answer=text(data.answer_column, "data.answer_column"),
         privileged=text(data.privileged_column, "data.privileged_column"),
+        completion=text(data.completion_column, "data.completion_column"),
+        rejected=text(data.rejected_column, "data.rejected_column"),
         meta=meta,
     )
 

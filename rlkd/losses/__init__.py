@@ -1,15 +1,25 @@
 """Losses: pure functions of tensors, per token. They know no mask, no config, no model."""
 
-from rlkd.losses.divergence import forward_kl, generalized_jsd, reverse_kl
+from rlkd.losses.divergence import (
+    DivergenceKind,
+    divergence,
+    forward_kl,
+    generalized_jsd,
+    renormalised,
+    reverse_kl,
+    with_tail,
+)
 from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3
 from rlkd.losses.policy_gradient import clipped_surrogate, clipped_tokens
 from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted_sum
 
 __all__ = [
+    "DivergenceKind",
     "Reduction",
     "clipped_surrogate",
     "clipped_tokens",
     "counts",
+    "divergence",
     "forward_kl",
     "generalized_jsd",
     "importance_weights",
@@ -17,6 +27,8 @@ __all__ = [
     "kl_k2",
     "kl_k3",
     "reduction_weights",
+    "renormalised",
     "reverse_kl",
     "weighted_sum",
+    "with_tail",
 ]

@@ -1,22 +1,78 @@
-"""Divergences over the whole vocabulary, per token, from logits.
+"""Divergences between student S and teacher T over the vocabulary, per token.
 
-Conventions: S = softmax(student_logits), T = softmax(teacher_logits); both are compared at the temperature that the
-caller has divided the logits by. At least fp32 inside (float64 is kept).
+Both are compared at the temperature that the caller has divided the logits by. At least fp32 inside (float64 is kept).
 """
 
 from __future__ import annotations
+
+import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0.5) -> Tensor:
+    """What each vocabulary entry adds to a divergence between S and T.
+
+    forward_kl   T_v (log T_v − log S_v)
+    reverse_kl   S_v (log S_v − log T_v)
+    jsd          β T_v (log T_v − log M_v) + (1−β) S_v (log S_v − log M_v),  M = βT + (1−β)S,  β strictly in (0, 1)
+
+    Args:
+        log_s: [..., V] log-probs of the student; carries gradient.
+        log_t: [..., V] log-probs of the teacher; detached. An entry of −inf on both sides adds nothing.
+
+    Returns: [..., V]; single entries may be negative. Raises: ValueError for β outside (0, 1).
+    """
+    assert log_s.shape == log_t.shape
+    log_t = log_t.detach()
+    if kind == "forward_kl":
+        return _entries(log_t, log_s)
+    if kind == "reverse_kl":
+        return _entries(log_s, log_t)
+    if not 0.0 < beta < 1.0:
+        raise ValueError(f"beta is {beta}, wants 0 < beta < 1; use forward_kl (β → 0) or reverse_kl (β → 1)")
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    return beta * _entries(log_t, log_m) + (1.0 - beta) * _entries(log_s, log_m)
+
+
+def divergence(
+    log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0.5, clip: float | None = None
+) -> Tensor:
+    """Σ_v of `summands`, each at most `clip` where one is given.
+
+    The cap is per entry and from above only, so that a clipped sum may be negative (OPSD, arXiv 2601.18734v3: a few
+    style tokens carry most of the divergence). Args as `summands`. Returns: [...].
+    """
+    terms = summands(log_s, log_t, kind, beta)
+    return (terms if clip is None else terms.clamp(max=clip)).sum(-1)
+
+
+def with_tail(logprobs: Tensor) -> Tensor:
+    """[..., K] log-probs of some tokens → [..., K + 1]: the last entry is the log of all the rest, 1 − Σ p.
+
+    The rest is at least 1e-7, so that its logarithm and gradient stay finite where the K tokens have everything.
+    """
+    rest = -torch.expm1(torch.logsumexp(logprobs, dim=-1, keepdim=True).clamp(max=-1e-7))
+    return torch.cat([logprobs, rest.log()], dim=-1)
+
+
+def renormalised(logprobs: Tensor) -> Tensor:
+    """[..., K] log-probs of some tokens → of these tokens given that it is one of them."""
+    return logprobs - torch.logsumexp(logprobs, dim=-1, keepdim=True)
+
+
+def _entries(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p (log p − log q), 0 where p is 0."""
+    return log_p.exp() * torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+
 
 def _log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-
-
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -24,7 +80,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Args: both [B, T, V]. Returns: [B, T], ≥ 0.
     """
-    return _kl(_log_softmax(teacher_logits.detach()), _log_softmax(student_logits))
+    return divergence(_log_softmax(student_logits), _log_softmax(teacher_logits), "forward_kl")
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -32,7 +88,7 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     Args: both [B, T, V]. Returns: [B, T], ≥ 0.
     """
-    return _kl(_log_softmax(student_logits), _log_softmax(teacher_logits.detach()))
+    return divergence(_log_softmax(student_logits), _log_softmax(teacher_logits), "reverse_kl")
 
 
 def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
@@ -47,9 +103,4 @@ def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float)
 
     Returns: [B, T], ≥ 0. Raises: ValueError for another β.
     """
-    if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta is {beta}, wants 0 < beta < 1; use forward_kl (β → 0) or reverse_kl (β → 1)")
-    log_s, log_t = _log_softmax(student_logits), _log_softmax(teacher_logits.detach())
-    log_beta, log_rest = torch.tensor([beta, 1.0 - beta], dtype=log_s.dtype, device=log_s.device).log().unbind()
-    log_m = torch.logaddexp(log_t + log_beta, log_s + log_rest)
-    return beta * _kl(log_t, log_m) + (1.0 - beta) * _kl(log_s, log_m)
+    return divergence(_log_softmax(student_logits), _log_softmax(teacher_logits), "jsd", beta)

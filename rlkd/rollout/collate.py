@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from rlkd.metrics import Meter
-from rlkd.types import Batch, ScoredRollout
+from rlkd.output_layer import OutputLayer
+from rlkd.types import AUTHORS, Batch, ScoredRollout
 
 
-def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> Batch:
+def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int, layers: tuple[OutputLayer, ...] = ()) -> Batch:
     """One row a rollout, padded on the right. Rows whose reward failed are masked whole.
 
     Masks come from lengths, never from token ids (padding may equal end-of-sequence). Sampler log-probs are NaN
-    where the student did not sample, so that a use outside the mask shows.
+    where the student did not sample, so that a use outside the mask shows. `layers`: the teachers' output layers,
+    where they gave hidden states.
     """
     rows = [scored for group in groups for scored in group]
     longest = max(len(s.rollout.prompt.token_ids) + len(s.rollout.token_ids) for s in rows)
@@ -23,9 +25,11 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> Batch:
     input_ids = torch.zeros(shape, dtype=torch.int64)
     completion_mask = torch.zeros(shape, dtype=torch.bool)
     student_mask = torch.zeros(shape, dtype=torch.bool)
+    authors = torch.zeros(shape, dtype=torch.int64)
     sampler_logprobs = torch.full(shape, math.nan)
     advantages = torch.zeros(shape)
-    teacher = torch.zeros(shape) if all(s.teacher is not None for s in rows) else None
+    teacher = torch.zeros(shape) if any(s.teacher is not None for s in rows) else None
+    top_ids, top_logprobs, hidden = (_vectors(rows, name, shape) for name in ("top_ids", "top_logprobs", "hidden"))
     reference = torch.zeros(shape) if all(s.reference is not None for s in rows) else None
     distil = torch.zeros(shape, dtype=torch.bool) if all(s.distil is not None for s in rows) else None
     lengths = []
@@ -34,15 +38,23 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> Batch:
         start = len(rollout.prompt.token_ids)
         end = start + len(rollout.token_ids)
         lengths.append(end)
-        counted = scored.reward is not None
+        counted = scored.error is None
         by_student = torch.tensor(rollout.student_tokens())
         input_ids[i, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
         completion_mask[i, start:end] = counted
         student_mask[i, start:end] = by_student & counted
+        authors[i, start:end] = torch.tensor([AUTHORS.index(author) for author in rollout.authors()])
         sampler_logprobs[i, start:end] = torch.tensor([math.nan if p is None else p for p in rollout.logprobs])
         advantages[i, start:end] = scored.advantage
         if teacher is not None and scored.teacher is not None:
             teacher[i, start:end] = torch.tensor(scored.teacher.logprobs)
+            for whole, part in (
+                (top_ids, scored.teacher.top_ids),
+                (top_logprobs, scored.teacher.top_logprobs),
+                (hidden, scored.teacher.hidden),
+            ):
+                if whole is not None and part is not None:
+                    whole[i, start:end, : part.shape[1]] = part  # teachers of several widths share one tensor
         if reference is not None and scored.reference is not None:
             reference[i, start:end] = torch.tensor(scored.reference.logprobs)
         if distil is not None and scored.distil is not None:
@@ -53,14 +65,28 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> Batch:
         lengths=torch.tensor(lengths),
         completion_mask=completion_mask,
         student_mask=student_mask,
+        authors=authors,
         sampler_logprobs=sampler_logprobs,
         advantages=advantages,
         rewards=torch.tensor([math.nan if s.reward is None else s.reward for s in rows]),
-        weight_version=torch.tensor([s.rollout.oldest_version for s in rows]),
+        weight_version=torch.tensor([-1 if v is None else v for v in (s.rollout.oldest_version for s in rows)]),
         teacher_logprobs=teacher,
+        teacher_top_ids=top_ids,
+        teacher_top_logprobs=top_logprobs,
+        teacher_hidden=hidden,
+        teacher_index=torch.tensor([0 if s.teacher is None else s.teacher.teacher for s in rows]),
+        teacher_layers=layers,
         reference_logprobs=reference,
         distil_mask=distil,
     )
+
+
+def _vectors(rows: Sequence[ScoredRollout], name: str, shape: tuple[int, int]) -> torch.Tensor | None:
+    """Zeros [B, T, width of the widest] for a field of TeacherScores; None where no row has it."""
+    values: list[torch.Tensor] = [v for s in rows if (v := getattr(s.teacher, name, None)) is not None]
+    if not values:
+        return None
+    return torch.zeros((*shape, max(v.shape[1] for v in values)), dtype=values[0].dtype)
 
 
 def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_at: float) -> Meter:
@@ -74,12 +100,13 @@ def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_
         mean = math.fsum(rewards) / max(len(rewards), 1)
         variance = math.fsum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
         meter.mean("reward/std", math.sqrt(variance), 1.0)
-        meter.total("reward/errors", float(len(group) - len(rewards)))
+        meter.total("reward/errors", float(sum(s.error is not None for s in group)))
         meter.mean("groups/all_correct", float(bool(correct) and all(correct)), 1.0)
         meter.mean("groups/all_wrong", float(bool(correct) and not any(correct)), 1.0)
         for s in group:
             meter.mean("completion/length", len(s.rollout.token_ids), 1.0)
             meter.mean("completion/truncated", float(s.rollout.finish_reason == "length"), 1.0)
-            meter.mean("staleness/mean", iteration - s.rollout.oldest_version, 1.0)
+            version = s.rollout.oldest_version
+            meter.mean("staleness/mean", 0.0 if version is None else iteration - version, float(version is not None))
             meter.total("tokens/generated", float(sum(s.rollout.student_tokens())))
     return meter

@@ -12,10 +12,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlkd.config import Config
 from rlkd.distributed import local_device
-from rlkd.policy_head import logit_transform
+from rlkd.output_layer import OutputLayer
 from rlkd.rollout.sampler import Sampling
 from rlkd.student import load_causal_lm
-from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
+from rlkd.types import Completion, Prompt, Rollout, VersionSpan
 
 
 class HFSampler:
@@ -56,14 +56,17 @@ class HFSampler:
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         assert self.version is not None, "publish() comes before sample()"
         rows = [(prompt, i) for prompt in prompts for i in range(n)]
-        completions: list[_Completion] = []
+        completions: list[Completion] = []
         for start in range(0, len(rows), self.config.rollout.batch_rows):
-            completions += self._decode(rows[start : start + self.config.rollout.batch_rows], iteration, sampling)
+            part = rows[start : start + self.config.rollout.batch_rows]
+            noise = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in part])
+            ids = [prompt.token_ids for prompt, _ in part]
+            completions += decode(self._model, ids, noise, sampling.temperature, self.eos_ids)
         rollouts = [
             Rollout(
                 prompt=prompt,
-                token_ids=tuple(completion.token_ids),
-                logprobs=tuple(completion.logprobs),
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
                 weight_versions=(VersionSpan(start=0, end=len(completion.token_ids), version=self.version),),
                 finish_reason=completion.finish_reason,
             )
@@ -71,61 +74,61 @@ class HFSampler:
         ]
         return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
 
-    @torch.no_grad()
-    def _decode(self, rows: Sequence[tuple[Prompt, int]], iteration: int, sampling: Sampling) -> list[_Completion]:
-        """Decode all rows together; a finished row leaves the batch."""
-        hf = self._model
-        device = hf.device
-        uniforms = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in rows])
-        input_ids, mask = _left_padded([prompt.token_ids for prompt, _ in rows], device)
-        done = [_Completion() for _ in rows]
-        alive = list(range(len(rows)))
-        cache = DynamicCache(config=hf.config)
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        eos = torch.tensor(self.eos_ids, device=device)
-        for position in range(sampling.max_tokens):
-            trunk = hf.base_model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits = self._logits(trunk.last_hidden_state[:, -1])
-            noise = torch.as_tensor(uniforms[alive, position], device=device)
-            tokens, logprobs = draw(logits, noise, sampling.temperature)
-            ended = torch.isin(tokens, eos)
-            for row, token, logprob, end in zip(alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True):
-                done[row].token_ids.append(token)
-                done[row].logprobs.append(logprob)
-                if end:
-                    done[row].finish_reason = "stop"
-            keep = (~ended).nonzero().squeeze(1)
-            if len(keep) == 0:
-                break
-            if len(keep) < len(alive):
-                cache.batch_select_indices(keep)
-                tokens, mask, position_ids = tokens[keep], mask[keep], position_ids[keep]
-                alive = [alive[i] for i in keep.tolist()]
-            input_ids = tokens[:, None]
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            position_ids = position_ids[:, -1:] + 1
-        return done
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[B, H] → [B, V] float64, with the architecture's scale and soft cap."""
-        scale, softcap = logit_transform(self._model.config)
-        logits = self._model.get_output_embeddings()(hidden).double() * scale
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+@torch.no_grad()
+def decode(
+    hf: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, temperature: float, ends: Sequence[int]
+) -> list[Completion]:
+    """Decode all prompts together; a finished row leaves the batch.
 
-
-class _Completion:
-    """One row while it is decoded."""
-
-    def __init__(self) -> None:
-        self.token_ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish_reason: FinishReason = "length"
+    Args:
+        uniforms: [rows, most tokens] float64 in [0, 1), the noise of every token.
+        temperature: 0 is greedy.
+        ends: token ids that end a completion.
+    """
+    device = hf.device
+    input_ids, mask = _left_padded(prompts, device)
+    drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    alive = list(range(len(prompts)))
+    cache = DynamicCache(config=hf.config)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    eos = torch.tensor(ends, device=device)
+    layer = OutputLayer.of(hf)
+    for position in range(uniforms.shape[1]):
+        trunk = hf.base_model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = trunk.last_hidden_state[:, -1]
+        logits = layer.logits(hidden, layer.weight.shape[0], torch.float64)
+        noise = torch.as_tensor(uniforms[alive, position], device=device)
+        tokens, logprobs = draw(logits, noise, temperature)
+        ended = torch.isin(tokens, eos)
+        for row, token, logprob, end in zip(alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True):
+            drawn[row].append((token, logprob))
+            stopped[row] = end
+        keep = (~ended).nonzero().squeeze(1)
+        if len(keep) == 0:
+            break
+        if len(keep) < len(alive):
+            cache.batch_select_indices(keep)
+            tokens, mask, position_ids = tokens[keep], mask[keep], position_ids[keep]
+            alive = [alive[i] for i in keep.tolist()]
+        input_ids = tokens[:, None]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        position_ids = position_ids[:, -1:] + 1
+    return [
+        Completion(
+            token_ids=tuple(token for token, _ in row),
+            logprobs=tuple(logprob for _, logprob in row),
+            finish_reason="stop" if end else "length",
+        )
+        for row, end in zip(drawn, stopped, strict=True)
+    ]
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from rlkd import config as configuration
 from rlkd import distributed
-from rlkd.config import Config, NoTeacher
-from rlkd.data.chat import load_tokenizer
+from rlkd.config import Config, LocalTeacher, NoTeacher, ServedTeacher
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.metrics import Meter
@@ -25,8 +26,10 @@ from rlkd.rollout.hf import HFSampler
 from rlkd.rollout.sampler import Sampler, end_ids
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.parity import check_parity
-from rlkd.teachers.teacher import Teacher
-from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
+from rlkd.teachers.routed import RoutedTeacher
+from rlkd.teachers.self_teacher import SelfTeacher
+from rlkd.teachers.teacher import Question, Teacher
+from rlkd.types import Batch, Rollout, ScoredRollout, Signal
 
 ENDLESS = 10**9
 """`__len__`: larger than any run. With the true length, Lightning would store "last batch" in a finished run's
@@ -44,13 +47,13 @@ class RolloutLoader:
         self.config = config
         self.algorithm = algorithm
         self.iteration = 0
-        self.tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+        self.tokenizer = algorithm.tokenizer
         source = load_source(config.data, self.tokenizer)
         if source.skipped and distributed.rank() == 0:
             print(f"data: {source.skipped} prompts over data.max_prompt_tokens were skipped", flush=True)
         self.prompts = PromptStream(source, seed=config.run.seed)
         self.policy = build_sampler(config)
-        self.teacher = build_teacher(config) if algorithm.uses_teacher else None
+        self.teacher = build_teacher(config, self.policy) if algorithm.uses_teacher else None
         self.reference = build_reference(config) if algorithm.needs_reference else None
         self.rewards = RewardPool(config.reward)
 
@@ -83,6 +86,25 @@ class RolloutLoader:
                 scorer.close()
         self.policy.close()
 
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Give the sampler, and a teacher that follows the student, the weights after `version` iterations.
+
+        A collective. `weights`: full, unsharded, Hugging Face names.
+        """
+        self.policy.publish(weights, version)
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.publish(weights, version)
+
+    def save(self, folder: Path) -> None:
+        """Keep in a checkpoint's folder what a resumed run cannot recompute."""
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        """Be as `save` left it; the iteration is restored already."""
+        if isinstance(self.teacher, SelfTeacher):
+            self.teacher.restore(folder, self.iteration)
+
     def __len__(self) -> int:
         return ENDLESS
 
@@ -103,7 +125,8 @@ class RolloutLoader:
         clock = Clock()
         groups = distributed.on_every_rank(lambda: self._line(iteration, clock))
         clock.lap("time/wait")
-        batch = collate(groups, iteration)
+        wants_layers = self.teacher is not None and self.algorithm.signal.tier == "hidden"
+        batch = collate(groups, iteration, self.teacher.layers() if self.teacher and wants_layers else ())
         batch.metrics.merge(describe(groups, iteration, self.config.reward.correct_at))
         batch.metrics.merge(clock.meter)
         check_errors(groups, self.config, iteration)
@@ -121,6 +144,7 @@ class RolloutLoader:
         groups = self.score(groups)
         clock.lap("time/teacher")
         groups = [self.algorithm.advantages(group) for group in groups]
+        self.algorithm.diagnose(groups, self.teacher, clock.meter)
         self.dump(groups, iteration)
         clock.lap("time/dump")
         return groups
@@ -132,7 +156,9 @@ class RolloutLoader:
         return text
 
     def reward(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
-        """Each rollout with its reward, computed in the worker processes."""
+        """Each rollout with its reward, computed in the worker processes, where the algorithm asks for rewards."""
+        if not self.algorithm.uses_rewards:
+            return [[ScoredRollout(rollout=rollout, reward=None) for rollout in group] for group in groups]
         rollouts = [rollout for group in groups for rollout in group]
         items = [
             RewardItem(
@@ -155,18 +181,19 @@ class RolloutLoader:
         """Each rollout with the log-probs of the teacher, and of the reference, where the algorithm asks for them."""
         rows = [scored for group in groups for scored in group]
         if self.teacher is not None:
-            pairs = [(self._teacher_prompt(s.rollout.prompt), s.rollout.token_ids) for s in rows]
-            rows = [replace(s, teacher=t) for s, t in zip(rows, self.teacher.score(pairs), strict=True)]
+            prompts = [self.algorithm.teacher_prompt(scored, group) for group in groups for scored in group]
+            asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
+            questions = [
+                Question(prompts[i] or (), rows[i].rollout.token_ids, meta=rows[i].rollout.prompt.meta) for i in asked
+            ]
+            for i, scores in zip(asked, self.teacher.score(questions, self.algorithm.signal), strict=True):
+                rows[i] = replace(rows[i], teacher=scores)
         if self.reference is not None:
-            pairs = [(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
-            rows = [replace(s, reference=r) for s, r in zip(rows, self.reference.score(pairs), strict=True)]
+            questions = [Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
+            scores_of = self.reference.score(questions, Signal())
+            rows = [replace(s, reference=r) for s, r in zip(rows, scores_of, strict=True)]
         scored = iter(rows)
         return [[next(scored) for _ in group] for group in groups]
-
-    def _teacher_prompt(self, prompt: Prompt) -> tuple[int, ...]:
-        token_ids = self.algorithm.teacher_prompt(prompt)
-        assert token_ids is not None, "an algorithm that uses a teacher has a prompt for it"
-        return token_ids
 
     def dump(self, groups: Sequence[Sequence[ScoredRollout]], iteration: int) -> None:
         """All rollouts of this rank as JSONL, in the run directory."""
@@ -213,16 +240,31 @@ class Clock:
 def build_sampler(config: Config) -> Sampler:
     """The sampler that `rollout.backend` names, not yet opened."""
     if config.rollout.backend == "hf":
-        return HFSampler(config, end_ids(config.model))
+        return HFSampler(config, end_ids(config.model.path))
     from rlkd.rollout.vllm import VLLMSampler
 
-    return VLLMSampler(config, end_ids(config.model))
+    return VLLMSampler(config, end_ids(config.model.path))
 
 
-def build_teacher(config: Config) -> Teacher:
+def build_teacher(config: Config, policy: Sampler) -> Teacher:
     """The teacher that `teacher.backend` names, not yet opened."""
     teacher = config.teacher
-    if teacher.backend == "local":
+    if isinstance(teacher, configuration.RoutedTeacher):
+        return RoutedTeacher(teacher.column, {t.name: _one_teacher(config, t) for t in teacher.teachers})
+    if isinstance(teacher, configuration.SelfTeacher):
+        if teacher.scorer == "local":
+            return SelfTeacher(config)
+        from rlkd.rollout.vllm import VLLMSampler
+        from rlkd.teachers.served import PolicyServerTeacher
+
+        assert isinstance(policy, VLLMSampler), "the configuration was checked"
+        return PolicyServerTeacher(policy, end_ids(config.model.path))
+    assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
+    return _one_teacher(config, teacher)
+
+
+def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teacher:
+    if isinstance(teacher, LocalTeacher):
         return LocalScorer(
             teacher.path,
             temperature=teacher.temperature,
@@ -232,10 +274,9 @@ def build_teacher(config: Config) -> Teacher:
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )
-    assert teacher.backend == "served", "an algorithm with a teacher refuses backend none"
-    from rlkd.teachers.served import ServedTeacher
+    from rlkd.teachers import served
 
-    return ServedTeacher(config)
+    return served.ServedTeacher(config, teacher)
 
 
 def build_reference(config: Config) -> LocalScorer:
@@ -270,7 +311,7 @@ def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, iter
 
     Raises: RuntimeError above `reward.max_error_rate`, with the most frequent error of this rank.
     """
-    errors = [scored.error for group in groups for scored in group if scored.reward is None]
+    errors = [scored.error for group in groups for scored in group if scored.error is not None]
     failed, total = distributed.all_reduce([float(len(errors)), float(sum(len(group) for group in groups))])
     if failed / total > config.reward.max_error_rate:
         most = Counter(errors).most_common(1)

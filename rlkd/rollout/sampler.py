@@ -9,7 +9,6 @@ from typing import Protocol
 from torch import Tensor
 from transformers import GenerationConfig
 
-from rlkd.config import ModelConfig
 from rlkd.tiny import resolve
 from rlkd.types import Prompt, Rollout
 
@@ -59,13 +58,13 @@ class Sampler(Protocol):
         ...
 
 
-def end_ids(model: ModelConfig) -> tuple[int, ...]:
-    """The token ids that end a completion, from the model's generation config.
+def end_ids(path: str) -> tuple[int, ...]:
+    """The token ids that end a completion, from the generation config of the model at `path`.
 
     Raises: ValueError when it names none: completions would never stop.
     """
-    generation = GenerationConfig.from_pretrained(resolve(model.path))
+    generation = GenerationConfig.from_pretrained(resolve(path))
     ids = generation.eos_token_id
     if ids is None:
-        raise ValueError(f"model.path: {model.path} has no eos_token_id in its generation_config.json; add one")
+        raise ValueError(f"{path} has no eos_token_id in its generation_config.json; add one")
     return tuple(ids) if isinstance(ids, list) else (int(ids),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rlkd import distributed
-from rlkd.config import Config
+from rlkd.config import Config, SelfTeacher
 from rlkd.distributed import on_rank_zero
+from rlkd.noise import request_seed
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
@@ -46,10 +46,12 @@ def policy_arguments(weight_sync: Literal["file", "nccl", "ipc"]) -> list[str]:
     ]
 
 
-def request_seed(seed: int, iteration: int, prompt_id: str) -> int:
-    """31 bits, the same in every process and Python version. The server samples completion i with this + i."""
-    digest = hashlib.sha256(f"{seed}/{iteration}/{prompt_id}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence that a policy server sees."""
+    teacher, prompt = config.teacher, config.data.max_prompt_tokens
+    if isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server":
+        prompt = max(prompt, config.algorithm.longest_teacher_prompt(config) + 1)  # scoring generates one token more
+    return prompt + config.rollout.max_tokens
 
 
 class VLLMSampler:
@@ -63,7 +65,7 @@ class VLLMSampler:
         self._config = config
         self._model_path = resolve(config.model.path)
         self._eos_ids = frozenset(eos_ids)
-        self._longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+        self._longest = longest(config)
         self._servers: list[VLLMServer] = []
         self._clients: list[VLLMClient] = []
         self._models: list[str] = []
@@ -92,6 +94,10 @@ class VLLMSampler:
                 self._file = WeightFile(server.sync_dir)
         else:
             self._direct = DirectTransfer(server.weight_sync, urls, server.request_timeout_s)
+
+    def connections(self) -> tuple[list[VLLMServer], list[VLLMClient], list[str]]:
+        """(servers that we started, a client of every server, the model's name there), once opened."""
+        return self._servers, self._clients, self._models
 
     def _launch(self) -> None:
         config, weight_sync = self._config, self._config.rollout.server.weight_sync

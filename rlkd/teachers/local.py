@@ -5,13 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlkd.distributed import local_device
-from rlkd.policy_head import token_logprobs
+from rlkd.output_layer import OutputLayer
+from rlkd.policy_head import CHUNK_LOGITS, token_logprobs
+from rlkd.rollout.hf import decode, uniform
+from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.student import load_causal_lm
-from rlkd.types import TeacherScores
+from rlkd.teachers.teacher import Question
+from rlkd.types import Completion, Signal, TeacherScores
 
 
 class LocalScorer:
@@ -51,24 +57,63 @@ class LocalScorer:
     def close(self) -> None:
         self._hf = None
 
+    @property
+    def hf(self) -> PreTrainedModel:
+        assert self._hf is not None, "open() comes first"
+        return self._hf
+
+    def layers(self) -> tuple[OutputLayer, ...]:
+        return (OutputLayer.of(self.hf),)
+
     @torch.no_grad()
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TeacherScores]:
-        hf = self._hf
-        assert hf is not None, "open() comes first"
-        lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: -lengths[i])
-        scores: list[TeacherScores | None] = [None] * len(pairs)
+    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+        lengths = [len(q.prompt) + len(q.completion) for q in questions]
+        order = sorted(range(len(questions)), key=lambda i: -lengths[i])
+        scores: list[TeacherScores | None] = [None] * len(questions)
         while order:
             rows = max(1, self.batch_tokens // lengths[order[0]])
             part, order = order[:rows], order[rows:]
             ids = torch.zeros(len(part), lengths[part[0]], dtype=torch.int64)
             for row, i in enumerate(part):
-                ids[row, : lengths[i]] = torch.tensor([*pairs[i][0], *pairs[i][1]])
-            ids = ids.to(hf.device)
-            hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                ids[row, : lengths[i]] = torch.tensor([*questions[i].prompt, *questions[i].completion])
+            ids = ids.to(self.hf.device)
+            hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
             logprobs, _ = token_logprobs(
-                hidden, hf.get_output_embeddings(), ids, temperature=self.temperature, config=hf.config
+                hidden, self.hf.get_output_embeddings(), ids, temperature=self.temperature, config=self.hf.config
             )
             for row, i in enumerate(part):
-                scores[i] = TeacherScores(logprobs=tuple(logprobs[row, len(pairs[i][0]) : lengths[i]].tolist()))
+                start, end = len(questions[i].prompt), lengths[i]
+                # The token before it is what a token is predicted from.
+                scores[i] = self._scores(logprobs[row, start:end], hidden[row, start - 1 : end - 1], signal)
         return [score for score in scores if score is not None]
+
+    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+        ends = end_ids(self.path)
+        completions: list[Completion] = []
+        longest = max((len(q.prompt) for q in questions), default=1) + sampling.max_tokens
+        rows = max(1, self.batch_tokens // longest)
+        for start in range(0, len(questions), rows):
+            part = questions[start : start + rows]
+            noise = np.stack([uniform(sampling, iteration, q.name, 0) for q in part])
+            completions += decode(self.hf, [q.prompt for q in part], noise, sampling.temperature, ends)
+        return completions
+
+    def _scores(self, logprobs: Tensor, hidden: Tensor, signal: Signal) -> TeacherScores:
+        """Of one completion: log-probs [L] of its tokens, and the hidden states [L, H] that they come from."""
+        values = tuple(logprobs.tolist())
+        if signal.tier == "sampled":
+            return TeacherScores(logprobs=values)
+        if signal.tier == "hidden":
+            return TeacherScores(logprobs=values, hidden=hidden.to("cpu", copy=True))
+        layer = OutputLayer.of(self.hf)
+        vocabulary = layer.weight.shape[0]
+        step = max(1, CHUNK_LOGITS // vocabulary)
+        tops = [
+            (layer.logits(part, vocabulary) / self.temperature).log_softmax(-1).topk(min(signal.k, vocabulary))
+            for part in hidden.split(step)
+        ]
+        return TeacherScores(
+            logprobs=values,
+            top_ids=torch.cat([top.indices for top in tops]).cpu(),
+            top_logprobs=torch.cat([top.values for top in tops]).cpu(),
+        )

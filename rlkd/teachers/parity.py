@@ -9,8 +9,8 @@ from rlkd import distributed
 from rlkd.config import Config, ServedTeacher
 from rlkd.rollout.sampler import Sampler, Sampling
 from rlkd.teachers.local import LocalScorer
-from rlkd.teachers.teacher import Teacher
-from rlkd.types import Prompt
+from rlkd.teachers.teacher import Question, Teacher
+from rlkd.types import Prompt, Signal
 
 PROMPTS = 8
 
@@ -36,10 +36,11 @@ def check_parity(
         temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed
     )
     rollouts = [group[0] for group in policy.sample(prompts[:PROMPTS], n=1, iteration=0, sampling=sampling)]
-    pairs = [(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
+    questions = [Question(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
     gaps = {
         "student as teacher": _gap(
-            [s.logprobs for s in reference.score(pairs)], [[p or 0.0 for p in r.logprobs] for r in rollouts]
+            [s.logprobs for s in reference.score(questions, Signal())],
+            [[p or 0.0 for p in r.logprobs] for r in rollouts],
         )
     }
     if isinstance(config.teacher, ServedTeacher) and teacher is not None:
@@ -54,7 +55,8 @@ def check_parity(
         )
         local.open()
         gaps["served against local teacher"] = _gap(
-            [s.logprobs for s in teacher.score(pairs)], [s.logprobs for s in local.score(pairs)]
+            [s.logprobs for s in teacher.score(questions, Signal())],
+            [s.logprobs for s in local.score(questions, Signal())],
         )
         local.close()
     worst = dict(zip(gaps, distributed.all_reduce(list(gaps.values()), "max"), strict=True))
@@ -66,6 +68,10 @@ def check_parity(
                 "temperatures of both sides"
             )
     return worst
+
+
+def _logprobs(teacher: Teacher, questions: Sequence[Question]) -> list[tuple[float, ...]]:
+    return [scores.logprobs for scores in teacher.score(questions, Signal())]
 
 
 def _gap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from rlkd import config as configuration
 from rlkd import distributed
 from rlkd.config import Config
 from rlkd.distributed import on_rank_zero
+from rlkd.noise import request_seed
+from rlkd.output_layer import OutputLayer
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
+from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
+from rlkd.rollout.vllm import VLLMSampler
+from rlkd.teachers.teacher import Question
 from rlkd.tiny import resolve
-from rlkd.types import TeacherScores
+from rlkd.types import Completion, Signal, TeacherScores
 
-Pair = tuple[Sequence[int], Sequence[int]]
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
 
-_PAIRS_PER_REQUEST = 16
+_PER_REQUEST = 16
 _MAX_REQUESTS = 16
 """At a time and server."""
 
@@ -25,22 +34,74 @@ TEACHER_ARGUMENTS = ("--max-num-batched-tokens", "2048")
 """vLLM holds the log-probs of all scheduled prompt tokens over the whole vocabulary at once, 4 bytes each."""
 
 
-class ServedTeacher:
-    """Implements `Teacher` by asking for the log-probs of a prompt: prompt and completion, taken together.
+class _ServedScorer:
+    """Asks servers for the log-probs of a prompt: prompt and completion, taken together."""
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        """`ends`: token ids that end what the teacher writes."""
+        self._ends = tuple(ends)
+        self._servers: list[VLLMServer] = []
+        self._clients: list[VLLMClient] = []
+        self._models: list[str] = []
+
+    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+        """See `Teacher.score`. Hidden states do not leave a server: `signal.tier` is sampled or top_k.
+
+        Raises: RuntimeError when a server fails or its answer is not complete and finite.
+        """
+        for question in questions:
+            if not question.prompt or not question.completion:
+                raise ValueError(
+                    f"a teacher needs a prompt and a completion, got {len(question.prompt)} and "
+                    f"{len(question.completion)} tokens"
+                )
+        parts = [questions[start : start + _PER_REQUEST] for start in range(0, len(questions), _PER_REQUEST)]
+        answers = self._spread(parts, lambda client, model, part: request_scores(client, model, part, signal))
+        return [scores for answer in answers for scores in answer]
+
+    def layers(self) -> tuple[OutputLayer, ...]:
+        return ()
+
+    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+        """See `Teacher.write`. Raises: RuntimeError when a server fails."""
+
+        def one(client: VLLMClient, model: str, question: Question) -> Completion:
+            seed = request_seed(sampling.seed, iteration, question.name)
+            return request_completion(client, model, question.prompt, sampling, seed, self._ends)
+
+        return self._spread(questions, one)
+
+    def _spread(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+        """The jobs' answers in order; all servers work at once."""
+
+        def one(numbered: tuple[int, Job]) -> Answer:
+            # ranks start at different servers, since each may have a request or two only
+            which = (numbered[0] + distributed.rank()) % len(self._clients)
+            return act(self._clients[which], self._models[which], numbered[1])
+
+        with ThreadPoolExecutor(_MAX_REQUESTS * len(self._clients)) as pool:
+            try:
+                return list(pool.map(one, enumerate(jobs)))
+            except ServerError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for server in self._servers:
+                    server.check_alive()  # a death says more than a broken connection
+                raise
+
+
+class ServedTeacher(_ServedScorer):
+    """A frozen model behind one or more servers. See `Teacher` for the protocol.
 
     Its scores are at temperature 1: vLLM applies no temperature to them.
     """
 
-    def __init__(self, config: Config) -> None:
-        assert isinstance(config.teacher, configuration.ServedTeacher)
+    def __init__(self, config: Config, teacher: configuration.ServedTeacher) -> None:
+        super().__init__(end_ids(teacher.path))
         self._config = config
-        self._settings = config.teacher
-        self._model_path = resolve(config.teacher.path)
+        self._settings = teacher
+        self._model_path = resolve(teacher.path)
         # the server insists on generating one token beyond what it scores
-        self._longest = config.data.max_prompt_tokens + config.rollout.max_tokens + 1
-        self._servers: list[VLLMServer] = []
-        self._clients: list[VLLMClient] = []
-        self._models: list[str] = []
+        self._longest = config.algorithm.longest_teacher_prompt(config) + config.rollout.max_tokens + 1
 
     def start(self) -> None:
         """Raises: RuntimeError when the server cannot be started."""
@@ -72,52 +133,8 @@ class ServedTeacher:
             arguments=TEACHER_ARGUMENTS,
         )
 
-    def score(self, pairs: Sequence[Pair]) -> list[TeacherScores]:
-        """See `Teacher.score`.
-
-        Raises: RuntimeError when a server fails or its answer is not complete and finite.
-        """
-        for prompt, completion in pairs:
-            if not prompt or not completion:
-                raise ValueError(
-                    f"a teacher needs a prompt and a completion, got {len(prompt)} and {len(completion)} tokens"
-                )
-        requests = [pairs[start : start + _PAIRS_PER_REQUEST] for start in range(0, len(pairs), _PAIRS_PER_REQUEST)]
-
-        def one(job: tuple[int, Sequence[Pair]]) -> list[TeacherScores]:
-            # ranks start at different servers, since each may have a request or two only
-            which = (job[0] + distributed.rank()) % len(self._clients)
-            return self._request(self._clients[which], self._models[which], job[1])
-
-        with ThreadPoolExecutor(_MAX_REQUESTS * len(self._clients)) as pool:
-            try:
-                return [scores for answer in pool.map(one, enumerate(requests)) for scores in answer]
-            except ServerError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for server in self._servers:
-                    server.check_alive()  # a death says more than a broken connection
-                raise
-
-    def _request(self, client: VLLMClient, model: str, pairs: Sequence[Pair]) -> list[TeacherScores]:
-        answer = client.post(
-            "/v1/completions",
-            {
-                "model": model,
-                "prompt": [[*prompt, *completion] for prompt, completion in pairs],
-                "max_tokens": 1,
-                "temperature": 0,
-                "prompt_logprobs": 0,  # of the actual token alone
-            },
-        )
-        if answer["model"] != model:
-            raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) != len(pairs):
-            raise ServerError(f"{client.url}: {len(choices)} answers to {len(pairs)} prompts")
-        return [
-            TeacherScores(logprobs=completion_logprobs(choice["prompt_logprobs"], prompt, completion, client.url))
-            for choice, (prompt, completion) in zip(choices, pairs, strict=True)
-        ]
+    def layers(self) -> tuple[OutputLayer, ...]:
+        return ()
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""
@@ -126,6 +143,96 @@ class ServedTeacher:
         for client in self._clients:
             client.close()
         self._servers, self._clients, self._models = [], [], []
+
+
+class PolicyServerTeacher(_ServedScorer):
+    """The live student as its own teacher: the servers that sample also score."""
+
+    def __init__(self, policy: VLLMSampler, ends: Sequence[int]) -> None:
+        super().__init__(ends)
+        self._policy = policy
+
+    def start(self) -> None:
+        pass
+
+    def open(self) -> None:
+        self._servers, self._clients, self._models = self._policy.connections()
+
+    def close(self) -> None:
+        """They belong to the sampler."""
+
+
+def request_scores(
+    client: VLLMClient, model: str, questions: Sequence[Question], signal: Signal
+) -> list[TeacherScores]:
+    """Ask one server once. Raises: ServerError when the answer is not complete and finite."""
+    assert signal.tier != "hidden", "hidden states do not leave a server"
+    answer = client.post(
+        "/v1/completions",
+        {
+            "model": model,
+            "prompt": [[*q.prompt, *q.completion] for q in questions],
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": signal.k,  # besides the actual token's
+        },
+    )
+    if answer["model"] != model:
+        raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    if len(choices) != len(questions):
+        raise ServerError(f"{client.url}: {len(choices)} answers to {len(questions)} prompts")
+    scores = []
+    for choice, question in zip(choices, questions, strict=True):
+        entries = choice["prompt_logprobs"]
+        logprobs = completion_logprobs(entries, question.prompt, question.completion, client.url)
+        ids, values = top_logprobs(entries[len(question.prompt) :], signal.k) if signal.k else (None, None)
+        scores.append(TeacherScores(logprobs=logprobs, top_ids=ids, top_logprobs=values))
+    return scores
+
+
+def request_completion(
+    client: VLLMClient, model: str, prompt: Sequence[int], sampling: Sampling, seed: int, ends: Sequence[int]
+) -> Completion:
+    """One completion by a plain server. Raises: ServerError when the answer is not complete and finite."""
+    answer = client.post(
+        "/v1/completions",
+        {
+            "model": model,
+            "prompt": [list(prompt)],
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "seed": seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+            "ignore_eos": True,  # stop at our ids and at no others
+            "stop_token_ids": sorted(ends),
+            "include_stop_str_in_output": True,
+        },
+    )
+    if answer["model"] != model:
+        raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
+    (choice,) = answer["choices"]
+    token_ids = tuple(choice["token_ids"] or ())
+    logprobs = tuple(choice["logprobs"]["token_logprobs"])
+    if len(token_ids) != len(logprobs) or not token_ids:
+        raise ServerError(f"{client.url}: {len(token_ids)} tokens but {len(logprobs)} log-probs")
+    ended = token_ids[-1] in ends
+    return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason="stop" if ended else "length")
+
+
+def top_logprobs(entries: Sequence[Mapping[str, Mapping[str, Any]]], k: int) -> tuple[Tensor, Tensor]:
+    """([L, k] ids, [L, k] log-probs), likeliest first. Where the vocabulary has fewer tokens, the id is −1.
+
+    An entry has the k likeliest tokens and, if it is none of them, the actual one.
+    """
+    ids = torch.full((len(entries), k), -1)
+    logprobs = torch.full((len(entries), k), -torch.inf)
+    for row, entry in enumerate(entries):
+        best = sorted(((float(f["logprob"]), int(token)) for token, f in entry.items()), reverse=True)[:k]
+        ids[row, : len(best)] = torch.tensor([token for _, token in best])
+        logprobs[row, : len(best)] = torch.tensor([logprob for logprob, _ in best])
+    return ids, logprobs
 
 
 def completion_logprobs(

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from rlkd.types import TeacherScores
+from rlkd.output_layer import OutputLayer
+from rlkd.rollout.sampler import Sampling
+from rlkd.types import Completion, Signal, TeacherScores
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a teacher is asked about one rollout."""
+
+    prompt: Sequence[int]
+    """Token ids as the teacher reads them."""
+    completion: Sequence[int] = ()
+    """Token ids to be scored; none where the teacher is to write."""
+    name: str = ""
+    """What is drawn for it is a function of this."""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the data; they choose among several teachers."""
 
 
 class Teacher(Protocol):
-    """Scores token ids that somebody else wrote. Frozen; never a submodule of the student."""
+    """Scores token ids that somebody else wrote, and writes some. Frozen; never a submodule of the student."""
 
     def start(self) -> None:
         """Begin what takes long, such as starting a server, without waiting. Every rank calls it, before `open`."""
@@ -19,8 +36,16 @@ class Teacher(Protocol):
         """Load the model or connect to the server. Every rank calls it, after the process group exists."""
         ...
 
-    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[TeacherScores]:
-        """For each (prompt ids, completion ids), the log-prob of every completion token given all before it."""
+    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+        """What `signal` asks for, of every token of each completion given all before it."""
+        ...
+
+    def layers(self) -> tuple[OutputLayer, ...]:
+        """The output layers for the hidden states in its scores; () where it gives none."""
+        ...
+
+    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+        """One completion after each prompt. What is drawn is a function of (sampling.seed, iteration, name)."""
         ...
 
     def close(self) -> None:

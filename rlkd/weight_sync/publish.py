@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import lightning
 
@@ -27,6 +28,8 @@ class Publish(IterationCallback):
         self.loader.open()
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        if trainer.ckpt_path is not None:
+            self.loader.restore(Path(trainer.ckpt_path))
         self._publish(module, self.loader.iteration)
         self.loader.check_parity()
 
@@ -36,7 +39,7 @@ class Publish(IterationCallback):
     def _publish(self, module: PolicyModule, version: int) -> None:
         started = time.perf_counter()
         # Every rank gathers, and every rank's sampler takes part.
-        self.loader.policy.publish(module.model.full_weights(), version)
+        self.loader.publish(module.model.full_weights(), version)
         distributed.barrier()
         module.row["time/publish"] = time.perf_counter() - started
 

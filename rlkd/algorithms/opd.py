@@ -1,0 +1,156 @@
+"""OPD: on-policy distillation, and GKD, its mixture with completions that others wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlkd import noise
+from rlkd.config import AlgorithmConfig, Config
+from rlkd.divergence_config import DivergenceConfig
+from rlkd.losses import (
+    Reduction,
+    importance_weights,
+    kl_k1_advantage,
+    kl_k2,
+    kl_k3,
+    reduction_weights,
+    weighted_sum,
+)
+from rlkd.module import Counts, Loss, PolicyModule
+from rlkd.policy_head import Needs, PolicyOutput
+from rlkd.rollout.sampler import Sampler
+from rlkd.teachers.teacher import Question, Teacher
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal, written
+
+
+class OPDConfig(AlgorithmConfig):
+    """On-policy distillation (GKD, arXiv 2306.13649): the teacher grades every token of the student's own samples."""
+
+    name: Literal["opd"] = Field(description="opd")
+    group_size: int = Field(4, ge=1, description="completions per prompt")
+    divergence: DivergenceConfig = Field(DivergenceConfig(), description="what is minimised at each token")
+    student_share: float = Field(
+        1.0, ge=0, le=1, description="GKD's λ: share of prompts that the student completes; others write the rest"
+    )
+    others: Literal["data", "teacher"] = Field(
+        "data", description="who completes the rest: data.completion_column, or the teacher, sampling"
+    )
+    reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
+    importance_cap: float = Field(2.0, gt=0, description="sampled tier: cap of the weight between sampler and trainer")
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        found = super().problems(config) + self.divergence.problems(config)
+        if self.student_share < 1 and self.divergence.tier == "sampled":
+            why = "is sampled, which is exact on the student's own tokens only; set algorithm.student_share: 1"
+            found.append(("algorithm.divergence.tier", why))
+        if self.student_share < 1 and self.others == "data" and config.data.completion_column is None:
+            why = f"is {self.student_share}, but data.completion_column is null; name the column of the completions"
+            found.append(("algorithm.student_share", why))
+        return found
+
+
+class OPD(PolicyModule):
+    """L(θ) = E_x E_{y ~ π_θ(·|x)} [ Σ_t D( π_T(·|x, y_<t), π_θ(·|x, y_<t) ) / N ]
+
+    GKD, arXiv 2306.13649, Eq. 4 at λ = 1: no gradient flows through the sampling. D is a KL or the generalised JSD(β)
+    over the whole vocabulary, over the top k tokens and the rest, or on the sampled token alone: there
+    −(log π_T − log π_θ) · ∇log π_θ expects its gradient (Thinking Machines, "On-policy distillation", 2025). With
+    `student_share` = λ < 1 the other prompts are completed by the data or the teacher.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]] = OPDConfig
+    uses_teacher = True
+
+    @property
+    def algorithm(self) -> OPDConfig:
+        assert isinstance(self.config.algorithm, OPDConfig)
+        return self.config.algorithm
+
+    @property
+    def signal(self) -> Signal:
+        return self.algorithm.divergence.signal
+
+    @property
+    def needs(self) -> Needs:
+        comparison = self.algorithm.divergence.comparison(self.teacher_temperature)
+        return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
+
+    def rollout(
+        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
+    ) -> list[list[Rollout]]:
+        own = [self._is_students(prompt, iteration) for prompt in prompts]
+        sampled = iter(super().rollout([p for p, o in zip(prompts, own, strict=True) if o], policy, teacher, iteration))
+        rest = [p for p, o in zip(prompts, own, strict=True) if not o]
+        others = iter(self._by_others(rest, teacher, iteration))
+        return [next(sampled) if o else [next(others)] for o in own]
+
+    def _is_students(self, prompt: Prompt, iteration: int) -> bool:
+        """A coin of λ for each (seed, iteration, prompt)."""
+        draw = noise.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
+        return bool(draw < self.algorithm.student_share)
+
+    def _by_others(self, prompts: Sequence[Prompt], teacher: Teacher | None, iteration: int) -> list[Rollout]:
+        if self.algorithm.others == "data":
+            return [from_data(prompt) for prompt in prompts]
+        assert teacher is not None
+        questions = [Question(p.token_ids, name=p.id, meta=p.meta) for p in prompts]
+        completions = teacher.write(questions, self.sampling, iteration)
+        return [written(p, c.token_ids, "teacher", c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
+
+    def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        return [replace(s, distil=(s.teacher is not None,) * len(s.rollout.token_ids)) for s in group]
+
+    def weigh(self, batch: Batch, counts: Counts) -> Batch:
+        assert batch.distil_mask is not None
+        weights = reduction_weights(
+            batch.distil_mask,
+            self.algorithm.reduction,
+            counts.distil_tokens,
+            counts.distil_sequences,
+            self.config.rollout.max_tokens,
+        )
+        return replace(batch, distil_weights=weights)
+
+    def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
+        assert batch.distil_weights is not None and batch.token_weights is not None and output.entropy is not None
+        metrics = {"entropy": weighted_sum(output.entropy.detach(), batch.token_weights)}
+        if output.divergence is None:
+            total = weighted_sum(self._on_sampled_tokens(output, batch), batch.distil_weights)
+        else:
+            assert output.token_divergence is not None
+            scale = self.algorithm.divergence.scale
+            total = scale * output.divergence
+            metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, batch.distil_weights)
+        if self.teacher_temperature == self.config.rollout.temperature:  # else it would not be a KL of what sampled
+            value = kl_k3(output.logprobs.detach(), self._teacher_logprobs(output, batch))
+            metrics["kd/kl"] = weighted_sum(value, batch.distil_weights * batch.student_mask)
+        return Loss(total=total, metrics=metrics | {"loss/kd": total.detach()})
+
+    def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:
+        """[B, T]; where there is no score the student is its own teacher, so that nothing overflows."""
+        assert batch.teacher_logprobs is not None and batch.distil_mask is not None
+        return torch.where(batch.distil_mask, batch.teacher_logprobs, output.logprobs.detach())
+
+    def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:
+        """[B, T] with the expected gradient of KL(π‖T), corrected for tokens that older weights or others' drew."""
+        assert batch.old_logprobs is not None
+        teacher = self._teacher_logprobs(output, batch)
+        cap = self.algorithm.importance_cap
+        importance = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.student_mask, "truncate", cap)
+        ratio = torch.exp(output.logprobs - batch.old_logprobs) * importance
+        if self.algorithm.divergence.form == "k2":
+            return kl_k2(output.logprobs, teacher) * ratio.detach()
+        return -kl_k1_advantage(output.logprobs, teacher) * ratio
+
+
+def from_data(prompt: Prompt) -> Rollout:
+    """The prompt's completion that the data has. Raises: ValueError without one."""
+    if prompt.completion is None:
+        raise ValueError(f"prompt {prompt.id!r} has no completion; set data.completion_column")
+    return written(prompt, prompt.completion, "data", "stop")

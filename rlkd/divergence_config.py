@@ -1,0 +1,97 @@
+"""The section `divergence` of the algorithms that compare whole distributions: OPD, OPSD, TAID."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlkd.config import Config, NoTeacher, RoutedTeacher, Section, SelfTeacher, ServedTeacher
+from rlkd.losses import DivergenceKind
+from rlkd.policy_head import Comparison
+from rlkd.types import Signal
+
+
+class DivergenceConfig(Section):
+    """How student and teacher are compared at each token."""
+
+    tier: Literal["full", "top_k", "sampled"] = Field(
+        "full",
+        description="whole vocabulary (local teachers), some tokens and the rest, or the sampled token alone",
+    )
+    kind: DivergenceKind = Field(
+        "reverse_kl", description="full, top_k: KL(T‖S), KL(S‖T), or β·KL(T‖M) + (1−β)·KL(S‖M) with M = βT + (1−β)S"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="β of the jsd")
+    rescale: bool = Field(
+        False, description="divide the jsd by β(1−β): then it tends to KL(T‖S) as β → 0 and to KL(S‖T) as β → 1"
+    )
+    clip: float | None = Field(None, gt=0, description="full, top_k: cap of each vocabulary entry's share; null: none")
+    k: int = Field(100, ge=1, description="top_k: how many tokens")
+    support: Literal["teacher", "student"] = Field(
+        "teacher", description="top_k: whose likeliest tokens; student wants a local teacher"
+    )
+    tail: bool = Field(True, description="top_k: all other tokens are one more entry; false: renormalise over the k")
+    form: Literal["advantage", "k2"] = Field(
+        "advantage", description="sampled: log T − log π as a detached advantage, or ½(log T − log π)² back-propagated"
+    )
+
+    @property
+    def signal(self) -> Signal:
+        """What the teacher must give."""
+        if self.tier == "sampled":
+            return Signal()
+        if self.tier == "top_k" and self.support == "teacher":
+            return Signal(tier="top_k", k=self.k)
+        return Signal(tier="hidden")
+
+    def comparison(self, temperature: float, blend: float | None = None) -> Comparison | None:
+        """What the forward must give; None where the log-probs of the sampled tokens are enough."""
+        if self.tier == "sampled":
+            return None
+        top: Literal["teacher_top_k", "student_top_k"] = (
+            "teacher_top_k" if self.support == "teacher" else "student_top_k"
+        )
+        return Comparison(
+            kind=self.kind,
+            temperature=temperature,
+            beta=self.beta,
+            clip=self.clip,
+            support="full" if self.tier == "full" else top,
+            k=self.k,
+            tail=self.tail,
+            blend=blend,
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the loss."""
+        return 1.0 / (self.beta * (1.0 - self.beta)) if self.rescale and self.kind == "jsd" else 1.0
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        """Contradictions with the teacher: (key, one line) each."""
+        teacher = config.teacher
+        if isinstance(teacher, NoTeacher):
+            return [("teacher.backend", f"is none, but algorithm.name {config.algorithm.name} imitates one; set it")]
+        found = []
+        if self.signal.tier == "hidden" and behind_server(config):
+            why = (
+                f"is {self.tier}, which needs the teacher's whole distribution, but the teacher is behind a server; "
+                "use top_k with support: teacher, or sampled, or a local teacher"
+            )
+            found.append(("algorithm.divergence.tier", why))
+        if self.tier == "sampled" and teacher.temperature != config.rollout.temperature:
+            why = (
+                f"is {teacher.temperature}, but rollout.temperature is {config.rollout.temperature}; on sampled tokens "
+                "log T − log π has the gradient of a KL only at the temperature that drew them: make them equal"
+            )
+            found.append(("teacher.temperature", why))
+        return found
+
+
+def behind_server(config: Config) -> bool:
+    """Whether some teacher's scores come over HTTP."""
+    teacher = config.teacher
+    teachers = teacher.teachers if isinstance(teacher, RoutedTeacher) else [teacher]
+    on_policy_server = isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server"
+    return on_policy_server or any(isinstance(t, ServedTeacher) for t in teachers)

@@ -1,0 +1,64 @@
+"""The last layer of a language model: hidden states → logits, as its architecture shapes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """(scale, soft cap) that the architecture applies to its raw logits; (1, None) for most.
+
+    Raises: ValueError for an architecture whose transform we do not know how to read.
+    """
+    text = config.get_text_config()
+    known = text.to_dict()
+    softcap = known.get("final_logit_softcapping")
+    scale = 1.0
+    if known.get("logit_scale") is not None:  # Cohere
+        scale = float(known["logit_scale"])
+    elif known.get("logits_scaling") is not None and text.model_type.startswith("granite"):
+        scale = 1.0 / float(known["logits_scaling"])
+    elif any(known.get(key) is not None for key in ("logits_scaling", "lm_head_multiplier", "output_multiplier")):
+        raise ValueError(f"model.path: the logits of {text.model_type} are scaled in a way that rlkd does not know")
+    return scale, softcap
+
+
+def shaped(logits: Tensor, scale: float, softcap: float | None, at_least: torch.dtype = torch.float32) -> Tensor:
+    """Raw logits in at least that type, with the architecture's scale and soft cap."""
+    logits = logits.to(torch.promote_types(logits.dtype, at_least)) * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputLayer:
+    """A teacher's frozen output layer, lent to the loss as plain tensors."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, hf: PreTrainedModel) -> OutputLayer:
+        head = hf.get_output_embeddings()
+        scale, softcap = logit_transform(hf.config)
+        bias = None if head.bias is None else head.bias.detach()
+        return cls(weight=head.weight.detach(), bias=bias, scale=scale, softcap=softcap)
+
+    def logits(self, hidden: Tensor, vocabulary: int, at_least: torch.dtype = torch.float32) -> Tensor:
+        """[N, ≥ H] → [N, `vocabulary`]: the first columns, in at least that type.
+
+        Hidden states may be padded to the width of the widest teacher, and vocabularies to different widths.
+        """
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        hidden = hidden[:, : self.weight.shape[1]].to(self.weight.dtype)
+        return shaped(F.linear(hidden, self.weight[:vocabulary], bias), self.scale, self.softcap, at_least)
+
+    def to(self, device: torch.device | str) -> OutputLayer:
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias)

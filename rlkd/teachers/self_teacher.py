@@ -1,0 +1,72 @@
+"""The student as its own teacher: its start, a moving average of its weights, or the weights that sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rlkd import config as configuration
+from rlkd import distributed
+from rlkd.config import Config
+from rlkd.teachers.local import LocalScorer
+
+FILE = "self_teacher.safetensors"
+
+
+class SelfTeacher(LocalScorer):
+    """A copy of the student in every trainer process, which follows it as `teacher.weights` says.
+
+    fixed: never. live: takes over what is published to the sampler. ema: w ← decay · w + (1 − decay) · published,
+    once an iteration, in fp32.
+    """
+
+    def __init__(self, config: Config) -> None:
+        teacher = config.teacher
+        assert isinstance(teacher, configuration.SelfTeacher)
+        super().__init__(
+            config.model.path,
+            temperature=teacher.temperature,
+            batch_tokens=teacher.batch_tokens,
+            dtype=getattr(torch, teacher.dtype),
+            accelerator=config.trainer.accelerator,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        self.weights = teacher.weights
+        self.decay = teacher.decay
+        self.version = 0
+        """Iterations that the weights have followed."""
+        self._average: dict[str, Tensor] = {}
+
+    def open(self) -> None:
+        super().open()
+        if self.weights == "ema":
+            self._average = {name: value.float().clone() for name, value in self.hf.state_dict().items()}
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Follow the student to `version`; the version that it has already (a resumed run's first) changes nothing."""
+        if self.weights == "live":
+            self.hf.load_state_dict(dict(weights), strict=True)
+        elif self.weights == "ema" and version != self.version:
+            assert version == self.version + 1, f"the average is at version {self.version}, the student at {version}"
+            for name, value in self._average.items():
+                value.lerp_(weights[name].to(value), 1.0 - self.decay)
+            self.hf.load_state_dict(self._average, strict=True)
+        self.version = version
+
+    def save(self, folder: Path) -> None:
+        """Keep what a resumed run cannot recompute, in a checkpoint's folder. Rank 0's is every rank's."""
+        if self.weights == "ema" and distributed.rank() == 0:
+            save_file({name: value.contiguous() for name, value in self._average.items()}, folder / FILE)
+
+    def restore(self, folder: Path, version: int) -> None:
+        """Be as `save` left it after iteration `version`."""
+        if self.weights == "ema":
+            saved = load_file(folder / FILE)
+            self._average = {name: saved[name].to(value) for name, value in self._average.items()}
+            self.hf.load_state_dict(self._average, strict=True)
+        self.version = version
