@@ -90,6 +90,12 @@ class PolicyModule(lightning.LightningModule):
         """The student's."""
         return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
 
+    def decoded(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """`token_ids` as text, with or without the special tokens."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+        assert isinstance(text, str)
+        return text
+
     @property
     def sampling(self) -> Sampling:
         """How training completions are drawn."""
@@ -127,7 +133,9 @@ class PolicyModule(lightning.LightningModule):
         """How much the teacher is to say of each token."""
         return Signal()
 
-    def diagnose(self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, meter: Meter) -> None:
+    def diagnose(
+        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+    ) -> None:
         """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
 
     @property

@@ -191,6 +191,8 @@ class ScoredRollout:
     """Per completion token, whether the distillation term acts on it; None: no distillation."""
     error: str | None = None
     """Why the reward could not be computed."""
+    feedback: str | None = None
+    """What the rewards said of the completion, in words."""
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)

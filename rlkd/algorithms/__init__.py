@@ -3,6 +3,8 @@
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import KDRL
 from rlkd.algorithms.opd import OPD
+from rlkd.algorithms.opsd import OPSD
+from rlkd.algorithms.sdpo import SDPO
 from rlkd.module import ALGORITHMS
 
-__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD"]
+__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "OPSD", "SDPO"]

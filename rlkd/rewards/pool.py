@@ -49,6 +49,8 @@ class RewardResult:
     parts: dict[str, float | None]
     error: str | None
     """Which functions failed and why, on one line."""
+    feedback: str | None = None
+    """What functions that return (reward, text) said of it, one after the other."""
 
 
 def part_names(functions: Sequence[RewardFunction]) -> list[str]:
@@ -60,8 +62,8 @@ def part_names(functions: Sequence[RewardFunction]) -> list[str]:
     return names
 
 
-_Value = tuple[float | None, str | None]
-"""What became of one call: (reward, None) or (None, what went wrong)."""
+_Value = tuple[float | None, str | None, str | None]
+"""What became of one call: (reward, None, its words or None) or (None, what went wrong, None)."""
 
 
 @dataclass
@@ -203,7 +205,7 @@ class RewardPool:
         """
         assert self._workers, "the pool is not open"
         payloads = [_payload(item) for item in items]
-        values: list[list[_Value]] = [[(None, None)] * len(self._functions) for _ in items]
+        values: list[list[_Value]] = [[(None, None, None)] * len(self._functions) for _ in items]
         self._run([_Job(i, deque(range(len(self._functions)))) for i in range(len(items))], payloads, values)
         return [self._result(row) for row in values]
 
@@ -259,12 +261,15 @@ class RewardPool:
         poll.poll(1000 * max(0.0, min(TICK_S, remaining)) + 1)
 
     def _result(self, values: Sequence[_Value]) -> RewardResult:
-        parts = {name: value for name, (value, _) in zip(self._names, values, strict=True)}
-        errors = [f"reward {name}: {error}" for name, (_, error) in zip(self._names, values, strict=True) if error]
+        parts = {name: value for name, (value, _, _) in zip(self._names, values, strict=True)}
+        errors = [f"reward {name}: {error}" for name, (_, error, _) in zip(self._names, values, strict=True) if error]
+        words = [text for _, _, text in values if text]
         total = None
         if not errors:
-            total = sum(f.weight * (value or 0.0) for f, (value, _) in zip(self._functions, values, strict=True))
-        return RewardResult(reward=total, parts=parts, error="; ".join(errors) or None)
+            total = sum(f.weight * (value or 0.0) for f, (value, _, _) in zip(self._functions, values, strict=True))
+        return RewardResult(
+            reward=total, parts=parts, error="; ".join(errors) or None, feedback="\n".join(words) or None
+        )
 
 
 def _line(value: Any) -> bytes:
@@ -292,10 +297,10 @@ def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
             raise ValueError(message["ready"])
         worker.ready = True
         return
-    item, function, value, error = message
+    item, function, value, error, words = message
     job = worker.jobs[0]
     assert (job.item, job.functions.popleft()) == (item, function), "a worker answered out of order"
-    values[item][function] = (value, error)
+    values[item][function] = (value, error, words)
     if not job.functions:
         worker.jobs.popleft()
 
@@ -305,5 +310,5 @@ def _blame(worker: _Worker, cause: str, queue: deque[_Job], values: list[list[_V
     if not worker.ready:
         raise RuntimeError(f"a reward worker did not start: {cause}; see its output above")
     if worker.jobs:
-        values[worker.jobs[0].item][worker.jobs[0].functions.popleft()] = (None, cause)
+        values[worker.jobs[0].item][worker.jobs[0].functions.popleft()] = (None, cause, None)
     queue.extendleft(reversed([job for job in worker.jobs if job.functions]))

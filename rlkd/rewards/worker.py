@@ -5,7 +5,7 @@ It leads its own session. Both pipes carry one JSON value a line:
     in    {"path", "functions"}, once: a sys.path, and [name, options] pairs
     out   {"ready": null or an error}, once
     in    {"job", "functions", "item"}: indices of functions, and {"completion", "answer", "prompt", "meta"}
-    out   [job, function, value or null, error or null], one by one as they finish
+    out   [job, function, value or null, error or null, feedback or null], one by one as they finish
 
 The pipes are descriptors of their own, so what a reward prints or reads cannot disturb them. JSON, not pickle: nothing
 that comes through the pipe can run code in the trainer.
@@ -54,28 +54,34 @@ def main(request: int, response: int) -> None:
             job = json.loads(line)
             for index in job["functions"]:
                 function, options = functions[index]
-                value, error = _call(function, options, job["item"])
+                value, error, words = _call(function, options, job["item"])
                 if os.getpid() != me:
                     os._exit(0)  # a reward forked, and this is the child coming home: it must not answer too
-                send([job["job"], index, value, error])
+                send([job["job"], index, value, error, words])
 
 
 def _call(
     function: Callable[..., Any], options: dict[str, Any], item: dict[str, Any]
-) -> tuple[float | None, str | None]:
-    """(reward, None), or (None, what was wrong with the call)."""
+) -> tuple[float | None, str | None, str | None]:
+    """(reward, None, feedback or None), or (None, what was wrong with the call, None).
+
+    A function returns a number, or (number, text): what it has to say of the completion, for a teacher to read.
+    """
+    words = None
     try:
         value = function(
             item["completion"], answer=item["answer"], prompt=item["prompt"], meta=dict(item["meta"]), **options
         )
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
+            value, words = value
         if not isinstance(value, numbers.Real):
-            return None, f"returned {type(value).__name__}, wants a finite number"
+            return None, f"returned {type(value).__name__}, wants a finite number", None
         number = float(value)
     except BaseException as error:  # SystemExit too: whatever a reward does, this sample has no reward, and says why
-        return None, f"raised {registry.one_line(error)}"
+        return None, f"raised {registry.one_line(error)}", None
     if not math.isfinite(number):
-        return None, f"returned {number}, wants a finite number"
-    return number, None
+        return None, f"returned {number}, wants a finite number", None
+    return number, None, words
 
 
 def _start_guardian(request: int, response: int) -> None:

@@ -144,16 +144,10 @@ class RolloutLoader:
         groups = self.score(groups)
         clock.lap("time/teacher")
         groups = [self.algorithm.advantages(group) for group in groups]
-        self.algorithm.diagnose(groups, self.teacher, clock.meter)
+        self.algorithm.diagnose(groups, self.teacher, iteration, clock.meter)
         self.dump(groups, iteration)
         clock.lap("time/dump")
         return groups
-
-    def text(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        """`token_ids` as text, with or without the special tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=not special)
-        assert isinstance(text, str)
-        return text
 
     def reward(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
         """Each rollout with its reward, computed in the worker processes, where the algorithm asks for rewards."""
@@ -162,16 +156,22 @@ class RolloutLoader:
         rollouts = [rollout for group in groups for rollout in group]
         items = [
             RewardItem(
-                completion=self.text(rollout.token_ids),
+                completion=self.algorithm.decoded(rollout.token_ids),
                 answer=rollout.prompt.answer,
-                prompt=self.text(rollout.prompt.token_ids),
+                prompt=self.algorithm.decoded(rollout.prompt.token_ids),
                 meta=dict(rollout.prompt.meta),
             )
             for rollout in rollouts
         ]
         scored = iter(
             [
-                ScoredRollout(rollout=rollout, reward=result.reward, reward_parts=result.parts, error=result.error)
+                ScoredRollout(
+                    rollout=rollout,
+                    reward=result.reward,
+                    reward_parts=result.parts,
+                    error=result.error,
+                    feedback=result.feedback,
+                )
                 for rollout, result in zip(rollouts, self.rewards.score(items), strict=True)
             ]
         )
@@ -208,8 +208,8 @@ class RolloutLoader:
                 line = {
                     "iteration": iteration + 1,
                     "id": rollout.prompt.id,
-                    "prompt": self.text(rollout.prompt.token_ids, special=True),
-                    "completion": self.text(rollout.token_ids, special=True),
+                    "prompt": self.algorithm.decoded(rollout.prompt.token_ids, special=True),
+                    "completion": self.algorithm.decoded(rollout.token_ids, special=True),
                     "answer": rollout.prompt.answer,
                     "reward": scored.reward,
                     "reward_parts": dict(scored.reward_parts),

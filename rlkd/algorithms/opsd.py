@@ -1,0 +1,123 @@
+"""OPSD: on-policy self-distillation. The student under a privileged prompt is its own teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from rlkd.algorithms.opd import OPD, OPDConfig
+from rlkd.config import AlgorithmConfig, Config
+from rlkd.context import ContextConfig, privileged_prompt
+from rlkd.divergence_config import DivergenceConfig
+from rlkd.losses import Reduction
+from rlkd.metrics import Meter
+from rlkd.teachers.teacher import Question, Teacher
+from rlkd.types import Prompt, ScoredRollout, Signal
+
+LEAKAGE_ROLLOUTS = 32
+"""Of each rank, that a leakage check scores twice."""
+
+
+class OPSDConfig(OPDConfig):
+    """On-policy self-distillation (arXiv 2601.18734): the student that is shown a solution teaches the one that is not.
+
+    Usual teacher: {backend: self, weights: fixed}.
+    """
+
+    name: Literal["opsd"] = Field(description="opsd")  # type: ignore[assignment]
+    group_size: int = Field(1, ge=1, description="completions per prompt")
+    divergence: DivergenceConfig = Field(
+        DivergenceConfig(kind="forward_kl", clip=0.05), description="what is minimised at each token"
+    )
+    reduction: Reduction = Field("sequence_mean", description="normaliser: tokens of a sequence, then sequences, or …")
+    context: ContextConfig = Field(
+        ContextConfig(reference="A reference solution:\n{text}"), description="what only the teacher is shown"
+    )
+    leakage_every: int = Field(
+        0, ge=0, description="iterations between checks of the hints: divergence under the right and a shuffled one"
+    )
+
+    def longest_teacher_prompt(self, config: Config) -> int:
+        return self.context.max_tokens
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        found = super().problems(config)
+        builtin = config.data.path.startswith("builtin:")  # it has a column of its own
+        if self.context.reference is not None and config.data.privileged_column is None and not builtin:
+            why = "is null, but algorithm.context.reference shows it to the teacher; name the column of the solutions"
+            found.append(("data.privileged_column", why))
+        if self.leakage_every and self.context.reference is None:
+            why = f"is {self.leakage_every}, but algorithm.context.reference is null: there is no hint; set one"
+            found.append(("algorithm.leakage_every", why))
+        return found
+
+
+class OPSD(OPD):
+    """L(θ) = E_{(x, y*)} E_{y ~ π_θ(·|x)} [ 1/|y| Σ_t D( π_θ₀(·|x, y*, y_<t), π_θ(·|x, y_<t) ) ]
+
+    arXiv 2601.18734, Eq. 6: the teacher is the student itself, reading the solution y* before the same completion; no
+    gradient flows into it. `teacher.weights` says which student: its start θ₀ (the paper's experiments), a moving
+    average, or the live one. D is the forward KL with each vocabulary entry's share capped at τ = 0.05 (v3); for JSD or
+    the reverse KL set `divergence`. A completion without context is masked.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]] = OPSDConfig
+
+    @property
+    def algorithm(self) -> OPSDConfig:
+        assert isinstance(self.config.algorithm, OPSDConfig)
+        return self.config.algorithm
+
+    def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
+        return self._shown(scored.rollout.prompt, self.parts(scored, group))
+
+    def parts(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> list[str]:
+        """What the teacher is shown beside the prompt."""
+        correct_at = self.config.reward.correct_at
+        siblings = [s for s in group if s is not scored and s.is_correct(correct_at)]
+        text = (
+            None
+            if not siblings
+            else self.tokenizer.decode(list(siblings[0].rollout.token_ids), skip_special_tokens=True)
+        )
+        assert text is None or isinstance(text, str)
+        return self.algorithm.context.parts(scored.rollout.prompt.privileged, text, scored.feedback)
+
+    def _shown(self, prompt: Prompt, parts: Sequence[str]) -> tuple[int, ...] | None:
+        context = self.algorithm.context
+        if "{context}" in context.template and not parts:
+            return None
+        ids = privileged_prompt(self.tokenizer, prompt, context.template, parts, self.config.data.chat_template)
+        return ids if len(ids) <= context.max_tokens else None
+
+    def diagnose(
+        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+    ) -> None:
+        rows = [scored for group in groups for scored in group]
+        meter.mean("context/share", sum(s.teacher is not None for s in rows), len(rows))
+        if self.algorithm.leakage_every and iteration % self.algorithm.leakage_every == 0:
+            assert teacher is not None
+            self._leakage([group[0] for group in groups][:LEAKAGE_ROLLOUTS], teacher, meter)
+
+    def _leakage(self, rows: Sequence[ScoredRollout], teacher: Teacher, meter: Meter) -> None:
+        """log π − log T a token, an estimate of KL(π‖T), under the right hint and under another prompt's.
+
+        A hint that only gives the style away moves the teacher as far whether it is right or not.
+        """
+        hints = [s.rollout.prompt.privileged for s in rows]
+        for name, shown in (("right", hints), ("shuffled", [*hints[1:], *hints[:1]])):
+            asked = []
+            for scored, hint in zip(rows, shown, strict=True):
+                ids = self._shown(scored.rollout.prompt, self.algorithm.context.parts(hint, None, None))
+                if ids is not None and scored.rollout.oldest_version is not None:
+                    asked.append((scored, Question(ids, scored.rollout.token_ids, meta=scored.rollout.prompt.meta)))
+            scores = teacher.score([question for _, question in asked], Signal())
+            gaps = [
+                own - other
+                for (scored, _), theirs in zip(asked, scores, strict=True)
+                for own, other in zip(scored.rollout.logprobs, theirs.logprobs, strict=True)
+                if own is not None
+            ]
+            meter.mean(f"leakage/kl_{name}", sum(gaps), len(gaps))
