@@ -95,6 +95,15 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algori
 
     Raises: ConfigError with one line per mistake.
     """
+    under, over, problems = read(files, overrides)
+    return checked(on_top(under, over), problems, algorithms)
+
+
+def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, list[str]]:
+    """(the files in one tree, the overrides in another, mistakes that belong to no key), none of it checked.
+
+    Raises: ConfigError where a file cannot be read.
+    """
     problems: list[str] = []
     roots = [root for root in (read_file(path, problems) for path in files) if root is not None]
     arguments = [node for node in (read_override(item, problems) for item in overrides) if node is not None]
@@ -104,10 +113,20 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algori
     for node in arguments:
         override = merge(override, node, {})  # in one, so that the order of algorithm.name and its keys is free
     root = Node({}, ", ".join(files))
-    for node in (*roots, override):
+    for node in roots:
         root = merge(root, node, _TAGS)
+    return root, override, problems
+
+
+def on_top(under: Node, over: Node) -> Node:
+    """`over` on top of `under`; another algorithm or teacher replaces the whole section."""
+    return merge(under, over, _TAGS)
+
+
+def checked(root: Node, problems: Sequence[str], algorithms: Algorithms | None = None) -> Loaded:
+    """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
     schema = Schema(_registered() if algorithms is None else algorithms)
-    return _Loading(root, schema, Report(root, schema, problems)).run()
+    return _Loading(root, schema, Report(root, schema, list(problems))).run()
 
 
 def _registered() -> Algorithms:
@@ -152,8 +171,11 @@ class _Loading:
                 return replace(node, value="")
         return node
 
-    def _filled(self, place: Slot | None, node: Node, path: Path) -> Any:
-        """The plain value of `node` with every default of `place`, switches and names as their type wants them."""
+    def _filled(self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None) -> Any:
+        """The plain value of `node` with every default of `place`, switches and names as their type wants them.
+
+        `defaults`: what a section that is set in part has elsewhere, where its place differs from its class.
+        """
         if node.value == MISSING:
             self.report.say(path, "is ???, which stands for a value that is still to be given")
             return MISSING
@@ -166,7 +188,11 @@ class _Loading:
             node = Node({}, node.origin) if path != ("teacher",) else Node({"backend": Node("none", "")}, node.origin)
         if isinstance(node.value, dict):
             model = self._model(place, node, path)
-            return self._free(node, path, known=place.is_free) if model is None else self._section(model, node, path)
+            return (
+                self._free(node, path, known=place.is_free)
+                if model is None
+                else self._section(model, node, path, defaults)
+            )
         if place.is_free:
             return self._free(node, path, known=True)
         if isinstance(node.value, str) and bool in place.members and str not in place.members:
@@ -176,14 +202,17 @@ class _Loading:
             return node.text or str(node.value)
         return node.value
 
-    def _section(self, model: type[BaseModel], node: Node, path: Path) -> dict[str, Any]:
+    def _section(
+        self, model: type[BaseModel], node: Node, path: Path, defaults: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         filled: dict[str, Any] = {}
         slots = self.schema.fields(model)
         for name, place in slots.items():
+            value = defaults[name] if defaults is not None else default(model.model_fields[name])
             if name in node.value:
-                filled[name] = self._filled(place, node.value[name], (*path, name))
+                inner = value if place.tag is None and place.models and isinstance(value, dict) else None
+                filled[name] = self._filled(place, node.value[name], (*path, name), inner)
                 continue
-            value = default(model.model_fields[name])
             if value is not PydanticUndefined:
                 filled[name] = value
             elif place.models and place.tag is None:

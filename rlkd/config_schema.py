@@ -189,7 +189,7 @@ def _section_help(title: str, path: str, model: type[BaseModel]) -> list[str]:
     return ["", *_wrapped(f"{title}{f' - {about}' if about else ''}", 0), *_keys_help(path, model)]
 
 
-def _keys_help(path: str, model: type[BaseModel]) -> list[str]:
+def _keys_help(path: str, model: type[BaseModel], defaults: Mapping[str, Any] | None = None) -> list[str]:
     lines: list[str] = []
     for name, place in fields(model).items():
         field = model.model_fields[name]
@@ -199,9 +199,10 @@ def _keys_help(path: str, model: type[BaseModel]) -> list[str]:
             variants = place.variants or {"": place.models[0]}
             for tag, inner in variants.items():
                 lines += _wrapped(f"{key}{f'.{place.tag}: {tag}' if tag else ''}: {field.description or ''}", 2)
-                lines += _keys_help(key, inner)
+                whole = default(field) if defaults is None else defaults[name]
+                lines += _keys_help(key, inner, whole if not tag and isinstance(whole, dict) else None)
             continue
-        value = default(field)
+        value = default(field) if defaults is None else defaults[name]
         shown = "required" if value is PydanticUndefined else f"default {_flow(value)}"
         lines += _wrapped(f"{key}: {wants(place)}; {shown}", 2)
         if field.description:

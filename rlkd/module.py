@@ -156,6 +156,9 @@ class PolicyModule(lightning.LightningModule):
         """What is minimised?"""
         raise NotImplementedError
 
+    def iteration_ended(self, iteration: int) -> None:
+        """State that lives between iterations moves here; `self.row` is the same on all ranks. Default: none."""
+
     # ---- the update ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
@@ -210,6 +213,7 @@ class PolicyModule(lightning.LightningModule):
             "iteration": batch.iteration + 1,
             "update": (batch.iteration + 1) * per_iteration,
         }
+        self.iteration_ended(batch.iteration)
 
     def _update(self, batch: Batch, optimizer: Any, meter: Meter) -> None:
         """One optimizer step on `batch`, this rank's share of the update."""

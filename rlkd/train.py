@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import lightning
 
     from rlkd.config import Config
     from rlkd.rollout.loader import RolloutLoader
+    from rlkd.stages import Stage
 
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
@@ -97,6 +100,10 @@ def run(config: Config, text: str) -> None:
         build_trainer(config, loader).fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     finally:
         loader.close()
+        if config.log.wandb != "off":
+            import wandb
+
+            wandb.finish()  # the next stage is a W&B run of its own
     if distributed.rank() == 0:
         report = write_report(config.run_dir)
         print(summary(config, report))
@@ -120,30 +127,50 @@ def summary(config: Config, report: Path) -> str:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr)."""
-    from rlkd.config_file import ConfigError, help_text, load, parse_args
+    from rlkd.config_file import ConfigError, help_text, parse_args
+    from rlkd.stages import load_stages
 
     try:
         args = parse_args(argv)
         if args.help:
             print(help_text())
             return 0
-        loaded = load(args.files, args.overrides)
-        if args.print_config:
-            print(loaded.text, end="")
-            return 0
+        stages = load_stages(args.files, args.overrides)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(error.lines), file=sys.stderr)
         return 2
+    if args.print_config:
+        print("---\n".join(stage.loaded.text for stage in stages), end="")
+        return 0
     from rlkd.preflight import check
 
-    problems = check(loaded.config)
+    problems = [
+        line if stage.name is None else f"stage {stage.name}: {line}"
+        for stage in stages
+        for line in check(stage.loaded.config)
+    ]
     if problems:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose disks and devices may differ
             print("\n".join(problems), file=sys.stderr)
         return 2
     quiet()
-    run(loaded.config, loaded.text)
+    return run_stages(stages)
+
+
+def run_stages(stages: Sequence[Stage]) -> int:
+    """Each stage in turn; one that has ended already is passed over. Stops after one that was signalled."""
+    from rlkd.stages import finished, with_values
+
+    for stage in stages:
+        loaded = stage.loaded
+        if stage.name is not None and finished(loaded.config):
+            continue
+        if stage.starts_from is not None:
+            loaded = with_values(loaded, {"model.path": stage.starts_from})
+        run(loaded.config, loaded.text)
+        if stage.name is not None and not finished(loaded.config):
+            return 0  # a signal came: run.resume=auto goes on here
     return 0
 
 

@@ -8,16 +8,17 @@ from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config
 from rlkd.config_file import load
 from rlkd.rollout.collate import collate
-from rlkd.types import Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
+from rlkd.rollout.loader import RolloutLoader
+from rlkd.student import load_causal_lm
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
 GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
 
 
-def config(*overrides: str) -> Config:
+def config(*overrides: str, group_size: int | None = 4) -> Config:
     """The quickstart with overrides; the mismatch bound is off, since these rollouts are made up."""
-    return load(
-        ["configs/quickstart.yaml"], ["rollout.max_mismatch=1000.0", "algorithm.group_size=4", *overrides]
-    ).config
+    size = [] if group_size is None else [f"algorithm.group_size={group_size}"]
+    return load(["configs/quickstart.yaml"], ["rollout.max_mismatch=1000.0", *size, *overrides]).config
 
 
 def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRollout:
@@ -54,6 +55,14 @@ def groups(algorithm, lengths=LENGTHS, rewards=REWARDS):
     return [algorithm.advantages(rows[:4]), algorithm.advantages(rows[4:])]
 
 
+def assert_same(a, b, tolerance):
+    """Equal up to `tolerance`, in units of the largest entry (or of 1, if that is larger)."""
+    assert a.keys() == b.keys()
+    atol = tolerance * max(1.0, *(float(x.abs().max()) for x in a.values()))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
 class OneBatch:
     """A loader of one batch (Lightning takes a bare list for a collection of loaders)."""
 
@@ -87,3 +96,21 @@ class Captured:
         self.gradients = {name: p.grad.full_tensor().clone() for name, p in named.items()}
         self.parameters = {name: p.detach().full_tensor().clone() for name, p in named.items()}
         self.row = module.row
+
+
+def opened(settings: Config, weights=None) -> RolloutLoader:
+    """A loader whose sampler and teacher hold the student's start, ready for `batch`. Close it."""
+    loader = RolloutLoader(settings, ALGORITHMS[settings.algorithm.name](settings))
+    loader.open()
+    hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
+    loader.publish(hf.state_dict() if weights is None else weights, 0)
+    return loader
+
+
+def real_batch(settings: Config, iteration: int = 0) -> Batch:
+    """A batch of the student's own samples, scored by the teacher that the config names."""
+    loader = opened(settings)
+    try:
+        return loader.batch(iteration)
+    finally:
+        loader.close()

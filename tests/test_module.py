@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from builders import GRPO, LENGTHS, REWARDS, Captured, config, groups
+from builders import GRPO, LENGTHS, REWARDS, Captured, assert_same, config, groups
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
@@ -13,14 +13,6 @@ from rlkd.rollout.collate import collate
 from rlkd.student import load_causal_lm
 
 NO_CLIP = "optim.max_grad_norm=1000000.0"
-
-
-def assert_same(a, b, tolerance):
-    """Equal up to `tolerance`, in units of the largest entry (or of 1, if that is larger)."""
-    assert a.keys() == b.keys()
-    atol = tolerance * max(1.0, *(float(x.abs().max()) for x in a.values()))
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def assert_moved(captured):

@@ -4,7 +4,10 @@ from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import KDRL
 from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.opsd import OPSD
+from rlkd.algorithms.redi import REDI
 from rlkd.algorithms.sdpo import SDPO
+from rlkd.algorithms.sft import SFT
+from rlkd.algorithms.taid import TAID
 from rlkd.module import ALGORITHMS
 
-__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "OPSD", "SDPO"]
+__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "OPSD", "REDI", "SDPO", "SFT", "TAID"]

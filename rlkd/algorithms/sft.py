@@ -1,0 +1,73 @@
+"""SFT: supervised fine-tuning on completions of the data, on the same line as everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from rlkd.algorithms.opd import from_data
+from rlkd.config import AlgorithmConfig, Config
+from rlkd.losses import Reduction, reduction_weights, weighted_sum
+from rlkd.module import Counts, Loss, PolicyModule
+from rlkd.policy_head import Needs, PolicyOutput
+from rlkd.rollout.sampler import Sampler
+from rlkd.teachers.teacher import Teacher
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
+
+
+class SFTConfig(AlgorithmConfig):
+    """Supervised fine-tuning on `data.completion_column`."""
+
+    name: Literal["sft"] = Field(description="sft")
+    group_size: Literal[1] = Field(1, description="one completion per prompt: the data's")
+    reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        found = super().problems(config)
+        if config.data.completion_column is None:
+            why = f"is null, but algorithm.name {self.name} trains on the completions of the data; name their column"
+            found.append(("data.completion_column", why))
+        return found
+
+
+class SFT(PolicyModule):
+    """L(θ) = −E_{(x, y) ~ data} [ Σ_t log π_θ(y_t | x, y_<t) / N ], at temperature 1."""
+
+    Options: ClassVar[type[AlgorithmConfig]] = SFTConfig
+    uses_rewards = False
+
+    @property
+    def algorithm(self) -> SFTConfig:
+        assert isinstance(self.config.algorithm, SFTConfig)
+        return self.config.algorithm
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(temperature=1.0, entropy=True)
+
+    def rollout(
+        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
+    ) -> list[list[Rollout]]:
+        return [[from_data(prompt)] for prompt in prompts]
+
+    def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        return [replace(scored, advantage=1.0) for scored in group]
+
+    def weigh(self, batch: Batch, counts: Counts) -> Batch:
+        mask, longest = batch.completion_mask, self.config.data.max_completion_tokens
+        weights = reduction_weights(mask, self.algorithm.reduction, counts.tokens, counts.sequences, longest)
+        return replace(batch, weights=weights)
+
+    def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
+        assert batch.weights is not None and batch.token_weights is not None and output.entropy is not None
+        total = weighted_sum(-output.logprobs * batch.advantages, batch.weights)
+        return Loss(
+            total=total,
+            metrics={
+                "nll": weighted_sum(-output.logprobs.detach(), batch.token_weights),
+                "entropy": weighted_sum(output.entropy.detach(), batch.token_weights),
+            },
+        )

@@ -1,0 +1,86 @@
+"""TAID: a teacher that starts near the student and moves away as the student follows."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from rlkd.algorithms.opd import OPD, OPDConfig
+from rlkd.config import AlgorithmConfig, Config
+from rlkd.divergence_config import DivergenceConfig
+from rlkd.policy_head import Needs
+
+
+class TAIDConfig(OPDConfig):
+    """Temporally adaptive interpolated distillation (arXiv 2501.16937), on the completions of the data."""
+
+    name: Literal["taid"] = Field(description="taid")  # type: ignore[assignment]
+    group_size: int = Field(1, ge=1, description="completions per prompt")
+    student_share: float = Field(0.0, ge=0, le=1, description="share of prompts that the student completes; paper: 0")
+    divergence: DivergenceConfig = Field(
+        DivergenceConfig(kind="forward_kl"), description="of the interpolated teacher; full, or student_top_k"
+    )
+    t_start: float = Field(0.4, ge=0, le=1, description="the teacher's share of the logits at the start")
+    t_end: float = Field(1.0, ge=0, le=1, description="its largest share")
+    over: int = Field(1000, ge=1, description="iterations in which t rises to t_end at the latest, in a straight line")
+    step: float = Field(5e-4, ge=0, description="α: largest adaptive step of t in an iteration")
+    momentum: float = Field(0.99, ge=0, lt=1, description="β: of the loss's relative change")
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        found = super().problems(config)
+        if self.divergence.signal.tier != "hidden":
+            why = "needs the teacher's whole distribution to interpolate; use full, or top_k with support: student"
+            found.append(("algorithm.divergence.tier", why))
+        if self.t_end < self.t_start:
+            found.append(("algorithm.t_end", f"is {self.t_end}, below algorithm.t_start = {self.t_start}; raise it"))
+        return found
+
+
+class TAID(OPD):
+    """L(θ) = E_{(x, y)} [ Σ_n KL( p_t(·|x, y_<n), π_θ(·|x, y_<n) ) / N ],  p_t = softmax( (1−t) · sg(z_θ) + t · z_T )
+
+    arXiv 2501.16937, Eq. 2–6. After each iteration, with δ = (L_before − L) / L_before and m ← β·m + (1−β)·δ,
+    t ← min(t_end, max(the straight line, t + α · sigmoid(m) · (1 − t))): t never falls. L is the KL itself (the
+    authors' code takes the cross-entropy). t, m and L are functions of global means, equal on all ranks, and are part
+    of the checkpoint.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]] = TAIDConfig
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.t = self.algorithm.t_start
+        self.momentum = 0.0
+        self.before: float | None = None
+        """The loss of the last iteration."""
+
+    @property
+    def algorithm(self) -> TAIDConfig:
+        assert isinstance(self.config.algorithm, TAIDConfig)
+        return self.config.algorithm
+
+    @property
+    def needs(self) -> Needs:
+        comparison = self.algorithm.divergence.comparison(self.teacher_temperature, blend=self.t)
+        return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
+
+    def iteration_ended(self, iteration: int) -> None:
+        self.row["taid/t"] = self.t
+        loss, options = self.row["loss/kd"], self.algorithm
+        step = 0.0
+        if self.before is not None:
+            change = (self.before - loss) / (self.before + 1e-15)
+            self.momentum = options.momentum * self.momentum + (1.0 - options.momentum) * change
+            step = options.step / (1.0 + math.exp(-self.momentum)) * (1.0 - self.t)
+        self.before = loss
+        line = options.t_start + (options.t_end - options.t_start) * min((iteration + 1) / options.over, 1.0)
+        self.t = min(options.t_end, max(line, self.t + step))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["taid"] = {"t": self.t, "momentum": self.momentum, "before": self.before}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["taid"]
+        self.t, self.momentum, self.before = state["t"], state["momentum"], state["before"]

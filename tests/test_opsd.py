@@ -1,0 +1,199 @@
+"""Self-distillation: the laws of the privileged prompt, and what the context may be."""
+
+import dataclasses
+
+import pytest
+import torch
+from builders import Captured, config, opened, real_batch, scored
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlkd.algorithms import OPSD, SDPO
+from rlkd.config_file import ConfigError
+from rlkd.context import ContextConfig, filled
+from rlkd.metrics import Meter
+from rlkd.teachers.teacher import Question
+from rlkd.types import Prompt, Signal, TeacherScores
+
+HINT = "context: {template: '{prompt}{context}', reference: ' hint: {text}'}"
+SELF = "teacher={backend: self}"
+SMALL = ("rollout.prompts=4", "rollout.max_mismatch=0.001", "data.limit=16", "log.rollouts_every=0")
+NO_CLIP = "optim.max_grad_norm=1000000.0"
+
+
+def settings(*overrides, name="opsd", options=HINT, teacher=SELF):
+    return config(teacher, f"algorithm={{name: {name}, {options}}}", *SMALL, NO_CLIP, *overrides)
+
+
+def largest(captured):
+    return max(float(g.abs().max()) for g in captured.gradients.values())
+
+
+DIVERGENCES = [
+    "{kind: forward_kl, clip: null}",
+    "{kind: reverse_kl, clip: null}",
+    "{kind: jsd, beta: 0.3, clip: null}",
+    "{tier: top_k, k: 5, clip: null}",
+    "{tier: top_k, k: 5, support: student, tail: false, clip: null}",
+    "{tier: sampled}",
+]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_an_empty_privileged_prompt_and_the_start_as_teacher_give_no_loss(divergence):
+    same = settings(f"algorithm.divergence={divergence}", options="context: {template: '{prompt}', reference: null}")
+    captured = Captured(same, real_batch(same))
+    assert abs(captured.row["loss"]) < 1e-6 and largest(captured) < 1e-5
+    hinted = settings(f"algorithm.divergence={divergence}")
+    assert largest(Captured(hinted, real_batch(hinted))) > 1e-2
+
+
+def test_permuting_the_hints_changes_the_loss():
+    plain = settings("algorithm.divergence.clip=null")
+    loader = opened(plain)
+    right = Captured(plain, loader.batch(0)).row["loss"]
+    prompts = loader.prompts.take(0, 4)
+    moved = {p.id: prompts[(i + 1) % 4].privileged for i, p in enumerate(prompts)}
+    shown = loader.algorithm.teacher_prompt
+
+    def another(scored, group):
+        prompt = dataclasses.replace(scored.rollout.prompt, privileged=moved[scored.rollout.prompt.id])
+        return shown(dataclasses.replace(scored, rollout=dataclasses.replace(scored.rollout, prompt=prompt)), group)
+
+    loader.algorithm.teacher_prompt = another
+    wrong = Captured(plain, loader.batch(0)).row["loss"]
+    loader.close()
+    assert abs(right - wrong) > 0.1
+
+
+def test_teacher_and_student_prompts_of_different_length_align():
+    """The teacher's scores of a completion are those of a plain forward over its own, longer prompt."""
+    plain = settings()
+    loader = opened(plain)
+    batch = loader.batch(0)
+    teacher, rows = loader.teacher, loader.prompts.take(0, 4)
+    for first, prompt in enumerate(rows):
+        row = first * plain.algorithm.group_size
+        start, end = len(prompt.token_ids), int(batch.lengths[row])
+        completion = tuple(batch.input_ids[row, start:end].tolist())
+        (group,) = loader.algorithm.rollout([prompt], loader.policy, None, 0)
+        ids = loader.algorithm.teacher_prompt(scored_of(group[0]), [])
+        assert len(ids) > start, "the hint is longer than nothing"
+        with torch.no_grad():
+            logits = teacher.hf(torch.tensor([[*ids, *completion]])).logits[0, len(ids) - 1 : -1]
+            ours = batch.teacher_layers[0].logits(batch.teacher_hidden[row, start:end], logits.shape[1])
+        torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
+        own = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
+        torch.testing.assert_close(batch.teacher_logprobs[row, start:end], own, atol=1e-4, rtol=0)
+    loader.close()
+
+
+def scored_of(rollout):
+    return dataclasses.replace(scored(0, 1, 0.0), rollout=rollout, teacher=None, reference=None)
+
+
+def test_the_clip_caps_what_one_vocabulary_entry_may_do():
+    """Where the hinted teacher is sure and the student is not, its share is far above τ: no gradient is left."""
+    free, capped = settings("algorithm.divergence.clip=null"), settings("algorithm.divergence.clip=0.05")
+    assert capped.algorithm.divergence.clip == settings().algorithm.divergence.clip, "the paper's τ is the default"
+    assert largest(Captured(capped, real_batch(capped))) < 0.1 * largest(Captured(free, real_batch(free)))
+
+
+def attempts(*rewards, feedback=None):
+    prompt = Prompt(id="q", messages=({"role": "user", "content": "reverse: ab"},), token_ids=(4, 5))
+    rows = [scored(i, 3, r, teacher=None, feedback=feedback) for i, r in enumerate(rewards)]
+    return [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, prompt=prompt)) for s in rows]
+
+
+def test_a_sibling_is_the_first_other_success_and_who_has_none_is_masked():
+    sdpo = SDPO(settings(name="sdpo", options="context: {template: '{prompt}{context}', sibling: ' seen: {text}'}"))
+    group = attempts(0.0, 1.0, 1.0, None)
+    first, second = (sdpo.decoded(group[i].rollout.token_ids) for i in (1, 2))
+    told = [sdpo.parts(s, group) for s in group]
+    assert told == [[f" seen: {first}"], [f" seen: {second}"], [f" seen: {first}"], [f" seen: {first}"]]
+    alone = attempts(0.0, 1.0, 0.0)
+    prompts = [sdpo.teacher_prompt(s, alone) for s in alone]
+    assert prompts[1] is None and prompts[0] is not None and prompts[2] is not None
+    score = TeacherScores(logprobs=(-1.0, -1.0, -1.0))
+    asked = [dataclasses.replace(s, teacher=None if p is None else score) for s, p in zip(alone, prompts, strict=True)]
+    assert [s.distil for s in sdpo.advantages(asked)] == [(True,) * 3, (False,) * 3, (True,) * 3]
+
+
+def test_thoughts_are_left_out_of_a_sibling_and_feedback_is_shown():
+    context = ContextConfig(template="{prompt}{context}", sibling="[{text}]", feedback="({text})")
+    assert context.parts("never", "<think>long</think> cba", "wrong") == ["[cba]", "(wrong)"]
+    assert context.parts("never", None, None) == []
+
+
+def test_a_context_that_is_too_long_counts_as_none():
+    opsd = OPSD(settings("algorithm.context.max_tokens=8"))
+    with_hint = dataclasses.replace(attempts(0.0)[0].rollout.prompt, privileged="x" * 20)
+    (row,) = attempts(0.0)
+    row = dataclasses.replace(row, rollout=dataclasses.replace(row.rollout, prompt=with_hint))
+    assert opsd.teacher_prompt(row, [row]) is None
+
+
+@given(st.text(), st.text(), st.text())
+def test_filling_happens_once_and_leaves_other_braces(prompt, context, rest):
+    template = r"\boxed{} {prompt}|{context}|{text} {{x}}"
+    assert filled(template, {"prompt": prompt, "context": context}) == (
+        r"\boxed{} " + prompt + "|" + context + "|{text} {{x}}"
+    )
+
+
+def test_right_hints_fit_the_students_completions_otherwise_than_shuffled_ones():
+    plain = settings("algorithm.leakage_every=2", "rollout.max_staleness=1")
+    loader = opened(plain)
+    figures = loader.batch(0).metrics.reduce()
+    assert figures["context/share"] == 1.0
+    assert figures["leakage/kl_right"] != pytest.approx(figures["leakage/kl_shuffled"], abs=1e-3)
+    assert "leakage/kl_right" not in loader.batch(1).metrics.reduce()
+    loader.close()
+
+
+def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
+    question = [Question((4, 5, 6), (7, 8))]
+    for weights, follows in (("fixed", False), ("ema", True), ("live", True)):
+        loader = opened(settings(teacher=f"teacher={{backend: self, weights: {weights}, decay: 0.5}}"))
+        before = loader.teacher.score(question, Signal())[0].logprobs
+        moved = {name: value + 0.01 for name, value in loader.teacher.hf.state_dict().items()}
+        loader.publish(moved, 1)
+        after = loader.teacher.score(question, Signal())[0].logprobs
+        assert (after != pytest.approx(before, abs=1e-6)) is follows
+        loader.close()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (("teacher=null",), "teacher.backend: is none, but algorithm.name opsd imitates one"),
+        (("teacher={backend: self, weights: ema, scorer: policy_server}",), "set teacher.weights: live"),
+        (
+            ("teacher={backend: self, weights: live, scorer: policy_server}", "algorithm.divergence.tier=sampled"),
+            "but rollout.backend is hf",
+        ),
+        (("algorithm.context.template=x",), "wants {prompt} in it"),
+        (("algorithm.context.reference=x",), "wants {text} in it"),
+        (("algorithm.context.drop='('",), "is no regular expression"),
+        (("algorithm.context.reference=null", "algorithm.leakage_every=1"), "there is no hint"),
+        (("data.path=x.jsonl",), "data.privileged_column: is null"),
+    ],
+)
+def test_each_contradiction_is_one_line(overrides, line):
+    with pytest.raises(ConfigError) as caught:
+        settings(*overrides)
+    assert len(caught.value.lines) == 1 and line in caught.value.lines[0], caught.value.lines
+
+
+def test_a_part_that_is_set_keeps_the_other_defaults_of_its_place():
+    """opsd's divergence is a forward KL with a cap, whatever else of it a config sets."""
+    assert settings("algorithm.divergence.k=7").algorithm.divergence == OPSD.Options(name="opsd").divergence.model_copy(
+        update={"k": 7}
+    )
+
+
+def test_diagnose_names_are_the_same_without_any_context():
+    sdpo = SDPO(settings(name="sdpo", options="group_size: 2"))
+    meter = Meter()
+    sdpo.diagnose([sdpo.advantages(attempts(0.0, 0.0))], None, 0, meter)
+    assert meter.reduce() == {"context/share": 0.0}
