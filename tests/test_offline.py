@@ -12,7 +12,7 @@ from rlkd.student import load_causal_lm
 from rlkd.types import AUTHORS
 
 NO_CLIP = "optim.max_grad_norm=1000000.0"
-LIMIT = ("data.limit=16", "rollout.prompts=4", "log.rollouts_every=0")
+LIMIT = ("data.max_completion_tokens=32", "data.limit=16", "rollout.prompts=4", "log.rollouts_every=0")
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_sft_is_the_cross_entropy_of_the_datas_completions(pairs, reduction):
 
 def test_sft_in_micro_batches_is_the_same(pairs):
     whole = settings("sft", pairs)
-    split = settings("sft", pairs, "trainer.micro_batch_tokens=48")
+    split = settings("sft", pairs, "trainer.micro_batch_tokens=48", "data.max_completion_tokens=16")
     batch = real_batch(whole)
     assert_same(Captured(whole, batch).gradients, Captured(split, batch).gradients, 1e-6)
 
@@ -153,6 +153,7 @@ def test_completions_longer_than_the_bound_name_the_key(pairs):
     [
         ("sft", ("data.completion_column=null",), "data.completion_column: is null"),
         ("redi", (), "data.rejected_column: is null"),
+        ("sft", ("data.max_completion_tokens=9000",), "trainer.micro_batch_tokens: is 8192, less than one sequence"),
         ("taid", ("algorithm.divergence.tier=sampled",), "algorithm.divergence.tier"),
         ("taid", ("algorithm.t_end=0.1",), "algorithm.t_end: is 0.1, below algorithm.t_start"),
     ],

@@ -134,7 +134,9 @@ class OPD(PolicyModule):
 
     def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T]; where there is no score the student is its own teacher, so that nothing overflows."""
-        assert batch.teacher_logprobs is not None and batch.distil_mask is not None
+        if batch.teacher_logprobs is None:  # no completion of this rank had a context
+            return output.logprobs.detach()
+        assert batch.distil_mask is not None
         return torch.where(batch.distil_mask, batch.teacher_logprobs, output.logprobs.detach())
 
     def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:

@@ -30,6 +30,13 @@ class SFTConfig(AlgorithmConfig):
         if config.data.completion_column is None:
             why = f"is null, but algorithm.name {self.name} trains on the completions of the data; name their column"
             found.append(("data.completion_column", why))
+        longest = config.data.max_prompt_tokens + config.data.max_completion_tokens
+        if config.trainer.micro_batch_tokens < longest:
+            why = (
+                f"is {config.trainer.micro_batch_tokens}, less than one sequence of data.max_prompt_tokens + "
+                f"data.max_completion_tokens = {longest} tokens; raise it, or lower data.max_completion_tokens"
+            )
+            found.append(("trainer.micro_batch_tokens", why))
         return found
 
 
