@@ -64,8 +64,8 @@ class GRPO(PolicyModule):
 
         DAPO's two ways with long completions (arXiv 2503.14476, §3.4). What a truncated one would have earned is not
         known, so `mask_truncated` also keeps it out of the baseline. Terms that ask for no reward still act on it:
-        distillation, the KL to the reference, the entropy. It stays in the normaliser, so that their coefficients
-        keep their meaning (as TRL counts it in all its loss types but bnpo).
+        distillation, the KL to the reference, the entropy. It stays in the normaliser too, so that their coefficients
+        keep their meaning beside the policy term.
         """
         rollout, options = scored.rollout, self.algorithm
         if scored.reward is None or (options.mask_truncated and rollout.finish_reason == "length"):
