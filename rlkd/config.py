@@ -272,6 +272,11 @@ class AlgorithmConfig(Section):
         """Tokens of the longest prompt that a teacher reads."""
         return config.data.max_prompt_tokens
 
+    @property
+    def sampling_rounds(self) -> int:
+        """How many times `rollout.prompts` prompts an iteration may sample, to train on as many as that."""
+        return 1
+
     def problems(self, config: Config) -> list[tuple[str, str]]:
         """Contradictions between this section and the rest of `config`: (key, one line) each."""
         return []

@@ -124,6 +124,13 @@ class PolicyModule(lightning.LightningModule):
         """
         return scored.rollout.prompt.token_ids
 
+    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+        """Whether training on the group could change the student; asked before a teacher is.
+
+        An iteration that may sample more prompts than it trains on prefers such groups. Default: yes.
+        """
+        return True
+
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
         raise NotImplementedError

@@ -159,7 +159,8 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         try:
             prompts = load_source(source, tokenizer)
             if key == "data.path":
-                PromptStream(prompts, seed=0).take(0, config.rollout.prompts)  # enough of them for an iteration?
+                blocks = config.algorithm.sampling_rounds
+                PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # enough of them?
         except ValueError as error:
             problems.append(f"{key}: {error}")
     return problems

@@ -299,9 +299,24 @@ def test_ranks_take_contiguous_shares_of_the_same_iteration():
         assert [i for rank in range(3) for i in ids(stream.take(iteration, 6, rank, 3))] == whole
 
 
+def test_blocks_of_an_iteration_are_the_next_prompts_and_all_different():
+    stream = PromptStream(prompts(14), seed=0)
+    for iteration in range(6):
+        owned = [ids(stream.take(iteration, 4, block=b, blocks=3)) for b in range(3)]
+        assert len({i for block in owned for i in block}) == 12
+        for b in range(3):
+            shares = [ids(stream.take(iteration, 4, rank, 2, block=b, blocks=3)) for rank in range(2)]
+            assert shares[0] + shares[1] == owned[b]
+    whole = PromptStream(prompts(12), seed=0)
+    in_blocks = [ids(whole.take(i, 4, block=b, blocks=3)) for i in range(3) for b in range(3)]
+    assert in_blocks == [ids(whole.take(i, 4)) for i in range(9)]
+
+
 def test_impossible_counts_name_the_key():
     stream = PromptStream(prompts(5), seed=0)
     with pytest.raises(ValueError, match="rollout.prompts is 6, but the data has only 5 prompts"):
         stream.take(0, 6)
     with pytest.raises(ValueError, match="rollout.prompts is 5, not divisible by the 2 ranks"):
         stream.take(0, 5, rank=0, world=2)
+    with pytest.raises(ValueError, match="is 2 and algorithm.resample_rounds is 3, but the data has only 5 prompts"):
+        stream.take(0, 2, blocks=3)

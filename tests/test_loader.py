@@ -8,14 +8,14 @@ import pytest
 import torch
 from builders import config
 
-from rlkd.algorithms import KDRL
-from rlkd.rollout.loader import RolloutLoader, check_versions
+from rlkd.algorithms import GRPO, KDRL
+from rlkd.rollout.loader import Clock, RolloutLoader, check_versions
 from rlkd.student import load_causal_lm
 
 
-def opened(*overrides, version=0):
+def opened(*overrides, version=0, algorithm=KDRL):
     settings = config("rollout.prompts=4", "log.rollouts_every=0", *overrides)
-    loader = RolloutLoader(settings, KDRL(settings))
+    loader = RolloutLoader(settings, algorithm(settings))
     loader.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
     loader.policy.publish(hf.state_dict(), version)
@@ -109,3 +109,87 @@ def test_rollouts_are_dumped_as_they_were_trained_on(tmp_path):
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["reward"] for line in lines] == batch.rewards.tolist()
     assert lines[5]["token_ids"] == batch.input_ids[5][batch.completion_mask[5]].tolist()
+
+
+ROUNDS = ("algorithm={name: grpo, group_size: 4, resample_rounds: 3}", "teacher=null", "rollout.max_staleness=9")
+
+
+class Picky(GRPO):
+    """Only groups of some prompts carry a gradient."""
+
+    wanted: frozenset[str] = frozenset()
+
+    def carries_gradient(self, group, iteration):
+        return group[0].rollout.prompt.id in self.wanted
+
+
+@pytest.fixture(scope="module")
+def picky():
+    made = opened(*ROUNDS, algorithm=Picky)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "chosen", "drawn"),
+    [
+        ((0, 1, 2, 3, 4), (0, 1, 2, 3), 4),  # enough at once: no second round
+        ((1, 3, 5, 6, 7), (1, 3, 5, 6), 8),
+        ((2, 9), (0, 1, 2, 9), 12),  # too few: filled up, in the order of the prompts
+        ((), (0, 1, 2, 3), 12),
+    ],
+)
+def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, wanted, chosen, drawn):
+    owned = [p for block in range(3) for p in picky.prompts.take(2, 4, block=block, blocks=3)]
+    picky.algorithm.wanted = frozenset(owned[i].id for i in wanted)
+    seen, groups = picky._line(2, clock := Clock())
+    assert [g[0].rollout.prompt.id for g in seen] == [p.id for p in owned[:drawn]]
+    assert [g[0].rollout.prompt.id for g in groups] == [owned[i].id for i in chosen]
+    row = clock.meter.reduce()
+    assert row["prompts/drawn"] == drawn
+    assert row["groups/no_gradient"] == pytest.approx(1 - sum(i < drawn for i in wanted) / drawn)
+
+
+def test_figures_and_errors_are_those_of_all_that_was_sampled(picky):
+    picky.algorithm.wanted = frozenset()
+    batch = picky.batch(2)
+    drawn, groups = picky._line(2, Clock())
+    assert (len(batch), len(drawn), len(groups)) == (16, 12, 4)
+    row = batch.metrics.reduce()
+    assert row["tokens/generated"] == sum(len(s.rollout.token_ids) for group in drawn for s in group)
+    assert row["reward/mean"] == pytest.approx(sum(s.reward for group in drawn for s in group) / 48)
+
+
+def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
+    """With real rewards; a second loader that starts at iteration 3 draws the same."""
+    made, resumed = opened(*ROUNDS, algorithm=GRPO), opened(*ROUNDS, algorithm=GRPO)
+    for iteration in range(4):
+        batch = made.batch(iteration)
+        row = batch.metrics.reduce()
+        carrying = round(row["prompts/drawn"] * (1 - row["groups/no_gradient"]))
+        trained = int((batch.advantages.view(4, -1) != 0).any(1).sum())
+        assert trained == min(carrying, 4)
+        assert trained == 4 or row["prompts/drawn"] == 12
+    again = resumed.batch(3)
+    for a, b in zip(tensors(batch).items(), tensors(again).items(), strict=True):
+        assert a[0] == b[0] and torch.equal(a[1].nan_to_num(), b[1].nan_to_num()), a[0]
+    for part in (made, resumed):
+        part.close()
+
+
+def test_the_teacher_scores_only_what_is_trained_on():
+    made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0}}")
+    drawn, groups = made._line(0, Clock())
+    assert len(drawn) > 4, "else nothing was left out"
+    assert all(s.teacher is None for group in drawn for s in group)
+    assert all(s.teacher is not None for group in groups for s in group)
+    made.close()
+
+
+def test_a_group_that_the_teacher_can_teach_is_never_resampled():
+    made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0.1}}")
+    drawn, groups = made._line(0, Clock())
+    made.close()
+    assert len(drawn) == len(groups) == 4
+    assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"
+    assert all(all(s.distil) for group in groups for s in group)

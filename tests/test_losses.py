@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from rlkd.losses import (
+    capped_tokens,
+    cispo_surrogate,
     clipped_surrogate,
+    clipped_tokens,
     counts,
     forward_kl,
     generalized_jsd,
@@ -16,6 +19,7 @@ from rlkd.losses import (
     kl_k3,
     reduction_weights,
     reverse_kl,
+    sequence_old_logprobs,
     weighted_sum,
 )
 
@@ -142,6 +146,68 @@ def test_surrogate_clips_only_where_the_ratio_has_gone_too_far(ratio, advantage,
     assert gradient(loss, logprobs).item() == pytest.approx(slope)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "value", "slope"),
+    [
+        (4.0, -1.0, 3.0, 0.0),
+        (2.0, -1.0, 2.0, 2.0),
+        (0.5, -1.0, 0.7, 0.0),
+        (4.0, 1.0, -1.2, 0.0),
+        (1.1, 1.0, -1.1, -1.1),
+    ],
+)
+def test_dual_clip_bounds_the_surrogate_of_bad_tokens_only(ratio, advantage, value, slope):
+    """arXiv 1912.09729, Fig. 2b, at c = 3, ε_low = 0.3, ε_high = 0.2."""
+    logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    where = (torch.zeros(1, 1), torch.tensor([[advantage]]), 0.3, 0.2, 3.0)
+    loss = clipped_surrogate(logprobs, *where)
+    assert loss.item() == pytest.approx(value)
+    assert gradient(loss, logprobs).item() == pytest.approx(slope)
+    assert clipped_tokens(logprobs, *where).item() == (slope == 0.0)
+
+
+@pytest.mark.parametrize("advantage", [1.5, -0.5])
+@pytest.mark.parametrize(("ratio", "weight"), [(1.0, 1.0), (0.01, 0.01), (4.0, 4.0), (50.0, 5.0)])
+def test_cispo_is_reinforce_under_a_capped_ratio_and_drops_no_token(ratio, weight, advantage):
+    logprobs = torch.full((1, 1), -2.0, requires_grad=True)
+    old = torch.full((1, 1), -2.0 - math.log(ratio))
+    loss = cispo_surrogate(logprobs, old, torch.tensor([[advantage]]), 5.0)
+    assert gradient(loss, logprobs).item() == pytest.approx(-weight * advantage, rel=1e-6)
+    assert capped_tokens(logprobs, old, 5.0).item() == (ratio > 5.0)
+
+
+@pytest.mark.parametrize("clips", [(10.0, 10.0), (0.02, 0.02)])
+def test_the_sequence_ratio_has_value_and_gradient_of_gspo(clips):
+    """Against Eq. 5 of arXiv 2507.18071 as it stands there: one ratio, one clip, one term for each sequence."""
+    generator = torch.Generator().manual_seed(1)
+    mask = mask_of(3, 1, 7)
+    logprobs = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    old = logprobs.detach() + 0.3 * torch.randn(3, 8, generator=generator, dtype=torch.float64)
+    advantages = torch.tensor([1.0, -0.5, 0.25], dtype=torch.float64)
+
+    log_ratio = ((logprobs - old) * mask).sum(1) / mask.sum(1)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clips[0], 1 + clips[1])
+    wanted = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+
+    padded = torch.where(mask, old, math.nan)  # what stands outside must not matter
+    per_token = clipped_surrogate(
+        logprobs, sequence_old_logprobs(logprobs, padded, mask), advantages[:, None].expand(3, 8), *clips
+    )
+    got = weighted_sum(per_token, reduction_weights(mask, "sequence_mean", *counts(mask), 7).double())
+    assert got.item() == pytest.approx(wanted.item(), rel=1e-6)
+    got, wanted = gradient(got, logprobs), gradient(wanted, logprobs)
+    assert wanted.count_nonzero() == (11 if clips[0] > 1 else 1), (
+        "all of the tokens, or the one sequence inside the clip"
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-9)
+
+
+def test_the_sequence_ratio_is_exactly_one_where_the_policy_has_not_moved():
+    logprobs = -20 * torch.rand(2, 8)
+    assert torch.equal(sequence_old_logprobs(logprobs, logprobs, mask_of(3, 0)), logprobs)
+
+
 def test_importance_weights_truncate_or_mask_and_leave_other_authors_alone():
     old = torch.tensor([[0.0, 0.0, 0.0]])
     sampler = torch.tensor([[math.log(0.25), math.log(0.8), math.nan]])
@@ -150,6 +216,27 @@ def test_importance_weights_truncate_or_mask_and_leave_other_authors_alone():
         importance_weights(old, sampler, student, "truncate", 2.0), torch.tensor([[2.0, 1.25, 1.0]])
     )
     torch.testing.assert_close(importance_weights(old, sampler, student, "mask", 2.0), torch.tensor([[0.0, 1.25, 1.0]]))
+
+
+@pytest.mark.parametrize(
+    ("mode", "cap", "weights"),
+    [
+        ("truncate", 10.0, [[5.0, 5.0, 1.0], [0.1, 0.1, 0.1]]),
+        ("truncate", 2.0, [[2.0, 2.0, 1.0], [0.1, 0.1, 0.1]]),
+        ("mask", 2.0, [[0.0, 0.0, 1.0], [0.1, 0.1, 0.1]]),
+    ],
+)
+def test_importance_of_a_sequence_is_the_product_over_the_students_tokens(mode, cap, weights):
+    sampler = torch.tensor([[0.25, 0.8, math.nan], [4.0, 5.0, 0.5]]).log()
+    student = torch.tensor([[True, True, False], [True, True, True]])
+    got = importance_weights(torch.zeros(2, 3), sampler, student, mode, cap, "sequence")
+    torch.testing.assert_close(got, torch.tensor(weights))
+
+
+def test_a_hopeless_sequence_has_a_finite_importance():
+    old, sampler, student = torch.zeros(1, 9), torch.full((1, 9), -50.0), torch.ones(1, 9, dtype=torch.bool)
+    assert importance_weights(old, sampler, student, "truncate", 2.0, "sequence").tolist() == [[2.0] * 9]
+    assert importance_weights(old, sampler, student, "mask", 2.0, "sequence").tolist() == [[0.0] * 9]
 
 
 def mask_of(*lengths):

@@ -33,6 +33,23 @@ LAUNCHED = (
         (("rollout.backend=vllm",), "rollout.server: rollout.backend is vllm: set either rollout.server.urls"),
         (("rollout.server.launch=true",), "rollout.backend: is hf, but rollout.server names servers"),
         (("trainer.micro_batch_tokens=20",), "trainer.micro_batch_tokens: is 20, less than one sequence"),
+        (
+            ("algorithm.baseline=leave_one_out",),
+            "algorithm.normalise: is true, but algorithm.baseline is leave_one_out",
+        ),
+        (("algorithm.overlong_cache=17",), "algorithm.overlong_cache: is 17, more than rollout.max_tokens = 16"),
+        (
+            ("algorithm.surrogate=cispo", "algorithm.dual_clip=3.0"),
+            "algorithm.dual_clip: is 3.0, but algorithm.surrogate is cispo",
+        ),
+        (
+            ("algorithm.importance=off", "algorithm.importance_level=sequence"),
+            "algorithm.importance_level: is sequence, but algorithm.importance is off",
+        ),
+        (("algorithm.dual_clip=1.0",), "algorithm.dual_clip: got 1.0, wants"),
+        (("algorithm.ratio_cap=0",), "algorithm.ratio_cap: got 0, wants"),
+        (("algorithm.resample_rounds=0",), "algorithm.resample_rounds: got 0, wants"),
+        (("algorithm.entropy_coef=-1",), "algorithm.entropy_coef: got -1, wants"),
         (("algorithm.kd.coef=-1",), "algorithm.kd.coef: got -1, wants"),
     ],
 )
@@ -47,3 +64,6 @@ def test_the_same_set_ups_without_the_contradiction_are_fine():
     config("rollout.temperature=0.7", "teacher.temperature=0.7")
     config(*LAUNCHED)
     config("algorithm={name: grpo}", "teacher=null")
+    config("algorithm.baseline=leave_one_out", "algorithm.normalise=false")
+    config("algorithm.overlong_cache=16", "algorithm.mask_truncated=true", "algorithm.resample_rounds=3")
+    config("algorithm.surrogate=cispo", "algorithm.ratio=sequence", "algorithm.importance_level=sequence")

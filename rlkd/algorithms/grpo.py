@@ -1,59 +1,45 @@
-"""GRPO: group-relative policy optimisation."""
+"""GRPO: group-relative policy optimisation, and its relatives."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from rlkd.advantages import group_relative
+from rlkd.advantages import group_relative, leave_one_out, overlong_penalty
+from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config import AlgorithmConfig
 from rlkd.losses import (
+    capped_tokens,
+    cispo_surrogate,
     clipped_surrogate,
     clipped_tokens,
     importance_weights,
     kl_k2,
     kl_k3,
     reduction_weights,
+    sequence_old_logprobs,
     weighted_sum,
 )
 from rlkd.module import Counts, Loss, PolicyModule
 from rlkd.policy_head import Needs, PolicyOutput
 from rlkd.types import Batch, ScoredRollout
 
-
-class GRPOConfig(AlgorithmConfig):
-    """Group-relative policy optimisation (arXiv 2402.03300)."""
-
-    name: Literal["grpo"] = Field(description="grpo")
-    group_size: int = Field(8, ge=2, description="completions per prompt, the group that rewards are compared in")
-    normalise: bool = Field(True, description="divide advantages by the group's standard deviation; false: mean only")
-    clip_low: float = Field(0.2, ge=0, description="ε_low: the ratio is clipped below 1 − ε_low")
-    clip_high: float = Field(0.2, ge=0, description="ε_high: the ratio is clipped above 1 + ε_high")
-    reduction: Literal["token_mean", "sequence_mean", "dr_grpo"] = Field(
-        "token_mean",
-        description="normaliser: all tokens, tokens of a sequence then sequences, or sequences × max_tokens",
-    )
-    importance: Literal["truncate", "mask", "off"] = Field(
-        "truncate", description="correction for sampler ≠ trainer: cap the weight, drop tokens above the cap, or none"
-    )
-    importance_cap: float = Field(2.0, gt=0, description="cap of the importance weight")
-    reference_coef: float = Field(0.0, ge=0, description="coefficient of a KL to the student's start; 0: none")
-    reference_estimator: Literal["k2", "k3"] = Field(
-        "k3", description="k2 has the gradient of KL(π‖reference), k3 that of KL(reference‖π)"
-    )
+__all__ = ["GRPO", "GRPOConfig"]
 
 
 class GRPO(PolicyModule):
-    """J(θ) = E[ Σ_i Σ_t min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) / N ] − c · KL(π_θ, π_ref)
+    """J(θ) = E[ Σ_i Σ_t min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) / N ] − c · KL(π_θ, π_ref) + h · H(π_θ)
 
     with A_i = (r_i − mean(r)) / std(r) over the G completions of one prompt. arXiv 2402.03300, Eq. 3; 1/N is the
-    token mean of DAPO (arXiv 2503.14476) unless `reduction` says otherwise. Each token's term is multiplied by the
-    importance weight between what sampled it and the trainer.
+    token mean of DAPO (arXiv 2503.14476) unless `reduction` says otherwise. Each token's surrogate is multiplied by
+    the importance weight between what sampled it and the trainer; the KL and the entropy are not.
+
+    The options of `GRPOConfig` change single parts of it: the baseline, the reward that enters the comparison, the
+    ratio ρ, and the surrogate. Its docstring has the settings that other papers' methods are.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = GRPOConfig
@@ -64,8 +50,31 @@ class GRPO(PolicyModule):
         return self.config.algorithm
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        values = group_relative([scored.reward for scored in group], self.algorithm.normalise)
-        return [replace(scored, advantage=value) for scored, value in zip(group, values, strict=True)]
+        return [replace(scored, advantage=value) for scored, value in zip(group, self.credit(group), strict=True)]
+
+    def credit(self, group: Sequence[ScoredRollout]) -> list[float]:
+        """The advantage of each completion, from the rewards alone."""
+        rewards = [self._compared(scored) for scored in group]
+        if self.algorithm.baseline == "leave_one_out":
+            return leave_one_out(rewards)
+        return group_relative(rewards, self.algorithm.normalise)
+
+    def _compared(self, scored: ScoredRollout) -> float | None:
+        """The reward as the comparison sees it; None: it takes no part.
+
+        DAPO's two ways with long completions (arXiv 2503.14476, §3.4). What a truncated one would have earned is not
+        known, so `mask_truncated` also keeps it out of the baseline. Terms that ask for no reward still act on it:
+        distillation, the KL to the reference, the entropy. It stays in the normaliser too, so that their coefficients
+        keep their meaning beside the policy term.
+        """
+        rollout, options = scored.rollout, self.algorithm
+        if scored.reward is None or (options.mask_truncated and rollout.finish_reason == "length"):
+            return None
+        length, longest = len(rollout.token_ids), self.config.rollout.max_tokens
+        return scored.reward + overlong_penalty(length, longest, options.overlong_cache)
+
+    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+        return any(self.credit(group))
 
     @property
     def needs(self) -> Needs:
@@ -87,31 +96,44 @@ class GRPO(PolicyModule):
 
     def importance(self, batch: Batch) -> Tensor | float:
         """[B, T] weight between sampler and trainer, or 1."""
-        if self.algorithm.importance == "off":
+        options = self.algorithm
+        if options.importance == "off":
             return 1.0
         assert batch.old_logprobs is not None
         return importance_weights(
             batch.old_logprobs,
             batch.sampler_logprobs,
             batch.student_mask,
-            self.algorithm.importance,
-            self.algorithm.importance_cap,
+            options.importance,
+            options.importance_cap,
+            options.importance_level,
         )
 
+    def surrogate(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, T] to be minimised, and [B, T] bool where its clip or cap binds."""
+        options, current, old = self.algorithm, output.logprobs, batch.old_logprobs
+        assert old is not None
+        if options.ratio == "sequence":
+            old = sequence_old_logprobs(current, old, batch.completion_mask)
+        if options.surrogate == "cispo":
+            cap = options.ratio_cap
+            return cispo_surrogate(current, old, advantages, cap), capped_tokens(current, old, cap)
+        clips = (options.clip_low, options.clip_high, options.dual_clip)
+        return clipped_surrogate(current, old, advantages, *clips), clipped_tokens(current, old, advantages, *clips)
+
     def policy_loss(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> Loss:
-        """The clipped surrogate of `advantages` [B, T], and the KL to the reference where there is one."""
+        """The surrogate of `advantages` [B, T], the entropy bonus, and the KL to the reference where there is one."""
         options = self.algorithm
-        assert batch.old_logprobs is not None and batch.weights is not None and batch.token_weights is not None
-        clip = (options.clip_low, options.clip_high)
-        surrogate = clipped_surrogate(output.logprobs, batch.old_logprobs, advantages, *clip)
-        total = weighted_sum(surrogate * self.importance(batch), batch.weights)
-        clipped = clipped_tokens(output.logprobs, batch.old_logprobs, advantages, *clip)
+        assert batch.weights is not None and batch.token_weights is not None and output.entropy is not None
+        per_token, bound = self.surrogate(output, batch, advantages)
+        total = weighted_sum(per_token * self.importance(batch), batch.weights)
         metrics = {
             "loss/pg": total.detach(),
-            "clip_fraction": weighted_sum(clipped.float(), batch.token_weights),
+            "clip_fraction": weighted_sum(bound.float(), batch.token_weights),
+            "entropy": weighted_sum(output.entropy.detach(), batch.token_weights),
         }
-        if output.entropy is not None:
-            metrics["entropy"] = weighted_sum(output.entropy.detach(), batch.token_weights)
+        if options.entropy_coef > 0:
+            total = total - options.entropy_coef * weighted_sum(output.entropy, batch.token_weights)
         if options.reference_coef > 0:
             assert batch.reference_logprobs is not None
             estimator = {"k2": kl_k2, "k3": kl_k3}[options.reference_estimator]

@@ -4,85 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from rlkd.algorithms.grpo import GRPO, GRPOConfig
-from rlkd.config import AlgorithmConfig, Config, NoTeacher, Section
+from rlkd.algorithms.grpo import GRPO
+from rlkd.algorithms.kdrl_options import KDRLConfig
+from rlkd.config import AlgorithmConfig
 from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weighted_sum
 from rlkd.module import Counts, Loss
 from rlkd.policy_head import PolicyOutput
-from rlkd.schedules import Constant, Linear, Schedule
 from rlkd.types import Batch, ScoredRollout
 
-
-class DistillationConfig(Section):
-    """The teacher's share of KDRL."""
-
-    form: Literal["joint", "advantage"] = Field(
-        "joint", description="joint: a loss beside the surrogate; advantage: β·log(T/π) added to each token's advantage"
-    )
-    estimator: Literal["k2", "k3"] = Field(
-        "k2", description="joint form: k2 has the gradient of KL(π‖T), k3 that of KL(T‖π); k1 has none and is refused"
-    )
-    coef: Schedule = Field(
-        Linear(kind="linear", start=5e-3, end=1e-3, over=80), description="β, a number or a schedule over iterations"
-    )
-    mask: Literal["none", "response", "group"] = Field(
-        "none", description="imitate on all completions, on failed ones, or only in groups where all failed"
-    )
-    denominator: Literal["all", "kept"] = Field(
-        "all", description="normalise by all completion tokens (β keeps its meaning) or by those that the mask kept"
-    )
-    mask_eos: bool = Field(False, description="no imitation on the end-of-sequence token, where chat templates differ")
-
-    @field_validator("estimator", mode="before")
-    @classmethod
-    def _no_k1(cls, value: Any) -> Any:
-        if value == "k1":
-            raise ValueError(
-                "k1 = log π − log T has zero expected gradient when back-propagated (it only adds noise); "
-                "use k2, or form: advantage, which uses it detached"
-            )
-        return value
-
-
-class KDRLConfig(GRPOConfig):
-    """KDRL (arXiv 2506.02208): GRPO and on-policy distillation in one objective."""
-
-    name: Literal["kdrl"] = Field(description="kdrl")  # type: ignore[assignment]
-    policy_coef: Schedule = Field(
-        Constant(value=1.0), description="factor of the reward's advantages; 0: distillation only"
-    )
-    kd: DistillationConfig = Field(DistillationConfig(), description="the teacher's share")
-
-    def problems(self, config: Config) -> list[tuple[str, str]]:
-        found = super().problems(config)
-        teacher, temperature = config.teacher, config.rollout.temperature
-        if isinstance(teacher, NoTeacher):
-            why = "is none, but algorithm.name kdrl imitates a teacher; set local or served"
-            found.append(("teacher.backend", why))
-        elif teacher.temperature != temperature:
-            why = (
-                f"is {teacher.temperature}, but rollout.temperature is {temperature}; k2, k3 and log T − log π have "
-                "the gradient of a KL only on samples of the distribution that they compare: make them equal"
-            )
-            found.append(("teacher.temperature", why))
-        if self.kd.form == "advantage" and self.kd.estimator != "k2":
-            why = f"is {self.kd.estimator}, but algorithm.kd.form: advantage uses log T − log π; drop the estimator"
-            found.append(("algorithm.kd.estimator", why))
-        return found
+__all__ = ["KDRL", "KDRLConfig"]
 
 
 class KDRL(GRPO):
     """J_KDRL(θ) = J_GRPO(θ) − β(t) · D_KL^{k2}(π_θ ‖ π_T), on the student's own samples.
 
     arXiv 2506.02208, Eq. 8: minimises L_GRPO + β · mean_t ½ (log π_T − log π_θ)². β is annealed from 5e-3 to 1e-3 over
-    80 steps (§3.3). `kd.mask` is the reward-guided masking of §3.4. Groups without variance in their rewards keep
-    their distillation gradient. Off-policy tokens (several updates, another sampler) are corrected by the ratio.
+    80 steps (§3.3). `kd.mask` is the reward-guided masking of §3.4; it looks at the reward as it was given, so that
+    neither the overlong penalty nor `mask_truncated` touches distillation. Groups without variance in their rewards
+    keep their distillation gradient, and dynamic sampling keeps such groups. Off-policy tokens (several updates,
+    another sampler) are corrected by the ratio.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = KDRLConfig
@@ -94,16 +39,25 @@ class KDRL(GRPO):
         return self.config.algorithm
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        marks = self._distilled(group)
+        return [replace(s, distil=mark) for s, mark in zip(super().advantages(group), marks, strict=True)]
+
+    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+        """By its rewards, or by the teacher: a group whose rewards are all equal is what distillation is for."""
+        if self.algorithm.policy_coef(iteration) > 0 and super().carries_gradient(group, iteration):
+            return True
+        kept = (any(mark) and s.error is None for s, mark in zip(group, self._distilled(group), strict=True))
+        return self.algorithm.kd.coef(iteration) > 0 and any(kept)
+
+    def _distilled(self, group: Sequence[ScoredRollout]) -> list[tuple[bool, ...]]:
+        """Per completion and token, whether the teacher is imitated there: decided by the reward as it was given."""
         correct = [scored.is_correct(self.config.reward.correct_at) for scored in group]
         kept = {
             "none": [True] * len(group),
             "response": [c is False for c in correct],
             "group": [True not in correct] * len(group),
         }[self.algorithm.kd.mask]
-        return [
-            replace(scored, distil=self._distilled_tokens(scored, keep))
-            for scored, keep in zip(super().advantages(group), kept, strict=True)
-        ]
+        return [self._distilled_tokens(scored, keep) for scored, keep in zip(group, kept, strict=True)]
 
     def _distilled_tokens(self, scored: ScoredRollout, keep: bool) -> tuple[bool, ...]:
         tokens = [keep] * len(scored.rollout.token_ids)

@@ -31,21 +31,27 @@ class PromptStream:
         self._source = source
         self._seed = seed
 
-    def take(self, iteration: int, count: int, rank: int = 0, world: int = 1) -> list[Prompt]:
+    def take(
+        self, iteration: int, count: int, rank: int = 0, world: int = 1, *, block: int = 0, blocks: int = 1
+    ) -> list[Prompt]:
         """Rank `rank`'s share, count / world prompts, of the `count` prompts of an iteration (0 is the first).
 
-        Raises: ValueError where the source has fewer than `count` prompts, or `world` does not divide `count`.
+        An iteration that may want more owns `blocks` times `count` prompts, all different; this is block `block`.
+
+        Raises: ValueError where the source has fewer prompts than an iteration owns, or `world` does not divide
+        `count`.
         """
         size = len(self._source)
-        if count > size:
+        if count * blocks > size:
+            times = f" and algorithm.resample_rounds is {blocks}" if blocks > 1 else ""
             raise ValueError(
-                f"rollout.prompts is {count}, but the data has only {size} prompts; lower it or use more data"
+                f"rollout.prompts is {count}{times}, but the data has only {size} prompts; lower it or use more data"
             )
         if count % world:
             raise ValueError(f"rollout.prompts is {count}, not divisible by the {world} ranks; choose a multiple")
-        epoch, position = divmod(iteration, size // count)
+        epoch, position = divmod(iteration, size // (count * blocks))
         share = count // world
-        start = position * count + rank * share
+        start = (position * blocks + block) * count + rank * share
         return [self._source[int(i)] for i in _permutation(self._seed, epoch, size)[start : start + share]]
 
 

@@ -10,12 +10,20 @@ from rlkd.losses.divergence import (
     with_tail,
 )
 from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3
-from rlkd.losses.policy_gradient import clipped_surrogate, clipped_tokens
+from rlkd.losses.policy_gradient import (
+    capped_tokens,
+    cispo_surrogate,
+    clipped_surrogate,
+    clipped_tokens,
+    sequence_old_logprobs,
+)
 from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted_sum
 
 __all__ = [
     "DivergenceKind",
     "Reduction",
+    "capped_tokens",
+    "cispo_surrogate",
     "clipped_surrogate",
     "clipped_tokens",
     "counts",
@@ -29,6 +37,7 @@ __all__ = [
     "reduction_weights",
     "renormalised",
     "reverse_kl",
+    "sequence_old_logprobs",
     "weighted_sum",
     "with_tail",
 ]

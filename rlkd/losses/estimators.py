@@ -52,12 +52,19 @@ def kl_k1_advantage(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
 
 def importance_weights(
-    old_logprobs: Tensor, sampler_logprobs: Tensor, student_mask: Tensor, mode: Literal["truncate", "mask"], cap: float
+    old_logprobs: Tensor,
+    sampler_logprobs: Tensor,
+    student_mask: Tensor,
+    mode: Literal["truncate", "mask"],
+    cap: float,
+    level: Literal["token", "sequence"] = "token",
 ) -> Tensor:
-    """exp(log π_old − log π_sampler) per token: what makes the trainer's expectation that of its own policy.
+    """w = exp(log π_old − log π_sampler): what makes the trainer's expectation that of its own policy.
 
     Truncated importance sampling: min(w, cap) (Yao et al., "Your efficient RL framework secretly brings you
-    off-policy RL training", 2025). `mask` instead drops tokens with w > cap.
+    off-policy RL training", 2025). `mask` instead drops tokens with w > cap. At level `sequence` w is the product
+    over the student's tokens of a row: the exact weight of a whole completion, where the token's is a biased one of
+    less variance. It grows with the length, so that a cap binds sooner.
 
     Args:
         old_logprobs: [B, T] of the trainer, at the start of the iteration.
@@ -68,7 +75,11 @@ def importance_weights(
     """
     assert old_logprobs.shape == sampler_logprobs.shape == student_mask.shape
     log_ratio = torch.where(student_mask, old_logprobs.detach() - sampler_logprobs, 0.0)
+    if level == "sequence":
+        log_ratio = log_ratio.sum(dim=1, keepdim=True).expand_as(log_ratio)
     weights = torch.exp(log_ratio)
     if mode == "truncate":
-        return weights.clamp(max=cap)
-    return torch.where(weights > cap, 0.0, weights)
+        weights = weights.clamp(max=cap)
+    else:
+        weights = torch.where(weights > cap, 0.0, weights)
+    return torch.where(student_mask, weights, 1.0)

@@ -7,18 +7,25 @@ from torch import Tensor
 
 
 def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """L_t = −min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t), ρ_t = exp(log π_t − log π_old,t).
 
     PPO, arXiv 1707.06347, Eq. 7; two clip bounds as in DAPO, arXiv 2503.14476, Eq. 8. At ρ = 1 its gradient is
-    REINFORCE's, −A_t ∇log π_t.
+    REINFORCE's, −A_t ∇log π_t. With `dual_clip` = c it is at most −c A_t where A_t < 0 (arXiv 1912.09729, Eq. 5):
+    a token that has become far likelier is not pushed down without bound.
 
     Args:
         logprobs: [B, T] of the current policy; carries gradient.
         old_logprobs: [B, T] of the policy at the start of the iteration; detached.
         advantages: [B, T]; detached.
         clip_low, clip_high: ε_low, ε_high ≥ 0.
+        dual_clip: c > 1.
 
     Returns: [B, T], to be minimised.
     """
@@ -26,12 +33,63 @@ def clipped_surrogate(
     ratio = torch.exp(logprobs - old_logprobs.detach())
     clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     advantages = advantages.detach()
-    return -torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 
 
 def clipped_tokens(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> Tensor:
-    """[B, T] bool: where `clipped_surrogate` has no gradient because the clip binds."""
+    """[B, T] bool: where `clipped_surrogate` has no gradient because a clip binds."""
     ratio = torch.exp(logprobs.detach() - old_logprobs)
-    return ((advantages > 0) & (ratio > 1.0 + clip_high)) | ((advantages < 0) & (ratio < 1.0 - clip_low))
+    high, low = (advantages > 0) & (ratio > 1.0 + clip_high), (advantages < 0) & (ratio < 1.0 - clip_low)
+    if dual_clip is None:
+        return high | low
+    return high | low | ((advantages < 0) & (ratio > dual_clip))
+
+
+def cispo_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cap: float) -> Tensor:
+    """L_t = −sg[min(ρ_t, cap)] A_t log π_t, ρ_t = exp(log π_t − log π_old,t).
+
+    CISPO, arXiv 2506.13585, Eq. 4 and 5: REINFORCE under a truncated importance weight. Unlike the clipped surrogate
+    it gives every token a gradient. `cap` is 1 + ε_high of the paper, which has no lower bound either. The value is
+    no objective; only its gradient means something.
+
+    Args: as `clipped_surrogate`. Returns: [B, T], to be minimised.
+    """
+    assert logprobs.shape == old_logprobs.shape == advantages.shape
+    weight = torch.exp(logprobs.detach() - old_logprobs.detach()).clamp(max=cap)
+    return -weight * advantages.detach() * logprobs
+
+
+def capped_tokens(logprobs: Tensor, old_logprobs: Tensor, cap: float) -> Tensor:
+    """[B, T] bool: where the cap of `cispo_surrogate` binds."""
+    return torch.exp(logprobs.detach() - old_logprobs) > cap
+
+
+def sequence_old_logprobs(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """What to give a surrogate as `old_logprobs`, so that every token's ratio becomes that of its sequence.
+
+    The sequence's ratio is s = exp(1/|y| Σ_t (log π_t − log π_old,t)): GSPO, arXiv 2507.18071, Eq. 7. A token's is
+    s_t = sg[s] · π_t / sg[π_t] (GSPO-token, Eq. 14): of value s, with the gradient s ∇log π_t. Where a sequence has
+    one advantage and each of its tokens one weight, that adds up to the gradient of s itself; unlike s, s_t takes
+    advantages per token. As log s_t = log π_t − (sg[log π_t] − sg[log s]), the bracket stands in for log π_old,t.
+
+    Args:
+        logprobs: [B, T] of the current policy.
+        old_logprobs: [B, T] of the policy at the start of the iteration.
+        mask: [B, T] bool, the tokens of the sequences. One without any keeps ratio 1.
+
+    Returns: [B, T] without gradient.
+    """
+    assert logprobs.shape == old_logprobs.shape == mask.shape
+    current = logprobs.detach()
+    log_ratio = torch.where(mask, current - old_logprobs.detach(), 0.0)
+    return current - log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)

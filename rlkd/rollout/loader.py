@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +30,9 @@ from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Batch, Rollout, ScoredRollout, Signal
+
+Groups = list[list[ScoredRollout]]
+"""One list a prompt."""
 
 ENDLESS = 10**9
 """`__len__`: larger than any run. With the true length, Lightning would store "last batch" in a finished run's
@@ -121,33 +124,61 @@ class RolloutLoader:
         self.iteration = state["iteration"]
 
     def batch(self, iteration: int) -> Batch:
-        """This rank's share of iteration `iteration` (0 is the first), with its figures in `metrics`."""
+        """This rank's share of iteration `iteration` (0 is the first), with its figures in `metrics`.
+
+        Rewards, lengths and errors are those of all that was sampled, also where only some of it is trained on.
+        """
         clock = Clock()
-        groups = distributed.on_every_rank(lambda: self._line(iteration, clock))
+        drawn, groups = distributed.on_every_rank(lambda: self._line(iteration, clock))
         clock.lap("time/wait")
         wants_layers = self.teacher is not None and self.algorithm.signal.tier == "hidden"
         batch = collate(groups, iteration, self.teacher.layers() if self.teacher and wants_layers else ())
-        batch.metrics.merge(describe(groups, iteration, self.config.reward.correct_at))
+        batch.metrics.merge(describe(drawn, iteration, self.config.reward.correct_at))
         batch.metrics.merge(clock.meter)
-        check_errors(groups, self.config, iteration)
+        check_errors(drawn, self.config, iteration)
         return batch
 
-    def _line(self, iteration: int, clock: Clock) -> list[list[ScoredRollout]]:
-        """prompts → rollout → reward → teacher scores → advantages, for this rank; no collectives."""
-        config = self.config
-        prompts = self.prompts.take(iteration, config.rollout.prompts, distributed.rank(), distributed.world_size())
-        rollouts = self.algorithm.rollout(prompts, self.policy, self.teacher, iteration)
-        check_versions(rollouts, iteration, config.rollout.max_staleness)
-        clock.lap("time/rollout")
-        groups = self.reward(rollouts)
-        clock.lap("time/reward")
-        groups = self.score(groups)
+    def _line(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
+        """prompts → rollout → reward → teacher scores → advantages, for this rank; no collectives.
+
+        Returns: all groups that were sampled, with rewards, and those to train on.
+        """
+        drawn, chosen = self._draw(iteration, clock)
+        groups = self.score(chosen)
         clock.lap("time/teacher")
         groups = [self.algorithm.advantages(group) for group in groups]
         self.algorithm.diagnose(groups, self.teacher, iteration, clock.meter)
         self.dump(groups, iteration)
         clock.lap("time/dump")
-        return groups
+        return drawn, groups
+
+    def _draw(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
+        """Blocks of prompts → rollout → reward, until enough groups carry a gradient or the rounds are used up.
+
+        Dynamic sampling, DAPO, arXiv 2503.14476, Eq. 11. This rank's share stays the same size: groups that carry
+        none fill it up. A block is a function of the iteration, so that a resumed run draws the same ones.
+
+        Returns: all groups that were sampled, and those to train on, in the order of their prompts.
+        """
+        count, rank, world = self.config.rollout.prompts, distributed.rank(), distributed.world_size()
+        rounds, share = self.config.algorithm.sampling_rounds, count // world
+        drawn: Groups = []
+        barren: list[bool] = []
+        for block in range(rounds):
+            prompts = self.prompts.take(iteration, count, rank, world, block=block, blocks=rounds)
+            rollouts = self.algorithm.rollout(prompts, self.policy, self.teacher, iteration)
+            check_versions(rollouts, iteration, self.config.rollout.max_staleness)
+            clock.lap("time/rollout")
+            groups = self.reward(rollouts)
+            clock.lap("time/reward")
+            drawn += groups
+            barren += [not self.algorithm.carries_gradient(group, iteration) for group in groups]
+            if barren.count(False) >= share:
+                break
+        clock.meter.mean("groups/no_gradient", sum(barren), len(barren))
+        clock.meter.total("prompts/drawn", len(drawn))
+        chosen = sorted(range(len(drawn)), key=lambda i: barren[i])[:share]
+        return drawn, [drawn[i] for i in sorted(chosen)]
 
     def reward(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
         """Each rollout with its reward, computed in the worker processes, where the algorithm asks for rewards."""
@@ -225,15 +256,17 @@ class RolloutLoader:
 
 
 class Clock:
-    """Seconds between laps; each figure is the slowest rank's."""
+    """Seconds between laps, added up by name; each figure is the slowest rank's."""
 
     def __init__(self) -> None:
         self.meter = Meter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.meter.maximum(name, now - self._last)
+        self._seconds[name] += now - self._last
+        self.meter.maximum(name, self._seconds[name])
         self._last = now
 
 

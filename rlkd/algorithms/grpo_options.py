@@ -1,0 +1,97 @@
+"""The section `algorithm` of GRPO and its relatives. Its options compose; the relatives are settings of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlkd.config import AlgorithmConfig, Config
+from rlkd.losses import Reduction
+
+
+class GRPOConfig(AlgorithmConfig):
+    """Group-relative policy optimisation (arXiv 2402.03300) and its relatives.
+
+    Dr. GRPO   2503.20783   normalise: false, reduction: dr_grpo
+    RLOO       2402.14740   baseline: leave_one_out, normalise: false
+    DAPO       2503.14476   clip_high: 0.28, overlong_cache, resample_rounds (its token mean is the default)
+    GSPO       2507.18071   ratio: sequence, reduction: sequence_mean, clip_low: 3e-4, clip_high: 4e-4
+    CISPO      2506.13585   surrogate: cispo
+    dual clip  1912.09729   dual_clip: 3
+    """
+
+    name: Literal["grpo"] = Field(description="grpo")
+    group_size: int = Field(8, ge=2, description="completions per prompt, the group that rewards are compared in")
+    baseline: Literal["group", "leave_one_out"] = Field(
+        "group", description="what a reward is compared with: the group's mean, or that of the others in it (RLOO)"
+    )
+    normalise: bool = Field(True, description="divide advantages by the group's standard deviation; false: mean only")
+    overlong_cache: int = Field(
+        0,
+        ge=0,
+        description="DAPO: the reward falls by up to 1 over the last tokens, this many, below max_tokens; 0: no",
+    )
+    mask_truncated: bool = Field(
+        False, description="a completion cut off at max_tokens takes no part in the comparison and gets advantage 0"
+    )
+    resample_rounds: int = Field(
+        1, ge=1, description="DAPO: sample up to this many times rollout.prompts for groups with a gradient; 1: once"
+    )
+    surrogate: Literal["clipped", "cispo"] = Field(
+        "clipped", description="PPO's clipped surrogate, or REINFORCE under a capped ratio: no token loses its gradient"
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="π/π_old of each token, or its geometric mean over the completion (GSPO)"
+    )
+    clip_low: float = Field(0.2, ge=0, description="clipped: ε_low, the ratio is clipped below 1 − ε_low")
+    clip_high: float = Field(0.2, ge=0, description="clipped: ε_high, the ratio is clipped above 1 + ε_high")
+    dual_clip: float | None = Field(
+        None, gt=1, description="clipped: the ratio counts at most this much where the advantage is < 0; null: no bound"
+    )
+    ratio_cap: float = Field(5.0, gt=0, description="cispo: cap of the ratio itself, not 1 + ε")
+    reduction: Reduction = Field(
+        "token_mean",
+        description="normaliser: all tokens, tokens of a sequence then sequences, or sequences × max_tokens",
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="coefficient of the entropy bonus, a mean over all tokens")
+    importance: Literal["truncate", "mask", "off"] = Field(
+        "truncate", description="correction for sampler ≠ trainer: cap the weight, drop tokens above the cap, or none"
+    )
+    importance_level: Literal["token", "sequence"] = Field(
+        "token", description="the weight between sampler and trainer of each token, or of the whole completion"
+    )
+    importance_cap: float = Field(2.0, gt=0, description="cap of the importance weight")
+    reference_coef: float = Field(0.0, ge=0, description="coefficient of a KL to the student's start; 0: none")
+    reference_estimator: Literal["k2", "k3"] = Field(
+        "k3", description="k2 has the gradient of KL(π‖reference), k3 that of KL(reference‖π)"
+    )
+
+    @property
+    def sampling_rounds(self) -> int:
+        return self.resample_rounds
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        found = super().problems(config)
+        if self.baseline == "leave_one_out" and self.normalise:
+            why = (
+                "is true, but algorithm.baseline is leave_one_out, whose advantages are not divided by a deviation; "
+                "set algorithm.normalise: false, or algorithm.baseline: group"
+            )
+            found.append(("algorithm.normalise", why))
+        if self.overlong_cache > config.rollout.max_tokens:
+            why = (
+                f"is {self.overlong_cache}, more than rollout.max_tokens = {config.rollout.max_tokens}; it counts the "
+                "tokens before that limit: lower it"
+            )
+            found.append(("algorithm.overlong_cache", why))
+        if self.surrogate == "cispo" and self.dual_clip is not None:
+            why = (
+                f"is {self.dual_clip}, but algorithm.surrogate is cispo, whose ratio algorithm.ratio_cap bounds; "
+                "drop it, or set algorithm.surrogate: clipped"
+            )
+            found.append(("algorithm.dual_clip", why))
+        if self.importance == "off" and self.importance_level == "sequence":
+            why = "is sequence, but algorithm.importance is off; drop it, or set importance: truncate or mask"
+            found.append(("algorithm.importance_level", why))
+        return found
