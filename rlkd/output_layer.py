@@ -34,6 +34,20 @@ def shaped(logits: Tensor, scale: float, softcap: float | None, at_least: torch.
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
+def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden [N, H] · weightᵀ + bias: [N, V] in at least fp32, so that half operands give logits that are not rounded.
+
+    In bf16 a logit of 20 has a spacing of 0.125. TRL's kernel, which gives the log-probs, does not round them either.
+    """
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(hidden, weight, bias)
+    if weight.is_cuda:
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    else:
+        logits = hidden.float() @ weight.float().T
+    return logits if bias is None else logits + bias.float()
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputLayer:
     """A teacher's frozen output layer, lent to the loss as plain tensors."""
@@ -57,7 +71,7 @@ class OutputLayer:
         """
         bias = None if self.bias is None else self.bias[:vocabulary]
         hidden = hidden[:, : self.weight.shape[1]].to(self.weight.dtype)
-        return shaped(F.linear(hidden, self.weight[:vocabulary], bias), self.scale, self.softcap, at_least)
+        return shaped(projected(hidden, self.weight[:vocabulary], bias), self.scale, self.softcap, at_least)
 
     def to(self, device: torch.device | str) -> OutputLayer:
         bias = None if self.bias is None else self.bias.to(device)

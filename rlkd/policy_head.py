@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rlkd.losses import DivergenceKind, divergence, renormalised, with_tail
-from rlkd.output_layer import logit_transform, shaped
+from rlkd.output_layer import logit_transform, projected, shaped
 from rlkd.types import Batch
 
 VOCABULARY_CHUNK = 8192
@@ -129,14 +129,16 @@ def compared(
         width = head.weight.shape[0]
         if comparison.support != "teacher_top_k":
             width = min(width, batch.teacher_layers[teacher].weight.shape[0])
-        bias = None if head.bias is None else head.bias[:width]
+        weight, bias = head.weight, head.bias
+        if width < len(weight):  # a slice's gradient is one more tensor of the layer's size
+            weight, bias = weight[:width], None if bias is None else bias[:width]
         against = _against(batch, comparison, teacher, row, column, width)
 
         def values(raw: Tensor, chunk: slice, against: Callable[..., Tensor] = against) -> Tensor:
             return against(shaped(raw, scale, softcap), chunk)
 
         part, found = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-            hidden[row, column - 1], head.weight[:width], bias, batch.distil_weights[row, column], values
+            hidden[row, column - 1], weight, bias, batch.distil_weights[row, column], values
         )
         total = total + part
         per_token[row, column] = found
@@ -193,22 +195,23 @@ class _ChunkedSum(torch.autograd.Function):
         total = weights.new_zeros(())
         found = torch.zeros_like(weights)
         of_hidden = torch.zeros_like(hidden) if learns else None
-        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if learns else None
-        of_bias = None if bias is None or of_weight is None else torch.zeros_like(bias, dtype=of_weight.dtype)
+        at_least = torch.promote_types(weight.dtype, torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=at_least) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias, dtype=at_least) if bias is not None and ctx.needs_input_grad[2] else None
         step = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, len(hidden), step):
             chunk = slice(start, start + step)
-            raw = torch.nn.functional.linear(hidden[chunk], weight, bias)
-            raw = raw if raw.dtype == torch.float64 else raw.float()
+            raw = projected(hidden[chunk], weight, bias)
             with torch.set_grad_enabled(learns):
                 value = values(raw.requires_grad_(learns), chunk)
                 share = (value * weights[chunk]).sum()
             total += share.detach()
             found[chunk] = value.detach()
-            if of_hidden is not None and of_weight is not None:
+            if of_hidden is not None:
                 (slope,) = torch.autograd.grad(share, raw)
                 of_hidden[chunk] = slope.to(weight.dtype) @ weight
-                of_weight.addmm_(slope.to(of_weight.dtype).T, hidden[chunk].to(of_weight.dtype))
+                if of_weight is not None:
+                    of_weight.addmm_(slope.T, hidden[chunk].to(at_least))
                 if of_bias is not None:
                     of_bias += slope.sum(0)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
@@ -222,7 +225,7 @@ class _ChunkedSum(torch.autograd.Function):
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         return (
             of_hidden * slope.to(of_hidden.dtype),
-            (of_weight * slope).to(of_weight_dtype),
+            None if of_weight is None else (of_weight * slope).to(of_weight_dtype),
             None if of_bias is None else (of_bias * slope).to(of_bias_dtype),
             None,
             None,
