@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rlkd.losses import DivergenceKind, divergence, renormalised, with_tail
+from rlkd.losses import DivergenceKind, among, divergence, renormalised, with_tail
 from rlkd.output_layer import logit_transform, projected, shaped
 from rlkd.types import Batch
 
@@ -150,16 +150,16 @@ def _against(
 ) -> Callable[[Tensor, slice], Tensor]:
     """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
-    closed = with_tail if comparison.tail else renormalised
+    assert comparison.blend is None or comparison.support != "teacher_top_k", "a blend wants the teacher's logits"
 
     def by_teachers_top(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
         ids = batch.teacher_top_ids[row[chunk], column[chunk]]
         log_t = batch.teacher_top_logprobs[row[chunk], column[chunk]].to(logits.dtype)
         absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
-        log_s = (logits / temperature).log_softmax(-1).gather(1, ids.clamp(0, width - 1))
-        log_s, log_t = (x.masked_fill(absent, -torch.inf) for x in (log_s, log_t))
-        return divergence(closed(log_s), closed(log_t), kind, beta, clip)
+        log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
+        log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
+        return divergence(log_s, log_t, kind, beta, clip)
 
     def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_hidden is not None
@@ -170,7 +170,7 @@ def _against(
         log_s, log_t = (logits / temperature).log_softmax(-1), (theirs / temperature).log_softmax(-1)
         if comparison.support == "student_top_k":
             ids = log_s.detach().topk(min(comparison.k, width), dim=-1).indices
-            log_s, log_t = closed(log_s.gather(1, ids)), closed(log_t.gather(1, ids))
+            log_s, log_t = among(log_s, ids, comparison.tail), among(log_t, ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
     return by_teachers_top if comparison.support == "teacher_top_k" else by_hidden_states

@@ -10,7 +10,7 @@ from transformers import CohereConfig, Gemma2Config, LlamaConfig
 
 from rlkd import policy_head
 from rlkd.divergence_config import DivergenceConfig
-from rlkd.losses import divergence, renormalised, with_tail
+from rlkd.losses import among, divergence, renormalised, with_tail
 from rlkd.losses.divergence import summands
 from rlkd.output_layer import OutputLayer
 from rlkd.policy_head import Comparison, compared
@@ -175,14 +175,39 @@ def test_top_k_with_its_tail_and_renormalised_are_distributions():
     assert_close(with_tail(top)[:, :3], top)
     assert_close(renormalised(top).exp().sum(-1), torch.ones(4, dtype=torch.float64))
     assert_close(renormalised(top).diff(dim=-1), top.diff(dim=-1))
+    whole, ids = normal(1, 4, V).log_softmax(-1), torch.arange(3).expand(4, 3)
+    assert_close(among(whole, ids, tail=True), with_tail(top))
+    assert_close(among(whole, ids, tail=False), renormalised(top))
+    assert_close(
+        among(whole, torch.tensor([[0, -1, 1, V, 2]]).expand(4, 5), tail=True)[:, [0, 2, 4, 5]], with_tail(top)
+    )
 
 
 def test_the_tail_of_everything_is_finite_with_its_gradient():
     """fp32: the sum of all probabilities may round to above 1, whose rest has no logarithm."""
     logits = normal(3, 500, 40, dtype=torch.float32, scale=3.0).requires_grad_()
-    tail = with_tail(logits.log_softmax(-1))
-    assert tail.isfinite().all()
-    assert gradients(tail.sum(), logits)[0].isfinite().all()
+    everything = torch.arange(40).expand(500, 40)
+    for tail in (with_tail(logits.log_softmax(-1)), among(logits.log_softmax(-1), everything, tail=True)):
+        assert tail.isfinite().all()
+        assert gradients(tail.sum(), logits)[0].isfinite().all()
+
+
+def test_the_students_tail_is_exact_however_small():
+    """A student sure of its top k that the teacher doubts: 1 − Σ p in fp32 would lose the gradient just there."""
+    student, ids = normal(3, 8, 500, dtype=torch.float32), torch.arange(20).expand(8, 20)
+    student[:, 0] += 24.0  # the rest has about 1e-8
+    log_t = torch.full((8, 21), math.log(0.9 / 20))
+    log_t[:, 20] = math.log(0.1)
+
+    def found(logits, kind):
+        value = divergence(among(logits.log_softmax(-1), ids, tail=True), log_t.to(logits), kind)
+        return value, gradients(value.sum(), logits)[0]
+
+    for kind in ("forward_kl", "reverse_kl"):
+        value, slope = found(student.requires_grad_(), kind)
+        wanted, exact = found(student.detach().double().requires_grad_(), kind)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=0)
+        torch.testing.assert_close(slope.double(), exact, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
@@ -210,9 +235,7 @@ def test_the_rescaled_jsd_tends_to_the_kls(beta, kind):
 @pytest.mark.parametrize(("support", "tail"), SUPPORTS)
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_chunked_is_naive(chunked, kind, beta, support, tail, clip):
-    comparison = Comparison(
-        kind=kind, temperature=1.3, beta=beta, clip=clip, support=support, k=4, tail=tail
-    )
+    comparison = Comparison(kind=kind, temperature=1.3, beta=beta, clip=clip, support=support, k=4, tail=tail)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
     value, per_token = compared(hidden, output, batch, comparison, PLAIN)
@@ -232,9 +255,7 @@ def test_a_tied_output_layer_gets_the_gradients_of_both_its_uses(chunked, suppor
     output, theirs, ids = head(bias=False), layer(), torch.arange(B * T).view(B, T) % V
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
     got, _ = compared(torch.tanh(output.weight[ids]), output, batch, comparison, PLAIN)
-    wanted, _ = naive(
-        torch.tanh(output.weight[ids]), output, batch, theirs, normal(20, B, T, H_TEACHER), comparison
-    )
+    wanted, _ = naive(torch.tanh(output.weight[ids]), output, batch, theirs, normal(20, B, T, H_TEACHER), comparison)
     assert_close(got, wanted)
     assert_close(*(gradients(value, output.weight)[0] for value in (got, wanted)))
 
@@ -260,9 +281,7 @@ def test_top_k_of_the_whole_vocabulary_is_full(kind, beta, support, tail):
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
     found = []
     for comparison in (full, top):
-        value, _ = compared(
-            hidden, output, with_teacher(weights_of_tokens(), theirs, comparison), comparison, PLAIN
-        )
+        value, _ = compared(hidden, output, with_teacher(weights_of_tokens(), theirs, comparison), comparison, PLAIN)
         found.append((value, *gradients(value, hidden, output.weight, output.bias)))
     for got, wanted in zip(*found, strict=True):
         assert_close(got, wanted)

@@ -2,6 +2,7 @@
 
 from rlkd.losses.divergence import (
     DivergenceKind,
+    among,
     divergence,
     forward_kl,
     generalized_jsd,
@@ -16,6 +17,7 @@ from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted
 __all__ = [
     "DivergenceKind",
     "Reduction",
+    "among",
     "clipped_surrogate",
     "clipped_tokens",
     "counts",
