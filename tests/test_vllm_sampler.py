@@ -120,27 +120,26 @@ def test_a_served_teacher_scores_as_the_model_does(
 def test_a_served_teachers_top_k_are_the_models(
     sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
 ) -> None:
-    """Ids and log-probs; a k beyond the vocabulary (padded by vLLM to 64) gives all of it, and −1 for the rest."""
+    """Ids and log-probs, up to the whole vocabulary (which vLLM pads to 64 inside); it refuses a larger k."""
     questions = [Question(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(20), start=1)]
     settings = run_config(policy_path, policy_server.url)
     teacher = ServedTeacher(settings, settings.teacher)
     teacher.open()
-    for k in (1, 8, VOCABULARY + 3):
+    for k in (1, 8, VOCABULARY):
         for question, score in zip(questions, teacher.score(questions, Signal(tier="top_k", k=k)), strict=True):
             ids = torch.tensor([[*question.prompt, *question.completion]])
             with torch.no_grad():
                 truth = model(ids).logits[0, len(question.prompt) - 1 : -1].log_softmax(-1)
-            top = truth.topk(min(k, VOCABULARY))
+            top = truth.topk(k)
             assert score.top_ids is not None and score.top_logprobs is not None
             assert score.top_ids.shape == score.top_logprobs.shape == (len(question.completion), k)
-            said = score.top_ids[:, :VOCABULARY]
-            torch.testing.assert_close(score.top_logprobs[:, :VOCABULARY], top.values, atol=1e-4, rtol=0)
-            torch.testing.assert_close(truth.gather(1, said), top.values, atol=1e-4, rtol=0)  # ids, up to ties
-            assert all(len(set(row)) == len(row) for row in said.tolist())
-            assert (score.top_ids[:, VOCABULARY:] == -1).all()
-            assert (score.top_logprobs[:, VOCABULARY:] == -torch.inf).all()
+            torch.testing.assert_close(score.top_logprobs, top.values, atol=1e-4, rtol=0)
+            torch.testing.assert_close(truth.gather(1, score.top_ids), top.values, atol=1e-4, rtol=0)  # up to ties
+            assert all(len(set(row)) == k for row in score.top_ids.tolist())
             chosen = true_logprobs(model, question.prompt, question.completion)
             torch.testing.assert_close(torch.tensor(score.logprobs), chosen, atol=1e-4, rtol=0)
+    with pytest.raises(ServerError, match="answered 400: .*greater than max allowed: 60"):
+        teacher.score(questions, Signal(tier="top_k", k=VOCABULARY + 1))
     teacher.close()
 
 
