@@ -80,6 +80,11 @@ class DivergenceConfig(Section):
                 "use top_k with support: teacher, or sampled, or a local teacher"
             )
             found.append(("algorithm.divergence.tier", why))
+        if self.tier == "sampled" and self.kind != "reverse_kl":
+            why = (
+                f"is {self.kind}, but on sampled tokens (tier: sampled) only the reverse_kl can be had; set one of them"
+            )
+            found.append(("algorithm.divergence.kind", why))
         if self.tier == "sampled" and teacher.temperature != config.rollout.temperature:
             why = (
                 f"is {teacher.temperature}, but rollout.temperature is {config.rollout.temperature}; on sampled tokens "

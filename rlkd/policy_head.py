@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rlkd.losses import DivergenceKind, divergence, renormalised, with_tail
-from rlkd.output_layer import logit_transform, shaped
+from rlkd.losses import DivergenceKind, among, divergence, renormalised, with_tail
+from rlkd.output_layer import logit_transform, projected, shaped
 from rlkd.types import Batch
 
 VOCABULARY_CHUNK = 8192
@@ -129,14 +129,17 @@ def compared(
         width = head.weight.shape[0]
         if comparison.support != "teacher_top_k":
             width = min(width, batch.teacher_layers[teacher].weight.shape[0])
-        bias = None if head.bias is None else head.bias[:width]
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if width < len(weight):  # a slice's gradient is one more tensor of the layer's size
+            weight, bias = weight[:width], None if bias is None else bias[:width]
         against = _against(batch, comparison, teacher, row, column, width)
 
         def values(raw: Tensor, chunk: slice, against: Callable[..., Tensor] = against) -> Tensor:
             return against(shaped(raw, scale, softcap), chunk)
 
         part, found = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-            hidden[row, column - 1], head.weight[:width], bias, batch.distil_weights[row, column], values
+            hidden[row, column - 1], weight, bias, batch.distil_weights[row, column], values
         )
         total = total + part
         per_token[row, column] = found
@@ -148,16 +151,16 @@ def _against(
 ) -> Callable[[Tensor, slice], Tensor]:
     """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
-    closed = with_tail if comparison.tail else renormalised
+    assert comparison.blend is None or comparison.support != "teacher_top_k", "a blend wants the teacher's logits"
 
     def by_teachers_top(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
         ids = batch.teacher_top_ids[row[chunk], column[chunk]]
         log_t = batch.teacher_top_logprobs[row[chunk], column[chunk]].to(logits.dtype)
         absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
-        log_s = (logits / temperature).log_softmax(-1).gather(1, ids.clamp(0, width - 1))
-        log_s, log_t = (x.masked_fill(absent, -torch.inf) for x in (log_s, log_t))
-        return divergence(closed(log_s), closed(log_t), kind, beta, clip)
+        log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
+        log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
+        return divergence(log_s, log_t, kind, beta, clip)
 
     def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_hidden is not None
@@ -168,7 +171,7 @@ def _against(
         log_s, log_t = (logits / temperature).log_softmax(-1), (theirs / temperature).log_softmax(-1)
         if comparison.support == "student_top_k":
             ids = log_s.detach().topk(min(comparison.k, width), dim=-1).indices
-            log_s, log_t = closed(log_s.gather(1, ids)), closed(log_t.gather(1, ids))
+            log_s, log_t = among(log_s, ids, comparison.tail), among(log_t, ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
     return by_teachers_top if comparison.support == "teacher_top_k" else by_hidden_states
@@ -193,22 +196,23 @@ class _ChunkedSum(torch.autograd.Function):
         total = weights.new_zeros(())
         found = torch.zeros_like(weights)
         of_hidden = torch.zeros_like(hidden) if learns else None
-        of_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if learns else None
-        of_bias = None if bias is None or of_weight is None else torch.zeros_like(bias, dtype=of_weight.dtype)
+        at_least = torch.promote_types(weight.dtype, torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=at_least) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias, dtype=at_least) if bias is not None and ctx.needs_input_grad[2] else None
         step = max(1, CHUNK_LOGITS // weight.shape[0])
         for start in range(0, len(hidden), step):
             chunk = slice(start, start + step)
-            raw = torch.nn.functional.linear(hidden[chunk], weight, bias)
-            raw = raw if raw.dtype == torch.float64 else raw.float()
+            raw = projected(hidden[chunk], weight, bias)
             with torch.set_grad_enabled(learns):
                 value = values(raw.requires_grad_(learns), chunk)
                 share = (value * weights[chunk]).sum()
             total += share.detach()
             found[chunk] = value.detach()
-            if of_hidden is not None and of_weight is not None:
+            if of_hidden is not None:
                 (slope,) = torch.autograd.grad(share, raw)
                 of_hidden[chunk] = slope.to(weight.dtype) @ weight
-                of_weight.addmm_(slope.to(of_weight.dtype).T, hidden[chunk].to(of_weight.dtype))
+                if of_weight is not None:
+                    of_weight.addmm_(slope.T, hidden[chunk].to(at_least))
                 if of_bias is not None:
                     of_bias += slope.sum(0)
         ctx.save_for_backward(of_hidden, of_weight, of_bias)
@@ -222,7 +226,7 @@ class _ChunkedSum(torch.autograd.Function):
         of_weight_dtype, of_bias_dtype = ctx.dtypes
         return (
             of_hidden * slope.to(of_hidden.dtype),
-            (of_weight * slope).to(of_weight_dtype),
+            None if of_weight is None else (of_weight * slope).to(of_weight_dtype),
             None if of_bias is None else (of_bias * slope).to(of_bias_dtype),
             None,
             None,

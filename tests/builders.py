@@ -1,5 +1,7 @@
 """Small real things that several tests need: configs, scored rollouts, one training step."""
 
+from dataclasses import replace
+
 import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -10,6 +12,7 @@ from rlkd.config_file import load
 from rlkd.rollout.collate import collate
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.student import load_causal_lm
+from rlkd.teachers.teacher import Question
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
 GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
@@ -49,9 +52,13 @@ LENGTHS = (5, 1, 9, 3, 7, 12, 2, 4)
 REWARDS = (1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0)
 
 
-def groups(algorithm, lengths=LENGTHS, rewards=REWARDS):
-    """Two groups of four, credited by the algorithm."""
+def groups(algorithm, lengths=LENGTHS, rewards=REWARDS, teacher=None):
+    """Two groups of four, credited by the algorithm; scored by a real teacher where one is given."""
     rows = [scored(i, n, r) for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))]
+    if teacher is not None:
+        questions = [Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
+        answers = teacher.score(questions, algorithm.signal)
+        rows = [replace(s, teacher=answer) for s, answer in zip(rows, answers, strict=True)]
     return [algorithm.advantages(rows[:4]), algorithm.advantages(rows[4:])]
 
 

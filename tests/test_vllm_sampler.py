@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
-from vllm_fixtures import EOS, prompts, run_config, tiny_model, true_logprobs
+from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
 from rlkd.noise import request_seed
 from rlkd.rollout.client import ServerError, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler, sampled_logprobs
+from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.served import ServedTeacher, completion_logprobs
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Rollout, Signal
@@ -112,6 +114,66 @@ def test_a_served_teacher_scores_as_the_model_does(
     with pytest.raises(ServerError, match="answered 400: .*96"):
         teacher.score([Question((4, 5), (6,) * 95)], Signal())
     teacher.close()
+
+
+@pytest.mark.server
+def test_a_served_teachers_top_k_are_the_models(
+    sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
+) -> None:
+    """Ids and log-probs, up to the whole vocabulary (which vLLM pads to 64 inside); it refuses a larger k."""
+    questions = [Question(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(20), start=1)]
+    settings = run_config(policy_path, policy_server.url)
+    teacher = ServedTeacher(settings, settings.teacher)
+    teacher.open()
+    for k in (1, 8, VOCABULARY):
+        for question, score in zip(questions, teacher.score(questions, Signal(tier="top_k", k=k)), strict=True):
+            ids = torch.tensor([[*question.prompt, *question.completion]])
+            with torch.no_grad():
+                truth = model(ids).logits[0, len(question.prompt) - 1 : -1].log_softmax(-1)
+            top = truth.topk(k)
+            assert score.top_ids is not None and score.top_logprobs is not None
+            assert score.top_ids.shape == score.top_logprobs.shape == (len(question.completion), k)
+            torch.testing.assert_close(score.top_logprobs, top.values, atol=1e-4, rtol=0)
+            torch.testing.assert_close(truth.gather(1, score.top_ids), top.values, atol=1e-4, rtol=0)  # up to ties
+            assert all(len(set(row)) == k for row in score.top_ids.tolist())
+            chosen = true_logprobs(model, question.prompt, question.completion)
+            torch.testing.assert_close(torch.tensor(score.logprobs), chosen, atol=1e-4, rtol=0)
+    with pytest.raises(ServerError, match="answered 400: .*greater than max allowed: 60"):
+        teacher.score(questions, Signal(tier="top_k", k=VOCABULARY + 1))
+    teacher.close()
+
+
+@pytest.mark.server
+def test_a_served_teacher_writes_as_the_local_one_does(
+    sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    settings = run_config(policy_path, policy_server.url)
+    served = ServedTeacher(settings, settings.teacher)
+    served.open()
+    local = LocalScorer(
+        save_model(model, tmp_path),
+        temperature=1.0,
+        batch_tokens=4096,
+        dtype=torch.float32,
+        accelerator="cpu",
+        attention=None,
+        trust_remote_code=False,
+    )
+    local.open()
+    questions = [Question(prompt.token_ids, name=prompt.id) for prompt in prompts(12)]
+    a, b = (teacher.write(questions, GREEDY, 0) for teacher in (served, local))
+    assert [c.token_ids for c in a] == [c.token_ids for c in b]
+    assert [c.finish_reason for c in a] == [c.finish_reason for c in b]
+    for ours, theirs in zip(a, b, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    hot = served.write(questions, HOT, 7)
+    assert served.write(questions[4:5], HOT, 7) == hot[4:5], "a function of seed, iteration and name"
+    assert [c.token_ids for c in served.write(questions, HOT, 8)] != [c.token_ids for c in hot]
+    assert {c.finish_reason for c in hot} == {"stop", "length"}
+    for question, completion in zip(questions, hot, strict=True):
+        truth = true_logprobs(model, question.prompt, completion.token_ids, HOT.temperature)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), truth, atol=1e-4, rtol=0)
+    served.close()
 
 
 @pytest.mark.server

@@ -52,6 +52,12 @@ class OPDConfig(AlgorithmConfig):
         if self.student_share < 1 and self.others == "data" and config.data.completion_column is None:
             why = f"is {self.student_share}, but data.completion_column is null; name the column of the completions"
             found.append(("algorithm.student_share", why))
+        if self.student_share < 1 and self.group_size > 1 and config.trainer.updates_per_iteration > 1:
+            why = (
+                f"is {config.trainer.updates_per_iteration}, but with algorithm.student_share {self.student_share} and "
+                f"algorithm.group_size {self.group_size} the number of rollouts varies; set it, or group_size, to 1"
+            )
+            found.append(("trainer.updates_per_iteration", why))
         return found
 
 

@@ -2,6 +2,7 @@
 
 from rlkd.losses.divergence import (
     DivergenceKind,
+    among,
     divergence,
     forward_kl,
     generalized_jsd,
@@ -22,6 +23,7 @@ from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted
 __all__ = [
     "DivergenceKind",
     "Reduction",
+    "among",
     "capped_tokens",
     "cispo_surrogate",
     "clipped_surrogate",

@@ -36,7 +36,10 @@ def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0
         return _entries(log_s, log_t)
     if not 0.0 < beta < 1.0:
         raise ValueError(f"beta is {beta}, wants 0 < beta < 1; use forward_kl (β → 0) or reverse_kl (β → 1)")
-    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    absent = (log_s == -torch.inf) & (log_t == -torch.inf)  # of logaddexp they would have a gradient of NaN
+    log_m = torch.logaddexp(
+        log_t.masked_fill(absent, 0.0) + math.log(beta), log_s.masked_fill(absent, 0.0) + math.log1p(-beta)
+    )
     return beta * _entries(log_t, log_m) + (1.0 - beta) * _entries(log_s, log_m)
 
 
@@ -52,13 +55,39 @@ def divergence(
     return (terms if clip is None else terms.clamp(max=clip)).sum(-1)
 
 
+LEAST_REST = 1e-7
+"""Of all tokens beyond the top k together, where these have everything: its logarithm must be finite."""
+
+
 def with_tail(logprobs: Tensor) -> Tensor:
     """[..., K] log-probs of some tokens → [..., K + 1]: the last entry is the log of all the rest, 1 − Σ p.
 
-    The rest is at least 1e-7, so that its logarithm and gradient stay finite where the K tokens have everything.
+    For a teacher who said no more. In fp32 the difference has no digits left where it is near `LEAST_REST`: `among` is
+    exact, and whatever carries gradient needs it.
     """
-    rest = -torch.expm1(torch.logsumexp(logprobs, dim=-1, keepdim=True).clamp(max=-1e-7))
+    rest = -torch.expm1(torch.logsumexp(logprobs, dim=-1, keepdim=True).clamp(max=-LEAST_REST))
     return torch.cat([logprobs, rest.log()], dim=-1)
+
+
+def among(logprobs: Tensor, ids: Tensor, tail: bool) -> Tensor:
+    """A distribution over the tokens `ids` only.
+
+    Args:
+        logprobs: [..., V], of all tokens.
+        ids: [..., K], each at most once. One outside [0, V) is no token: its entry is −inf.
+        tail: whether all other tokens are one more entry, or left out (then the K have all the probability).
+
+    Returns: [..., K + 1] or [..., K] log-probs.
+    """
+    width = logprobs.shape[-1]
+    absent = (ids < 0) | (ids >= width)
+    top = logprobs.gather(-1, ids.masked_fill(absent, 0)).masked_fill(absent, -torch.inf)
+    if not tail:
+        return renormalised(top)
+    taken = torch.zeros(*logprobs.shape[:-1], width + 1, dtype=torch.bool, device=logprobs.device)
+    taken = taken.scatter_(-1, ids.masked_fill(absent, width), True)[..., :width]
+    rest = logprobs.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([top, rest.masked_fill(rest == -torch.inf, math.log(LEAST_REST))], dim=-1)
 
 
 def renormalised(logprobs: Tensor) -> Tensor:

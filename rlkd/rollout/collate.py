@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -29,7 +30,10 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int, layers: t
     sampler_logprobs = torch.full(shape, math.nan)
     advantages = torch.zeros(shape)
     teacher = torch.zeros(shape) if any(s.teacher is not None for s in rows) else None
-    top_ids, top_logprobs, hidden = (_vectors(rows, name, shape) for name in ("top_ids", "top_logprobs", "hidden"))
+    # Teachers of several widths share one tensor. What a narrower one leaves free is no token, not token 0.
+    top_ids = _filled(shape, [s.teacher.top_ids for s in rows if s.teacher is not None], -1)
+    top_logprobs = _filled(shape, [s.teacher.top_logprobs for s in rows if s.teacher is not None], -math.inf)
+    hidden = _filled(shape, [s.teacher.hidden for s in rows if s.teacher is not None], 0)
     reference = torch.zeros(shape) if all(s.reference is not None for s in rows) else None
     distil = torch.zeros(shape, dtype=torch.bool) if all(s.distil is not None for s in rows) else None
     lengths = []
@@ -54,7 +58,7 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int, layers: t
                 (hidden, scored.teacher.hidden),
             ):
                 if whole is not None and part is not None:
-                    whole[i, start:end, : part.shape[1]] = part  # teachers of several widths share one tensor
+                    whole[i, start:end, : part.shape[1]] = part
         if reference is not None and scored.reference is not None:
             reference[i, start:end] = torch.tensor(scored.reference.logprobs)
         if distil is not None and scored.distil is not None:
@@ -81,12 +85,13 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int, layers: t
     )
 
 
-def _vectors(rows: Sequence[ScoredRollout], name: str, shape: tuple[int, int]) -> torch.Tensor | None:
-    """Zeros [B, T, width of the widest] for a field of TeacherScores; None where no row has it."""
-    values: list[torch.Tensor] = [v for s in rows if (v := getattr(s.teacher, name, None)) is not None]
-    if not values:
+def _filled(shape: tuple[int, int], parts: Sequence[torch.Tensor | None], value: float) -> torch.Tensor | None:
+    """[B, T, width of the widest of `parts`], in a type that holds them all; None where no row has such a part."""
+    given = [part for part in parts if part is not None]
+    if not given:
         return None
-    return torch.zeros((*shape, max(v.shape[1] for v in values)), dtype=values[0].dtype)
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in given))
+    return torch.full((*shape, max(part.shape[1] for part in given)), value, dtype=dtype)
 
 
 def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_at: float) -> Meter:

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlkd.config import Config
 from rlkd.distributed import local_device
-from rlkd.output_layer import OutputLayer
+from rlkd.output_layer import OutputLayer, shaped
 from rlkd.rollout.sampler import Sampling
 from rlkd.student import load_causal_lm
 from rlkd.types import Completion, Prompt, Rollout, VersionSpan
@@ -104,7 +104,9 @@ def decode(
             use_cache=True,
         )
         hidden = trunk.last_hidden_state[:, -1]
-        logits = layer.logits(hidden, layer.weight.shape[0], torch.float64)
+        # Rounded to the model's type, as the kernel does that gives the trainer's log-probs.
+        raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+        logits = shaped(raw, layer.scale, layer.softcap, torch.float64)
         noise = torch.as_tensor(uniforms[alive, position], device=device)
         tokens, logprobs = draw(logits, noise, temperature)
         ended = torch.isin(tokens, eos)

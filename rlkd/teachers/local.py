@@ -16,7 +16,7 @@ from rlkd.policy_head import CHUNK_LOGITS, token_logprobs
 from rlkd.rollout.hf import decode, uniform
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.student import load_causal_lm
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
 
@@ -67,6 +67,7 @@ class LocalScorer:
 
     @torch.no_grad()
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+        check_scorable(questions)
         lengths = [len(q.prompt) + len(q.completion) for q in questions]
         order = sorted(range(len(questions)), key=lambda i: -lengths[i])
         scores: list[TeacherScores | None] = [None] * len(questions)

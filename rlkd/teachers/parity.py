@@ -70,10 +70,6 @@ def check_parity(
     return worst
 
 
-def _logprobs(teacher: Teacher, questions: Sequence[Question]) -> list[tuple[float, ...]]:
-    return [scores.logprobs for scores in teacher.score(questions, Signal())]
-
-
 def _gap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
     """Mean |a − b| over all tokens, as `mismatch/mean` is one."""
     gaps = [abs(x - y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True)]

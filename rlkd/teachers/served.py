@@ -19,7 +19,7 @@ from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
 from rlkd.rollout.vllm import VLLMSampler
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.tiny import resolve
 from rlkd.types import Completion, Signal, TeacherScores
 
@@ -30,8 +30,9 @@ _PER_REQUEST = 16
 _MAX_REQUESTS = 16
 """At a time and server."""
 
-TEACHER_ARGUMENTS = ("--max-num-batched-tokens", "2048")
-"""vLLM holds the log-probs of all scheduled prompt tokens over the whole vocabulary at once, 4 bytes each."""
+TEACHER_ARGUMENTS = ("--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
+"""vLLM holds the log-probs of all scheduled prompt tokens over the whole vocabulary at once, 4 bytes each; and it
+answers with the top 20 at most, unless it is told otherwise."""
 
 
 class _ServedScorer:
@@ -49,12 +50,7 @@ class _ServedScorer:
 
         Raises: RuntimeError when a server fails or its answer is not complete and finite.
         """
-        for question in questions:
-            if not question.prompt or not question.completion:
-                raise ValueError(
-                    f"a teacher needs a prompt and a completion, got {len(question.prompt)} and "
-                    f"{len(question.completion)} tokens"
-                )
+        check_scorable(questions)
         parts = [questions[start : start + _PER_REQUEST] for start in range(0, len(questions), _PER_REQUEST)]
         answers = self._spread(parts, lambda client, model, part: request_scores(client, model, part, signal))
         return [scores for answer in answers for scores in answer]

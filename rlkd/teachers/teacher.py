@@ -25,6 +25,16 @@ class Question:
     """The other columns of the data; they choose among several teachers."""
 
 
+def check_scorable(questions: Sequence[Question]) -> None:
+    """Raises: ValueError for a question without a prompt (the first token has no past) or without a completion."""
+    for question in questions:
+        if not question.prompt or not question.completion:
+            raise ValueError(
+                f"a teacher needs a prompt and a completion, got {len(question.prompt)} and "
+                f"{len(question.completion)} tokens"
+            )
+
+
 class Teacher(Protocol):
     """Scores token ids that somebody else wrote, and writes some. Frozen; never a submodule of the student."""
 
