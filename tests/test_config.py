@@ -447,13 +447,6 @@ def test_every_key_has_a_help_text():
 
 def test_the_quickstart_and_the_registered_algorithms():
     configs = Path(__file__).parents[1] / "configs"
-    for path in map(str, sorted(configs.glob("*.yaml"))):
-        try:
-            load([path])
-        except ConfigError as error:  # a template: it wants nothing but what its ??? stand for
-            missing = [line.split(": ")[1] for line in error.lines if ": is ???, " in line]
-            assert len(missing) == len(error.lines)
-            load([path], [f"{key}=x" for key in missing])
     with pytest.raises(ConfigError) as caught:
         load([str(configs / "quickstart.yaml")], ["algorithm.kd.estimator=k1", "teacher.backend=none"])
     assert [line.split(": ")[:2] for line in caught.value.lines] == [["command line", "algorithm.kd.estimator"]]

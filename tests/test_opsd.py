@@ -35,7 +35,7 @@ DIVERGENCES = [
     "{kind: jsd, beta: 0.3, clip: null}",
     "{tier: top_k, k: 5, clip: null}",
     "{tier: top_k, k: 5, support: student, tail: false, clip: null}",
-    "{tier: sampled}",
+    "{tier: sampled, kind: reverse_kl, clip: null}",
 ]
 
 
@@ -169,7 +169,10 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
         (("teacher=null",), "teacher.backend: is none, but algorithm.name opsd imitates one"),
         (("teacher={backend: self, weights: ema, scorer: policy_server}",), "set teacher.weights: live"),
         (
-            ("teacher={backend: self, weights: live, scorer: policy_server}", "algorithm.divergence.tier=sampled"),
+            (
+                "teacher={backend: self, weights: live, scorer: policy_server}",
+                "algorithm.divergence={tier: top_k, k: 5}",
+            ),
             "but rollout.backend is hf",
         ),
         (("algorithm.context.template=x",), "wants {prompt} in it"),
