@@ -307,9 +307,9 @@ def test_blocks_of_an_iteration_are_the_next_prompts_and_all_different():
         for b in range(3):
             shares = [ids(stream.take(iteration, 4, rank, 2, block=b, blocks=3)) for rank in range(2)]
             assert shares[0] + shares[1] == owned[b]
-    whole = PromptStream(prompts(12), seed=0)
-    in_blocks = [ids(whole.take(i, 4, block=b, blocks=3)) for i in range(3) for b in range(3)]
-    assert in_blocks == [ids(whole.take(i, 4)) for i in range(9)]
+    whole = PromptStream(prompts(24), seed=0)  # two iterations an epoch
+    in_blocks = [ids(whole.take(i, 4, block=b, blocks=3)) for i in range(4) for b in range(3)]
+    assert in_blocks == [ids(whole.take(i, 4)) for i in range(12)]
 
 
 def test_impossible_counts_name_the_key():
