@@ -129,7 +129,8 @@ def compared(
         width = head.weight.shape[0]
         if comparison.support != "teacher_top_k":
             width = min(width, batch.teacher_layers[teacher].weight.shape[0])
-        weight, bias = head.weight, head.bias
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if width < len(weight):  # a slice's gradient is one more tensor of the layer's size
             weight, bias = weight[:width], None if bias is None else bias[:width]
         against = _against(batch, comparison, teacher, row, column, width)
