@@ -153,10 +153,14 @@ def _against(
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
     assert comparison.blend is None or comparison.support != "teacher_top_k", "a blend wants the teacher's logits"
 
+    def picked(vectors: Tensor, chunk: slice) -> Tensor:
+        """[n, …] of some tokens, on the student's device; the whole stays where it is."""
+        return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
+
     def by_teachers_top(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
-        ids = batch.teacher_top_ids[row[chunk], column[chunk]]
-        log_t = batch.teacher_top_logprobs[row[chunk], column[chunk]].to(logits.dtype)
+        ids = picked(batch.teacher_top_ids, chunk)
+        log_t = picked(batch.teacher_top_logprobs, chunk).to(logits.dtype)
         absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
         log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
         log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
@@ -164,7 +168,7 @@ def _against(
 
     def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_hidden is not None
-        theirs = batch.teacher_layers[teacher].logits(batch.teacher_hidden[row[chunk], column[chunk]], width)
+        theirs = batch.teacher_layers[teacher].logits(picked(batch.teacher_hidden, chunk), width)
         theirs = theirs.to(logits.dtype)
         if comparison.blend is not None:
             theirs = torch.lerp(logits.detach(), theirs, comparison.blend)

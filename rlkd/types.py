@@ -262,11 +262,14 @@ class Batch:
             assert not bool((self.distil_mask & ~self.completion_mask).any()), "distil_mask exceeds completion_mask"
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Batch:
-        """The same batch with every tensor on `device` (Lightning asks for this of a custom batch)."""
+        """The same batch on `device` (Lightning asks for this of a custom batch).
+
+        Vectors of every token stay where they are: a device need not hold an iteration's hidden states at once.
+        """
         moved = {
             f.name: getattr(self, f.name).to(device, **kwargs)
             for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
+            if isinstance(getattr(self, f.name), Tensor) and f.name not in _OF_VECTORS
         }
         layers = tuple(layer.to(device) for layer in self.teacher_layers)
         return dataclasses.replace(self, teacher_layers=layers, **moved)
@@ -278,7 +281,8 @@ class Batch:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                picked[f.name] = value[index] if f.name in _OF_ROWS else value[index, :length]
+                where = index.to(value.device)
+                picked[f.name] = value[where] if f.name in _OF_ROWS else value[where, :length]
         return dataclasses.replace(self, **picked)
 
     def __len__(self) -> int:

@@ -26,11 +26,11 @@ TIERS = {
 
 
 def settings(*overrides, divergence=None, **algorithm):
-    options = {"name": "opd", "group_size": 4} | algorithm
+    options = {"name": "opd", "group_size": 4 if algorithm.get("student_share", 1) == 1 else 1} | algorithm
     if divergence is not None:
         options["divergence"] = divergence
     text = ", ".join(f"{key}: {value}" for key, value in options.items())
-    return config(f"algorithm={{{text}}}", NO_CLIP, *overrides)
+    return config(f"algorithm={{{text}}}", NO_CLIP, *overrides, group_size=None)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +151,7 @@ def test_others_data_gives_the_completions_of_the_data():
     rollouts, asked = rolled(settings(COMPLETIONS, student_share=0.5), None)
     for group in rollouts:
         if group[0].prompt.id in asked:
-            assert [r.token_ids for r in group] == [(10 + i, 1) for i in range(4)]
+            assert [r.token_ids for r in group] == [(10, 1)]
         else:
             (rollout,) = group
             assert rollout.token_ids == rollout.prompt.completion
@@ -222,9 +222,9 @@ SERVED = "teacher={backend: served, path: builtin:teacher, url: 'http://127.0.0.
             r"algorithm.divergence.kind: is forward_kl, but on sampled tokens .* only the reverse_kl",
         ),
         (
-            ("trainer.updates_per_iteration=2",),
-            {"student_share": 0.5, "others": "teacher"},
-            r"trainer.updates_per_iteration: is 2, but with algorithm.student_share 0.5 .* varies",
+            (),
+            {"student_share": 0.5, "others": "teacher", "group_size": 4},
+            r"algorithm.group_size: is 4, but others complete a prompt once .* set it to 1",
         ),
         (("teacher=null",), {}, r"teacher.backend: is none, but algorithm.name opd imitates one"),
     ],

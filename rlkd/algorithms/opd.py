@@ -49,15 +49,12 @@ class OPDConfig(AlgorithmConfig):
         if self.student_share < 1 and self.divergence.tier == "sampled":
             why = "is sampled, which is exact on the student's own tokens only; set algorithm.student_share: 1"
             found.append(("algorithm.divergence.tier", why))
+        if self.student_share < 1 and self.group_size > 1:
+            why = f"is {self.group_size}, but others complete a prompt once (algorithm.student_share < 1); set it to 1"
+            found.append(("algorithm.group_size", why))
         if self.student_share < 1 and self.others == "data" and config.data.completion_column is None:
             why = f"is {self.student_share}, but data.completion_column is null; name the column of the completions"
             found.append(("algorithm.student_share", why))
-        if self.student_share < 1 and self.group_size > 1 and config.trainer.updates_per_iteration > 1:
-            why = (
-                f"is {config.trainer.updates_per_iteration}, but with algorithm.student_share {self.student_share} and "
-                f"algorithm.group_size {self.group_size} the number of rollouts varies; set it, or group_size, to 1"
-            )
-            found.append(("trainer.updates_per_iteration", why))
         return found
 
 
@@ -133,9 +130,10 @@ class OPD(PolicyModule):
             scale = self.algorithm.divergence.scale
             total = scale * output.divergence
             metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, batch.distil_weights)
-        if self.teacher_temperature == self.config.rollout.temperature:  # else it would not be a KL of what sampled
+        of_samples = self.algorithm.student_share == 1 and self.teacher_temperature == self.config.rollout.temperature
+        if of_samples:  # else it would be no estimate of a KL
             value = kl_k3(output.logprobs.detach(), self._teacher_logprobs(output, batch))
-            metrics["kd/kl"] = weighted_sum(value, batch.distil_weights * batch.student_mask)
+            metrics["kd/kl"] = weighted_sum(value, batch.distil_weights)
         return Loss(total=total, metrics=metrics | {"loss/kd": total.detach()})
 
     def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:

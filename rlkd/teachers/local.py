@@ -95,7 +95,7 @@ class LocalScorer:
         rows = max(1, self.batch_tokens // longest)
         for start in range(0, len(questions), rows):
             part = questions[start : start + rows]
-            noise = np.stack([uniform(sampling, iteration, q.name, 0) for q in part])
+            noise = np.stack([uniform(sampling, iteration, f"teacher/{q.name}", 0) for q in part])
             completions += decode(self.hf, [q.prompt for q in part], noise, sampling.temperature, ends)
         return completions
 

@@ -62,7 +62,7 @@ class _ServedScorer:
         """See `Teacher.write`. Raises: RuntimeError when a server fails."""
 
         def one(client: VLLMClient, model: str, question: Question) -> Completion:
-            seed = request_seed(sampling.seed, iteration, question.name)
+            seed = request_seed(sampling.seed, iteration, f"teacher/{question.name}")
             return request_completion(client, model, question.prompt, sampling, seed, self._ends)
 
         return self._spread(questions, one)
@@ -198,7 +198,8 @@ def request_completion(
             "prompt": [list(prompt)],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
-            "seed": seed,
+            # a greedy request needs none, and on a CPU vLLM 0.32 can die of a seeded prefill in two parts
+            **({"seed": seed} if sampling.temperature > 0 else {}),
             "logprobs": 0,
             "return_token_ids": True,
             "ignore_eos": True,  # stop at our ids and at no others
