@@ -3,6 +3,7 @@
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import KDRL
 from rlkd.algorithms.opd import OPD
+from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.module import ALGORITHMS
 
-__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD"]
+__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "ThinkTuning"]

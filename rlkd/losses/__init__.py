@@ -10,12 +10,13 @@ from rlkd.losses.divergence import (
     with_tail,
 )
 from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3
-from rlkd.losses.policy_gradient import clipped_surrogate, clipped_tokens
+from rlkd.losses.policy_gradient import advantage_shaping, clipped_surrogate, clipped_tokens
 from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted_sum
 
 __all__ = [
     "DivergenceKind",
     "Reduction",
+    "advantage_shaping",
     "clipped_surrogate",
     "clipped_tokens",
     "counts",
