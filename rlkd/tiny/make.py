@@ -4,7 +4,7 @@ All learn by plain supervised training on random words that are not held out. Th
 letter, but smoothed labels keep it unsure: sampled at temperature 1 it often slips, so that imitating it is not the
 best that a student can do. The student first learns the task, then to slip wherever the prompt has no hint: sampled,
 it is right once in some ten thousand words. Rewards alone are too rare to learn from; a teacher corrects every letter.
-The mentor reads a word and somebody's answer, says whether there is a slip in it, and gives the right one.
+The mentor reads a word and somebody's answer, writes a word of reflection, and gives the right one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -43,7 +44,9 @@ BOUNDS = {
 }
 """(model, whether it is shown the answer) → lowest and highest greedy accuracy on the held-out words."""
 MENTOR_BOUND = 0.95
-"""Lowest share of held-out words with the right feedback, word for word, on each kind of response."""
+"""Lowest share of held-out words on which its feedback has the right form and the right answer, for each kind of
+response. Its opinion of the response is no part of that: it hardly learns it, and says "a slip" of most."""
+MENTOR_FORM = re.compile(r"(yes; wait, no slip|no; wait, a slip); so: ([a-z]+)")
 
 
 def fresh_model(name: str, tok: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -241,8 +244,9 @@ def make_mentor(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def mentor_accuracy(folder: Path, examples: Sequence[dict[str, str]]) -> dict[str, float]:
-    """Kind of response → share of `examples` on which the mentor in `folder` writes `task.feedback`, greedily."""
+def mentor_accuracy(folder: Path, examples: Sequence[dict[str, str]]) -> dict[str, tuple[float, float]]:
+    """Kind of response → shares of `examples` on which the mentor in `folder`, greedily, writes feedback of the right
+    form with the right answer, and on which it is word for word `task.feedback`: the right opinion too."""
     mentor = LlamaForCausalLM.from_pretrained(folder / "mentor", dtype=torch.float32)
     student = LlamaForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
     tok = AutoTokenizer.from_pretrained(folder / "mentor")
@@ -256,10 +260,12 @@ def mentor_accuracy(folder: Path, examples: Sequence[dict[str, str]]) -> dict[st
     }
     found = {}
     for kind, given in responses.items():
-        wanted = [task.feedback(e, response) for e, response in zip(examples, given, strict=True)]
         asked = [task.mentor_prompt(e, response) for e, response in zip(examples, given, strict=True)]
         got = greedy(mentor, tok, asked, FEEDBACK_TOKENS)
-        found[kind] = sum(g == w for g, w in zip(got, wanted, strict=True)) / len(examples)
+        read = [MENTOR_FORM.fullmatch(text) for text in got]
+        right = [m is not None and m[2] == answer for m, answer in zip(read, answers, strict=True)]
+        exact = [g == task.feedback(e, response) for g, e, response in zip(got, examples, given, strict=True)]
+        found[kind] = sum(right) / len(examples), sum(exact) / len(examples)
     return found
 
 
@@ -274,9 +280,12 @@ def check(folder: Path, examples: Sequence[dict[str, str]]) -> bool:
         form = "hinted" if hinted else "plain"
         print(f"{name} {form}: {got:.3f} (wanted {low} to {high}){'' if good else '  OUT OF BOUNDS'}")
         passed = passed and good
-    for kind, got in mentor_accuracy(folder, examples).items():
+    for kind, (got, exact) in mentor_accuracy(folder, examples).items():
         good = got >= MENTOR_BOUND
-        print(f"mentor on {kind}: {got:.3f} (wanted {MENTOR_BOUND} to 1.0){'' if good else '  OUT OF BOUNDS'}")
+        print(
+            f"mentor on {kind}: {got:.3f} (wanted {MENTOR_BOUND} to 1.0){'' if good else '  OUT OF BOUNDS'}, with the "
+            f"right opinion {exact:.3f}"
+        )
         passed = passed and good
     return passed
 
