@@ -25,6 +25,7 @@ from rlkd.student import load_causal_lm
 from rlkd.tiny import tokenizer
 from rlkd.types import Completion, Prompt, Rollout, ScoredRollout, Segment, VersionSpan
 
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # taken before a Trainer in this process adds its own port
 TOK = load_tokenizer("builtin:student")
 EOS = TOK.eos_token_id
 GOOD = "no; wait, a slip; so: cba"
@@ -428,7 +429,7 @@ def test_batches_are_a_function_of_seed_and_iteration(loader):
 def test_two_iterations_with_the_mentor(tmp_path):
     settings = (f"run.dir={tmp_path}", "run.name=two", "run.iterations=2", "rollout.prompts=4", "eval.every=0")
     command = [sys.executable, "-m", "rlkd.train", "--config", "configs/thinktuning_tiny.yaml", *settings]
-    done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     figures = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in figures] == [1, 2]
