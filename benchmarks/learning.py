@@ -20,6 +20,7 @@ import argparse
 import csv
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ def opd(divergence: str) -> tuple[str, ...]:
     return (f"algorithm={{name: opd, group_size: 8, divergence: {{{divergence}}}}}",)
 
 
-def self_taught(teacher: str = "weights: fixed", divergence: str = "kind: forward_kl") -> tuple[str, ...]:
+def self_taught(teacher: str = "weights: fixed", divergence: str = "kind: reverse_kl") -> tuple[str, ...]:
     context = "context: {template: '{prompt}{context}', reference: ' hint: {text}'}"
     algorithm = f"{{name: opsd, group_size: 8, divergence: {{clip: null, {divergence}}}, {context}}}"
     return (f"teacher={{backend: self, {teacher}}}", f"algorithm={algorithm}", "data.privileged_column=privileged")
@@ -78,8 +79,8 @@ def groups(data: Path, iterations: int) -> dict[str, dict[str, tuple[str, ...]]]
             "OPD sampled": opd("tier: sampled"),
         },
         "self": {
-            "OPSD forward KL": self_taught(),
-            "OPSD reverse KL": self_taught(divergence="kind: reverse_kl"),
+            "OPSD reverse KL": self_taught(),
+            "OPSD forward KL": self_taught(divergence="kind: forward_kl"),
             "OPSD JSD(0.5)": self_taught(divergence="kind: jsd"),
             "OPSD shuffled hints": (*self_taught(), *columns(data / "shuffled.jsonl")),
             "OPSD EMA teacher": self_taught("weights: ema, decay: 0.95"),
@@ -131,7 +132,7 @@ def curve(folder: Path) -> Points:
 
 
 def run(arm: str, settings: Sequence[str], seed: int, args: argparse.Namespace, overrides: Sequence[str]) -> Points:
-    folder = Path(args.dir, f"{arm.replace(' ', '-')}-{seed}")
+    folder = Path(args.dir, re.sub(r"[^\w.]+", "-", f"{arm} {seed}"))
     staged = any(setting.startswith("stages=") for setting in settings)
     iterations = () if staged else (f"run.iterations={args.iterations}",)
     if not (folder / "finished").exists():

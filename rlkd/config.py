@@ -118,7 +118,7 @@ class LocalTeacher(_Teacher):
     """A frozen Hugging Face model in every trainer process."""
 
     backend: Literal["local"] = Field(description="local: a model in this process; served: a vLLM server; none")
-    path: str = Field(description="folder or hub id of the teacher, or builtin:teacher")
+    path: str = Field(description="folder or hub id of the teacher, or builtin:teacher, builtin:mentor")
     batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, that the teacher scores at a time")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of the teacher")
 
@@ -268,14 +268,24 @@ class AlgorithmConfig(Section):
     name: str = Field(description="the algorithm")
     group_size: int = Field(8, ge=1, description="completions per prompt")
 
-    def longest_teacher_prompt(self, config: Config) -> int:
-        """Tokens of the longest prompt that a teacher reads."""
-        return config.data.max_prompt_tokens
-
     @property
     def sampling_rounds(self) -> int:
         """How many times `rollout.prompts` prompts an iteration may sample, to train on as many as that."""
         return 1
+
+    def trained_lengths(self, config: Config) -> dict[str, int]:
+        """Key → tokens; together they are the longest sequence that the student is trained on."""
+        return {
+            "data.max_prompt_tokens": config.data.max_prompt_tokens,
+            "rollout.max_tokens": config.rollout.max_tokens,
+        }
+
+    def teacher_lengths(self, config: Config) -> dict[str, int]:
+        """Key → tokens; together they are the longest sequence that a teacher reads and writes."""
+        return {
+            "data.max_prompt_tokens": config.data.max_prompt_tokens,
+            "rollout.max_tokens": config.rollout.max_tokens,
+        }
 
     def problems(self, config: Config) -> list[tuple[str, str]]:
         """Contradictions between this section and the rest of `config`: (key, one line) each."""
@@ -409,12 +419,13 @@ class Config(Section):
                 )
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens
-        if self.trainer.micro_batch_tokens < longest:
+        trained = self.algorithm.trained_lengths(self)
+        if self.trainer.micro_batch_tokens < sum(trained.values()):
             found.append(
                 (
                     "trainer.micro_batch_tokens",
-                    f"is {self.trainer.micro_batch_tokens}, less than one sequence of data.max_prompt_tokens + "
-                    f"rollout.max_tokens = {longest} tokens; raise it",
+                    f"is {self.trainer.micro_batch_tokens}, less than one sequence of {' + '.join(trained)} = "
+                    f"{sum(trained.values())} tokens; raise it",
                 )
             )
         if server.max_model_len is not None and server.max_model_len < longest:

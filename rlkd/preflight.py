@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ def check(config: Config) -> list[str]:
     Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
     """
     problems = _run_directory(config) + _devices(config)
-    student = _model("model.path", config.model.path, config.model.trust_remote_code, config, problems)
+    lengths = config.algorithm.trained_lengths(config)
+    student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     if isinstance(config.teacher, LocalTeacher | ServedTeacher):
-        teacher = _model("teacher.path", config.teacher.path, config.model.trust_remote_code, config, problems)
+        lengths = config.algorithm.teacher_lengths(config)
+        teacher = _model("teacher.path", config.teacher.path, config.model.trust_remote_code, lengths, problems)
         difference = first_difference(student, teacher) if student is not None and teacher is not None else None
         if difference is not None:
             problems.append(
@@ -54,7 +57,8 @@ def check_evaluation(config: Config) -> list[str]:
     if heldout(config) is None:
         return ["eval.path: got nothing, wants held-out data"]
     problems: list[str] = []
-    student = _model("model.path", config.model.path, config.model.trust_remote_code, config, problems)
+    lengths = config.algorithm.trained_lengths(config)
+    student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     if student is not None:
         problems += _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
@@ -111,9 +115,12 @@ def _devices(config: Config) -> list[str]:
 
 
 def _model(
-    key: str, path: str, trust_remote_code: bool, config: Config, problems: list[str]
+    key: str, path: str, trust_remote_code: bool, lengths: Mapping[str, int], problems: list[str]
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None where something is wrong, which is then added to `problems`."""
+    """The tokenizer of a model; None where something is wrong, which is then added to `problems`.
+
+    `lengths`: key → tokens, which together the model must have room for.
+    """
     try:
         folder = resolve(path)
     except ValueError as error:
@@ -134,11 +141,11 @@ def _model(
         problems.append(f"{key}: {what}: {' '.join(str(error).split())[:300]}")
         return None
     limit = _positions(model)
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    longest = sum(lengths.values())
     if limit is not None and longest > limit:
         problems.append(
-            f"rollout.max_tokens: data.max_prompt_tokens + rollout.max_tokens = {longest}, but {key} {path} has "
-            f"{limit} positions; lower one of them"
+            f"{list(lengths)[-1]}: {' + '.join(lengths)} = {longest}, but {key} {path} has {limit} positions; lower "
+            "one of them"
         )
     return tokenizer
 
@@ -173,7 +180,9 @@ def _servers(config: Config) -> list[str]:
     if config.rollout.backend == "vllm":
         asked += [("rollout.server.urls", url, config.model.path, longest) for url in config.rollout.server.urls]
     if isinstance(config.teacher, ServedTeacher) and config.teacher.url is not None:
-        asked.append(("teacher.url", config.teacher.url, config.teacher.path, longest + 1))  # it must generate one
+        # it must generate one token beyond what it scores
+        theirs = sum(config.algorithm.teacher_lengths(config).values()) + 1
+        asked.append(("teacher.url", config.teacher.url, config.teacher.path, theirs))
     problems = []
     for key, url, path, tokens in asked:
         if not url.startswith(("http://", "https://")):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlkd.losses import (
+    advantage_shaping,
     capped_tokens,
     cispo_surrogate,
     clipped_surrogate,
@@ -206,6 +207,30 @@ def test_the_sequence_ratio_has_value_and_gradient_of_gspo(clips):
 def test_the_sequence_ratio_is_exactly_one_where_the_policy_has_not_moved():
     logprobs = -20 * torch.rand(2, 8)
     assert torch.equal(sequence_old_logprobs(logprobs, logprobs, mask_of(3, 0)), logprobs)
+
+
+@pytest.mark.parametrize(("advantage", "gamma"), [(4.0, 0.02), (9.0, 0.02), (0.0, 0.06), (-4.0, 0.1), (-9.0, 0.1)])
+def test_advantage_shaping_by_hand(advantage, gamma):
+    """Value −A π/(π+γ), gradient the same times ∇log π; γ goes from γ_max at −4 to γ_min at 4 and stays there."""
+    probability = 0.3
+    logprobs = torch.tensor([[math.log(probability)]], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([[advantage]], dtype=torch.float64)
+    loss = advantage_shaping(logprobs, advantages, 0.02, 0.1)
+    loss.sum().backward()
+    wanted = -advantage * probability / (probability + gamma)
+    assert loss.item() == pytest.approx(wanted, rel=1e-6)
+    assert logprobs.grad.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_advantage_shaping_is_bounded_and_finite_at_any_probability():
+    """The released γ = −0.001 has a ratio of 101 at π = 0.00101, and no value at 0.001."""
+    logprobs = torch.tensor([[0.0, -1.0, math.log(1e-3), math.log(1.01e-3), -50.0, -1e4]], requires_grad=True)
+    for advantage, bounds in ((1.0, (0.0, 0.0)), (-1.0, (0.0, 0.0)), (1.0, (0.0, 0.1)), (4.0, (0.0, 0.1))):
+        loss = advantage_shaping(logprobs, torch.full_like(logprobs, advantage), *bounds)
+        (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+        assert (loss.abs() <= abs(advantage) + 1e-6).all() and (gradient.abs() <= abs(advantage) + 1e-6).all()
+        if bounds == (0.0, 0.0) or advantage == 4.0:
+            torch.testing.assert_close(gradient, torch.full_like(gradient, -advantage))
 
 
 def test_importance_weights_truncate_or_mask_and_leave_other_authors_alone():

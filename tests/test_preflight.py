@@ -118,6 +118,21 @@ def test_teacher_and_student_must_share_a_vocabulary():
     assert check(config(f"teacher.path={other}", f"model.path={other}")) == []
 
 
+def test_lengths_are_the_algorithms():
+    """Here the student is trained on more than it samples, and the teacher reads more than the student."""
+    model_folder("short", positions=90)
+    settings = ("algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}",)
+    assert check(config(*settings, "algorithm.feedback.max_prompt_tokens=50", "model.path=short")) == []
+    assert check(config(*settings, "model.path=short", "rollout.max_tokens=24")) == [
+        "algorithm.max_augmented_tokens: data.max_prompt_tokens + algorithm.max_augmented_tokens = 96, but model.path "
+        "short has 90 positions; lower one of them"
+    ]
+    assert check(config(*settings, "teacher.path=short")) == [
+        "algorithm.feedback.max_tokens: algorithm.feedback.max_prompt_tokens + algorithm.feedback.max_tokens = 120, "
+        "but teacher.path short has 90 positions; lower one of them"
+    ]
+
+
 def test_lengths_must_fit_both_models():
     model_folder("short", positions=40)
     line = (

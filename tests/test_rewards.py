@@ -25,6 +25,20 @@ def test_exact_match(completion, value):
     assert exact_match(completion, answer="cba ", **NOTHING) == value
 
 
+@pytest.mark.parametrize(
+    ("completion", "value"),
+    [("cba", 1.0), ("cbb wait so: cba ", 1.0), ("so: cbb so: cba", 1.0), ("cba so: cbb", 0.0), ("cba so: ", 0.0)],
+)
+def test_exact_match_of_what_follows_the_last_mark(completion, value):
+    assert exact_match(completion, answer="cba", after="so: ", **NOTHING) == value
+
+
+def test_exact_match_refuses_an_empty_mark():
+    (line,) = registry.check([RewardFunction(name="exact_match", options={"after": ""})])
+    assert "option after is empty; give the text" in line
+    assert registry.check([RewardFunction(name="exact_match", options={"after": None})]) == []
+
+
 @pytest.mark.parametrize("function", [exact_match, math])
 def test_no_answer_is_an_error_and_no_zero(function):
     with pytest.raises(ValueError, match="data.answer_column"):

@@ -1,8 +1,9 @@
-"""The built-in task and its two models: what they must be for the learning tests to mean anything."""
+"""The built-in task and its models: what they must be for the learning tests to mean anything."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlkd.tiny import make, resolve, task, tokenizer
 
-FOLDERS = {name: Path(resolve(f"builtin:{name}")) for name in ("student", "teacher")}
+FOLDERS = {name: Path(resolve(f"builtin:{name}")) for name in ("student", "teacher", "mentor")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +38,7 @@ def load(name: str):
 def test_resolve_maps_builtin_names_only():
     assert FOLDERS["student"].is_dir() and FOLDERS["teacher"].is_dir()
     assert resolve("some/hub-id") == "some/hub-id"
-    with pytest.raises(ValueError, match="builtin:pupil.*builtin:student, builtin:teacher") as error:
+    with pytest.raises(ValueError, match="builtin:pupil.*builtin:student, builtin:teacher, builtin:mentor") as error:
         resolve("builtin:pupil")
     assert "\n" not in str(error.value)
 
@@ -93,14 +94,16 @@ def test_chat_template_ids(tok):
         tok.apply_chat_template([{"role": "tool", "content": "a"}])
 
 
-def test_both_folders_hold_the_tokenizer_that_the_code_builds(tmp_path):
+def test_all_folders_hold_the_tokenizer_that_the_code_builds(tmp_path):
     tokenizer.build().save_pretrained(tmp_path)
     built = {f.name: f.read_text() for f in tmp_path.iterdir()}
     for folder in FOLDERS.values():
         assert {name: (folder / name).read_text() for name in built} == built
 
 
-@pytest.mark.parametrize(("name", "size", "tied"), [("student", 104_256, True), ("teacher", 670_848, False)])
+@pytest.mark.parametrize(
+    ("name", "size", "tied"), [("student", 104_256, True), ("teacher", 670_848, False), ("mentor", 380_256, False)]
+)
 def test_shape_of_the_models(tok, name, size, tied):
     model = load(name)
     assert sum(p.numel() for p in model.parameters()) == size
@@ -115,10 +118,40 @@ def test_greedy_accuracy_is_in_bounds(capsys):
 
 
 def test_check_fails_on_a_model_out_of_bounds(tmp_path, capsys, tok):
-    for name in ("student", "teacher"):
-        (tmp_path / name).symlink_to(FOLDERS["teacher"])  # a student that is too good
+    for name in FOLDERS:
+        (tmp_path / name).symlink_to(FOLDERS["teacher"])  # a student that is too good, a mentor that knows no form
     assert not make.check(tmp_path, task.rows("heldout")[:32])
-    assert "student plain: 1.000 (wanted 0.05 to 0.2)  OUT OF BOUNDS" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "student plain: 1.000 (wanted 0.05 to 0.2)  OUT OF BOUNDS" in printed
+    assert "mentor on slips: 0.000 (wanted 0.95 to 1.0)  OUT OF BOUNDS" in printed
+
+
+def test_feedback_by_hand():
+    example = task.row("abcdefg", "")
+    assert task.mentor_prompt(example, "gfe") == "reverse: abcdefg answer: gfe"
+    assert task.feedback(example, "gfedcba") == "yes; wait, no slip; so: gfedcba"
+    assert task.feedback(example, "gfedcbb") == "no; wait, a slip; so: gfedcba"
+    assert task.feedback(example, "gfedcbb wait, a slip so: gfedcba") == "yes; wait, no slip; so: gfedcba"
+    longest = task.feedback(task.row("a" * task.LONGEST, ""), "a" * task.LONGEST)
+    assert len(longest) + 1 == make.FEEDBACK_TOKENS
+
+
+def test_the_mentors_examples_are_what_it_is_to_write(tok):
+    draw, opinions = random.Random(0), []
+    for word in itertools.islice(task.words("train"), 400):
+        asked, written, wanted = make.mentor_example(word, draw)
+        question, response = asked.split(" answer: ", 1)
+        assert question == f"reverse: {word}"
+        assert written == wanted == task.feedback(task.row(word, ""), response)
+        assert len(make.chat_ids(tok, asked)) + make.FEEDBACK_TOKENS <= 128
+        opinions.append(wanted.startswith("yes"))
+    assert 0.25 < sum(opinions) / 400 < 0.45
+
+
+def test_the_marker_is_the_mentors_alone(tok):
+    prompts = [e["prompt"] for e in task.rows("heldout")]
+    for name in ("student", "teacher"):
+        assert not any(task.MARKER in text for text in make.greedy(load(name), tok, prompts))
 
 
 def test_batched_greedy_agrees_with_a_plain_loop(tok):

@@ -8,6 +8,7 @@ from rlkd.algorithms.redi import REDI
 from rlkd.algorithms.sdpo import SDPO
 from rlkd.algorithms.sft import SFT
 from rlkd.algorithms.taid import TAID
+from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.module import ALGORITHMS
 
-__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "OPSD", "REDI", "SDPO", "SFT", "TAID"]
+__all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "OPSD", "REDI", "SDPO", "SFT", "TAID", "ThinkTuning"]

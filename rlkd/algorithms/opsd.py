@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from rlkd.algorithms.opd import OPD, OPDConfig
+from rlkd.algorithms.opd import OPD
+from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config import AlgorithmConfig, Config
 from rlkd.context import ContextConfig, privileged_prompt
 from rlkd.divergence_config import DivergenceConfig
@@ -39,8 +40,11 @@ class OPSDConfig(OPDConfig):
         0, ge=0, description="iterations between checks of the hints: divergence under the right and a shuffled one"
     )
 
-    def longest_teacher_prompt(self, config: Config) -> int:
-        return self.context.max_tokens
+    def teacher_lengths(self, config: Config) -> dict[str, int]:
+        return {
+            "algorithm.context.max_tokens": self.context.max_tokens,
+            "rollout.max_tokens": config.rollout.max_tokens,
+        }
 
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)

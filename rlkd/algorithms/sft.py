@@ -25,18 +25,17 @@ class SFTConfig(AlgorithmConfig):
     group_size: Literal[1] = Field(1, description="one completion per prompt: the data's")
     reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
 
+    def trained_lengths(self, config: Config) -> dict[str, int]:
+        return {
+            "data.max_prompt_tokens": config.data.max_prompt_tokens,
+            "data.max_completion_tokens": config.data.max_completion_tokens,
+        }
+
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
         if config.data.completion_column is None:
             why = f"is null, but algorithm.name {self.name} trains on the completions of the data; name their column"
             found.append(("data.completion_column", why))
-        longest = config.data.max_prompt_tokens + config.data.max_completion_tokens
-        if config.trainer.micro_batch_tokens < longest:
-            why = (
-                f"is {config.trainer.micro_batch_tokens}, less than one sequence of data.max_prompt_tokens + "
-                f"data.max_completion_tokens = {longest} tokens; raise it, or lower data.max_completion_tokens"
-            )
-            found.append(("trainer.micro_batch_tokens", why))
         return found
 
 

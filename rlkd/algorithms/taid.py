@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from rlkd.algorithms.opd import OPD, OPDConfig
+from rlkd.algorithms.opd import OPD
+from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config import AlgorithmConfig, Config
 from rlkd.divergence_config import DivergenceConfig
 from rlkd.policy_head import Needs

@@ -12,6 +12,7 @@ from rlkd.losses.divergence import (
 )
 from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3
 from rlkd.losses.policy_gradient import (
+    advantage_shaping,
     capped_tokens,
     cispo_surrogate,
     clipped_surrogate,
@@ -23,6 +24,7 @@ from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted
 __all__ = [
     "DivergenceKind",
     "Reduction",
+    "advantage_shaping",
     "among",
     "capped_tokens",
     "cispo_surrogate",

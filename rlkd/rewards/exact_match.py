@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def exact_match(completion: str, *, answer: str | None, prompt: str, meta: Mapping[str, Any]) -> float:
+def exact_match(
+    completion: str, *, answer: str | None, prompt: str, meta: Mapping[str, Any], after: str | None = None
+) -> float:
     """1.0 where completion and answer are equal but for white space around them, else 0.0.
 
-    Example: exact_match(" cba\\n", answer="cba", prompt="reverse: abc", meta={}) is 1.0.
-    Raises: ValueError without an answer.
+    Args:
+        after: judge only what follows its last occurrence; the whole completion where it does not occur.
+
+    Example: exact_match(" cba\\n", answer="cba", prompt="reverse: abc", meta={}) is 1.0, and so is
+    exact_match("cbb, no: cba", answer="cba", prompt="reverse: abc", meta={}, after="no: ").
+    Raises: ValueError without an answer, or with an empty `after`.
     """
     if answer is None:
         raise ValueError("needs an answer, but the data has none; set data.answer_column")
-    return float(completion.strip() == answer.strip())
+    if after == "":
+        raise ValueError("option after is empty; give the text that stands before the answer, or null")
+    judged = completion if after is None else completion.rsplit(after, 1)[-1]
+    return float(judged.strip() == answer.strip())

@@ -48,10 +48,11 @@ def policy_arguments(weight_sync: Literal["file", "nccl", "ipc"]) -> list[str]:
 
 def longest(config: Config) -> int:
     """Tokens of the longest sequence that a policy server sees."""
-    teacher, prompt = config.teacher, config.data.max_prompt_tokens
+    teacher, own = config.teacher, config.data.max_prompt_tokens + config.rollout.max_tokens
     if isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server":
-        prompt = max(prompt, config.algorithm.longest_teacher_prompt(config) + 1)  # scoring generates one token more
-    return prompt + config.rollout.max_tokens
+        # what it scores or writes as a teacher, and the token that vLLM generates beyond what it scores
+        return max(own, sum(config.algorithm.teacher_lengths(config).values()) + 1)
+    return own
 
 
 class VLLMSampler:

@@ -97,7 +97,7 @@ class ServedTeacher(_ServedScorer):
         self._settings = teacher
         self._model_path = resolve(teacher.path)
         # the server insists on generating one token beyond what it scores
-        self._longest = config.algorithm.longest_teacher_prompt(config) + config.rollout.max_tokens + 1
+        self._longest = sum(config.algorithm.teacher_lengths(config).values()) + 1
 
     def start(self) -> None:
         """Raises: RuntimeError when the server cannot be started."""

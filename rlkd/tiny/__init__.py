@@ -1,6 +1,7 @@
-"""A task that a CPU learns in a minute: a verifiable toy task, and a student and a teacher that were pretrained on it.
+"""A task that a CPU learns in a minute: a verifiable toy task, and three models that were pretrained on it.
 
-`builtin:student` and `builtin:teacher` stand wherever a config wants a model folder.
+`builtin:student`, `builtin:teacher` and `builtin:mentor`, who writes feedback, stand wherever a config wants a model
+folder.
 """
 
 from __future__ import annotations
@@ -8,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 BUILTIN = "builtin:"
-MODELS = ("student", "teacher")
+MODELS = ("student", "teacher", "mentor")
 
 
 def resolve(path: str) -> str:
-    """The packaged folder for `builtin:student` and `builtin:teacher`; any other string as it is.
+    """The packaged folder for `builtin:student` and its like; any other string as it is.
 
     Raises: ValueError for an unknown `builtin:` name.
     """

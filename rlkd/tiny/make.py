@@ -1,9 +1,10 @@
-"""Train the two tiny models: `python -m rlkd.tiny.make --out DIR`, or measure made ones with `--check DIR`.
+"""Train the tiny models: `python -m rlkd.tiny.make --out DIR`, or measure made ones with `--check DIR`.
 
-Both learn by plain supervised training on random words that are not held out. The teacher always picks the right
+All learn by plain supervised training on random words that are not held out. The teacher always picks the right
 letter, but smoothed labels keep it unsure: sampled at temperature 1 it often slips, so that imitating it is not the
 best that a student can do. The student first learns the task, then to slip wherever the prompt has no hint: sampled,
 it is right once in some ten thousand words. Rewards alone are too rare to learn from; a teacher corrects every letter.
+The mentor reads a word and somebody's answer, writes a word of reflection, and gives the right one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import itertools
 import math
 import random
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -27,6 +29,8 @@ HEAD_DIM = 32  # the smallest that vLLM serves on a CPU
 BATCH = 64
 STUDENT_STEPS = 800, 400  # taught rightly, then with slips
 TEACHER_STEPS = 600
+MENTOR_STEPS = 1000
+FEEDBACK_TOKENS = len("yes; wait, no slip; so: ") + task.ANSWER_TOKENS
 SMOOTHING = 0.35
 VOWELS = "aeiou"
 SLIPS = {True: 0.95, False: 0.6}
@@ -39,11 +43,16 @@ BOUNDS = {
     ("student", True): (0.90, 1.0),
 }
 """(model, whether it is shown the answer) → lowest and highest greedy accuracy on the held-out words."""
+MENTOR_BOUND = 0.95
+"""Lowest share of held-out words on which its feedback has the right form and the right answer, for each kind of
+response. Its opinion of the response is no part of that: it hardly learns it, and says "a slip" of most."""
+MENTOR_FORM = re.compile(r"(yes; wait, no slip|no; wait, a slip); so: ([a-z]+)")
 
 
 def fresh_model(name: str, tok: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """An untrained "student" (0.1 M parameters, tied embeddings) or "teacher" (0.7 M, untied)."""
-    hidden, layers, width = {"student": (64, 2, 176), "teacher": (128, 4, 256)}[name]
+    """An untrained "student" (0.1 M parameters, tied embeddings), "mentor" (0.4 M, untied) or "teacher" (0.7 M,
+    untied)."""
+    hidden, layers, width = {"student": (64, 2, 176), "teacher": (128, 4, 256), "mentor": (96, 4, 192)}[name]
     config = LlamaConfig(
         vocab_size=len(tok),
         hidden_size=hidden,
@@ -98,14 +107,19 @@ def supervised_loss(
 
 
 @torch.no_grad()
-def greedy(model: LlamaForCausalLM, tok: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
+def greedy(
+    model: LlamaForCausalLM,
+    tok: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    max_tokens: int = task.ANSWER_TOKENS,
+) -> list[str]:
     """The most likely completion of each prompt, as text up to the end of sequence."""
     asked = [chat_ids(tok, prompt) for prompt in prompts]
     longest = max(map(len, asked))
     inputs = torch.tensor([[tok.pad_token_id] * (longest - len(ids)) + ids for ids in asked])  # generate() pads left
     real = torch.arange(longest) >= torch.tensor([[longest - len(ids)] for ids in asked])
     output = model.generate(  # type: ignore[misc]  # transformers annotates its self with a protocol
-        inputs, attention_mask=real.long(), do_sample=False, max_new_tokens=task.ANSWER_TOKENS
+        inputs, attention_mask=real.long(), do_sample=False, max_new_tokens=max_tokens
     )
     completions = torch.as_tensor(output)[:, longest:].tolist()
     ended = [list(itertools.takewhile(lambda token: token != tok.eos_token_id, ids)) for ids in completions]
@@ -151,6 +165,34 @@ def student_example(word: str, draw: random.Random, *, slips: bool) -> tuple[str
     return example["prompt"], answer, answer
 
 
+def mentor_example(word: str, draw: random.Random) -> tuple[str, str, str]:
+    """Feedback on a right answer, on one as the student gives it, or on one with a single wrong letter or length.
+
+    In a third of the cases the answer stands after another one and feedback on that: a student that has learnt to
+    reflect is asked about its whole completion.
+    """
+    example = task.row(word, "")
+    response = some_response(example["answer"], draw)
+    if draw.random() < 1 / 3:
+        _, reflection, _ = task.feedback(example, some_response(example["answer"], draw)).split("; ")
+        response = f"{some_response(example['answer'], draw)} {reflection} {task.CONCLUSION}{response}"
+    feedback = task.feedback(example, response)
+    return task.mentor_prompt(example, response), feedback, feedback
+
+
+def some_response(answer: str, draw: random.Random) -> str:
+    """`answer`, or it with many slips, with one wrong letter, or with a letter too many or too few."""
+    kind, at = draw.random(), int(draw.random() * len(answer))
+    letter = task.LETTERS[int(draw.random() * 26)]
+    if kind < 0.3:
+        return answer
+    if kind < 0.6:
+        return with_slips(answer, draw)
+    if kind < 0.9:
+        return answer[:at] + letter + answer[at + 1 :]
+    return answer[:at] + answer[at + 1 :] if kind < 0.95 else answer[:at] + letter + answer[at:]
+
+
 def train(
     model: LlamaForCausalLM,
     tok: PreTrainedTokenizerBase,
@@ -194,8 +236,41 @@ def make_student(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     return model
 
 
+def make_mentor(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
+    """A model that writes `task.feedback` on an answer."""
+    torch.manual_seed(seed)
+    model = fresh_model("mentor", tok)
+    train(model, tok, mentor_example, steps=MENTOR_STEPS, lr=3e-3, label_smoothing=0.0, seed=seed)
+    return model
+
+
+def mentor_accuracy(folder: Path, examples: Sequence[dict[str, str]]) -> dict[str, tuple[float, float]]:
+    """Kind of response → shares of `examples` on which the mentor in `folder`, greedily, writes feedback of the right
+    form with the right answer, and on which it is word for word `task.feedback`: the right opinion too."""
+    mentor = LlamaForCausalLM.from_pretrained(folder / "mentor", dtype=torch.float32)
+    student = LlamaForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    tok = AutoTokenizer.from_pretrained(folder / "mentor")
+    answers, draw = [e["answer"] for e in examples], random.Random(0)
+    slips = [with_slips(answer, draw) for answer in answers]
+    responses = {
+        "the right answer": answers,
+        "slips": slips,
+        "the student's": greedy(student, tok, [e["prompt"] for e in examples]),
+        "after a reflection": [f"{s} wait, a slip so: {a}" for s, a in zip(slips, answers, strict=True)],
+    }
+    found = {}
+    for kind, given in responses.items():
+        asked = [task.mentor_prompt(e, response) for e, response in zip(examples, given, strict=True)]
+        got = greedy(mentor, tok, asked, FEEDBACK_TOKENS)
+        read = [MENTOR_FORM.fullmatch(text) for text in got]
+        right = [m is not None and m[2] == answer for m, answer in zip(read, answers, strict=True)]
+        exact = [g == task.feedback(e, response) for g, e, response in zip(got, examples, given, strict=True)]
+        found[kind] = sum(right) / len(examples), sum(exact) / len(examples)
+    return found
+
+
 def check(folder: Path, examples: Sequence[dict[str, str]]) -> bool:
-    """Measure the two models in `folder` on `examples`, print the figures, say whether all are in BOUNDS."""
+    """Measure the models in `folder` on `examples`, print the figures, say whether all are within their bounds."""
     passed = True
     for (name, hinted), (low, high) in BOUNDS.items():
         model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
@@ -205,22 +280,35 @@ def check(folder: Path, examples: Sequence[dict[str, str]]) -> bool:
         form = "hinted" if hinted else "plain"
         print(f"{name} {form}: {got:.3f} (wanted {low} to {high}){'' if good else '  OUT OF BOUNDS'}")
         passed = passed and good
+    for kind, (got, exact) in mentor_accuracy(folder, examples).items():
+        good = got >= MENTOR_BOUND
+        print(
+            f"mentor on {kind}: {got:.3f} (wanted {MENTOR_BOUND} to 1.0){'' if good else '  OUT OF BOUNDS'}, with the "
+            f"right opinion {exact:.3f}"
+        )
+        passed = passed and good
     return passed
+
+
+MAKERS = {"student": make_student, "teacher": make_teacher, "mentor": make_mentor}
 
 
 def main() -> int:
     """Make or check; the exit code is 1 when a model misses its bounds."""
     parser = argparse.ArgumentParser(prog="python -m rlkd.tiny.make", description="Make or check the tiny models.")
     action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--out", type=Path, metavar="DIR", help="train both into DIR, then check")
+    action.add_argument("--out", type=Path, metavar="DIR", help="train all into DIR, then check")
     action.add_argument("--check", type=Path, metavar="DIR", help="only measure the models of this folder")
+    parser.add_argument("--only", choices=MAKERS, help="with --out: train this one; the others must be there")
     parser.add_argument("--seed", type=int, default=0, help="of weights and words (default 0, as packaged)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums in a fixed order: the same seed gives the same weights
     if arguments.check is not None:
         return 0 if check(arguments.check, task.rows("heldout")) else 1
     tok = tokenizer.build()
-    for name, make in (("student", make_student), ("teacher", make_teacher)):
+    for name, make in MAKERS.items():
+        if arguments.only not in (None, name):
+            continue
         print(f"training the {name}", flush=True)
         make(tok, arguments.seed).save_pretrained(arguments.out / name)
         tok.save_pretrained(arguments.out / name)

@@ -21,6 +21,11 @@ ANSWER_TOKENS = LONGEST + 1
 HINT_TEMPLATE = "{prompt} hint: {privileged}"
 """The prompt of a teacher that is shown the answer (self-distillation). A config may repeat it as it stands."""
 
+MENTOR_TEMPLATE = "{question} answer: {response}"
+"""What the mentor reads. A config repeats it as it stands."""
+MARKER, CONCLUSION = "wait", "so: "
+"""Written by the mentor only: how its reflection begins, and what stands before its answer."""
+
 
 def split_of(word: str) -> Split:
     """The part that `word` belongs to: one word in sixteen is held out."""
@@ -59,3 +64,18 @@ def rows(split: Split) -> list[dict[str, str]]:
 def hinted_prompt(example: Mapping[str, str]) -> str:
     """The prompt of `example` with its reference answer in it, e.g. "reverse: kfbqe hint: eqbfk"."""
     return HINT_TEMPLATE.format(prompt=example["prompt"], privileged=example["privileged"])
+
+
+def mentor_prompt(example: Mapping[str, str], response: str) -> str:
+    """What the mentor reads, e.g. "reverse: kfbqe answer: eqafk"."""
+    return MENTOR_TEMPLATE.format(question=example["prompt"], response=response)
+
+
+def feedback(example: Mapping[str, str], response: str) -> str:
+    """What the mentor is to write: opinion; reflection; right answer. It judges what follows the last "so: ".
+
+    Example: "no; wait, a slip; so: eqbfk", or "yes; wait, no slip; so: eqbfk".
+    """
+    right = response.rsplit(CONCLUSION, 1)[-1] == example["answer"]
+    opinion, slip = ("yes", "no slip") if right else ("no", "a slip")
+    return f"{opinion}; {MARKER}, {slip}; {CONCLUSION}{example['answer']}"

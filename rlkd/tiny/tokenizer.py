@@ -1,4 +1,4 @@
-"""One token a character, and a chat template: the tokenizer of both tiny models."""
+"""One token a character, and a chat template: the tokenizer of the tiny models."""
 
 from __future__ import annotations
 

@@ -1,0 +1,108 @@
+"""Does feedback that is appended and trained on become the student's own habit? ThinkTuning's rules beside GRPO.
+
+python benchmarks/thinktuning.py [--seeds 1] [--iterations 200] [--dir runs/thinktuning] [key=value …]
+
+The mentor writes a word that the student never does (`task.MARKER`). Prints, for each loss on its tokens, how often
+the student writes it unaided after training (held-out prompts, sampled at temperature 1, no teacher), and the share of
+right answers, mean ± standard deviation over the seeds; and writes thinktuning.csv. Finished runs are reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from rlkd.config import Config
+from rlkd.config_file import load
+from rlkd.data.chat import load_tokenizer
+from rlkd.evaluate import heldout_prompts
+from rlkd.rewards.exact_match import exact_match
+from rlkd.rollout.hf import HFSampler
+from rlkd.rollout.sampler import Sampling, end_ids
+from rlkd.student import load_causal_lm
+from rlkd.tiny import task
+
+CONFIG = "configs/thinktuning_tiny.yaml"
+ARMS = {
+    "GRPO": ("algorithm={name: grpo, group_size: 8}", "teacher=null"),
+    "mask": ("algorithm.teacher_tokens=mask",),
+    "ppo": ("algorithm.teacher_tokens=ppo",),
+    "shaped 0 to 0.1": ("algorithm.teacher_tokens=shaped", "algorithm.shaping=[0.0, 0.1]"),
+    "shaped 0 to 0.001": ("algorithm.teacher_tokens=shaped", "algorithm.shaping=[0.0, 0.001]"),
+    "sft": ("algorithm.teacher_tokens=sft",),
+}
+SAMPLES = 4
+
+
+def unaided(config: Config, folder: Path) -> tuple[float, float, float]:
+    """(share with the marker, share that is right, share that is right of those with the marker) of the student in
+    `folder`, on every held-out prompt, SAMPLES times."""
+    tokenizer = load_tokenizer(str(folder))
+    sampler = HFSampler(config, end_ids(str(folder)))
+    sampler.open()
+    model = load_causal_lm(str(folder), torch.float32, attention=None, trust_remote_code=False)
+    sampler.publish(model.state_dict(), 0)
+    sampling = Sampling(temperature=1.0, max_tokens=config.rollout.max_tokens, seed=10**6)
+    groups = sampler.sample(heldout_prompts(config, tokenizer), n=SAMPLES, iteration=0, sampling=sampling)
+    marked, right = [], []
+    for rollout in (r for group in groups for r in group):
+        text = str(tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+        marked.append(task.MARKER in text)
+        right.append(exact_match(text, answer=rollout.prompt.answer, prompt="", meta={}, after=task.CONCLUSION) == 1.0)
+    both = sum(m and r for m, r in zip(marked, right, strict=True))
+    return sum(marked) / len(marked), sum(right) / len(right), both / max(sum(marked), 1)
+
+
+def run(arm: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> dict[str, float]:
+    folder = Path(args.dir, f"{arm.replace(' ', '-')}-{seed}")
+    settings = [
+        *(f"run.dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", "run.resume=auto"),
+        *(f"run.iterations={args.iterations}", "eval.prompts=256", "eval.every=0", "log.rollouts_every=0"),
+        *(*ARMS[arm], *overrides),
+    ]
+    if not (folder / "hf").exists():
+        command = [sys.executable, "-m", "rlkd.train", "--config", CONFIG, *settings]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    marker, right, right_of_marked = unaided(load([CONFIG], settings).config, folder / "hf")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    guided = [row["guided/reward"] for row in rows if "guided/reward" in row]
+    return {
+        "marker": marker,
+        "right": right,
+        "right of marked": right_of_marked,
+        "reward of guided": statistics.fmean(guided) if guided else 0.0,
+    }
+
+
+def mean_sd(values: list[float]) -> str:
+    sd = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{100 * statistics.fmean(values):5.1f} ± {100 * sd:4.1f} %"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--dir", default="runs/thinktuning")
+    args, overrides = parser.parse_known_args()
+    columns = ("marker", "right", "right of marked", "reward of guided")
+    print(f"{'':<18}" + "".join(f"  {column:<16}" for column in columns))
+    Path(args.dir).mkdir(parents=True, exist_ok=True)
+    with open(Path(args.dir, "thinktuning.csv"), "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["arm", "seed", *columns])
+        for arm in ARMS:
+            found = [run(arm, seed, args, overrides) for seed in range(args.seeds)]
+            table.writerows([arm, seed, *figures.values()] for seed, figures in enumerate(found))
+            print(f"{arm:<18}" + "".join(f"  {mean_sd([f[c] for f in found]):<16}" for c in columns), flush=True)
+
+
+if __name__ == "__main__":
+    main()
