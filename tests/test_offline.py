@@ -11,6 +11,8 @@ from rlkd.config_file import ConfigError
 from rlkd.student import load_causal_lm
 from rlkd.types import AUTHORS
 
+pytestmark = pytest.mark.long
+
 NO_CLIP = "optim.max_grad_norm=1000000.0"
 LIMIT = ("data.max_completion_tokens=32", "data.limit=16", "rollout.prompts=4", "log.rollouts_every=0")
 

@@ -15,6 +15,8 @@ from rlkd.metrics import Meter
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Signal, TeacherScores
 
+pytestmark = pytest.mark.long
+
 HINT = "context: {template: '{prompt}{context}', reference: ' hint: {text}'}"
 SELF = "teacher={backend: self}"
 SMALL = ("rollout.prompts=4", "rollout.max_mismatch=0.001", "data.limit=16", "log.rollouts_every=0")

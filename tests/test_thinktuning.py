@@ -12,7 +12,8 @@ import pytest
 import torch
 from builders import Captured, scored
 
-from rlkd.algorithms import ThinkTuning, feedback
+from rlkd import feedback
+from rlkd.algorithms import ThinkTuning
 from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import load_tokenizer
 from rlkd.feedback import PATTERN, FeedbackConfig, fill, parse
@@ -363,7 +364,7 @@ def test_negative_advantages_sft_none_and_rare_shaped_tokens_as_ppo():
     def gradient(probability):
         logprobs = torch.full_like(batch.advantages, math.log(probability)).requires_grad_()
         whole = replace(batch, old_logprobs=logprobs.detach())
-        algorithm.loss(PolicyOutput(logprobs=logprobs, entropy=None), whole, 0).total.backward()
+        algorithm.loss(PolicyOutput(logprobs=logprobs, entropy=torch.zeros_like(logprobs)), whole, 0).total.backward()
         return logprobs.grad[0][batch.authors[0].ne(0)]
 
     torch.testing.assert_close(gradient(0.009), torch.full((22,), 1.5))
@@ -412,7 +413,7 @@ def test_rewards_are_the_augmented_answers(loader):
     assert len(made) == 4 and not any(loader.algorithm.failures.values())
     assert [s.teacher for s in made] == [None] * 4
     for s in made:
-        text = loader.text(s.rollout.token_ids)
+        text = loader.algorithm.decoded(s.rollout.token_ids)
         assert "wait, " in text
         assert s.reward == float(text.rsplit("so: ", 1)[1] == s.rollout.prompt.answer)
     assert sum(s.reward for s in made) >= 3

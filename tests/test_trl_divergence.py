@@ -10,6 +10,8 @@ from rlkd.losses import among, divergence, generalized_jsd, with_tail
 from rlkd.output_layer import OutputLayer
 from rlkd.policy_head import Comparison, compared
 
+pytestmark = pytest.mark.long
+
 B, T, V, H, K = 2, 9, 40, 16, 6
 SAME_AS = [(0.0, "forward_kl"), (0.1, "jsd"), (0.5, "jsd"), (0.9, "jsd"), (1.0, "reverse_kl")]
 """TRL's β → our kind. TRL jumps from β·KL(T‖M) + (1−β)·KL(S‖M) to the plain KLs at the end points, where that formula

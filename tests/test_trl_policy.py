@@ -22,6 +22,8 @@ from rlkd.losses import importance_weights
 from rlkd.policy_head import PolicyOutput
 from rlkd.types import Batch
 
+pytestmark = pytest.mark.long
+
 PROMPT = 3
 LENGTHS = (5, 1, 12, 9, 3, 7)
 LONGEST = 12
