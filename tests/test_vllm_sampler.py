@@ -16,7 +16,7 @@ from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler, sampled_logprobs
 from rlkd.teachers.local import LocalScorer
-from rlkd.teachers.served import ServedTeacher, completion_logprobs
+from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher, completion_logprobs
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Rollout, Signal
 
@@ -141,6 +141,21 @@ def test_a_served_teachers_top_k_are_the_models(
     with pytest.raises(ServerError, match="answered 400: .*greater than max allowed: 60"):
         teacher.score(questions, Signal(tier="top_k", k=VOCABULARY + 1))
     teacher.close()
+
+
+@pytest.mark.server
+def test_the_servers_that_sample_also_score_for_a_live_self_teacher(
+    sampler: VLLMSampler, model: LlamaForCausalLM
+) -> None:
+    teacher = PolicyServerTeacher(sampler, (1,))
+    teacher.open()
+    questions = [Question(prompt.token_ids, (7, 8, 9)) for prompt in prompts(4)]
+    for question, score in zip(questions, teacher.score(questions, Signal(tier="top_k", k=3)), strict=True):
+        truth = true_logprobs(model, question.prompt, question.completion)
+        torch.testing.assert_close(torch.tensor(score.logprobs), truth, atol=1e-4, rtol=0)
+        assert score.top_ids is not None and score.top_ids.shape == (3, 3)
+    teacher.close()
+    assert sampler.sample(prompts(1), n=1, iteration=0, sampling=GREEDY), "the servers are the sampler's"
 
 
 @pytest.mark.server
