@@ -104,10 +104,11 @@ def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_
         meter.mean("accuracy", sum(correct), len(correct))
         mean = math.fsum(rewards) / max(len(rewards), 1)
         variance = math.fsum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
-        meter.mean("reward/std", math.sqrt(variance), 1.0)
+        known = float(bool(rewards))  # an offline stage has none
+        meter.mean("reward/std", math.sqrt(variance) * known, known)
         meter.total("reward/errors", float(sum(s.error is not None for s in group)))
-        meter.mean("groups/all_correct", float(bool(correct) and all(correct)), 1.0)
-        meter.mean("groups/all_wrong", float(bool(correct) and not any(correct)), 1.0)
+        meter.mean("groups/all_correct", float(bool(correct) and all(correct)), known)
+        meter.mean("groups/all_wrong", float(bool(correct) and not any(correct)), known)
         for s in group:
             meter.mean("completion/length", len(s.rollout.token_ids), 1.0)
             meter.mean("completion/truncated", float(s.rollout.finish_reason == "length"), 1.0)
