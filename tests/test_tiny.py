@@ -139,13 +139,13 @@ def test_feedback_by_hand():
 def test_the_mentors_examples_are_what_it_is_to_write(tok):
     draw, opinions = random.Random(0), []
     for word in itertools.islice(task.words("train"), 400):
-        asked, written, wanted = make.mentor_example(word, draw)
+        asked, written, wanted = make.mentor_example(word, draw, garbled=len(opinions) >= 200)
         question, response = asked.split(" answer: ", 1)
         assert question == f"reverse: {word}"
         assert written == wanted == task.feedback(task.row(word, ""), response)
         assert len(make.chat_ids(tok, asked)) + make.FEEDBACK_TOKENS <= 128
         opinions.append(wanted.startswith("yes"))
-    assert 0.25 < sum(opinions) / 400 < 0.45
+    assert 0.25 < sum(opinions[:200]) / 200 < 0.45
 
 
 def test_the_marker_is_the_mentors_alone(tok):

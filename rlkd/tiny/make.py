@@ -29,7 +29,8 @@ HEAD_DIM = 32  # the smallest that vLLM serves on a CPU
 BATCH = 64
 STUDENT_STEPS = 800, 400  # taught rightly, then with slips
 TEACHER_STEPS = 600
-MENTOR_STEPS = 1000
+MENTOR_STEPS = 1000, 600  # on tidy responses, then on garbled ones too
+LONGEST_RESPONSE = 40
 FEEDBACK_TOKENS = len("yes; wait, no slip; so: ") + task.ANSWER_TOKENS
 SMOOTHING = 0.35
 VOWELS = "aeiou"
@@ -165,10 +166,10 @@ def student_example(word: str, draw: random.Random, *, slips: bool) -> tuple[str
     return example["prompt"], answer, answer
 
 
-def mentor_example(word: str, draw: random.Random) -> tuple[str, str, str]:
+def mentor_example(word: str, draw: random.Random, *, garbled: bool) -> tuple[str, str, str]:
     """Feedback on a right answer, on one as the student gives it, or on one with a single wrong letter or length.
 
-    In a third of the cases the answer stands after another one and feedback on that: a student that has learnt to
+    If `garbled`, half of the responses run on into anything: what a student writes whom training has upset. In a third of the cases the answer stands after another one and feedback on that: a student that has learnt to
     reflect is asked about its whole completion.
     """
     example = task.row(word, "")
@@ -176,6 +177,10 @@ def mentor_example(word: str, draw: random.Random) -> tuple[str, str, str]:
     if draw.random() < 1 / 3:
         _, reflection, _ = task.feedback(example, some_response(example["answer"], draw)).split("; ")
         response = f"{some_response(example['answer'], draw)} {reflection} {task.CONCLUSION}{response}"
+    if garbled and draw.random() < 1 / 2:
+        rest = task.LETTERS if draw.random() < 1 / 2 else tokenizer.CHARACTERS.rstrip()
+        start, length = int(draw.random() * (len(response) + 1)), int(draw.random() * 40)
+        response = (response[:start] + "".join(draw.choices(rest, k=length)))[:LONGEST_RESPONSE]
     feedback = task.feedback(example, response)
     return task.mentor_prompt(example, response), feedback, feedback
 
@@ -240,7 +245,9 @@ def make_mentor(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """A model that writes `task.feedback` on an answer."""
     torch.manual_seed(seed)
     model = fresh_model("mentor", tok)
-    train(model, tok, mentor_example, steps=MENTOR_STEPS, lr=3e-3, label_smoothing=0.0, seed=seed)
+    for garbled, steps, lr in zip((False, True), MENTOR_STEPS, (3e-3, 2e-3), strict=True):
+        example = functools.partial(mentor_example, garbled=garbled)
+        train(model, tok, example, steps=steps, lr=lr, label_smoothing=0.0, seed=seed + garbled)
     return model
 
 
@@ -256,6 +263,7 @@ def mentor_accuracy(folder: Path, examples: Sequence[dict[str, str]]) -> dict[st
         "the right answer": answers,
         "slips": slips,
         "the student's": greedy(student, tok, [e["prompt"] for e in examples]),
+        "garbled": [a[: i % 7] + "".join(draw.choices(task.LETTERS, k=20)) for i, a in enumerate(answers)],
         "after a reflection": [f"{s} wait, a slip so: {a}" for s, a in zip(slips, answers, strict=True)],
     }
     found = {}
