@@ -169,8 +169,9 @@ def student_example(word: str, draw: random.Random, *, slips: bool) -> tuple[str
 def mentor_example(word: str, draw: random.Random, *, garbled: bool) -> tuple[str, str, str]:
     """Feedback on a right answer, on one as the student gives it, or on one with a single wrong letter or length.
 
-    If `garbled`, half of the responses run on into anything: what a student writes whom training has upset. In a third of the cases the answer stands after another one and feedback on that: a student that has learnt to
-    reflect is asked about its whole completion.
+    If `garbled`, half of the responses run on into anything: what a student writes whom training has upset. In a third
+    of the cases the answer stands after another one and feedback on that: a student that has learnt to reflect is
+    asked about its whole completion.
     """
     example = task.row(word, "")
     response = some_response(example["answer"], draw)
