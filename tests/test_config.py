@@ -478,6 +478,7 @@ _OVERRIDES = st.builds(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(FULL)), st.integers(0, 12), _PIECES), max_size=3),

@@ -160,6 +160,7 @@ def test_figures_and_errors_are_those_of_all_that_was_sampled(picky):
     assert row["reward/mean"] == pytest.approx(sum(s.reward for group in drawn for s in group) / 48)
 
 
+@pytest.mark.long
 def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
     """With real rewards; a second loader that starts at iteration 3 draws the same."""
     made, resumed = opened(*ROUNDS, algorithm=GRPO), opened(*ROUNDS, algorithm=GRPO)

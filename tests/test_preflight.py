@@ -224,6 +224,7 @@ def test_servers_that_do_not_answer_are_named_with_their_key():
     assert line.startswith("rollout.server.urls: ") and "port" in line
 
 
+@pytest.mark.long
 def test_a_server_of_another_model_or_kind_is_refused():
     with server("somebody/else") as url:
         (line,) = check(with_servers(url))
