@@ -32,6 +32,10 @@ SMALL = (
     "log.progress=false",
     "checkpoint.every=0",
 )
+SHORTER = {
+    "dapo.yaml": ("algorithm.overlong_cache=4", "algorithm.resample_rounds=2"),
+    "thinktuning.yaml": ("algorithm.feedback.max_tokens=8",),
+}
 ROW = {"answer": "cba", "solution": "cba", "chosen": "cba", "rejected": "abc", "topic": "letters"}
 
 
@@ -48,13 +52,14 @@ def test_a_shipped_config_trains(config, tmp_path, monkeypatch):
     paths = files(FOLDER / config)
     sections = [yaml.safe_load(Path(path).read_text()) for path in paths]
     teachers = [section["teacher"] for section in sections if "teacher" in section]
-    overrides = list(SMALL)
+    overrides = [*SMALL, *SHORTER.get(config, ())]
     if teachers and teachers[-1]["backend"] == "self":
         overrides.append("teacher.dtype=float32")
     elif teachers:
         overrides.append("teacher={backend: local, path: 'builtin:teacher'}")
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"reverse: {w}", "problem": f"reverse: {w}", **ROW} for w in ("abc", "bcd", "cde", "def", "efg")]
+    texts = [f"reverse: {word}" for word in ("abc", "bcd", "cde", "def", "efg", "fgh", "ghi", "hij")]
+    rows = [{"prompt": text, "problem": text, "question": text, **ROW} for text in texts]
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stages = load_stages(paths, overrides)
     assert run_stages(stages) == 0

@@ -14,7 +14,7 @@ from rlkd.stages import load_stages
 RECIPE = """
 run: {name: recipe, resume: auto, iterations: 2}
 model: {path: builtin:student}
-data: {path: builtin:reverse, max_prompt_tokens: 32, completion_column: answer, limit: 32}
+data: {path: builtin:reverse, max_prompt_tokens: 32, completion_column: answer, max_completion_tokens: 16, limit: 32}
 rollout: {prompts: 8, max_tokens: 16, max_mismatch: 1.0e-3}
 optim: {lr: 3.0e-4}
 trainer: {accelerator: cpu}
