@@ -370,6 +370,13 @@ class Config(Section):
         return f"{self.run.dir}/{self.run.name}"
 
     @property
+    def teachers(self) -> list[tuple[str, LocalTeacher | ServedTeacher]]:
+        """(key, settings) of every teacher that is a model of its own."""
+        if isinstance(self.teacher, RoutedTeacher):
+            return [(f"teacher.teachers[{i}]", teacher) for i, teacher in enumerate(self.teacher.teachers)]
+        return [("teacher", self.teacher)] if isinstance(self.teacher, LocalTeacher | ServedTeacher) else []
+
+    @property
     def world_size(self) -> int:
         return self.trainer.devices * self.trainer.num_nodes
 

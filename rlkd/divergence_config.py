@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkd.config import Config, NoTeacher, RoutedTeacher, Section, SelfTeacher, ServedTeacher
+from rlkd.config import Config, NoTeacher, Section, SelfTeacher, ServedTeacher
 from rlkd.losses import DivergenceKind
 from rlkd.policy_head import Comparison
 from rlkd.types import Signal
@@ -97,6 +97,5 @@ class DivergenceConfig(Section):
 def behind_server(config: Config) -> bool:
     """Whether some teacher's scores come over HTTP."""
     teacher = config.teacher
-    teachers = teacher.teachers if isinstance(teacher, RoutedTeacher) else [teacher]
     on_policy_server = isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server"
-    return on_policy_server or any(isinstance(t, ServedTeacher) for t in teachers)
+    return on_policy_server or any(isinstance(one, ServedTeacher) for _, one in config.teachers)

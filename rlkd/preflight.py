@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlkd.checkpoint import checkpoints
-from rlkd.config import Config, DataConfig, LocalTeacher, ServedTeacher
+from rlkd.config import Config, DataConfig, ServedTeacher
 from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
@@ -37,13 +37,13 @@ def check(config: Config) -> list[str]:
     problems = _run_directory(config) + _devices(config)
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
-    if isinstance(config.teacher, LocalTeacher | ServedTeacher):
-        lengths = config.algorithm.teacher_lengths(config)
-        teacher = _model("teacher.path", config.teacher.path, config.model.trust_remote_code, lengths, problems)
+    lengths = config.algorithm.teacher_lengths(config)
+    for key, settings in config.teachers:
+        teacher = _model(f"{key}.path", settings.path, config.model.trust_remote_code, lengths, problems)
         difference = first_difference(student, teacher) if student is not None and teacher is not None else None
         if difference is not None:
             problems.append(
-                f"teacher.path: {config.teacher.path} has another vocabulary than model.path: {difference}; token "
+                f"{key}.path: {settings.path} has another vocabulary than model.path: {difference}; token "
                 "ids are compared one by one, so both must agree (model.path is the first)"
             )
     if student is not None:
@@ -179,10 +179,14 @@ def _servers(config: Config) -> list[str]:
     asked: list[tuple[str, str, str, int]] = []
     if config.rollout.backend == "vllm":
         asked += [("rollout.server.urls", url, config.model.path, longest) for url in config.rollout.server.urls]
-    if isinstance(config.teacher, ServedTeacher) and config.teacher.url is not None:
-        # it must generate one token beyond what it scores
-        theirs = sum(config.algorithm.teacher_lengths(config).values()) + 1
-        asked.append(("teacher.url", config.teacher.url, config.teacher.path, theirs))
+    theirs = (
+        sum(config.algorithm.teacher_lengths(config).values()) + 1
+    )  # it must generate a token beyond what it scores
+    asked += [
+        (f"{key}.url", teacher.url, teacher.path, theirs)
+        for key, teacher in config.teachers
+        if isinstance(teacher, ServedTeacher) and teacher.url is not None
+    ]
     problems = []
     for key, url, path, tokens in asked:
         if not url.startswith(("http://", "https://")):

@@ -224,6 +224,16 @@ def test_servers_that_do_not_answer_are_named_with_their_key():
     assert line.startswith("rollout.server.urls: ") and "port" in line
 
 
+def test_each_of_several_teachers_is_looked_at():
+    other = model_folder("other", extra=["<think>"])
+    first = "{backend: local, name: a, path: 'builtin:teacher'}"
+    second = f"{{backend: served, name: b, path: {other}, url: 'http://127.0.0.1:9'}}"
+    problems = check(config(f"teacher={{backend: routed, teachers: [{first}, {second}]}}"))
+    assert len(problems) == 2
+    assert problems[0].startswith("teacher.teachers[1].path: other has another vocabulary than model.path: token ")
+    assert problems[1].startswith("teacher.teachers[1].url: no healthy server at http://127.0.0.1:9")
+
+
 @pytest.mark.long
 def test_a_server_of_another_model_or_kind_is_refused():
     with server("somebody/else") as url:
