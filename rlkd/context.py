@@ -6,24 +6,14 @@ Shared by the algorithms in which the student teaches itself (OPSD, SDPO).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import Section
-from rlkd.data.chat import encode_prompt
+from rlkd.data.chat import encode_prompt, filled
 from rlkd.types import Prompt
-
-_PLACE = re.compile(r"\{(prompt|context|text)\}")
-
-
-def filled(template: str, values: Mapping[str, str]) -> str:
-    """`template` with {prompt}, {context} and {text} replaced by `values`, once.
-
-    Other braces (a \\boxed{}, say) and braces in the values stay as they are. A place without a value stays too.
-    """
-    return _PLACE.sub(lambda match: values.get(match[1], match[0]), template)
 
 
 class ContextConfig(Section):

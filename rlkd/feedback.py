@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import Section
-from rlkd.data.chat import encode_prompt
+from rlkd.data.chat import decode, encode_prompt, filled
 from rlkd.types import Author, Completion, Prompt, Rollout, Segment
 
 Failure = Literal["format", "budget"]
@@ -137,27 +137,22 @@ class Feedback:
     phrase: str
 
 
-def fill(template: str, question: str, response: str) -> str:
-    r"""`template` with its {question} and {response} filled in; all other braces, \boxed{} say, are left alone.
-
-    One pass: a {response} inside the question's own text stays as it is.
-    """
-    values = {"question": question, "response": response}
-    return re.sub(r"\{(question|response)\}", lambda found: values[found[1]], template)
-
-
 def question_text(prompt: Prompt) -> str:
     """What the student was asked: its messages without a system message."""
     return "\n\n".join(m["content"] for m in prompt.messages if m["role"] != "system")
+
+
+def _asked(options: FeedbackConfig, question: str, response: str) -> str:
+    return filled(options.user, {"question": question, "response": response})
 
 
 def chat(options: FeedbackConfig, question: str, response: str) -> list[dict[str, str]]:
     """The conversation that the teacher goes on with."""
     messages = [] if options.system is None else [{"role": "system", "content": options.system}]
     for example in options.behaviours:
-        messages.append({"role": "user", "content": fill(options.user, example.question, example.response)})
+        messages.append({"role": "user", "content": _asked(options, example.question, example.response)})
         messages.append({"role": "assistant", "content": example.feedback})
-    return [*messages, {"role": "user", "content": fill(options.user, question, response)}]
+    return [*messages, {"role": "user", "content": _asked(options, question, response)}]
 
 
 def parse(pattern: str, text: str) -> Feedback | None:
@@ -171,25 +166,18 @@ def parse(pattern: str, text: str) -> Feedback | None:
 
 def question_ids(options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> tuple[int, ...]:
     """What the teacher reads of `rollout`."""
-    response = text_of(tokenizer, rollout.token_ids)
+    response = decode(tokenizer, rollout.token_ids)
     messages = chat(options, question_text(rollout.prompt), response)
     if options.chat_template:
         return encode_prompt(tokenizer, messages)[1]
     return encode_prompt(tokenizer, messages[0]["content"], chat_template=False)[1]
 
 
-def text_of(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """Without special tokens."""
-    text = tokenizer.decode(list(token_ids), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
-
-
 def answered(
     options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, answer: Completion, budget: int
 ) -> Rollout | Failure:
     """`rollout` with the teacher's `answer`, of at most `budget` tokens; or why there is none."""
-    found = parse(options.pattern, text_of(tokenizer, answer.token_ids))
+    found = parse(options.pattern, decode(tokenizer, answer.token_ids))
     if answer.finish_reason != "stop" or found is None:
         return "format"
     glue, reason, phrase = (

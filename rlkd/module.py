@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkd import distributed
 from rlkd.config import AlgorithmConfig, Config, NoTeacher
-from rlkd.data.chat import load_tokenizer
+from rlkd.data.chat import decode, load_tokenizer
 from rlkd.losses import counts
 from rlkd.metrics import Meter
 from rlkd.micro_batches import split_by_tokens, updates, weightless
@@ -92,9 +92,7 @@ class PolicyModule(lightning.LightningModule):
 
     def decoded(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """`token_ids` as text, with or without the special tokens."""
-        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=not special)
-        assert isinstance(text, str)
-        return text
+        return decode(self.tokenizer, token_ids, special=special)
 
     @property
     def sampling(self) -> Sampling:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from rlkd.algorithms import OPSD, SDPO
 from rlkd.config_file import ConfigError
-from rlkd.context import ContextConfig, filled
+from rlkd.context import ContextConfig
+from rlkd.data.chat import filled
 from rlkd.metrics import Meter
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Signal, TeacherScores

@@ -15,8 +15,8 @@ from builders import Captured, scored
 from rlkd import feedback
 from rlkd.algorithms import ThinkTuning
 from rlkd.config_file import ConfigError, load
-from rlkd.data.chat import load_tokenizer
-from rlkd.feedback import PATTERN, FeedbackConfig, fill, parse
+from rlkd.data.chat import filled, load_tokenizer
+from rlkd.feedback import PATTERN, FeedbackConfig, parse
 from rlkd.losses import importance_weights
 from rlkd.metrics import Meter
 from rlkd.policy_head import PolicyOutput
@@ -218,7 +218,8 @@ def test_below_the_threshold_the_teacher_is_not_asked():
 def test_filling_in_is_one_pass_and_leaves_other_braces():
     template = r"{question} \boxed{} {other} {response}"
     assert (
-        fill(template, "{response}?", r"{question} \boxed{1}") == r"{response}? \boxed{} {other} {question} \boxed{1}"
+        filled(template, {"question": "{response}?", "response": r"{question} \boxed{1}"})
+        == r"{response}? \boxed{} {other} {question} \boxed{1}"
     )
 
 

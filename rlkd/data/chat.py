@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from jinja2.exceptions import TemplateError
@@ -60,6 +61,23 @@ def encode_prompt(
     assert isinstance(text, str)
     # The template has written the special tokens, a beginning of sequence among them: none are added.
     return messages, tuple(tokenizer.encode(text, add_special_tokens=False))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool = False) -> str:
+    """`token_ids` as text, with or without the special tokens."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+    assert isinstance(text, str)
+    return text
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    r"""`template` with each {name} of `values` replaced, in one pass.
+
+    All other braces (a \boxed{}, say), and braces in the values, stay as they are.
+    Example: filled("{question} {x}", {"question": "{x}?"}) is "{x}? {x}".
+    """
+    names = "|".join(map(re.escape, values))
+    return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
 def _messages(prompt: str | Sequence[Mapping[str, str]], system: str | None) -> Messages:

@@ -17,6 +17,7 @@ from rlkd.noise import request_seed
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
+from rlkd.rollout.spread import spread
 from rlkd.tiny import resolve
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
@@ -193,19 +194,10 @@ class VLLMSampler:
         for problem in self._lost.values():
             raise RuntimeError(f"a server is lost since its last weight update: {problem}")
 
-        def one(job: tuple[int, Prompt]) -> list[Rollout]:
-            # ranks start at different servers, so that few prompts on many ranks spread too
-            which = (job[0] + distributed.rank()) % len(self._clients)
-            return self._one_prompt(self._clients[which], self._models[which], job[1], n, iteration, sampling)
+        def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
+            return self._one_prompt(client, model, prompt, n, iteration, sampling)
 
-        with ThreadPoolExecutor(max(1, min(_MAX_REQUESTS, len(prompts)))) as pool:
-            try:
-                return list(pool.map(one, enumerate(prompts)))
-            except ServerError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for server in self._servers:
-                    server.check_alive()  # a death says more than a broken connection
-                raise
+        return spread(prompts, one, self._servers, self._clients, self._models, _MAX_REQUESTS)
 
     def _one_prompt(
         self, client: VLLMClient, model: str, prompt: Prompt, n: int, iteration: int, sampling: Sampling

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlkd import config as configuration
-from rlkd import distributed
 from rlkd.config import Config
 from rlkd.distributed import on_rank_zero
 from rlkd.noise import request_seed
@@ -18,13 +16,11 @@ from rlkd.output_layer import OutputLayer
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
+from rlkd.rollout.spread import spread
 from rlkd.rollout.vllm import VLLMSampler
 from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.tiny import resolve
 from rlkd.types import Completion, Signal, TeacherScores
-
-Job = TypeVar("Job")
-Answer = TypeVar("Answer")
 
 _PER_REQUEST = 16
 _MAX_REQUESTS = 16
@@ -52,7 +48,11 @@ class _ServedScorer:
         """
         check_scorable(questions)
         parts = [questions[start : start + _PER_REQUEST] for start in range(0, len(questions), _PER_REQUEST)]
-        answers = self._spread(parts, lambda client, model, part: request_scores(client, model, part, signal))
+
+        def one(client: VLLMClient, model: str, part: Sequence[Question]) -> list[TeacherScores]:
+            return request_scores(client, model, part, signal)
+
+        answers = spread(parts, one, self._servers, self._clients, self._models, _MAX_REQUESTS * len(self._clients))
         return [scores for answer in answers for scores in answer]
 
     def layers(self) -> tuple[OutputLayer, ...]:
@@ -65,24 +65,7 @@ class _ServedScorer:
             seed = request_seed(sampling.seed, iteration, f"teacher/{question.name}")
             return request_completion(client, model, question.prompt, sampling, seed, self._ends)
 
-        return self._spread(questions, one)
-
-    def _spread(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
-        """The jobs' answers in order; all servers work at once."""
-
-        def one(numbered: tuple[int, Job]) -> Answer:
-            # ranks start at different servers, since each may have a request or two only
-            which = (numbered[0] + distributed.rank()) % len(self._clients)
-            return act(self._clients[which], self._models[which], numbered[1])
-
-        with ThreadPoolExecutor(_MAX_REQUESTS * len(self._clients)) as pool:
-            try:
-                return list(pool.map(one, enumerate(jobs)))
-            except ServerError:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for server in self._servers:
-                    server.check_alive()  # a death says more than a broken connection
-                raise
+        return spread(questions, one, self._servers, self._clients, self._models, _MAX_REQUESTS * len(self._clients))
 
 
 class ServedTeacher(_ServedScorer):
@@ -128,9 +111,6 @@ class ServedTeacher(_ServedScorer):
             slots=(of_policy, of_policy + of_teacher),
             arguments=TEACHER_ARGUMENTS,
         )
-
-    def layers(self) -> tuple[OutputLayer, ...]:
-        return ()
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""
