@@ -46,6 +46,8 @@ def test_each_stage_is_the_file_with_its_changes(recipe):
     assert [c.algorithm.name for c in configs] == ["sft", "taid", "grpo"]
     assert [c.run.iterations for c in configs] == [2, 2, 7]
     assert [c.optim.lr(0) for c in configs] == [0.001] * 3, "the command line holds for every stage"
+    every = load_stages([recipe], ["run.iterations=5"])
+    assert [stage.loaded.config.run.iterations for stage in every] == [5] * 3, "over what a stage in the file says too"
     assert [c.teacher.backend for c in configs] == ["none", "local", "none"], "a stage does not see its neighbour"
     assert [stage.starts_from for stage in stages] == [None, "runs/recipe/imitate/hf", "runs/recipe/taught/hf"]
 
