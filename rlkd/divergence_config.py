@@ -28,8 +28,10 @@ class DivergenceConfig(Section):
     )
     clip: float | None = Field(None, gt=0, description="full, top_k: cap of each vocabulary entry's share; null: none")
     k: int = Field(100, ge=1, description="top_k: how many tokens")
-    support: Literal["teacher", "student"] = Field(
-        "teacher", description="top_k: whose likeliest tokens; student wants a local teacher"
+    support: Literal["teacher", "student", "sampler"] = Field(
+        "teacher",
+        description="top_k: whose likeliest tokens; student: at each update, wants a local teacher; sampler: the "
+        "student's when it sampled, wants a local teacher or vLLM servers with GPUs",
     )
     tail: bool = Field(True, description="top_k: all other tokens are one more entry; false: renormalise over the k")
     form: Literal["advantage", "k2"] = Field(
@@ -41,17 +43,20 @@ class DivergenceConfig(Section):
         """What the teacher must give."""
         if self.tier == "sampled":
             return Signal()
-        if self.tier == "top_k" and self.support == "teacher":
-            return Signal(tier="top_k", k=self.k)
+        if self.tier == "top_k" and self.support != "student":
+            return Signal(tier="top_k", k=self.k) if self.support == "teacher" else Signal(tier="given")
         return Signal(tier="hidden")
+
+    @property
+    def sampler_top_k(self) -> int:
+        """How many of its likeliest tokens the sampler must name."""
+        return self.k if self.tier == "top_k" and self.support == "sampler" else 0
 
     def comparison(self, temperature: float, blend: float | None = None) -> Comparison | None:
         """What the forward must give; None where the log-probs of the sampled tokens are enough."""
         if self.tier == "sampled":
             return None
-        top: Literal["teacher_top_k", "student_top_k"] = (
-            "teacher_top_k" if self.support == "teacher" else "student_top_k"
-        )
+        top: Literal["given", "student_top_k"] = "student_top_k" if self.support == "student" else "given"
         return Comparison(
             kind=self.kind,
             temperature=temperature,
@@ -77,9 +82,14 @@ class DivergenceConfig(Section):
         if self.signal.tier == "hidden" and behind_server(config):
             why = (
                 f"is {self.tier}, which needs the teacher's whole distribution, but the teacher is behind a server; "
-                "use top_k with support: teacher, or sampled, or a local teacher"
+                "use top_k with support: teacher or sampler, or sampled, or a local teacher"
             )
             found.append(("algorithm.divergence.tier", why))
+        if self.sampler_top_k and behind_server(config) and config.trainer.accelerator == "cpu" and _launches(config):
+            why = (
+                "is sampler, but a vLLM server on a CPU scores no tokens of our choice; use teacher, or a local teacher"
+            )
+            found.append(("algorithm.divergence.support", why))
         if self.tier == "sampled" and self.kind != "reverse_kl":
             why = (
                 f"is {self.kind}, but on sampled tokens (tier: sampled) only the reverse_kl can be had; set one of them"
@@ -92,6 +102,13 @@ class DivergenceConfig(Section):
             )
             found.append(("teacher.temperature", why))
         return found
+
+
+def _launches(config: Config) -> bool:
+    """Whether the servers that score are started by us, where the trainer is."""
+    if isinstance(config.teacher, SelfTeacher):
+        return config.rollout.server.launch
+    return any(isinstance(one, ServedTeacher) and one.server.launch for _, one in config.teachers)
 
 
 def behind_server(config: Config) -> bool:

@@ -208,4 +208,5 @@ def append(rollout: Rollout, parts: Sequence[tuple[Author, Sequence[int]]]) -> R
         logprobs=rollout.logprobs[:kept] + (None,) * (len(ids) - kept),
         weight_versions=tuple(replace(s, end=min(s.end, kept)) for s in rollout.weight_versions if s.start < kept),
         segments=tuple(segments),
+        top_ids=None,
     )

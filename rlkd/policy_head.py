@@ -35,8 +35,8 @@ class Comparison:
     """Of the JSD."""
     clip: float | None = None
     """Cap of each vocabulary entry's share."""
-    support: Literal["full", "teacher_top_k", "student_top_k"] = "full"
-    """teacher_top_k wants `batch.teacher_top_ids`; the others want `batch.teacher_hidden`."""
+    support: Literal["full", "given", "student_top_k"] = "full"
+    """given: the tokens `batch.teacher_top_ids`; the others want `batch.teacher_hidden`."""
     k: int = 0
     """Of student_top_k."""
     tail: bool = True
@@ -127,7 +127,7 @@ def compared(
         of_teacher = batch.teacher_index == teacher if len(teachers) > 1 else torch.ones_like(batch.teacher_index) > 0
         row, column = ((batch.distil_weights != 0) & of_teacher[:, None]).nonzero(as_tuple=True)
         width = head.weight.shape[0]
-        if comparison.support != "teacher_top_k":
+        if comparison.support != "given":
             width = min(width, batch.teacher_layers[teacher].weight.shape[0])
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
@@ -151,13 +151,13 @@ def _against(
 ) -> Callable[[Tensor, slice], Tensor]:
     """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
-    assert comparison.blend is None or comparison.support != "teacher_top_k", "a blend wants the teacher's logits"
+    assert comparison.blend is None or comparison.support != "given", "a blend wants the teacher's logits"
 
     def picked(vectors: Tensor, chunk: slice) -> Tensor:
         """[n, …] of some tokens, on the student's device; the whole stays where it is."""
         return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
 
-    def by_teachers_top(logits: Tensor, chunk: slice) -> Tensor:
+    def by_given_tokens(logits: Tensor, chunk: slice) -> Tensor:
         assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
         ids = picked(batch.teacher_top_ids, chunk)
         log_t = picked(batch.teacher_top_logprobs, chunk).to(logits.dtype)
@@ -178,7 +178,7 @@ def _against(
             log_s, log_t = among(log_s, ids, comparison.tail), among(log_t, ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
-    return by_teachers_top if comparison.support == "teacher_top_k" else by_hidden_states
+    return by_given_tokens if comparison.support == "given" else by_hidden_states
 
 
 class _ChunkedSum(torch.autograd.Function):

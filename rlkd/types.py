@@ -89,6 +89,8 @@ class Rollout:
     finish_reason: FinishReason
     segments: tuple[Segment, ...] = ()
     """Who wrote what; empty: the student wrote all."""
+    top_ids: Tensor | None = field(default=None, compare=False)  # [L, K] int64
+    """The sampler's likeliest tokens, where `Sampling.top_k` asked for them."""
 
     def __post_init__(self) -> None:
         where = f"a rollout of prompt {self.prompt.id!r}"
@@ -96,6 +98,7 @@ class Rollout:
             raise ValueError(f"{where} has no tokens")
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{where} has {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
+        assert self.top_ids is None or len(self.top_ids) == len(self.token_ids), "top_ids wants [L, K]"
         for position, (logprob, by_student) in enumerate(zip(self.logprobs, self.student_tokens(), strict=True)):
             if by_student and (logprob is None or not math.isfinite(logprob)):
                 raise ValueError(f"{where}: token {position} was sampled by the student, but its log-prob is {logprob}")
@@ -128,6 +131,8 @@ class Completion:
     logprobs: tuple[float, ...]
     """Of these tokens, at the temperature that drew them."""
     finish_reason: FinishReason
+    top_ids: Tensor | None = field(default=None, compare=False)
+    """As `Rollout.top_ids`."""
 
 
 def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_reason: FinishReason) -> Rollout:
@@ -146,9 +151,9 @@ def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_rea
 class Signal:
     """How much a teacher is to say of each completion token."""
 
-    tier: Literal["sampled", "top_k", "hidden"] = "sampled"
-    """sampled: the log-prob of the token that stands there; top_k: also its k likeliest tokens; hidden: also its last
-    hidden state, from which its output layer gives the whole distribution."""
+    tier: Literal["sampled", "top_k", "given", "hidden"] = "sampled"
+    """sampled: the log-prob of the token that stands there; top_k: also its k likeliest tokens; given: also those that
+    the question names; hidden: also its last hidden state, from which its output layer gives the whole distribution."""
     k: int = 0
     """Of top_k."""
 
@@ -159,7 +164,9 @@ class TeacherScores:
 
     logprobs: tuple[float, ...]
     """log π_T(token t | the teacher's prompt, the tokens before t), one per completion token."""
-    top_ids: Tensor | None = None  # [L, K] int64, the teacher's likeliest tokens first
+    top_ids: Tensor | None = (
+        None  # [L, K] int64: the teacher's likeliest first, or the given ones; −1: it has none such
+    )
     top_logprobs: Tensor | None = None  # [L, K] fp32
     hidden: Tensor | None = None  # [L, H]: row t is what the teacher predicts token t from
     teacher: int = 0

@@ -20,8 +20,8 @@ B, T, V, H, H_TEACHER = 3, 6, 11, 7, 5
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
 SUPPORTS = [
     ("full", True),
-    ("teacher_top_k", True),
-    ("teacher_top_k", False),
+    ("given", True),
+    ("given", False),
     ("student_top_k", True),
     ("student_top_k", False),
 ]
@@ -76,7 +76,7 @@ def with_teacher(weights, theirs, comparison, hidden=None, width=V):
     """A batch whose teacher has hidden states, and says its top k where the comparison asks for that."""
     hidden = normal(20, *weights.shape, theirs.weight.shape[1]) if hidden is None else hidden
     batch = batch_of(weights, teacher_hidden=hidden, teacher_layers=(theirs,))
-    if comparison.support != "teacher_top_k":
+    if comparison.support != "given":
         return batch
     logits = theirs.logits(hidden.flatten(0, 1), width).view(*weights.shape, -1)
     top = (logits / comparison.temperature).log_softmax(-1).topk(comparison.k)
@@ -91,7 +91,7 @@ def reference(logits_s, logits_t, comparison):
         logits_t = (1 - comparison.blend) * logits_s.detach() + comparison.blend * logits_t
     s, t = (torch.softmax(z / comparison.temperature, -1) for z in (logits_s, logits_t.detach()))
     if comparison.support != "full":
-        ids = (t if comparison.support == "teacher_top_k" else s.detach()).topk(comparison.k).indices
+        ids = (t if comparison.support == "given" else s.detach()).topk(comparison.k).indices
         s, t = s.gather(-1, ids), t.gather(-1, ids)
         if comparison.tail:
             s, t = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (s, t))
@@ -303,7 +303,7 @@ def test_tokens_without_weight_do_not_matter_even_as_nan(support, tail):
     hidden, output, theirs = normal(5, B, T, H), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
     off = batch.distil_weights == 0
-    names = ("teacher_top_logprobs",) if support == "teacher_top_k" else ("teacher_hidden",)
+    names = ("teacher_top_logprobs",) if support == "given" else ("teacher_hidden",)
     spoilt = {name: getattr(batch, name).masked_fill(off[..., None], math.nan) for name in names}
     # the state that a token is predicted from is the one before it
     bad_hidden = hidden.masked_fill(torch.roll(off, -1, dims=1)[..., None], math.nan).requires_grad_()
@@ -345,7 +345,7 @@ def test_blend_goes_from_nothing_to_the_forward_kl():
     assert_close(between[0], gradients(wanted, hidden)[0])
 
 
-@pytest.mark.parametrize("support", ["full", "student_top_k", "teacher_top_k"])
+@pytest.mark.parametrize("support", ["full", "student_top_k", "given"])
 @pytest.mark.parametrize(("ours", "theirs"), [(9, 12), (12, 9)])
 def test_vocabularies_of_unequal_width_are_compared_on_the_common_columns(chunked, ours, theirs, support):
     """Embeddings are padded to 151,936 in one size of a model and to 152,064 in another; the tokenizer is the same.
@@ -369,7 +369,7 @@ def test_a_teachers_token_that_the_student_has_no_column_for_counts_to_the_rest(
     output, hidden = head(vocabulary=9), normal(5, 1, 2, H)
     weights = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     log_t = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).log().expand(1, 2, 3)
-    comparison = Comparison(kind="reverse_kl", temperature=1.0, support="teacher_top_k", k=3)
+    comparison = Comparison(kind="reverse_kl", temperature=1.0, support="given", k=3)
     batch = batch_of(weights, teacher_top_ids=torch.tensor([[[0, 0, 0], [3, 9, -1]]]), teacher_top_logprobs=log_t)
     value, _ = compared(hidden, output, batch, comparison, PLAIN)
     s = float(output(hidden[0, 0]).softmax(-1)[3])

@@ -93,6 +93,18 @@ def test_completions_end_with_the_end_token_or_at_the_budget(sampler):
             assert not ends & set(rollout.token_ids[:-1])
 
 
+def test_the_likeliest_tokens_are_the_models(sampler, hf):
+    """Named at every position, whatever was sampled; rows that end leave the batch meanwhile."""
+    sampling = Sampling(temperature=0.7, max_tokens=12, seed=3, top_k=4)
+    groups = sampler.sample(prompts(2, 5, 3), n=3, iteration=0, sampling=sampling)
+    for rollout in (r for group in groups for r in group):
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
+        with torch.no_grad():
+            truth = hf(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
+        assert rollout.top_ids.shape == (len(rollout.token_ids), 4)
+        torch.testing.assert_close(truth.gather(1, rollout.top_ids), truth.topk(4).values, atol=1e-4, rtol=0)
+
+
 def test_every_token_carries_the_published_version(sampler):
     (group,) = sampler.sample(prompts(5), n=3, iteration=0, sampling=SAMPLING)
     assert {(s.start, s.version) for r in group for s in r.weight_versions} == {(0, 4)}

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from builders import Captured, config, groups
+from builders import Captured, config, groups, real_batch
 from test_module import assert_moved, assert_same
 from test_teachers import local
 
@@ -70,6 +70,21 @@ def test_top_k_of_the_whole_vocabulary_is_full(teacher, tier):
     assert_moved(full)
     assert_same(full.gradients, top.gradients, 1e-5)
     assert full.row["kd/divergence"] == pytest.approx(top.row["kd/divergence"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rest", ["", ", tail: false", ", kind: jsd, clip: 0.05"])
+def test_on_policy_the_samplers_top_k_is_the_students(rest):
+    """Named at rollout by the same weights that the update starts from; the teacher gives log-probs of nothing else."""
+    first, later = (
+        settings("rollout.prompts=2", divergence=f"{{tier: top_k, k: 5, support: {whose}{rest}}}")
+        for whose in ("student", "sampler")
+    )
+    batch = real_batch(later)
+    assert batch.teacher_hidden is None and batch.teacher_top_ids.shape[-1] == 5
+    now, then = Captured(first, real_batch(first)), Captured(later, batch)
+    assert_moved(now)
+    assert_same(now.gradients, then.gradients, 1e-5)
+    assert now.row["kd/divergence"] == pytest.approx(then.row["kd/divergence"], rel=1e-5)
 
 
 def test_a_student_that_is_its_own_teacher_learns_nothing():
@@ -206,9 +221,19 @@ SERVED = "teacher={backend: served, path: builtin:teacher, url: 'http://127.0.0.
             r"algorithm.divergence.tier: is top_k, which needs .* behind a server",
         ),
         (
+            ("teacher={backend: served, path: builtin:teacher, server: {launch: true}}",),
+            {"divergence": "{tier: top_k, support: sampler}"},
+            r"algorithm.divergence.support: is sampler, but a vLLM server on a CPU scores no tokens of our choice",
+        ),
+        (
             ("rollout.temperature=0.7",),
             {"divergence": "{tier: sampled}"},
             r"teacher.temperature: is 1.0, but rollout.temperature is 0.7",
+        ),
+        (
+            (COMPLETIONS,),
+            {"student_share": 0.5, "divergence": "{tier: top_k, support: sampler}"},
+            r"algorithm.divergence.support: is sampler, but others' completions have no sampler",
         ),
         ((), {"student_share": 0.5}, r"algorithm.student_share: is 0.5, but data.completion_column is null"),
         (
@@ -236,5 +261,5 @@ def test_each_contradiction_is_one_line(overrides, options, line):
 
 
 def test_what_a_server_can_do_is_allowed():
-    for divergence in ("{tier: top_k, k: 100}", "{tier: sampled}"):
+    for divergence in ("{tier: top_k, k: 100}", "{tier: top_k, support: sampler}", "{tier: sampled}"):
         settings(SERVED, divergence=divergence)

@@ -41,8 +41,8 @@ def command(ranks, folder, *overrides):
     ]
 
 
-def train(ranks, folder, *overrides):
-    done = subprocess.run(command(ranks, folder, *overrides), env=ENV, capture_output=True, text=True, timeout=300)
+def train(ranks, folder, *overrides, env=ENV):
+    done = subprocess.run(command(ranks, folder, *overrides), env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -102,6 +102,34 @@ def test_three_and_three_is_six_bit_for_bit(straight, tmp_path, ranks):
     assert [row["iteration"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "reward/mean", "kd/kl", "grad_norm"):
         assert [r[name] for r in rows(folder)] == [r[name] for r in rows(straight[ranks])]
+
+
+def test_two_ranks_agree_with_one_over_the_whole_vocabulary(tmp_path):
+    """Hidden states, the teacher's output layer and the gradient formed in the forward, under FSDP2."""
+    for ranks in (1, 2):
+        train(ranks, tmp_path / str(ranks), "algorithm={name: opd}", "run.iterations=3", "checkpoint.every=3")
+    one, two = saved(tmp_path / "1", 3), saved(tmp_path / "2", 3)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
+        for name in ("kd/divergence", "kd/kl", "tokens/trained"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
+    """Dynamic sampling: each rank draws until its own share carries a gradient."""
+    (tmp_path / "first_letter.py").write_text(
+        "def right(completion, *, answer, prompt, meta):\n    return float(completion[:1] == answer[:1])\n"
+    )
+    settings = (
+        "algorithm={name: grpo, group_size: 4, resample_rounds: 3}",
+        *("teacher={backend: none}", "reward.functions=[{name: 'first_letter:right'}]", "run.iterations=4"),
+    )
+    train(2, tmp_path / "run", *settings, env=ENV | {"PYTHONPATH": str(tmp_path)})
+    drawn = [row["prompts/drawn"] for row in rows(tmp_path / "run")]
+    # 2 prompts a rank and round: a multiple of 4 in every iteration would be two ranks in step.
+    assert len(drawn) == 4 and any(count % 4 for count in drawn) and max(drawn) <= 12, drawn
+    assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
 
 
 def test_the_export_is_the_checkpoint_and_loads_in_transformers(straight):

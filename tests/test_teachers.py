@@ -115,6 +115,23 @@ def test_top_k_is_a_plain_forwards(temperature, batch_tokens):
             assert scores.hidden is None
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_given_tokens_are_scored_as_by_a_plain_forward(temperature):
+    teacher = local(temperature=temperature)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randint(0, 56, (len(q.completion), 4), generator=generator) for q in QUESTIONS]
+    given[1][0, 2], given[1][1, 3] = -1, 60  # no token, and a row of the student's embeddings that the teacher lacks
+    questions = [dataclasses.replace(q, ids=ids) for q, ids in zip(QUESTIONS, given, strict=True)]
+    for question, ids, scores in zip(questions, given, teacher.score(questions, Signal(tier="given")), strict=True):
+        truth = plain_distribution(teacher.hf, question, temperature)
+        has = (ids >= 0) & (ids < 56)
+        assert torch.equal(scores.top_ids, torch.where(has, ids, -1))
+        wanted = truth.gather(1, ids.masked_fill(~has, 0)).masked_fill(~has, -torch.inf)
+        torch.testing.assert_close(scores.top_logprobs, wanted, atol=1e-4, rtol=0)
+        chosen = plain_logprobs(teacher.hf, question.prompt, question.completion, temperature)
+        assert scores.logprobs == pytest.approx(chosen, abs=1e-4)
+
+
 @pytest.mark.parametrize("batch_tokens", [16, 4096])
 def test_hidden_states_give_the_distribution_through_the_output_layer(batch_tokens):
     teacher = local(batch_tokens=batch_tokens)

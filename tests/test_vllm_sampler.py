@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
+import json
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
 from rlkd.noise import request_seed
-from rlkd.rollout.client import ServerError, parse_version
+from rlkd.rollout.client import ServerError, VLLMClient, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler, sampled_logprobs
 from rlkd.teachers.local import LocalScorer
-from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher, completion_logprobs
+from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher, completion_logprobs, request_given
 from rlkd.teachers.teacher import Question
-from rlkd.types import Prompt, Rollout, Signal
+from rlkd.types import Prompt, Rollout, Signal, TeacherScores
 
 HOT = Sampling(temperature=0.7, max_tokens=24, seed=5)
 GREEDY = Sampling(temperature=0.0, max_tokens=24, seed=5)
@@ -54,6 +62,27 @@ def test_sampled_logprobs_are_the_models_at_the_temperature(sampler: VLLMSampler
             torch.testing.assert_close(torch.tensor(rollout.logprobs), truth, atol=1e-4, rtol=0)
             assert [span.version for span in rollout.weight_versions] == [3]
     assert len({rollout.token_ids for group in groups for rollout in group}) > 12, "samples of a group must differ"
+
+
+@pytest.mark.server
+def test_the_likeliest_tokens_are_the_models(sampler: VLLMSampler, model: LlamaForCausalLM) -> None:
+    groups = sampler.sample(prompts(4), n=3, iteration=0, sampling=dataclasses.replace(HOT, top_k=5))
+    for rollout in (r for group in groups for r in group):
+        ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.token_ids]])
+        with torch.no_grad():
+            truth = model(ids).logits[0, len(rollout.prompt.token_ids) - 1 : -1]
+        assert rollout.top_ids is not None and rollout.top_ids.shape == (len(rollout.token_ids), 5)
+        torch.testing.assert_close(truth.gather(1, rollout.top_ids), truth.topk(5).values, atol=1e-4, rtol=0)
+
+
+@pytest.mark.server
+def test_a_server_without_the_new_runner_says_so(sampler: VLLMSampler) -> None:
+    """On a CPU vLLM cannot score tokens of our choice; `test_tokens_of_our_choice…` has the answer of one that can."""
+    teacher = PolicyServerTeacher(sampler, (1,))
+    teacher.open()
+    with pytest.raises(ServerError, match="answered 400: prompt_logprob_token_ids requires the V2 model runner"):
+        teacher.score([Question((5, 6), (7, 8), ids=torch.tensor([[7, 9], [8, 2]]))], Signal(tier="given"))
+    teacher.close()
 
 
 @pytest.mark.server
@@ -247,6 +276,72 @@ def test_a_value_that_is_none_is_an_error(answer: dict[str, object], complaint: 
 def test_a_teachers_value_that_is_none_is_an_error(entries: list[object] | None, complaint: str) -> None:
     with pytest.raises(ServerError, match=complaint):
         completion_logprobs(entries, [6], [7, 8], "server")  # type: ignore[arg-type]
+
+
+def npy(values: object) -> str:
+    file = io.BytesIO()
+    np.save(file, np.asarray(values, dtype=np.float32))
+    return base64.b64encode(file.getvalue()).decode()
+
+
+GIVEN = Question((5, 6, 9), (7, 8), ids=torch.tensor([[7, 9], [3, 99]]))
+
+
+def given_scores(answer: dict[str, object]) -> tuple[TeacherScores, dict[str, Any]]:
+    """What is read of a server's answer to GIVEN, and what that server was asked."""
+    asked: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            assert self.path == "/inference/v1/generate"
+            asked.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        client = VLLMClient(f"http://127.0.0.1:{stub.server_port}", 5.0)
+        try:
+            return request_given(client, "m", GIVEN), asked[0]
+        finally:
+            client.close()
+            stub.shutdown()
+
+
+def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
+    """vLLM's contract: row i scores its ids as predictions of prompt token prompt_logprob_start + i + 1, as float32
+    .npy in base64. A token that the teacher lacks is scored −inf."""
+    scores, asked = given_scores(
+        {"model": "m", "prompt_token_id_logprobs": npy([[-1.0, -1.0, -3.0], [-2.0, -4.0, -np.inf]])}
+    )
+    assert asked["token_ids"] == [5, 6, 9, 7, 8]
+    parameters = asked["sampling_params"]
+    assert parameters["prompt_logprob_start"] == 2
+    assert parameters["prompt_logprob_token_ids"] == [[7, 7, 9], [8, 3, 99]]
+    assert scores.logprobs == (-1.0, -2.0)
+    assert scores.top_ids is not None and scores.top_ids.tolist() == [[7, 9], [3, -1]]
+    assert scores.top_logprobs is not None and scores.top_logprobs.tolist() == [[-1.0, -3.0], [-4.0, -np.inf]]
+
+
+@pytest.mark.parametrize(
+    ("figures", "complaint"),
+    [
+        (None, "no log-probs of the tokens"),
+        (npy([[-1.0, -1.0, -3.0]]), r"log-probs of shape \[1, 3\], wanted \[2, 3\]"),
+        (npy([[-1.0, np.nan, -3.0], [-2.0, -4.0, -5.0]]), "a log-prob is NaN"),
+        (npy([[-np.inf, -1.0, -3.0], [-2.0, -4.0, -5.0]]), "that of a completion token not finite"),
+    ],
+)
+def test_a_wrong_answer_about_them_is_an_error(figures: str | None, complaint: str) -> None:
+    with pytest.raises(ServerError, match=complaint):
+        given_scores({"model": "m", "prompt_token_id_logprobs": figures})
 
 
 def test_a_server_with_its_start_weights_is_named_as_such() -> None:

@@ -22,7 +22,7 @@ from rlkd.losses import (
 )
 from rlkd.module import Counts, Loss, PolicyModule
 from rlkd.policy_head import Needs, PolicyOutput
-from rlkd.rollout.sampler import Sampler
+from rlkd.rollout.sampler import Sampler, Sampling
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal, written
 
@@ -47,6 +47,10 @@ class OPD(PolicyModule):
     @property
     def signal(self) -> Signal:
         return self.algorithm.divergence.signal
+
+    @property
+    def sampling(self) -> Sampling:
+        return replace(super().sampling, top_k=self.algorithm.divergence.sampler_top_k)
 
     @property
     def needs(self) -> Needs:

@@ -40,6 +40,9 @@ class OPDConfig(AlgorithmConfig):
         if self.student_share < 1 and self.divergence.tier == "sampled":
             why = "is sampled, which is exact on the student's own tokens only; set algorithm.student_share: 1"
             found.append(("algorithm.divergence.tier", why))
+        if self.student_share < 1 and self.divergence.sampler_top_k:
+            why = "is sampler, but others' completions have no sampler (algorithm.student_share < 1); set teacher"
+            found.append(("algorithm.divergence.support", why))
         if self.student_share < 1 and self.group_size > 1:
             why = f"is {self.group_size}, but others complete a prompt once (algorithm.student_share < 1); set it to 1"
             found.append(("algorithm.group_size", why))

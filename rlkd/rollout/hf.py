@@ -61,7 +61,7 @@ class HFSampler:
             part = rows[start : start + self.config.rollout.batch_rows]
             noise = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in part])
             ids = [prompt.token_ids for prompt, _ in part]
-            completions += decode(self._model, ids, noise, sampling.temperature, self.eos_ids)
+            completions += decode(self._model, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k)
         rollouts = [
             Rollout(
                 prompt=prompt,
@@ -69,6 +69,7 @@ class HFSampler:
                 logprobs=completion.logprobs,
                 weight_versions=(VersionSpan(start=0, end=len(completion.token_ids), version=self.version),),
                 finish_reason=completion.finish_reason,
+                top_ids=completion.top_ids,
             )
             for (prompt, _), completion in zip(rows, completions, strict=True)
         ]
@@ -77,7 +78,12 @@ class HFSampler:
 
 @torch.no_grad()
 def decode(
-    hf: PreTrainedModel, prompts: Sequence[Sequence[int]], uniforms: np.ndarray, temperature: float, ends: Sequence[int]
+    hf: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    uniforms: np.ndarray,
+    temperature: float,
+    ends: Sequence[int],
+    top_k: int = 0,
 ) -> list[Completion]:
     """Decode all prompts together; a finished row leaves the batch.
 
@@ -85,10 +91,12 @@ def decode(
         uniforms: [rows, most tokens] float64 in [0, 1), the noise of every token.
         temperature: 0 is greedy.
         ends: token ids that end a completion.
+        top_k: how many of the likeliest tokens to name at each position.
     """
     device = hf.device
     input_ids, mask = _left_padded(prompts, device)
     drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    likeliest: list[list[Tensor]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     alive = list(range(len(prompts)))
     cache = DynamicCache(config=hf.config)
@@ -110,6 +118,9 @@ def decode(
         noise = torch.as_tensor(uniforms[alive, position], device=device)
         tokens, logprobs = draw(logits, noise, temperature)
         ended = torch.isin(tokens, eos)
+        if top_k:
+            for row, ids in zip(alive, logits.topk(min(top_k, logits.shape[-1])).indices.cpu(), strict=True):
+                likeliest[row].append(ids)
         for row, token, logprob, end in zip(alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True):
             drawn[row].append((token, logprob))
             stopped[row] = end
@@ -128,8 +139,9 @@ def decode(
             token_ids=tuple(token for token, _ in row),
             logprobs=tuple(logprob for _, logprob in row),
             finish_reason="stop" if end else "length",
+            top_ids=torch.stack(top) if top else None,
         )
-        for row, end in zip(drawn, stopped, strict=True)
+        for row, end, top in zip(drawn, stopped, likeliest, strict=True)
     ]
 
 

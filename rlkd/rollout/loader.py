@@ -215,7 +215,8 @@ class RolloutLoader:
             prompts = [self.algorithm.teacher_prompt(scored, group) for group in groups for scored in group]
             asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
             questions = [
-                Question(prompts[i] or (), rows[i].rollout.token_ids, meta=rows[i].rollout.prompt.meta) for i in asked
+                Question(prompts[i] or (), r.token_ids, ids=r.top_ids, meta=r.prompt.meta)
+                for i, r in ((i, rows[i].rollout) for i in asked)
             ]
             for i, scores in zip(asked, self.teacher.score(questions, self.algorithm.signal), strict=True):
                 rows[i] = replace(rows[i], teacher=scores)
@@ -248,6 +249,7 @@ class RolloutLoader:
                     "advantage": scored.advantage,
                     "finish_reason": rollout.finish_reason,
                     "weight_version": rollout.oldest_version,
+                    "segments": [[part.author, part.start, part.end] for part in rollout.segments],
                     "token_ids": list(rollout.token_ids),
                     "logprobs": list(rollout.logprobs),
                     "teacher_logprobs": None if scored.teacher is None else list(scored.teacher.logprobs),

@@ -21,6 +21,8 @@ class Sampling:
     """0 is greedy: the log-probs are then those of temperature 1."""
     max_tokens: int
     seed: int
+    top_k: int = 0
+    """How many of its likeliest tokens a sampler names at each position; fewer where the vocabulary has fewer."""
 
 
 class Sampler(Protocol):

@@ -213,7 +213,8 @@ class VLLMSampler:
                     "temperature": sampling.temperature,
                     "max_tokens": sampling.max_tokens,
                     "seed": request_seed(sampling.seed, iteration, prompt.id),
-                    "logprobs": 0,  # of the sampled token alone
+                    # The sampled token's alone; or one more than k, since vLLM cuts a list that begins with that token.
+                    "logprobs": sampling.top_k + 1 if sampling.top_k else 0,
                     "ignore_eos": True,  # stop at our ids and at no others
                     "stop_token_ids": sorted(self._eos_ids),
                     "detokenize": False,
@@ -226,13 +227,13 @@ class VLLMSampler:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != (1 if greedy else n):
             raise ServerError(f"{where}: {len(choices)} completions, wanted {1 if greedy else n}")
-        rollouts = [self._rollout(prompt, choice, sampling.max_tokens, where) for choice in choices]
+        rollouts = [self._rollout(prompt, choice, sampling, where) for choice in choices]
         return rollouts * n if greedy else rollouts
 
-    def _rollout(self, prompt: Prompt, choice: Mapping[str, Any], max_tokens: int, where: str) -> Rollout:
+    def _rollout(self, prompt: Prompt, choice: Mapping[str, Any], sampling: Sampling, where: str) -> Rollout:
         token_ids: list[int] = choice["token_ids"] or []
         logprobs = sampled_logprobs(choice, where)
-        said = choice["finish_reason"]
+        said, max_tokens = choice["finish_reason"], sampling.max_tokens
         ended = bool(token_ids) and token_ids[-1] in self._eos_ids
         finish_reason: FinishReason = "stop" if ended else "length"
         if said != finish_reason or (said == "length" and len(token_ids) != max_tokens):
@@ -253,6 +254,7 @@ class VLLMSampler:
             logprobs=logprobs,
             weight_versions=versions,
             finish_reason=finish_reason,
+            top_ids=likeliest(choice, sampling.top_k) if sampling.top_k else None,
         )
 
     def close(self) -> None:
@@ -285,6 +287,20 @@ def sampled_logprobs(choice: Mapping[str, Any], where: str) -> tuple[float, ...]
                 f"{where}: the log-prob of token {position} is {entry['logprob']}: NaN, −inf or missing in the server"
             )
     return tuple(entry["logprob"] for entry in content)
+
+
+def likeliest(choice: Mapping[str, Any], k: int) -> Tensor:
+    """[L, k] ids: the likeliest tokens at each position of a `/inference/v1/generate` choice, −1 where it names fewer.
+
+    An entry has the sampled token, which need not be one of them, and then the likeliest ones.
+    """
+    entries = choice["logprobs"]["content"]
+    ids = torch.full((len(entries), k), -1)
+    for row, entry in enumerate(entries):
+        figures = {one["token_id"]: one["logprob"] for one in entry["top_logprobs"]}
+        best = sorted(figures, key=lambda token: (-figures[token], token))[:k]
+        ids[row, : len(best)] = torch.tensor(best)
+    return ids
 
 
 def _pause(client: VLLMClient) -> None:

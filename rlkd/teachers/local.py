@@ -85,7 +85,8 @@ class LocalScorer:
             for row, i in enumerate(part):
                 start, end = len(questions[i].prompt), lengths[i]
                 # The token before it is what a token is predicted from.
-                scores[i] = self._scores(logprobs[row, start:end], hidden[row, start - 1 : end - 1], signal)
+                states = hidden[row, start - 1 : end - 1]
+                scores[i] = self._scores(logprobs[row, start:end], states, signal, questions[i].ids)
         return [score for score in scores if score is not None]
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
@@ -99,8 +100,9 @@ class LocalScorer:
             completions += decode(self.hf, [q.prompt for q in part], noise, sampling.temperature, ends)
         return completions
 
-    def _scores(self, logprobs: Tensor, hidden: Tensor, signal: Signal) -> TeacherScores:
-        """Of one completion: log-probs [L] of its tokens, and the hidden states [L, H] that they come from."""
+    def _scores(self, logprobs: Tensor, hidden: Tensor, signal: Signal, given: Tensor | None) -> TeacherScores:
+        """Of one completion: log-probs [L] of its tokens, the hidden states [L, H] that they come from, and the tokens
+        [L, K] that are given."""
         values = tuple(logprobs.tolist())
         if signal.tier == "sampled":
             return TeacherScores(logprobs=values)
@@ -109,12 +111,17 @@ class LocalScorer:
         layer = OutputLayer.of(self.hf)
         vocabulary = layer.weight.shape[0]
         step = max(1, CHUNK_LOGITS // vocabulary)
-        tops = [
-            (layer.logits(part, vocabulary) / self.temperature).log_softmax(-1).topk(min(signal.k, vocabulary))
-            for part in hidden.split(step)
-        ]
-        return TeacherScores(
-            logprobs=values,
-            top_ids=torch.cat([top.indices for top in tops]).cpu(),
-            top_logprobs=torch.cat([top.values for top in tops]).cpu(),
-        )
+        assert signal.tier != "given" or given is not None, "the question names no tokens"
+        ids, figures = [], []
+        for start in range(0, len(hidden), step):
+            scored = (layer.logits(hidden[start : start + step], vocabulary) / self.temperature).log_softmax(-1)
+            if given is None or signal.tier == "top_k":
+                best = scored.topk(min(signal.k, vocabulary))
+                ids.append(best.indices)
+                figures.append(best.values)
+            else:
+                asked = given[start : start + step].to(scored.device)
+                absent = (asked < 0) | (asked >= vocabulary)  # the student's embeddings may have more padded rows
+                ids.append(asked.masked_fill(absent, -1))
+                figures.append(scored.gather(-1, asked.masked_fill(absent, 0)).masked_fill(absent, -torch.inf))
+        return TeacherScores(logprobs=values, top_ids=torch.cat(ids).cpu(), top_logprobs=torch.cat(figures).cpu())

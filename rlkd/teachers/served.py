@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +29,9 @@ _PER_REQUEST = 16
 _MAX_REQUESTS = 16
 """At a time and server."""
 
-TEACHER_ARGUMENTS = ("--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
-"""vLLM holds the log-probs of all scheduled prompt tokens over the whole vocabulary at once, 4 bytes each; and it
-answers with the top 20 at most, unless it is told otherwise."""
+TEACHER_ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
+"""The route that scores tokens of our choice; and since vLLM holds the log-probs of all scheduled prompt tokens over
+the whole vocabulary at once, 4 bytes each, few of them. It answers with the top 20 at most, unless told otherwise."""
 
 
 class _ServedScorer:
@@ -42,14 +45,17 @@ class _ServedScorer:
         self._models: list[str] = []
 
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
-        """See `Teacher.score`. Hidden states do not leave a server: `signal.tier` is sampled or top_k.
+        """See `Teacher.score`. Hidden states do not leave a server: `signal.tier` is sampled, top_k or given.
 
         Raises: RuntimeError when a server fails or its answer is not complete and finite.
         """
         check_scorable(questions)
-        parts = [questions[start : start + _PER_REQUEST] for start in range(0, len(questions), _PER_REQUEST)]
+        size = 1 if signal.tier == "given" else _PER_REQUEST
+        parts = [questions[start : start + size] for start in range(0, len(questions), size)]
 
         def one(client: VLLMClient, model: str, part: Sequence[Question]) -> list[TeacherScores]:
+            if signal.tier == "given":
+                return [request_given(client, model, question) for question in part]
             return request_scores(client, model, part, signal)
 
         answers = spread(parts, one, self._servers, self._clients, self._models, _MAX_REQUESTS * len(self._clients))
@@ -165,6 +171,46 @@ def request_scores(
         ids, values = top_logprobs(entries[len(question.prompt) :], signal.k) if signal.k else (None, None)
         scores.append(TeacherScores(logprobs=logprobs, top_ids=ids, top_logprobs=values))
     return scores
+
+
+def request_given(client: VLLMClient, model: str, question: Question) -> TeacherScores:
+    """Ask one server for the log-probs of the completion and of `question.ids`.
+
+    Raises: ServerError when the answer is not complete and finite, or the server has vLLM's old runner (on a CPU).
+    """
+    assert question.ids is not None, "the question names no tokens"
+    actual = torch.tensor(question.completion)[:, None]
+    rows = torch.cat([actual, question.ids], dim=1)
+    answer = client.post(
+        "/inference/v1/generate",
+        {
+            "model": model,
+            "token_ids": [*question.prompt, *question.completion],
+            "sampling_params": {
+                "max_tokens": 1,  # vLLM insists
+                "temperature": 0,
+                "detokenize": False,
+                "prompt_logprob_token_ids": rows.tolist(),
+                "prompt_logprob_start": len(question.prompt) - 1,  # what the first completion token is predicted from
+            },
+        },
+    )
+    if answer["model"] != model:
+        raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
+    encoded = answer["prompt_token_id_logprobs"]
+    if encoded is None:
+        raise ServerError(f"{client.url}: no log-probs of the tokens that were to be scored")
+    figures = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)).float()
+    if figures.shape != rows.shape:
+        raise ServerError(f"{client.url}: log-probs of shape {list(figures.shape)}, wanted {list(rows.shape)}")
+    if not figures[:, 0].isfinite().all() or figures.isnan().any():
+        raise ServerError(f"{client.url}: a log-prob is NaN, or that of a completion token not finite")
+    absent = figures[:, 1:] == -torch.inf
+    return TeacherScores(
+        logprobs=tuple(figures[:, 0].tolist()),
+        top_ids=question.ids.masked_fill(absent, -1),
+        top_logprobs=figures[:, 1:],
+    )
 
 
 def request_completion(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from rlkd.output_layer import OutputLayer
 from rlkd.rollout.sampler import Sampling
 from rlkd.types import Completion, Signal, TeacherScores
@@ -19,6 +21,8 @@ class Question:
     """Token ids as the teacher reads them."""
     completion: Sequence[int] = ()
     """Token ids to be scored; none where the teacher is to write."""
+    ids: Tensor | None = field(default=None, compare=False)  # [L, K]
+    """Other tokens to be scored at the place of each of the completion; −1: none."""
     name: str = ""
     """What is drawn for it is a function of this."""
     meta: Mapping[str, Any] = field(default_factory=dict)
