@@ -17,21 +17,23 @@ from rlkd.data.sources import load_source
 from rlkd.iteration_callback import IterationCallback
 from rlkd.metrics import Meter
 from rlkd.module import PolicyModule
-from rlkd.rollout.loader import RolloutLoader
+from rlkd.rollout.loader import RolloutLoader, check_errors
 from rlkd.rollout.sampler import Sampling
 from rlkd.tiny import BUILTIN
-from rlkd.types import Batch, Prompt
+from rlkd.types import Batch, Prompt, ScoredRollout
 
 
 def heldout(config: Config) -> DataConfig | None:
     """Where held-out prompts come from: eval.path, else the built-in task's own split, else nowhere."""
     if config.eval.path is not None:
-        return config.data.model_copy(
-            update={"path": config.eval.path, "split": config.eval.split, "limit": config.eval.prompts}
-        )
-    if config.data.path.startswith(BUILTIN):
-        return config.data.model_copy(update={"split": "heldout", "limit": config.eval.prompts})
-    return None
+        path, split = config.eval.path, config.eval.split
+    elif config.data.path.startswith(BUILTIN):
+        path, split = config.data.path, "heldout"
+    else:
+        return None
+    # What is only trained on need not be there.
+    columns = dict.fromkeys(("privileged_column", "completion_column", "rejected_column"))
+    return config.data.model_copy(update={"path": path, "split": split, "limit": config.eval.prompts, **columns})
 
 
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -57,13 +59,18 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> di
     """eval/greedy, eval/avg@k and eval/pass@k (k = eval.samples) by the published weights.
 
     A collective: each rank takes its share of `prompts`. The noise is the same at every evaluation of a run.
+
+    Raises: RuntimeError when more rewards failed than `reward.max_error_rate` allows.
     """
     mine = prompts[distributed.rank() :: distributed.world_size()]
-    return distributed.on_every_rank(lambda: _evaluated(config, loader, mine)).reduce()
+    meter, groups = distributed.on_every_rank(lambda: _evaluated(config, loader, mine))
+    check_errors(groups, config, "evaluation")
+    return meter.reduce()
 
 
-def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> Meter:
-    meter = Meter()
+def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tuple[Meter, list[list[ScoredRollout]]]:
+    """The figures of this rank's share, and all that they are of."""
+    meter, scored = Meter(), []
     plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
     meter.total("eval/errors", 0.0)
     for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
@@ -74,6 +81,7 @@ def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> Met
         # Another seed than training's, so that no training sample is ever drawn again here.
         sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
         groups = loader.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
+        scored += groups
         for group in groups:
             known = [s.is_correct(config.reward.correct_at) is True for s in group if s.reward is not None]
             meter.total("eval/errors", float(len(group) - len(known)))
@@ -82,7 +90,7 @@ def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> Met
             elif known:
                 meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
                 meter.mean("eval/pass@k", pass_at_k(len(known), sum(known), min(n, len(known))), 1.0)
-    return meter
+    return meter, scored
 
 
 class Evaluate(IterationCallback):

@@ -1,10 +1,11 @@
 import itertools
+from dataclasses import replace
 
 import pytest
-from builders import config
+from builders import config, opened
 
 from rlkd.data.chat import load_tokenizer
-from rlkd.evaluate import heldout, heldout_prompts, pass_at_k
+from rlkd.evaluate import evaluate, heldout, heldout_prompts, pass_at_k
 
 
 @pytest.mark.parametrize("correct", range(6))
@@ -24,3 +25,39 @@ def test_own_data_is_held_out_only_where_the_config_says(tmp_path):
     assert heldout(config("data.path=train.jsonl")) is None
     named = heldout(config("data.path=train.jsonl", "data.limit=3", "eval.path=test.jsonl", "eval.split=validation"))
     assert (named.path, named.split, named.limit) == ("test.jsonl", "validation", 128)
+
+
+PAIRS = ("data.completion_column=answer", "data.rejected_column=wrong", "data.privileged_column=hint")
+
+
+def test_what_is_only_trained_on_need_not_be_in_the_held_out_data(tmp_path):
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text('{"prompt": "reverse: abc", "answer": "cba"}\n')
+    settings = config("data.path=train.jsonl", f"eval.path={held_out}", *PAIRS)
+    (prompt,) = heldout_prompts(settings, load_tokenizer("builtin:student", False))
+    assert (prompt.answer, prompt.completion, prompt.rejected, prompt.privileged) == ("cba", None, None, None)
+
+
+def test_an_algorithm_that_asks_for_no_rewards_is_evaluated_all_the_same():
+    settings = config(
+        *("algorithm={name: sft}", "teacher=null", "data.completion_column=answer"),
+        *("eval.prompts=32", "eval.samples=2"),
+        group_size=None,
+    )
+    loader = opened(settings)
+    try:
+        figures = evaluate(settings, loader, heldout_prompts(settings, loader.tokenizer))
+    finally:
+        loader.close()
+    assert figures["eval/errors"] == 0 and 0 < figures["eval/greedy"] < 0.5
+
+
+def test_an_evaluation_whose_rewards_fail_says_so():
+    settings = config("data.answer_column=null", "eval.prompts=4", "eval.samples=2")
+    loader = opened(settings)
+    prompts = [replace(p, answer=None) for p in heldout_prompts(settings, loader.tokenizer)]
+    try:
+        with pytest.raises(RuntimeError, match="evaluation: 12 of 12 rewards failed.*needs an answer"):
+            evaluate(settings, loader, prompts)
+    finally:
+        loader.close()

@@ -135,7 +135,7 @@ class RolloutLoader:
         batch = collate(groups, iteration, self.teacher.layers() if self.teacher and wants_layers else ())
         batch.metrics.merge(describe(drawn, iteration, self.config.reward.correct_at))
         batch.metrics.merge(clock.meter)
-        check_errors(drawn, self.config, iteration)
+        check_errors(drawn, self.config, f"iteration {iteration + 1}")
         return batch
 
     def _line(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
@@ -169,7 +169,10 @@ class RolloutLoader:
             rollouts = self.algorithm.rollout(prompts, self.policy, self.teacher, iteration)
             check_versions(rollouts, iteration, self.config.rollout.max_staleness)
             clock.lap("time/rollout")
-            groups = self.reward(rollouts)
+            if self.algorithm.uses_rewards:
+                groups = self.reward(rollouts)
+            else:
+                groups = [[ScoredRollout(rollout=rollout, reward=None) for rollout in group] for group in rollouts]
             clock.lap("time/reward")
             drawn += groups
             barren += [not self.algorithm.carries_gradient(group, iteration) for group in groups]
@@ -181,9 +184,7 @@ class RolloutLoader:
         return drawn, [drawn[i] for i in sorted(chosen)]
 
     def reward(self, groups: Sequence[Sequence[Rollout]]) -> list[list[ScoredRollout]]:
-        """Each rollout with its reward, computed in the worker processes, where the algorithm asks for rewards."""
-        if not self.algorithm.uses_rewards:
-            return [[ScoredRollout(rollout=rollout, reward=None) for rollout in group] for group in groups]
+        """Each rollout with its reward, computed in the worker processes."""
         rollouts = [rollout for group in groups for rollout in group]
         items = [
             RewardItem(
@@ -341,7 +342,7 @@ def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_stal
                 )
 
 
-def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, iteration: int) -> None:
+def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, where: str) -> None:
     """Stop the run when too many rewards failed, on all ranks together. A collective.
 
     Raises: RuntimeError above `reward.max_error_rate`, with the most frequent error of this rank.
@@ -351,6 +352,6 @@ def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, iter
     if failed / total > config.reward.max_error_rate:
         most = Counter(errors).most_common(1)
         raise RuntimeError(
-            f"iteration {iteration + 1}: {failed:.0f} of {total:.0f} rewards failed, more than "
+            f"{where}: {failed:.0f} of {total:.0f} rewards failed, more than "
             f"reward.max_error_rate = {config.reward.max_error_rate}; " + (f"most often: {most[0][0]}" if most else "")
         )
