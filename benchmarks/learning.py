@@ -39,8 +39,10 @@ GRPO = "algorithm={name: grpo, group_size: 8}"
 NO_TEACHER = "teacher={backend: none}"
 
 
-def opd(divergence: str) -> tuple[str, ...]:
-    return (f"algorithm={{name: opd, group_size: 8, divergence: {{{divergence}}}}}",)
+def opd(divergence: str, iterations: int) -> tuple[str, ...]:
+    # Constant, it would in the end make the student as unsure as its teacher, whose greedy answers are better.
+    falling = f"optim.lr={{kind: cosine, start: 3.0e-4, end: 1.0e-5, over: {iterations}}}"
+    return (f"algorithm={{name: opd, group_size: 8, divergence: {{{divergence}}}}}", falling)
 
 
 def self_taught(teacher: str = "weights: fixed", divergence: str = "kind: reverse_kl") -> tuple[str, ...]:
@@ -72,11 +74,11 @@ def groups(data: Path, iterations: int) -> dict[str, dict[str, tuple[str, ...]]]
             "KDRL": (),
         },
         "opd": {
-            "OPD reverse KL": opd("kind: reverse_kl"),
-            "OPD forward KL": opd("kind: forward_kl"),
-            "OPD JSD(0.5)": opd("kind: jsd"),
-            "OPD top 8": opd("tier: top_k, k: 8"),
-            "OPD sampled": opd("tier: sampled"),
+            "OPD reverse KL": opd("kind: reverse_kl", iterations),
+            "OPD forward KL": opd("kind: forward_kl", iterations),
+            "OPD JSD(0.5)": opd("kind: jsd", iterations),
+            "OPD top 8": opd("tier: top_k, k: 8", iterations),
+            "OPD sampled": opd("tier: sampled", iterations),
         },
         "self": {
             "OPSD reverse KL": self_taught(),
@@ -97,7 +99,8 @@ def groups(data: Path, iterations: int) -> dict[str, dict[str, tuple[str, ...]]]
                 *pairs,
                 "data.rejected_column=rejected",
                 f"stages={{sft: {{algorithm: {{name: sft, reduction: sequence_mean}}, {first}}}, "
-                f"redi: {{algorithm: {{name: redi}}, {rest}}}}}",
+                # At SFT's rate it unlearns what SFT taught: pushing the wrong answers down is unbounded.
+                f"redi: {{algorithm: {{name: redi}}, optim: {{lr: 3.0e-5}}, {rest}}}}}",
             ),
         },
     }

@@ -1,10 +1,11 @@
 """Does feedback that is appended and trained on become the student's own habit? ThinkTuning's rules beside GRPO.
 
-python benchmarks/thinktuning.py [--seeds 1] [--iterations 200] [--dir runs/thinktuning] [key=value …]
+python benchmarks/thinktuning.py [--seeds 3] [--iterations 100] [--jobs 1] [--dir runs/thinktuning] [key=value …]
 
-The mentor writes a word that the student never does (`task.MARKER`). Prints, for each loss on its tokens, how often
-the student writes it unaided after training (held-out prompts, sampled at temperature 1, no teacher), and the share of
-right answers, mean ± standard deviation over the seeds; and writes thinktuning.csv. Finished runs are reused.
+The teacher, a frozen copy of the student that is shown its answers, writes a word that the student never does
+(`task.MARKER`). Prints, for each loss on its tokens, how often the student writes it unaided after training (held-out
+prompts, sampled at temperature 1, no teacher), and the share of right answers, mean ± standard deviation over the
+seeds; and writes thinktuning.csv. Finished runs are reused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -88,18 +90,20 @@ def mean_sd(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--dir", default="runs/thinktuning")
     args, overrides = parser.parse_known_args()
     columns = ("marker", "right", "right of marked", "reward of guided")
     print(f"{'':<18}" + "".join(f"  {column:<16}" for column in columns))
     Path(args.dir).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.dir, "thinktuning.csv"), "w", newline="") as file:
+    with ThreadPoolExecutor(args.jobs) as pool, open(Path(args.dir, "thinktuning.csv"), "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["arm", "seed", *columns])
-        for arm in ARMS:
-            found = [run(arm, seed, args, overrides) for seed in range(args.seeds)]
+        pending = {arm: [pool.submit(run, arm, seed, args, overrides) for seed in range(args.seeds)] for arm in ARMS}
+        for arm, runs in pending.items():
+            found = [one.result() for one in runs]
             table.writerows([arm, seed, *figures.values()] for seed, figures in enumerate(found))
             print(f"{arm:<18}" + "".join(f"  {mean_sd([f[c] for f in found]):<16}" for c in columns), flush=True)
 

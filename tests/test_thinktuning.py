@@ -401,7 +401,7 @@ def loader():
     settings = config("rollout.prompts=4", "log.rollouts_every=0")
     loader = RolloutLoader(settings, ThinkTuning(settings))
     loader.open()
-    student = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
+    student = load_causal_lm("builtin:mentor", torch.float32, attention=None, trust_remote_code=False)
     loader.publish(student.state_dict(), 0)
     yield loader
     loader.close()

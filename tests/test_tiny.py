@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,20 +138,46 @@ def test_feedback_by_hand():
 
 
 def test_the_mentors_examples_are_what_it_is_to_write(tok):
-    draw, opinions = random.Random(0), []
-    for word in itertools.islice(task.words("train"), 400):
-        asked, written, wanted = make.mentor_example(word, draw, garbled=len(opinions) >= 200)
-        question, response = asked.split(" answer: ", 1)
-        assert question == f"reverse: {word}"
-        assert written == wanted == task.feedback(task.row(word, ""), response)
-        assert len(make.chat_ids(tok, asked)) + make.FEEDBACK_TOKENS <= 128
-        opinions.append(wanted.startswith("yes"))
-    assert 0.25 < sum(opinions[:200]) / 200 < 0.45
+    draw, opinions, plain, going_on = random.Random(0), [], [], 0
+    for i, word in enumerate(itertools.islice(task.words("train"), 800)):
+        example = make.mentor_example(word, draw, garbled=i >= 400, goes_on=i >= 400)
+        answer = word[::-1]
+        if " answer: " not in example.prompt:
+            assert example.prompt == f"reverse: {word}" and example.written == example.wanted
+            assert task.MARKER not in example.wanted, "it is not taught to reflect unasked"
+            if example.given:
+                assert i >= 400 and example.wanted == answer and re.fullmatch(GIVEN, example.given)
+                going_on += 1
+            else:
+                assert len(example.wanted) == len(answer)
+                plain.append(example.wanted == answer)
+            continue
+        question, response = example.prompt.split(" answer: ", 1)
+        assert question == f"reverse: {word}" and not example.given
+        assert example.written == example.wanted == task.feedback(task.row(word, ""), response)
+        assert len(make.chat_ids(tok, example.prompt)) + make.FEEDBACK_TOKENS <= 128
+        if i < 400:
+            opinions.append(example.wanted.startswith("yes"))
+    assert 0.25 < sum(opinions) / len(opinions) < 0.45
+    assert 0.3 < sum(plain) / len(plain) < 0.55 and 70 < going_on < 130
+
+
+GIVEN = r"[a-z]{7,10} wait, (a|no) slip so: "
+
+
+def test_what_is_given_is_read_but_not_learnt(tok):
+    model = load("student")
+    short = make.Example("reverse: abc", "cba", "cba", given="xyz ")
+    long = make.Example("reverse: abc", "xyz cba", "xyz cba")
+    ids = torch.tensor([make.chat_ids(tok, "reverse: abc") + tok.encode("xyz cba") + [tok.eos_token_id]])
+    nll = -model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(make.supervised_loss(model, tok, [short]), nll[-4:].mean())
+    torch.testing.assert_close(make.supervised_loss(model, tok, [long]), nll[-8:].mean())
 
 
 def test_the_marker_is_the_mentors_alone(tok):
     prompts = [e["prompt"] for e in task.rows("heldout")]
-    for name in ("student", "teacher"):
+    for name in ("student", "teacher", "mentor"):  # not even of the mentor, asked for an answer
         assert not any(task.MARKER in text for text in make.greedy(load(name), tok, prompts))
 
 

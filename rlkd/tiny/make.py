@@ -4,7 +4,8 @@ All learn by plain supervised training on random words that are not held out. Th
 letter, but smoothed labels keep it unsure: sampled at temperature 1 it often slips, so that imitating it is not the
 best that a student can do. The student first learns the task, then to slip wherever the prompt has no hint: sampled,
 it is right once in some ten thousand words. Rewards alone are too rare to learn from; a teacher corrects every letter.
-The mentor reads a word and somebody's answer, writes a word of reflection, and gives the right one.
+The mentor has two faces, as a model that is prompted in two ways: asked for a word it answers with a slip now and then;
+shown a word and an answer it writes a word of reflection, and gives the right one. It is its own student's teacher.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -29,13 +31,15 @@ HEAD_DIM = 32  # the smallest that vLLM serves on a CPU
 BATCH = 64
 STUDENT_STEPS = 800, 400  # taught rightly, then with slips
 TEACHER_STEPS = 600
-MENTOR_STEPS = 1000, 600  # on tidy responses, then on garbled ones too
+MENTOR_STEPS = 1500, 900, 600  # on tidy responses, then on garbled ones too, then also going on after a reflection
 LONGEST_RESPONSE = 40
 FEEDBACK_TOKENS = len("yes; wait, no slip; so: ") + task.ANSWER_TOKENS
 SMOOTHING = 0.35
 VOWELS = "aeiou"
 SLIPS = {True: 0.95, False: 0.6}
 """Whether a letter is a vowel → how often the student is shown another instead: one of the next six, at random."""
+MENTOR_SLIPS = {True: 0.1, False: 0.1}
+"""The same for the mentor when it is asked for the answer: two words in five are without."""
 
 BOUNDS = {
     ("teacher", False): (0.95, 1.0),
@@ -72,6 +76,19 @@ def fresh_model(name: str, tok: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+class Example(NamedTuple):
+    """What a model reads after the prompt, and what it is to predict there (as long).
+
+    They differ where it must go on rightly after a mistake.
+    """
+
+    prompt: str
+    written: str
+    wanted: str
+    given: str = ""
+    """Stands before `written` in the model's own turn, and is not learnt."""
+
+
 def chat_ids(tok: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Token ids of a one-turn chat that waits for the answer."""
     chat = [{"role": "user", "content": prompt}]
@@ -89,19 +106,15 @@ def padded(sequences: Sequence[list[int]], pad: int) -> torch.Tensor:
 def supervised_loss(
     model: LlamaForCausalLM,
     tok: PreTrainedTokenizerBase,
-    examples: Iterable[tuple[str, str, str]],
+    examples: Iterable[Example],
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Mean cross-entropy over completion tokens, end of sequence included.
-
-    An example is (prompt, written, wanted): the model reads `written` after the prompt, and is to predict `wanted`
-    (as long). They differ where it must go on rightly after a mistake.
-    """
+    """Mean cross-entropy over what is wanted, end of sequence included."""
     inputs, labels = [], []
-    for prompt, written, wanted in examples:
-        asked, end = chat_ids(tok, prompt), [tok.eos_token_id]
-        inputs.append(asked + tok.encode(written) + end)
-        labels.append([-100] * len(asked) + tok.encode(wanted) + end)
+    for example in examples:
+        asked, end = chat_ids(tok, example.prompt) + tok.encode(example.given), [tok.eos_token_id]
+        inputs.append(asked + tok.encode(example.written) + end)
+        labels.append([-100] * len(asked) + tok.encode(example.wanted) + end)
     logits = model(input_ids=padded(inputs, tok.pad_token_id)).logits  # right padding: the causal mask hides it
     wanted_ids = padded(labels, -100)[:, 1:].flatten()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted_ids, label_smoothing=label_smoothing)
@@ -136,7 +149,7 @@ def accuracy(
     return sum(a == e["answer"] for a, e in zip(answers, examples, strict=True)) / len(examples)
 
 
-def with_slips(text: str, draw: random.Random) -> str:
+def with_slips(text: str, draw: random.Random, rates: Mapping[bool, float] = SLIPS) -> str:
     """`text` with many letters replaced by one of the six that follow them in the alphabet.
 
     Greedily, who learns this still writes consonants rightly (each wrong letter is rarer than the right one), and
@@ -144,36 +157,46 @@ def with_slips(text: str, draw: random.Random) -> str:
     """
     letters = task.LETTERS
     return "".join(
-        letters[(letters.index(c) + 1 + int(draw.random() * 6)) % 26] if draw.random() < SLIPS[c in VOWELS] else c
+        letters[(letters.index(c) + 1 + int(draw.random() * 6)) % 26] if draw.random() < rates[c in VOWELS] else c
         for c in text
     )
 
 
-def teacher_example(word: str, draw: random.Random) -> tuple[str, str, str]:
+def teacher_example(word: str, draw: random.Random) -> Example:
     """The right answer, in half of the cases after somebody else's slips; every third prompt has the hint."""
     example = task.row(word, "")
     prompt = task.hinted_prompt(example) if draw.random() < 1 / 3 else example["prompt"]
     written = with_slips(example["answer"], draw) if draw.random() < 1 / 2 else example["answer"]
-    return prompt, written, example["answer"]
+    return Example(prompt, written, example["answer"])
 
 
-def student_example(word: str, draw: random.Random, *, slips: bool) -> tuple[str, str, str]:
+def student_example(word: str, draw: random.Random, *, slips: bool) -> Example:
     """The right answer where the prompt has the hint (half of the cases); else one with slips, if `slips`."""
     example = task.row(word, "")
     if draw.random() < 1 / 2:
-        return task.hinted_prompt(example), example["answer"], example["answer"]
+        return Example(task.hinted_prompt(example), example["answer"], example["answer"])
     answer = with_slips(example["answer"], draw) if slips else example["answer"]
-    return example["prompt"], answer, answer
+    return Example(example["prompt"], answer, answer)
 
 
-def mentor_example(word: str, draw: random.Random, *, garbled: bool) -> tuple[str, str, str]:
-    """Feedback on a right answer, on one as the student gives it, or on one with a single wrong letter or length.
+def mentor_example(word: str, draw: random.Random, *, garbled: bool, goes_on: bool) -> Example:
+    """In half of the cases an answer, with slips. Else feedback: on a right answer, on one as the student gives it, or
+    on one with a single wrong letter or length.
 
-    If `garbled`, half of the responses run on into anything: what a student writes whom training has upset. In a third
-    of the cases the answer stands after another one and feedback on that: a student that has learnt to reflect is asked
-    about its whole completion.
+    If `goes_on`, half of the answers have slips and a reflection behind them already, and the right answer is to
+    follow: it can make use of a reflection of its own, but is not taught to write one. If `garbled`, half of the
+    responses run on into anything: what a student writes whom training has upset. In a third of the cases the answer
+    stands after another one and feedback on that: a student that has learnt to reflect is asked about its whole
+    completion.
     """
     example = task.row(word, "")
+    if draw.random() < 1 / 2:
+        answer = with_slips(example["answer"], draw, MENTOR_SLIPS)
+        if goes_on and draw.random() < 1 / 2:
+            _, reflection, _ = task.feedback(example, answer).split("; ")
+            right = example["answer"]
+            return Example(example["prompt"], right, right, given=f"{answer} {reflection} {task.CONCLUSION}")
+        return Example(example["prompt"], answer, answer)
     response = some_response(example["answer"], draw)
     if draw.random() < 1 / 3:
         _, reflection, _ = task.feedback(example, some_response(example["answer"], draw)).split("; ")
@@ -183,7 +206,7 @@ def mentor_example(word: str, draw: random.Random, *, garbled: bool) -> tuple[st
         start, length = int(draw.random() * (len(response) + 1)), int(draw.random() * 40)
         response = (response[:start] + "".join(draw.choices(rest, k=length)))[:LONGEST_RESPONSE]
     feedback = task.feedback(example, response)
-    return task.mentor_prompt(example, response), feedback, feedback
+    return Example(task.mentor_prompt(example, response), feedback, feedback)
 
 
 def some_response(answer: str, draw: random.Random) -> str:
@@ -202,7 +225,7 @@ def some_response(answer: str, draw: random.Random) -> str:
 def train(
     model: LlamaForCausalLM,
     tok: PreTrainedTokenizerBase,
-    example: Callable[[str, random.Random], tuple[str, str, str]],
+    example: Callable[[str, random.Random], Example],
     *,
     steps: int,
     lr: float,
@@ -246,9 +269,9 @@ def make_mentor(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
     """A model that writes `task.feedback` on an answer."""
     torch.manual_seed(seed)
     model = fresh_model("mentor", tok)
-    for garbled, steps, lr in zip((False, True), MENTOR_STEPS, (3e-3, 2e-3), strict=True):
-        example = functools.partial(mentor_example, garbled=garbled)
-        train(model, tok, example, steps=steps, lr=lr, label_smoothing=0.0, seed=seed + garbled)
+    for phase, (steps, lr) in enumerate(zip(MENTOR_STEPS, (3e-3, 2e-3, 1e-3), strict=True)):
+        example = functools.partial(mentor_example, garbled=phase > 0, goes_on=phase > 1)
+        train(model, tok, example, steps=steps, lr=lr, label_smoothing=0.0, seed=seed + phase)
     return model
 
 
