@@ -1,0 +1,56 @@
+"""What each kind of method is for happens on the built-in task, in a minute: whole runs, as a user starts them.
+
+GRPO and KDRL have the quickstart's test. The tables with three seeds are in benchmarks/learning.py and thinktuning.py.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.process
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+REVERSE_KL = "divergence: {kind: reverse_kl, clip: null}"
+HINT = "context: {template: '{prompt}{context}', reference: ' hint: {text}'}"
+METHODS = {
+    "opd": ("algorithm={name: opd, group_size: 8}",),
+    "opsd": (
+        f"algorithm={{name: opsd, group_size: 8, {REVERSE_KL}, {HINT}}}",
+        *("teacher={backend: self, weights: fixed}", "data.privileged_column=privileged"),
+    ),
+    "sft": (
+        "algorithm={name: sft}",
+        *("teacher=null", "data.completion_column=answer", "data.max_completion_tokens=16"),
+    ),
+}
+
+
+def train(folder, base, *settings):
+    where = (f"run.dir={folder.parent}", f"run.name={folder.name}")
+    command = [sys.executable, "-m", "rlkd.train", "--config", f"configs/{base}.yaml", *where, *settings]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_held_out_accuracy_rises(tmp_path, method):
+    settings = ("run.iterations=20", "eval.every=20", "eval.prompts=64", "log.rollouts_every=0")
+    first, *_, last = train(tmp_path / method, "quickstart", *METHODS[method], *settings)
+    assert first["eval/greedy"] < 0.2
+    assert last["eval/greedy"] > first["eval/greedy"] + 0.3
+
+
+def test_a_reflection_that_only_the_teacher_writes_becomes_the_students_habit(tmp_path):
+    settings = ("optim.lr=1.0e-4", "run.iterations=41", "eval.every=0", "log.rollouts_every=40")
+    train(tmp_path / "habit", "thinktuning_tiny", *settings)
+    shares = []
+    for iteration in (1, 41):
+        (dump,) = (tmp_path / "habit" / "rollouts").glob(f"{iteration:06d}-*")
+        lines = [json.loads(line) for line in dump.read_text().splitlines()]
+        unaided = [line["completion"] for line in lines if not line["segments"]]
+        shares.append(sum("wait" in completion for completion in unaided) / len(unaided))
+    assert shares[0] == 0 and shares[1] > 0.2, shares
