@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import signal
 from pathlib import Path
@@ -15,27 +14,9 @@ from rlkd.config import Config
 from rlkd.export import export
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
+from rlkd.resume import checkpoints, save_config
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
-
-NAME = re.compile(r"iteration-(\d{6,})")
-
-
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
-    folder = Path(run_dir, "checkpoints")
-    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("iteration-")))
-
-
-def resume_path(config: Config) -> Path | None:
-    """The checkpoint that `run.resume` names: none for never, the newest for auto (if any), or that path."""
-    if config.run.resume == "never":
-        return None
-    if config.run.resume == "auto":
-        whole = checkpoints(config.run_dir)
-        return whole[-1] if whole else None
-    return Path(config.run.resume)
 
 
 class Signals(IterationCallback):
@@ -109,6 +90,7 @@ class Checkpoint(IterationCallback):
         self.loader.save(beside)
         distributed.barrier()
         if distributed.rank() == 0:
+            save_config(self.config, beside)
             shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
             for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:

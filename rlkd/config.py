@@ -34,6 +34,9 @@ class RunConfig(Section):
         "never",
         description="never: refuse a directory that holds a run; auto: go on from its last checkpoint; or a path",
     )
+    accept_changes: list[str] = Field(
+        [], description="keys that a resumed run may have otherwise than its checkpoint, e.g. [optim.lr]"
+    )
 
 
 class ModelConfig(Section):

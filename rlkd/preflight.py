@@ -13,13 +13,13 @@ import httpx
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rlkd.checkpoint import checkpoints
 from rlkd.config import Config, DataConfig, ServedTeacher
 from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.evaluate import heldout
 from rlkd.output_layer import logit_transform
+from rlkd.resume import checkpoints
 from rlkd.rewards import registry
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import end_ids

@@ -86,8 +86,8 @@ def run(config: Config, text: str) -> None:
     """Train as `config` says. `text` is the merged YAML, kept as `<run>/config.yaml`."""
     from rlkd import distributed
     from rlkd.algorithms import ALGORITHMS
-    from rlkd.checkpoint import resume_path
     from rlkd.report import write_report
+    from rlkd.resume import resume_path
     from rlkd.rollout.loader import RolloutLoader
 
     checkpoint = resume_path(config)
@@ -159,7 +159,11 @@ def main(argv: list[str]) -> int:
 
 
 def run_stages(stages: Sequence[Stage]) -> int:
-    """Each stage in turn; one that has ended already is passed over. Stops after one that was signalled."""
+    """Each stage in turn; one that has ended already is passed over. Stops after one that was signalled.
+
+    Returns: the exit code; 2 where a stage cannot be resumed, since its configuration has changed.
+    """
+    from rlkd.resume import changes
     from rlkd.stages import finished, with_values
 
     for stage in stages:
@@ -168,6 +172,11 @@ def run_stages(stages: Sequence[Stage]) -> int:
             continue
         if stage.starts_from is not None:
             loaded = with_values(loaded, {"model.path": stage.starts_from})
+        changed = changes(loaded.config)
+        if changed:
+            if os.environ.get("RANK", "0") == "0":
+                print("\n".join(changed), file=sys.stderr)
+            return 2
         run(loaded.config, loaded.text)
         if stage.name is not None and not finished(loaded.config):
             return 0  # a signal came: run.resume=auto goes on here

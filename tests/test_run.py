@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,19 @@ def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
     # 2 prompts a rank and round: a multiple of 4 in every iteration would be two ranks in step.
     assert len(drawn) == 4 and any(count % 4 for count in drawn) and max(drawn) <= 12, drawn
     assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
+
+
+def test_a_run_goes_on_under_another_configuration_only_where_that_is_said(straight, tmp_path):
+    folder = tmp_path / "changed"
+    shutil.copytree(straight[1], folder)
+    changed = ("run.iterations=7", "run.resume=auto", "optim.lr=1.0e-4")
+    refused = subprocess.run(command(1, folder, *changed), env=ENV, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert line.startswith("optim.lr.value: is 0.0001, but iteration-000006 was trained with 0.0003; put it back, or")
+    assert len(rows(folder)) == 6
+    train(1, folder, *changed, "run.accept_changes=[optim.lr]")
+    assert [row["iteration"] for row in rows(folder)][-1] == 7 and rows(folder)[-1]["lr"] == 1e-4
 
 
 def test_the_export_is_the_checkpoint_and_loads_in_transformers(straight):

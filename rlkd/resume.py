@@ -1,0 +1,81 @@
+"""What a resumed run goes on from, and whether its configuration is still the one that made it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlkd.config import Config
+
+NAME = re.compile(r"iteration-(\d{6,})")
+FILE = "config.json"
+"""In a checkpoint's folder: the configuration that it was trained under."""
+
+FREE = re.compile(
+    r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
+    r"|reward\.(workers|timeout_s)|rollout\.server\..*|teacher\.(teachers\.[^.]+\.)?(url|server\..*))"
+)
+"""Keys that may change without a word: how long, where and on what a run runs, and what is looked at."""
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
+    folder = Path(run_dir, "checkpoints")
+    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda p: int(p.name.removeprefix("iteration-")))
+
+
+def resume_path(config: Config) -> Path | None:
+    """The checkpoint that `run.resume` names: none for never, the newest for auto (if any), or that path."""
+    if config.run.resume == "never":
+        return None
+    if config.run.resume == "auto":
+        whole = checkpoints(config.run_dir)
+        return whole[-1] if whole else None
+    return Path(config.run.resume)
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Keep `config` in a checkpoint's folder."""
+    (folder / FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1), encoding="utf-8")
+
+
+def changes(config: Config) -> list[str]:
+    """What stands in the way of resuming, one line a key; empty: nothing, or there is no checkpoint yet.
+
+    A run that goes on under another learning rate, say, is no longer the run that its directory and its plots say it
+    is: such a key must be named in `run.accept_changes`.
+    """
+    checkpoint = resume_path(config)
+    if checkpoint is None:
+        return []
+    try:
+        saved = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"run.resume: {checkpoint} has no readable {FILE}: {error}; choose another checkpoint"]
+    before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
+    accepted = tuple(config.run.accept_changes)
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key, "absent"), now.get(key, "absent")
+        named = key in accepted or key.startswith(tuple(f"{name}." for name in accepted))
+        if old != new and not named and not FREE.fullmatch(key):
+            lines.append(
+                f"{key}: is {new}, but {checkpoint.name} was trained with {old}; put it back, or accept it by "
+                f"run.accept_changes=[{key}]"
+            )
+    return lines
+
+
+def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value). The sections in a list are numbered; a list of anything else is one value."""
+    for name, value in tree.items():
+        if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
