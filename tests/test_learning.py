@@ -4,6 +4,7 @@ GRPO and KDRL have the quickstart's test. The tables with three seeds are in ben
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,10 +46,14 @@ def test_held_out_accuracy_rises(tmp_path, method):
 
 
 def test_a_reflection_that_only_the_teacher_writes_becomes_the_students_habit(tmp_path):
-    settings = ("optim.lr=1.0e-4", "run.iterations=41", "eval.every=0", "log.rollouts_every=40")
-    train(tmp_path / "habit", "thinktuning_tiny", *settings)
+    settings = ("optim.lr=2.0e-4", "run.iterations=25", "rollout.prompts=8", "eval.every=0", "log.rollouts_every=24")
+    figures = train(tmp_path / "habit", "thinktuning_tiny", *settings)
+    assert [row["iteration"] for row in figures] == list(range(1, 26))
+    for row in figures[:2]:
+        assert row["guided/fraction"] == 0.25 and row["guided/reward"] > row["guided/plain_reward"]
+        assert math.isfinite(row["loss/guided"]) and row["grad_norm"] > 0
     shares = []
-    for iteration in (1, 41):
+    for iteration in (1, 25):
         (dump,) = (tmp_path / "habit" / "rollouts").glob(f"{iteration:06d}-*")
         lines = [json.loads(line) for line in dump.read_text().splitlines()]
         unaided = [line["completion"] for line in lines if not line["segments"]]

@@ -1,11 +1,8 @@
 """ThinkTuning: what is appended, to which rollouts, and which loss acts on it."""
 
 import functools
-import json
 import math
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -425,16 +422,3 @@ def test_batches_are_a_function_of_seed_and_iteration(loader):
     assert first.authors.ne(0).any()
     for name in ("input_ids", "authors", "advantages", "rewards"):
         assert torch.equal(getattr(first, name), getattr(again, name)), name
-
-
-@pytest.mark.process
-def test_two_iterations_with_the_mentor(tmp_path):
-    settings = (f"run.dir={tmp_path}", "run.name=two", "run.iterations=2", "rollout.prompts=4", "eval.every=0")
-    command = [sys.executable, "-m", "rlkd.train", "--config", "configs/thinktuning_tiny.yaml", *settings]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    figures = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["iteration"] for row in figures] == [1, 2]
-    for row in figures:
-        assert 0.1 < row["guided/fraction"] <= 0.25 and row["guided/reward"] > row["guided/plain_reward"]
-        assert math.isfinite(row["loss/guided"]) and row["grad_norm"] > 0
