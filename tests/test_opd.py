@@ -72,6 +72,7 @@ def test_top_k_of_the_whole_vocabulary_is_full(teacher, tier):
     assert full.row["kd/divergence"] == pytest.approx(top.row["kd/divergence"], rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rest", ["", ", tail: false", ", kind: jsd, clip: 0.05"])
 def test_on_policy_the_samplers_top_k_is_the_students(rest):
     """Named at rollout by the same weights that the update starts from; the teacher gives log-probs of nothing else."""

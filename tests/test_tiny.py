@@ -114,6 +114,7 @@ def test_shape_of_the_models(tok, name, size, tied):
     assert model.generation_config.pad_token_id == tok.pad_token_id
 
 
+@pytest.mark.long
 def test_greedy_accuracy_is_in_bounds(capsys):
     assert make.check(FOLDERS["student"].parent, task.rows("heldout")), capsys.readouterr().out
 
