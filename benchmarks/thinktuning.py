@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from learning import mean_sd
 
 from rlkd.config import Config
 from rlkd.config_file import load
@@ -81,11 +82,6 @@ def run(arm: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> 
         "right of marked": right_of_marked,
         "reward of guided": statistics.fmean(guided) if guided else 0.0,
     }
-
-
-def mean_sd(values: list[float]) -> str:
-    sd = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.fmean(values):5.1f} ± {100 * sd:4.1f} %"
 
 
 def main() -> None:

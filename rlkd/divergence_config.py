@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkd.config import Config, NoTeacher, Section, SelfTeacher, ServedTeacher
+from rlkd.config import Config, NoTeacher, Section, SelfTeacher, ServedTeacher, ServerConfig
 from rlkd.losses import DivergenceKind
 from rlkd.policy_head import Comparison
 from rlkd.types import Signal
@@ -79,13 +79,15 @@ class DivergenceConfig(Section):
         if isinstance(teacher, NoTeacher):
             return [("teacher.backend", f"is none, but algorithm.name {config.algorithm.name} imitates one; set it")]
         found = []
-        if self.signal.tier == "hidden" and behind_server(config):
+        servers = scoring_servers(config)
+        if self.signal.tier == "hidden" and servers:
             why = (
                 f"is {self.tier}, which needs the teacher's whole distribution, but the teacher is behind a server; "
                 "use top_k with support: teacher or sampler, or sampled, or a local teacher"
             )
             found.append(("algorithm.divergence.tier", why))
-        if self.sampler_top_k and behind_server(config) and config.trainer.accelerator == "cpu" and _launches(config):
+        on_this_cpu = config.trainer.accelerator == "cpu" and any(server.launch for server in servers)
+        if self.sampler_top_k and on_this_cpu:
             why = (
                 "is sampler, but a vLLM server on a CPU scores no tokens of our choice; use teacher, or a local teacher"
             )
@@ -104,15 +106,8 @@ class DivergenceConfig(Section):
         return found
 
 
-def _launches(config: Config) -> bool:
-    """Whether the servers that score are started by us, where the trainer is."""
+def scoring_servers(config: Config) -> list[ServerConfig]:
+    """The settings of the servers that score as teachers; none where all teachers are in the trainer's processes."""
     if isinstance(config.teacher, SelfTeacher):
-        return config.rollout.server.launch
-    return any(isinstance(one, ServedTeacher) and one.server.launch for _, one in config.teachers)
-
-
-def behind_server(config: Config) -> bool:
-    """Whether some teacher's scores come over HTTP."""
-    teacher = config.teacher
-    on_policy_server = isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server"
-    return on_policy_server or any(isinstance(one, ServedTeacher) for _, one in config.teachers)
+        return [config.rollout.server] if config.teacher.scorer == "policy_server" else []
+    return [teacher.server for _, teacher in config.teachers if isinstance(teacher, ServedTeacher)]

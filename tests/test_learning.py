@@ -5,15 +5,14 @@ GRPO and KDRL have the quickstart's test. The tables with three seeds are in ben
 
 import json
 import math
-import os
 import subprocess
 import sys
 
 import pytest
+from test_run import ENV, rows
 
 pytestmark = pytest.mark.process
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 REVERSE_KL = "divergence: {kind: reverse_kl, clip: null}"
 HINT = "context: {template: '{prompt}{context}', reference: ' hint: {text}'}"
 METHODS = {
@@ -34,7 +33,7 @@ def train(folder, base, *settings):
     command = [sys.executable, "-m", "rlkd.train", "--config", f"configs/{base}.yaml", *where, *settings]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return rows(folder)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import os
 from dataclasses import replace
 
 import pytest
@@ -23,7 +22,6 @@ from rlkd.student import load_causal_lm
 from rlkd.tiny import tokenizer
 from rlkd.types import Completion, Prompt, Rollout, ScoredRollout, Segment, VersionSpan
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}  # taken before a Trainer in this process adds its own port
 TOK = load_tokenizer("builtin:student")
 EOS = TOK.eos_token_id
 GOOD = "no; wait, a slip; so: cba"

@@ -117,6 +117,12 @@ class VLLMClient:
         self._http.close()
 
 
+def check_model(answer: Mapping[str, Any], model: str, where: str) -> None:
+    """Raises: ServerError when `answer` is another model's than `model`."""
+    if answer["model"] != model:
+        raise ServerError(f"{where}: answered by model {answer['model']!r}, wanted {model!r}")
+
+
 def parse_version(version: object, where: str) -> int:
     """The integer that a weight version of ours is.
 

@@ -14,7 +14,7 @@ from rlkd import distributed
 from rlkd.config import Config, SelfTeacher
 from rlkd.distributed import on_rank_zero
 from rlkd.noise import request_seed
-from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, parse_version
+from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, check_model, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
 from rlkd.rollout.spread import spread
@@ -222,8 +222,7 @@ class VLLMSampler:
             },
         )
         where = f"{client.url}, prompt {prompt.id!r}"
-        if answer["model"] != model:
-            raise ServerError(f"{where}: answered by model {answer['model']!r}, wanted {model!r}")
+        check_model(answer, model, where)
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         if len(choices) != (1 if greedy else n):
             raise ServerError(f"{where}: {len(choices)} completions, wanted {1 if greedy else n}")

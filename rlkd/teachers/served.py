@@ -16,7 +16,7 @@ from rlkd.config import Config
 from rlkd.distributed import on_rank_zero
 from rlkd.noise import request_seed
 from rlkd.output_layer import OutputLayer
-from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient
+from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, check_model
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
 from rlkd.rollout.spread import spread
@@ -159,8 +159,7 @@ def request_scores(
             "prompt_logprobs": signal.k,  # besides the actual token's
         },
     )
-    if answer["model"] != model:
-        raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
+    check_model(answer, model, client.url)
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     if len(choices) != len(questions):
         raise ServerError(f"{client.url}: {len(choices)} answers to {len(questions)} prompts")
@@ -195,8 +194,7 @@ def request_given(client: VLLMClient, model: str, question: Question) -> Teacher
             },
         },
     )
-    if answer["model"] != model:
-        raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
+    check_model(answer, model, client.url)
     encoded = answer["prompt_token_id_logprobs"]
     if encoded is None:
         raise ServerError(f"{client.url}: no log-probs of the tokens that were to be scored")
@@ -233,8 +231,7 @@ def request_completion(
             "include_stop_str_in_output": True,
         },
     )
-    if answer["model"] != model:
-        raise ServerError(f"{client.url}: answered by model {answer['model']!r}, wanted {model!r}")
+    check_model(answer, model, client.url)
     (choice,) = answer["choices"]
     token_ids = tuple(choice["token_ids"] or ())
     logprobs = tuple(choice["logprobs"]["token_logprobs"])

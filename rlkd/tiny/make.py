@@ -150,10 +150,10 @@ def accuracy(
 
 
 def with_slips(text: str, draw: random.Random, rates: Mapping[bool, float] = SLIPS) -> str:
-    """`text` with many letters replaced by one of the six that follow them in the alphabet.
+    """`text` with letters replaced, as often as `rates` says, by one of the six that follow them in the alphabet.
 
-    Greedily, who learns this still writes consonants rightly (each wrong letter is rarer than the right one), and
-    vowels wrongly; sampled, nearly every word is wrong.
+    Greedily, who learns this at the student's rates still writes consonants rightly (each wrong letter is rarer than
+    the right one), and vowels wrongly; sampled, nearly every word is wrong.
     """
     letters = task.LETTERS
     return "".join(
@@ -266,7 +266,7 @@ def make_student(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
 
 
 def make_mentor(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A model that writes `task.feedback` on an answer."""
+    """A model that answers with slips, writes `task.feedback` on an answer, and can go on after a reflection."""
     torch.manual_seed(seed)
     model = fresh_model("mentor", tok)
     for phase, (steps, lr) in enumerate(zip(MENTOR_STEPS, (3e-3, 2e-3, 1e-3), strict=True)):
