@@ -29,9 +29,11 @@ class VLLMClient:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
+            limits=httpx.Limits(max_connections=None),
             # Never a connection twice: the server closes it after an error or five idle seconds, and a request that
-            # is sent just then fails although nothing is wrong.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            # is sent just then fails although nothing is wrong. Said in the request and not by a limit of zero kept
+            # connections: with that, one thread of httpx hands a finished connection on while another closes it.
+            headers={"Connection": "close"},
             trust_env=False,
         )
 
