@@ -69,11 +69,33 @@ class ServerConfig(Section):
     )
     memory: float = Field(0.85, gt=0, lt=1, description="GPU memory fraction that vLLM may use")
     kv_cache_gb: float = Field(1.0, gt=0, description="key-value cache of a CPU server, in GiB")
+    host: str = Field(
+        "127.0.0.1", description="address of this machine that started servers listen on; loopback: this machine only"
+    )
+    key_env: str = Field(
+        "RLKD_SERVER_KEY",
+        pattern=r"^[A-Za-z_]\w*$",
+        description="environment variable with the servers' key; for started ones, unset, a fresh key is made",
+    )
+    allow_open: bool = Field(
+        False, description="use servers on other machines whose weights anybody may change, since they ask for no key"
+    )
+    restarts: int = Field(3, ge=0, description="how often a started server that died is started again, in one run")
+    retry_s: float = Field(
+        600.0, ge=0, description="seconds to wait for servers, when none answers any more, before the run ends"
+    )
     start_timeout_s: float = Field(600.0, gt=0, description="seconds until a started server must answer")
     request_timeout_s: float = Field(
         3600.0, gt=0, description="seconds until a request must be answered, queue included"
     )
     extra_args: list[str] = Field([], description="further arguments for the vLLM command line, as they are")
+
+    @field_validator("host")
+    @classmethod
+    def _reachable(cls, host: str) -> str:
+        if host in ("", "0.0.0.0", "::"):
+            raise ValueError(f"is {host!r}, which is no address that a trainer could reach; name one of this machine")
+        return host
 
 
 class RolloutServerConfig(ServerConfig):
@@ -132,6 +154,7 @@ class ServedTeacher(_Teacher):
     backend: Literal["served"] = Field(description="local: a model in this process; served: a vLLM server; none")
     path: str = Field(description="folder or hub id of the teacher: its tokenizer is compared with the student's")
     url: str | None = Field(None, description="the running server, e.g. http://host:8001; excludes server.launch")
+    urls: list[str] = Field([], description="several running servers of this one model; excludes url")
     server: ServerConfig = Field(ServerConfig(), description="how to start the server")
 
     @model_validator(mode="after")
@@ -141,9 +164,17 @@ class ServedTeacher(_Teacher):
                 f"teacher.temperature is {self.temperature}, but a served teacher scores at 1 in every mode; "
                 "set it to 1 or use teacher.backend: local"
             )
-        if self.server.launch == (self.url is not None):
-            raise ValueError("set either teacher.url (a running server) or teacher.server.launch: true (start one)")
+        if (self.url is not None) + bool(self.urls) + self.server.launch != 1:
+            raise ValueError(
+                "set either teacher.url (a running server), teacher.urls (several) or teacher.server.launch: true "
+                "(start one)"
+            )
         return self
+
+    @property
+    def addresses(self) -> list[str]:
+        """Of the servers that run already."""
+        return self.urls if self.url is None else [self.url]
 
 
 class SelfTeacher(_Teacher):

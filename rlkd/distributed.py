@@ -12,6 +12,13 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
+class RunStopped(RuntimeError):
+    """The run cannot go on, for a reason that is the user's to know: one line, no defect of ours.
+
+    Raised on all ranks together, between iterations (see `on_every_rank`), it ends the run with a checkpoint.
+    """
+
+
 def initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -55,28 +62,29 @@ def barrier() -> None:
 def on_rank_zero(act: Callable[[], T]) -> T:
     """What `act` returns on rank 0, on every rank; if it fails there, every rank raises.
 
-    A failure that only rank 0 knows of would leave the others waiting for ever.
+    A failure that only rank 0 knows of would leave the others waiting for ever. RunStopped stays what it is.
     """
-    outcome: tuple[T | None, str | None] = (None, None)
+    outcome: tuple[T | None, str | None, bool] = (None, None, False)
     failure: Exception | None = None
     if rank() == 0:
         try:
-            outcome = (act(), None)
+            outcome = (act(), None, False)
         except Exception as error:
             failure = error
-            outcome = (None, str(error))
-    result, message = broadcast(outcome)
+            outcome = (None, str(error), isinstance(error, RunStopped))
+    result, message, stopped = broadcast(outcome)
     if failure is not None:
         raise failure
     if message is not None:
-        raise RuntimeError(f"on rank 0: {message}")
+        raise (RunStopped if stopped else RuntimeError)(f"on rank 0: {message}")
     return result  # type: ignore[no-any-return]
 
 
 def on_every_rank(act: Callable[[], T]) -> T:
     """What `act`, which holds no collective, returns on this rank; if it fails on any rank, every rank raises.
 
-    Else the others would wait in the next collective until its time-out.
+    Else the others would wait in the next collective until its time-out. RunStopped is raised on all ranks or on none:
+    a failure of another kind on any rank wins.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -84,11 +92,13 @@ def on_every_rank(act: Callable[[], T]) -> T:
         result = act()
     except Exception as error:
         failure = error
-    if not all_reduce([float(failure is not None)], "max")[0]:
+    severity = 0.0 if failure is None else 1.0 if isinstance(failure, RunStopped) else 2.0
+    worst = all_reduce([severity], "max")[0]
+    if worst == 0.0:
         return result  # type: ignore[return-value]
-    if failure is not None:
+    if failure is not None and severity == worst:
         raise failure
-    raise RuntimeError("another rank failed; its error is above or in its own log")
+    raise (RunStopped if worst == 1.0 else RuntimeError)("another rank failed; its error is above or in its own log")
 
 
 def local_device(accelerator: Literal["auto", "cpu", "gpu"]) -> torch.device:

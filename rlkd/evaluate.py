@@ -60,10 +60,10 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt]) -> di
 
     A collective: each rank takes its share of `prompts`. The noise is the same at every evaluation of a run.
 
-    Raises: RuntimeError when more rewards failed than `reward.max_error_rate` allows.
+    Raises: RunStopped when more rewards failed than `reward.max_error_rate` allows.
     """
     mine = prompts[distributed.rank() :: distributed.world_size()]
-    meter, groups = distributed.on_every_rank(lambda: _evaluated(config, loader, mine))
+    meter, groups = loader.with_servers(lambda: _evaluated(config, loader, mine))
     check_errors(groups, config, "evaluation")
     return meter.reduce()
 

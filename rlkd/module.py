@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkd import distributed
 from rlkd.config import AlgorithmConfig, Config, NoTeacher
 from rlkd.data.chat import decode, load_tokenizer
+from rlkd.distributed import RunStopped
 from rlkd.losses import counts
 from rlkd.metrics import Meter
 from rlkd.micro_batches import split_by_tokens, updates, weightless
@@ -303,14 +304,14 @@ def measure_mismatch(batch: Batch, meter: Meter) -> None:
 def check_mismatch(meter: Meter, config: Config, iteration: int) -> None:
     """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
 
-    Raises: RuntimeError above `rollout.max_mismatch`.
+    Raises: RunStopped above `rollout.max_mismatch`.
     """
     row = meter.reduce()
     if "mismatch/mean" not in row:  # no token was the student's
         return
     gap = row["mismatch/mean"]
     if not gap <= config.rollout.max_mismatch:
-        raise RuntimeError(
+        raise RunStopped(
             f"iteration {iteration + 1}: sampler and trainer disagree by {gap:.3g} nats a token on average, more than "
             f"rollout.max_mismatch = {config.rollout.max_mismatch}; nothing was trained on these samples. The sampler "
             "holds other weights than the trainer (was the publish whole? is the output layer tied?), or computes "

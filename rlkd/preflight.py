@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import ipaddress
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rlkd.config import Config, DataConfig, ServedTeacher
+from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
@@ -23,6 +26,7 @@ from rlkd.resume import checkpoints
 from rlkd.rewards import registry
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import end_ids
+from rlkd.rollout.server import server_key
 from rlkd.tiny import resolve
 
 _ANSWER_S = 5.0
@@ -105,11 +109,17 @@ def _devices(config: Config) -> list[str]:
             f"trainer.devices: is {config.trainer.devices} with trainer.accelerator gpu, but this node has {gpus}; "
             "lower it, or set trainer.accelerator: cpu"
         )
-    launches = {"rollout.server.launch": config.rollout.server.launch}
+    launches: dict[str, ServerConfig] = {"rollout.server.launch": config.rollout.server}
     if isinstance(config.teacher, ServedTeacher):
-        launches["teacher.server.launch"] = config.teacher.server.launch
+        launches["teacher.server.launch"] = config.teacher.server
     for key, launch in launches.items():
-        if launch and importlib.util.find_spec("vllm") is None:
+        if launch.launch and config.trainer.num_nodes > 1 and _is_loopback(launch.host):
+            problems.append(
+                f"{key.replace('launch', 'host')}: is {launch.host}, which the other nodes of trainer.num_nodes = "
+                f"{config.trainer.num_nodes} cannot reach; give an address of the first node, or start servers by "
+                "python -m rlkd.serve and give their urls"
+            )
+        if launch.launch and importlib.util.find_spec("vllm") is None:
             problems.append(f"{key}: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
     return problems
 
@@ -176,27 +186,58 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _servers(config: Config) -> list[str]:
     """Asks servers that should be running already who they are."""
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
-    asked: list[tuple[str, str, str, int]] = []
+    asked: list[tuple[str, str, ServerConfig, str, int]] = []
+    policy = config.rollout.server
     if config.rollout.backend == "vllm":
-        asked += [("rollout.server.urls", url, config.model.path, longest) for url in config.rollout.server.urls]
+        asked += [("rollout.server.urls", url, policy, config.model.path, longest) for url in policy.urls]
     theirs = (
         sum(config.algorithm.teacher_lengths(config).values()) + 1
     )  # it must generate a token beyond what it scores
     asked += [
-        (f"{key}.url", teacher.url, teacher.path, theirs)
+        (f"{key}.{'url' if teacher.urls == [] else 'urls'}", url, teacher.server, teacher.path, theirs)
         for key, teacher in config.teachers
-        if isinstance(teacher, ServedTeacher) and teacher.url is not None
+        if isinstance(teacher, ServedTeacher)
+        for url in teacher.addresses
     ]
     problems = []
-    for key, url, path, tokens in asked:
+    for key, url, server, path, tokens in asked:
         if not url.startswith(("http://", "https://")):
             problems.append(f"{key}: got {url!r}, wants an address such as http://host:8000")
             continue
         try:
-            _ask(VLLMClient(url, _ANSWER_S), path, tokens, trains=key.startswith("rollout"))
+            _ask(VLLMClient(url, _ANSWER_S, server_key(server)), path, tokens, trains=key.startswith("rollout"))
+            if not server.allow_open and not _is_loopback(urlsplit(url).hostname or ""):
+                _refuse_open(url)
         except (ServerError, httpx.InvalidURL) as error:
             problems.append(f"{key}: {' '.join(str(error).split())}")
     return problems
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name that does not resolve is nobody's loopback."""
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def _refuse_open(url: str) -> None:
+    """Raises: ServerError when whoever reaches the server may change its weights.
+
+    vLLM's own --api-key leaves these routes open.
+    """
+    stranger = VLLMClient(url, _ANSWER_S)
+    try:
+        stranger.get("/weight_info")
+    except ServerError:
+        return
+    finally:
+        stranger.close()
+    raise ServerError(
+        f"{url} lets everybody who reaches it change its weights: start it by python -m rlkd.serve, which asks for a "
+        "key on every route, or accept it by server.allow_open=true"
+    )
 
 
 def _ask(client: VLLMClient, path: str, tokens: int, trains: bool) -> None:

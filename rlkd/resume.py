@@ -16,7 +16,7 @@ FILE = "config.json"
 
 FREE = re.compile(
     r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
-    r"|reward\.(workers|timeout_s)|rollout\.server\..*|teacher\.(teachers\.[^.]+\.)?(url|server\..*))"
+    r"|reward\.(workers|timeout_s)|rollout\.server\..*|teacher\.(teachers\.[^.]+\.)?(urls?|server\..*))"
 )
 """Keys that may change without a word: how long, where and on what a run runs, and what is looked at."""
 

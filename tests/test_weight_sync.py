@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import LlamaForCausalLM
-from vllm_fixtures import EOS, prompts, run_config, tiny_model, true_logprobs
+from vllm_fixtures import EOS, KEY, prompts, run_config, tiny_model, true_logprobs
 
-from rlkd.rollout.client import ServerError, VLLMClient
+from rlkd.distributed import RunStopped
+from rlkd.rollout.client import ServerError, ServerLost, VLLMClient
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler
@@ -62,10 +63,10 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
     sampler, model = opened(policy_path, policy_server), tiny_model(31)
     weights: Mapping[str, Tensor] = model.state_dict()
     partial = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
-    with pytest.raises(RuntimeError, match="a weight update failed, and .* lost: .*/update_weights") as caught:
+    with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights") as caught:
         sampler.publish(partial, 14)
     assert "\n" not in str(caught.value)
-    with pytest.raises(RuntimeError, match="a server is lost since its last weight update"):
+    with pytest.raises(ServerLost, match="no policy server is in service: .*/update_weights"):
         sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
     sampler.publish(weights, 15)
     assert mismatch(sampler, model, 15) < 1e-4
@@ -83,7 +84,7 @@ def test_the_engine_reads_only_inside_its_directory(
     sampler.publish(weights, 16)
     assert sampler._file is not None
     (sampler._file.directory / "link.safetensors").symlink_to(secret)
-    client = VLLMClient(policy_server.url, 60.0)
+    client = VLLMClient(policy_server.url, 60.0, KEY)
     for name in (f"../{secret.name}", str(secret), "link.safetensors", "."):
         client.post("/start_weight_update")
         with pytest.raises(ServerError, match="answered"):
@@ -121,6 +122,7 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             length = int(self.headers.get("content-length", 0))
+            assert self.headers["authorization"] == "Bearer secret"
             calls.append((self.path, json.loads(self.rfile.read(length) or "null")))
             self.send_response(200)
             self.end_headers()
@@ -130,11 +132,13 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
 
     stub = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=stub.serve_forever, daemon=True).start()
-    client = versioned_client(f"http://127.0.0.1:{stub.server_port}", 5.0)
+    ours = VLLMClient(f"http://127.0.0.1:{stub.server_port}", 5.0, "secret")
+    client = versioned_client(ours, 5.0)
     client.version = 4
     client.start_weight_update()
     client.update_weights({"names": ["a"]})
     client.finish_weight_update()
+    ours.close()
     stub.shutdown()
     assert calls == [
         ("/start_weight_update", None),

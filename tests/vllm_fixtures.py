@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,12 +24,15 @@ from rlkd.config import (
     ServedTeacher,
 )
 from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.rollout.vllm import policy_arguments
+from rlkd.rollout.server_command import ServerRole
+from rlkd.rollout.vllm import policy_role
 from rlkd.types import Prompt
 
 VOCABULARY = 60  # vLLM pads it to 64: a padded vocabulary must not disturb anything
 EOS = 1
 MAX_LEN = 96
+KEY = "the tests' key"
+os.environ["RLKD_SERVER_KEY"] = KEY  # of the servers that tests start by themselves
 
 
 def tiny_model(seed: int, tied: bool = True) -> LlamaForCausalLM:
@@ -72,19 +76,17 @@ def true_logprobs(
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def start_server(name: str, model: str, log_dir: Path, **environment: str) -> VLLMServer:
+def start_server(name: str, model: str, log_dir: Path, restarts: int = 0, **environment: str) -> VLLMServer:
     """A policy server with the file engine; the caller waits for it and stops it."""
-    return VLLMServer(
+    role = ServerRole(
         name=name,
         model=model,
-        config=RolloutServerConfig(launch=True, start_timeout_s=300.0),
-        devices=[],
-        cores=cpu_cores(0, 1),
         max_model_len=MAX_LEN,
-        log_dir=log_dir,
-        arguments=policy_arguments("file"),
+        arguments=policy_role(run_config(model)).arguments,
         environment=environment,
     )
+    config = RolloutServerConfig(launch=True, start_timeout_s=300.0, restarts=restarts)
+    return VLLMServer(role, config, key=KEY, log_dir=log_dir, cores=cpu_cores(0, 1))
 
 
 @pytest.fixture(scope="session")

@@ -9,22 +9,33 @@ from typing import Any
 import httpx
 import tenacity
 
+from rlkd.distributed import RunStopped
+
 IMPOSSIBLE_LOGPROB = -9999.0
 """vLLM's HTTP layer writes this for −inf, NaN and a missing log-prob; it is never a value."""
 
 
-class ServerError(RuntimeError):
+class ServerError(RunStopped):
     """A request that the server refused, failed or never answered."""
+
+
+class ServerLost(ServerError):
+    """The server is gone, or has lost the weights that it was given: it may come back, and can be given them again."""
 
 
 class VLLMClient:
     """Requests to one server. Safe to use from several threads.
 
     Only a connection that could not be made is tried again: such a request has reached nobody. Everything else ends
-    in a ServerError of one line.
+    in a ServerError of one line, which is a ServerLost where the server itself is gone.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str, timeout_s: float, key: str | None = None) -> None:
+        """
+        Args:
+            timeout_s: seconds until a request must be answered.
+            key: what the server asks for (key_guard.py); None: nothing.
+        """
         self.url = url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.url,
@@ -33,7 +44,7 @@ class VLLMClient:
             # Never a connection twice: the server closes it after an error or five idle seconds, and a request that
             # is sent just then fails although nothing is wrong. Said in the request and not by a limit of zero kept
             # connections: with that, one thread of httpx hands a finished connection on while another closes it.
-            headers={"Connection": "close"},
+            headers={"Connection": "close", **({} if key is None else {"Authorization": f"Bearer {key}"})},
             trust_env=False,
         )
 
@@ -52,9 +63,15 @@ class VLLMClient:
             response = self._send(method, path, body, query)
         except httpx.HTTPError as error:
             reason = str(error) or "no answer"
-            raise ServerError(f"{method} {self.url}{path}: {type(error).__name__}: {reason}") from error
+            raise ServerLost(f"{method} {self.url}{path}: {type(error).__name__}: {reason}") from error
         if response.status_code != 200:
-            raise ServerError(f"{method} {self.url}{path} answered {response.status_code}: {_message(response)}")
+            # A server that fails but is healthy would fail again; 502 to 504 are a gateway's words for a lost one.
+            code = response.status_code
+            lost = code in (502, 503, 504) or (code >= 500 and not self.healthy())
+            said = f"{method} {self.url}{path} answered {code}: {_message(response)}"
+            if code == 401:
+                said += "; set the environment variable that key_env names to the server's key"
+            raise (ServerLost if lost else ServerError)(said)
         if not response.content:
             return {}
         answer = response.json()
@@ -128,10 +145,10 @@ def check_model(answer: Mapping[str, Any], model: str, where: str) -> None:
 def parse_version(version: object, where: str) -> int:
     """The integer that a weight version of ours is.
 
-    Raises: ServerError for "default", which a server says that was never given weights, and for anything else.
+    Raises: ServerLost for "default", which a server says that was never given weights; ServerError for anything else.
     """
     if version == "default":
-        raise ServerError(
+        raise ServerLost(
             f"{where} holds its start weights (version 'default'): it was restarted, or never given the policy's; "
             "publish before sampling"
         )

@@ -1,6 +1,6 @@
 """Runs one server in a process session of its own and ends all of it, whatever happens to the trainer.
 
-    python -m rlkd.rollout.guardian --parent PID --log FILE -- COMMAND …
+    python -m rlkd.rollout.guardian --parent PID --log FILE [--restarts N] -- COMMAND …
     python -m rlkd.rollout.guardian --parent PID --remove DIRECTORY
 
 A vLLM server is a tree of processes: killing its API process leaves the engine and its workers running, with their
@@ -10,6 +10,9 @@ memory. So the guardian stands between trainer and server and ends the server's 
 - the trainer is gone although a forked child of it still holds that pipe (the guardian's parent has changed),
 - the server's first process ends by itself, or
 - the guardian gets SIGTERM.
+
+A server that ended by itself is started again, up to N times, once the trainer has written a line to the guardian's
+stdin: that the server has answered, so that one which cannot start at all ends at once.
 
 The second form runs nothing, and removes the directory when the trainer is gone: weights in shared memory must not
 outlive a killed trainer either.
@@ -59,11 +62,20 @@ def _in_child(guardian: int) -> None:
         os._exit(1)
 
 
-def _trainer_lives(parent: int) -> bool:
-    """Waits up to POLL_S to find out."""
-    readable, _, _ = select.select([0], [], [], POLL_S)
-    closed = bool(readable) and not os.read(0, 4096)
-    return not closed and os.getppid() == parent
+class _Trainer:
+    """What the guardian knows of the process that it works for."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self.answered = False
+        """Whether it has said that the server answers."""
+
+    def lives(self) -> bool:
+        """Waits up to POLL_S to find out."""
+        readable, _, _ = select.select([0], [], [], POLL_S)
+        said = os.read(0, 4096) if readable else None
+        self.answered = self.answered or bool(said)
+        return said != b"" and os.getppid() == self._pid
 
 
 def _reap() -> dict[int, int]:
@@ -150,6 +162,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--log", default=os.devnull)
     parser.add_argument("--remove")
+    parser.add_argument("--restarts", type=int, default=0)
     parser.add_argument("command", nargs=argparse.REMAINDER)
     args = parser.parse_args(argv)
     command = args.command[1:]  # after --
@@ -165,40 +178,48 @@ def main(argv: list[str]) -> int:
         signal.signal(number, signal.SIG_IGN)
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
+    trainer = _Trainer(args.parent)
     if args.remove is not None:
-        while not told_to_end and _trainer_lives(args.parent):
+        while not told_to_end and trainer.lives():
             pass
         shutil.rmtree(args.remove, ignore_errors=True)
         return 0
 
-    guardian = os.getpid()
     scratch = tempfile.mkdtemp(prefix="rlkd-")  # for sockets and the like, which a killed server does not remove
-    environment = {**os.environ, "TMPDIR": scratch}
-    with open(args.log, "ab", buffering=0) as log:
-        server = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            preexec_fn=lambda: _in_child(guardian),  # safe: this process has one thread
-        )
-        sys.stdout.write(f"{server.pid}\n")
-        sys.stdout.flush()
-        for descriptor in (1, 2):  # hold no pipe or terminal of the trainer's
-            os.dup2(log.fileno(), descriptor)
-
     exit_code: int | None = None
-    segments: set[Path] = set()
-    next_scan = time.monotonic() + SCAN_S
-    while exit_code is None and not told_to_end and _trainer_lives(args.parent):
-        if time.monotonic() > next_scan:
-            segments |= shared_memory(server.pid)
+    with open(args.log, "ab", buffering=0) as log:
+        for life in range(args.restarts + 1):
+            server = _start(command, log, scratch)
+            if life == 0:
+                sys.stdout.write(f"{server.pid}\n")
+                sys.stdout.flush()
+                for descriptor in (1, 2):  # hold no pipe or terminal of the trainer's
+                    os.dup2(log.fileno(), descriptor)
+            exit_code, segments = None, set()
             next_scan = time.monotonic() + SCAN_S
-        exit_code = _reap().get(server.pid)
-    end_group(server.pid, segments)
+            while exit_code is None and not told_to_end and trainer.lives():
+                if time.monotonic() > next_scan:
+                    segments |= shared_memory(server.pid)
+                    next_scan = time.monotonic() + SCAN_S
+                exit_code = _reap().get(server.pid)
+            end_group(server.pid, segments)
+            if exit_code is None or not trainer.answered:
+                break
+            log.write(f"guardian: the server ended with exit code {exit_code}\n".encode())
     shutil.rmtree(scratch, ignore_errors=True)
     return 0 if exit_code is None else (exit_code if exit_code >= 0 else 128 - exit_code)
+
+
+def _start(command: Sequence[str], log: IO[bytes], scratch: str) -> subprocess.Popen[bytes]:
+    guardian = os.getpid()
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env={**os.environ, "TMPDIR": scratch},
+        preexec_fn=lambda: _in_child(guardian),  # safe: this process has one thread
+    )
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from rlkd import distributed
 from rlkd.config import Config, LocalTeacher, NoTeacher, ServedTeacher
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
+from rlkd.distributed import RunStopped
 from rlkd.metrics import Meter
 from rlkd.module import PolicyModule
 from rlkd.rewards.pool import RewardItem, RewardPool
+from rlkd.rollout.client import ServerLost
 from rlkd.rollout.collate import collate, describe
 from rlkd.rollout.hf import HFSampler
 from rlkd.rollout.sampler import Sampler, end_ids
@@ -30,6 +32,8 @@ from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Batch, Rollout, ScoredRollout, Signal
+
+T = TypeVar("T")
 
 Groups = list[list[ScoredRollout]]
 """One list a prompt."""
@@ -128,8 +132,7 @@ class RolloutLoader:
 
         Rewards, lengths and errors are those of all that was sampled, also where only some of it is trained on.
         """
-        clock = Clock()
-        drawn, groups = distributed.on_every_rank(lambda: self._line(iteration, clock))
+        drawn, groups, clock = self.with_servers(lambda: self._line(iteration))
         clock.lap("time/wait")
         wants_layers = self.teacher is not None and self.algorithm.signal.tier == "hidden"
         batch = collate(groups, iteration, self.teacher.layers() if self.teacher and wants_layers else ())
@@ -138,11 +141,39 @@ class RolloutLoader:
         check_errors(drawn, self.config, f"iteration {iteration + 1}")
         return batch
 
-    def _line(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
+    def with_servers(self, act: Callable[[], T]) -> T:
+        """What `act`, which samples but holds no collective, returns on this rank. A collective.
+
+        When the policy's servers are lost meanwhile on any rank, they are brought back and given the weights again, and
+        `act` begins anew on all ranks: whatever it draws is a function of seed and iteration, so nothing is another.
+
+        Raises: RunStopped on all ranks when servers do not come back, or are lost again and again.
+        """
+        for _ in range(1 + self.config.rollout.server.restarts):
+            lost: list[str] = []
+
+            def attempt(lost: list[str] = lost) -> T | None:
+                try:
+                    return act()
+                except ServerLost as error:
+                    lost.append(str(error))
+                    return None
+
+            result = distributed.on_every_rank(attempt)
+            if not distributed.all_reduce([float(bool(lost))], "max")[0]:
+                return result  # type: ignore[return-value]
+            self.policy.recover()
+        raise RunStopped(
+            f"the policy's servers were lost {1 + self.config.rollout.server.restarts} times over the same iteration "
+            f"(rollout.server.restarts); at last: {lost[0] if lost else 'on another rank'}"
+        )
+
+    def _line(self, iteration: int) -> tuple[Groups, Groups, Clock]:
         """prompts → rollout → reward → teacher scores → advantages, for this rank; no collectives.
 
-        Returns: all groups that were sampled, with rewards, and those to train on.
+        Returns: all groups that were sampled, with rewards, those to train on, and what took how long.
         """
+        clock = Clock()
         drawn, chosen = self._draw(iteration, clock)
         groups = self.score(chosen)
         clock.lap("time/teacher")
@@ -150,7 +181,7 @@ class RolloutLoader:
         self.algorithm.diagnose(groups, self.teacher, iteration, clock.meter)
         self.dump(groups, iteration)
         clock.lap("time/dump")
-        return drawn, groups
+        return drawn, groups, clock
 
     def _draw(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
         """Blocks of prompts → rollout → reward, until enough groups carry a gradient or the rounds are used up.
@@ -331,12 +362,12 @@ def build_reference(config: Config) -> LocalScorer:
 def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_staleness: int) -> None:
     """Every token must come from the weights of this iteration, or at most `max_staleness` versions before.
 
-    Raises: RuntimeError naming both versions.
+    Raises: RunStopped naming both versions.
     """
     for rollout in (r for group in groups for r in group):
         for span in rollout.weight_versions:
             if not iteration - max_staleness <= span.version <= iteration:
-                raise RuntimeError(
+                raise RunStopped(
                     f"iteration {iteration + 1} wants samples by weight version {iteration}, but the sampler used "
                     f"version {span.version} (rollout.max_staleness is {max_staleness})"
                 )
@@ -345,13 +376,13 @@ def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_stal
 def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, where: str) -> None:
     """Stop the run when too many rewards failed, on all ranks together. A collective.
 
-    Raises: RuntimeError above `reward.max_error_rate`, with the most frequent error of this rank.
+    Raises: RunStopped above `reward.max_error_rate`, with the most frequent error of this rank.
     """
     errors = [scored.error for group in groups for scored in group if scored.error is not None]
     failed, total = distributed.all_reduce([float(len(errors)), float(sum(len(group) for group in groups))])
     if failed / total > config.reward.max_error_rate:
         most = Counter(errors).most_common(1)
-        raise RuntimeError(
+        raise RunStopped(
             f"{where}: {failed:.0f} of {total:.0f} rewards failed, more than "
             f"reward.max_error_rate = {config.reward.max_error_rate}; " + (f"most often: {most[0][0]}" if most else "")
         )

@@ -43,7 +43,14 @@ class Sampler(Protocol):
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Take over `weights` (full, unsharded, Hugging Face names, the same on every rank) as version `version`.
 
-        Raises: RuntimeError when a server does not report the version afterwards.
+        Raises: RunStopped when a server refuses them. One that does not answer is left out until it is back.
+        """
+        ...
+
+    def recover(self) -> None:
+        """Where `sample` raised ServerLost on any rank: wait for the servers and give them the published weights again.
+
+        A collective. Raises: RunStopped on every rank when they do not come back.
         """
         ...
 

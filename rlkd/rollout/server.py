@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
+import shlex
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from rlkd.config import Config, ServedTeacher, ServerConfig
 from rlkd.rollout import guardian
-from rlkd.rollout.client import VLLMClient
-
-_LAUNCHER_VARIABLES = re.compile(r"(MASTER_|TORCHELASTIC_|ROLE_|GROUP_)\w+|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|PL_\w+")
-"""What torchrun tells its workers; a server that read it would take itself for one of them."""
+from rlkd.rollout.client import ServerError, VLLMClient
+from rlkd.rollout.server_command import ServerRole, server_command, server_environment
 
 
 class VLLMServer:
-    """One vLLM server process tree on this machine, reachable over loopback only.
+    """One vLLM server process tree on this machine, which listens on `config.host` and asks for its key.
 
     `VLLMServer(...)` starts it and returns at once; `wait_ready` waits until it answers. It ends with `stop`, or when
     this process ends in any way (see guardian.py).
@@ -30,79 +30,48 @@ class VLLMServer:
 
     def __init__(
         self,
-        *,
-        name: str,
-        model: str,
+        role: ServerRole,
         config: ServerConfig,
-        devices: Sequence[int],
-        cores: str,
-        max_model_len: int,
+        *,
+        key: str,
         log_dir: str | os.PathLike[str],
-        arguments: Sequence[str] = (),
-        environment: Mapping[str, str] | None = None,
+        devices: Sequence[int] = (),
+        cores: str | None = None,
     ) -> None:
         """
         Args:
-            name: what the server calls its model, and the stem of its log file.
-            model: folder or hub id.
+            key: what the server asks of whoever speaks to it.
             devices: GPU indices; empty: the CPU or the default GPU.
             cores: the CPU cores of a CPU server, e.g. "4-7".
-            max_model_len: longest prompt + completion, unless the configuration has its own.
-            arguments, environment: further ones of this server's role.
         """
-        self.name = name
-        self.log = Path(log_dir) / f"{name}.log"
+        self.name = role.name
+        self.log = Path(log_dir) / f"{role.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            probe.bind((config.host, 0))
             port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{config.host}:{port}"
         self._timeout_s = config.start_timeout_s
-        self._client = VLLMClient(self.url, timeout_s=config.request_timeout_s)
+        self._client = VLLMClient(self.url, timeout_s=config.request_timeout_s, key=key)
 
-        on_cpu = not torch.cuda.is_available()
-        variables = {key: value for key, value in os.environ.items() if not _LAUNCHER_VARIABLES.fullmatch(key)}
-        variables |= {
-            "VLLM_SERVER_DEV_MODE": "1",  # the routes that update weights
-            "VLLM_NO_USAGE_STATS": "1",
-            "DO_NOT_TRACK": "1",
-            "VLLM_HOST_IP": "127.0.0.1",
-        }
-        if os.path.isdir(model):
-            variables["HF_HUB_OFFLINE"] = "1"
-        if on_cpu:
-            variables["VLLM_CPU_KVCACHE_SPACE"] = f"{config.kv_cache_gb:g}"
-            variables["VLLM_CPU_OMP_THREADS_BIND"] = cores
+        command = server_command(role, config, host=config.host, port=port, tensor_parallel=max(len(devices), 1))
+        variables = server_environment(role, config, host=config.host, key=key, cores=cores)
         if devices:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES")
             names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
-        variables |= environment or {}
-
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-        command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--dtype", "float32" if on_cpu and config.dtype == "auto" else config.dtype]
-        command += ["--max-model-len", str(config.max_model_len or max_model_len)]
-        command += ["--generation-config", "vllm"]  # a model's own top-p or top-k must not slip into a request
-        if on_cpu:
-            command += ["--enforce-eager"]
-        else:
-            command += ["--gpu-memory-utilization", str(config.memory)]
-        if len(devices) > 1:
-            command += ["--tensor-parallel-size", str(len(devices))]
-        command += [*arguments, *config.extra_args]
-
+        arguments = ["--log", str(self.log), "--restarts", str(config.restarts), "--", *command]
         with open(self.log, "wb") as log:
-            log.write((" ".join(command) + "\n").encode())
+            log.write((shlex.join(command) + "\n").encode())
             log.flush()
-            self._guardian = guardian.start(["--log", str(self.log), "--", *command], log, variables)
+            self._guardian = guardian.start(arguments, log, variables)
         assert self._guardian.stdout is not None
         with self._guardian.stdout as said:
             first_line = said.readline()
         if not first_line:
-            raise RuntimeError(self._epitaph("could not be started"))
+            raise ServerError(self._epitaph("could not be started"))
         self.pid = int(first_line)
-        """Of the server's first process, which leads its process group."""
+        """Of the server's first process, which leads its process group; not of one that took its place."""
 
     @property
     def guardian_pid(self) -> int:
@@ -122,19 +91,20 @@ class VLLMServer:
         while not self._client.healthy():
             code = self._guardian.poll()
             if code is not None:
-                raise RuntimeError(self._epitaph(f"ended with exit code {code} before it was ready"))
+                raise ServerError(self._epitaph(f"ended with exit code {code} before it was ready"))
             if time.monotonic() > deadline:
                 self.stop()
-                raise RuntimeError(self._epitaph(f"did not answer within {patience:g} s"))
+                raise ServerError(self._epitaph(f"did not answer within {patience:g} s"))
             time.sleep(0.25)
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.write(b"answered\n")  # from now on it is started again when it dies
+        self._guardian.stdin.flush()
 
     def check_alive(self) -> None:
-        """Raises: RuntimeError, one line and the end of the log, when the server has ended or its engine is dead."""
+        """Raises: ServerError, one line and the end of the log, when the server has ended and will not start again."""
         code = self._guardian.poll()
         if code is not None:
-            raise RuntimeError(self._epitaph(f"ended with exit code {code}"))
-        if not self._client.healthy():
-            raise RuntimeError(self._epitaph("does not answer"))
+            raise ServerError(self._epitaph(f"ended with exit code {code}"))
 
     def stop(self) -> None:
         """End the server and everything that it started. May be called twice."""
@@ -182,22 +152,26 @@ def server_counts(config: Config) -> tuple[int, int]:
     return of_policy, of_teacher
 
 
+def server_key(config: ServerConfig) -> str | None:
+    """The key of servers that run already: the value of the environment variable `key_env`; None: not set."""
+    return os.environ.get(config.key_env) or None
+
+
+def new_key(config: ServerConfig) -> str:
+    """The key of servers that we are about to start: that of the environment, or a fresh one."""
+    return server_key(config) or secrets.token_urlsafe(32)
+
+
 def launch(
-    config: ServerConfig,
-    *,
-    role: str,
-    model: str,
-    max_model_len: int,
-    run_dir: str | os.PathLike[str],
-    slots: tuple[int, int],
-    arguments: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
+    role: ServerRole, config: ServerConfig, *, run_dir: str | os.PathLike[str], slots: tuple[int, int], key: str
 ) -> list[VLLMServer]:
     """Start one server per entry of `config.devices`, all at once; `wait_ready` comes later.
 
     Args:
-        role: "policy" or "teacher"; the servers are called role, or role-0, role-1 …
         slots: (first, all): the number of the first of them among all CPU servers of the run.
+        key: of all of them.
+
+    They are called role.name, or role.name-0, role.name-1 …
 
     Raises: RuntimeError of the first that cannot be started; none is left running then.
     """
@@ -206,15 +180,12 @@ def launch(
         for i, devices in enumerate(config.devices):
             servers.append(
                 VLLMServer(
-                    name=role if len(config.devices) == 1 else f"{role}-{i}",
-                    model=model,
-                    config=config,
+                    role if len(config.devices) == 1 else replace(role, name=f"{role.name}-{i}"),
+                    config,
+                    key=key,
+                    log_dir=Path(run_dir) / "server",
                     devices=devices,
                     cores=cpu_cores(slots[0] + i, slots[1]),
-                    max_model_len=max_model_len,
-                    log_dir=Path(run_dir) / "server",
-                    arguments=arguments,
-                    environment=environment,
                 )
             )
     except BaseException:

@@ -5,46 +5,61 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlkd import distributed
 from rlkd.config import Config, SelfTeacher
-from rlkd.distributed import on_rank_zero
+from rlkd.distributed import RunStopped, on_rank_zero
 from rlkd.noise import request_seed
-from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, check_model, parse_version
+from rlkd.rollout.client import (
+    IMPOSSIBLE_LOGPROB,
+    ServerError,
+    ServerLost,
+    VLLMClient,
+    check_model,
+    parse_version,
+)
 from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
-from rlkd.rollout.spread import spread
+from rlkd.rollout.server import server_counts
+from rlkd.rollout.server_command import ServerRole
+from rlkd.rollout.server_pool import ServerPool
 from rlkd.tiny import resolve
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
 from rlkd.weight_sync.plugin import ENGINE
 from rlkd.weight_sync.weight_file import WeightFile
 
-_MAX_REQUESTS = 256
-"""At a time and rank. One request is a prompt with all its samples."""
+_AT_ONCE = 256
+"""Completions under way at one server, which vLLM runs together (its default); more would wait in that server's queue.
+One request is a prompt with all its samples."""
 
 _COLDEST = 0.01
 """vLLM silently raises a lower temperature to this."""
 
 
-def policy_arguments(weight_sync: Literal["file", "nccl", "ipc"]) -> list[str]:
-    """What a policy server must be started with, beside the model."""
-    return [
-        "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
-        "--logprobs-mode",
-        "processed_logprobs",  # of the distribution that was sampled: at the temperature
-        "--max-logprobs",
-        "-1",
-        "--weight-transfer-config",
-        json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync}),
-        # vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when a request with a seed of its own is
-        # prefilled in two parts, as happens to the last of many that come at once.
-        *([] if torch.cuda.is_available() else ["--no-enable-chunked-prefill"]),
-    ]
+def policy_role(config: Config) -> ServerRole:
+    """What a policy server of `config` must be started as."""
+    weight_sync = config.rollout.server.weight_sync
+    return ServerRole(
+        name="policy",
+        model=resolve(config.model.path),
+        max_model_len=longest(config),
+        arguments=(
+            "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
+            *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled: at the temperature
+            *("--max-logprobs", "-1"),
+            *("--weight-transfer-config", json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync})),
+            # vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when a request with a seed of its own is
+            # prefilled in two parts, as happens to the last of many that come at once.
+            *(() if torch.cuda.is_available() else ("--no-enable-chunked-prefill",)),
+            *(("--trust-remote-code",) if config.model.trust_remote_code else ()),
+        ),
+        # CUDA IPC handles travel pickled; the server asks for its key
+        environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if weight_sync == "ipc" else {},
+    )
 
 
 def longest(config: Config) -> int:
@@ -65,67 +80,41 @@ class VLLMSampler:
             eos_ids: a completion ends with one of them, and with nothing else.
         """
         self._config = config
-        self._model_path = resolve(config.model.path)
         self._eos_ids = frozenset(eos_ids)
-        self._longest = longest(config)
-        self._servers: list[VLLMServer] = []
-        self._clients: list[VLLMClient] = []
-        self._models: list[str] = []
-        self._lost: dict[str, str] = {}
-        """url → what went wrong in its last update. Such a server may hold any mixture of weights."""
+        self.pool = ServerPool(policy_role(config), config.rollout.server, longest(config))
+        self._version: int | None = None
+        """That every server in service holds; None: nothing was published yet."""
+        self._published = ""
+        """The file of that version, from which a server that lost its weights gets them again."""
         self._initialised: set[str] = set()
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
     def start(self) -> None:
-        """Raises: RuntimeError when a server cannot be started."""
+        """Raises: RunStopped when a server cannot be started."""
         if self._config.rollout.server.launch:
-            on_rank_zero(self._launch)
+            self.pool.start(self._config.run_dir, slots=(0, sum(server_counts(self._config))))
 
     def open(self) -> None:
-        """Raises: RuntimeError when a server does not come up, cannot be reached, or is not fit for its task."""
+        """Raises: RunStopped when a server does not come up, cannot be reached, or is not fit for its task."""
         server = self._config.rollout.server
-        urls = on_rank_zero(lambda: wait_ready(self._servers)) if server.launch else server.urls
-        for url in urls:
-            client = VLLMClient(url, server.request_timeout_s)
-            self._clients.append(client)
-            self._models.append(client.model_card(self._model_path, self._longest))
+        self.pool.open(server.urls, resolve(self._config.model.path))
+        for client in self.pool.clients:
             client.weight_version()  # fails here, not after the first rollout, on a server without these routes
         if server.weight_sync == "file":
             if distributed.rank() == 0:
                 self._file = WeightFile(server.sync_dir)
         else:
-            self._direct = DirectTransfer(server.weight_sync, urls, server.request_timeout_s)
-
-    def connections(self) -> tuple[list[VLLMServer], list[VLLMClient], list[str]]:
-        """(servers that we started, a client of every server, the model's name there), once opened."""
-        return self._servers, self._clients, self._models
-
-    def _launch(self) -> None:
-        config, weight_sync = self._config, self._config.rollout.server.weight_sync
-        arguments = policy_arguments(weight_sync)
-        if config.model.trust_remote_code:
-            arguments.append("--trust-remote-code")
-        self._servers = launch(
-            config.rollout.server,
-            role="policy",
-            model=self._model_path,
-            max_model_len=self._longest,
-            run_dir=config.run_dir,
-            slots=(0, sum(server_counts(config))),
-            arguments=arguments,
-            # CUDA IPC handles travel pickled; the server listens to this machine only
-            environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if weight_sync == "ipc" else {},
-        )
+            self._direct = DirectTransfer(server.weight_sync, self.pool.clients, server.request_timeout_s)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """See `Sampler.publish`.
+        """See `Sampler.publish`. A server that is gone is out of service then, until a later publish or `recover`.
 
-        Raises: RuntimeError on every rank when one server did not take the weights over. That server counts as lost,
-            and `sample` refuses, until a whole update has succeeded.
+        Raises: RunStopped on every rank when a server refuses the weights.
         """
+        self._version = version
         if self._direct is None:
-            on_rank_zero(lambda: self._publish_file(weights, version))
+            self.pool.agree(on_rank_zero(lambda: self._publish_file(weights, version)))
         else:
             on_rank_zero(lambda: self._everywhere(_pause))
             failure: Exception | None = None
@@ -133,71 +122,112 @@ class VLLMSampler:
                 self._direct.send(weights, version)
             except Exception as error:  # every rank must reach the next line
                 failure = error
-            on_rank_zero(lambda: self._settle_direct(failure, version))
+            self.pool.agree(on_rank_zero(lambda: self._settle_direct(failure, version)))
 
-    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> Mapping[str, str]:
         assert self._file is not None, "publish before open"
-        directory = str(self._file.directory)
-        name = self._file.write(weights, version)
+        self._published = self._file.write(weights, version)
+        self._everywhere(self._update)
+        self.pool.revive(self._update)  # those that were gone, if they are back
+        self._file.keep_only(self._published)
+        return self.pool.lost
 
-        def update(client: VLLMClient) -> None:
-            _pause(client)
-            if client.url not in self._initialised:
-                client.post("/init_weight_transfer_engine", {"init_info": {"directory": directory}})
-                self._initialised.add(client.url)
-            client.post("/start_weight_update")
-            client.post("/update_weights", {"update_info": {"file": name}})
-            client.post("/finish_weight_update", {"weight_version": str(version)})
-            _resume(client, version)
-
-        self._everywhere(update)
-        self._file.keep_only(name)
-
-    def _settle_direct(self, failure: Exception | None, version: int) -> None:
+    def _settle_direct(self, failure: Exception | None, version: int) -> Mapping[str, str]:
         if failure is not None:
-            self._lost = {client.url: str(failure) for client in self._clients}
-            raise RuntimeError(f"the weights did not reach the servers: {failure}") from failure
+            for client in self.pool.clients:
+                self.pool.lose(client, str(failure))
+            raise RunStopped(f"the weights did not reach the servers: {failure}") from failure
         self._everywhere(lambda client: _resume(client, version))
+        return self.pool.lost
+
+    def _update(self, client: VLLMClient) -> None:
+        """Give one server the published file. Raises: ServerLost, ServerError."""
+        assert self._file is not None, "publish before open"
+        _pause(client)
+        if client.weight_version() is None:
+            self._initialised.discard(client.url)  # it was started again since
+        if client.url not in self._initialised:
+            client.post("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
+            self._initialised.add(client.url)
+        client.post("/start_weight_update")
+        client.post("/update_weights", {"update_info": {"file": self._published}})
+        client.post("/finish_weight_update", {"weight_version": str(self._version)})
+        assert self._version is not None
+        _resume(client, self._version)
 
     def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
-        """`act` on all servers at once; those where it fails are lost, the others are not."""
+        """`act` on all servers in service at once. Those that turn out to be gone leave it.
 
-        def attempt(client: VLLMClient) -> str | None:
+        Raises: ServerError of the first that refuses; such a server may hold any mixture of weights, and leaves too.
+        """
+
+        def attempt(client: VLLMClient) -> ServerError | None:
             try:
                 act(client)
             except ServerError as error:
-                return str(error)
+                self.pool.lose(client, str(error))
+                return error
             return None
 
-        with ThreadPoolExecutor(len(self._clients)) as pool:
-            outcomes = list(pool.map(attempt, self._clients))
-        for client, problem in zip(self._clients, outcomes, strict=True):
-            if problem is None:
-                self._lost.pop(client.url, None)
-            else:
-                self._lost[client.url] = problem
-        for server in self._servers:
-            server.check_alive()
-        for problem in self._lost.values():
-            raise RuntimeError(f"a weight update failed, and that server is lost: {problem}")
+        serving = [client for client in self.pool.clients if client.url not in self.pool.lost]
+        with ThreadPoolExecutor(max(1, len(serving))) as threads:
+            failures = list(threads.map(attempt, serving))
+        for failure in failures:
+            if failure is not None and not isinstance(failure, ServerLost):
+                raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
+
+    def recover(self) -> None:
+        """See `Sampler.recover`. Raises: RunStopped on every rank when no server comes back within `retry_s`."""
+        if self._direct is not None:
+            weight_sync = self._config.rollout.server.weight_sync
+            raise RunStopped(
+                f"a policy server was lost, and with weight_sync {weight_sync} the connection that carries weights; "
+                "start the run again with run.resume=auto"
+            )
+
+        def act() -> Mapping[str, str]:
+            # Rank 0 looks at all of them: another rank may have lost one that it has not missed itself.
+            known = self.pool.lost
+            self.pool.agree({c.url: known.get(c.url, "another rank has lost it") for c in self.pool.clients})
+            self.pool.await_one(self._restore)
+            return self.pool.lost
+
+        self.pool.agree(on_rank_zero(act))
+
+    def _restore(self, client: VLLMClient) -> None:
+        """Bring one server to the published version, if it has lost it."""
+        if client.weight_version() != self._version:
+            self._update(client)
+        assert self._version is not None
+        _resume(client, self._version)  # a publish may have been cut off before its end
+
+    def check_version(self) -> None:
+        """For answers that do not say which weights they are of: all servers in service must hold the published ones.
+
+        Raises: ServerLost when one was started again meanwhile.
+        """
+        for client in self.pool.clients:
+            if client.url not in self.pool.lost:
+                held = client.weight_version()
+                if held != self._version:
+                    self.pool.lose(client, problem := f"{client.url} holds version {held}, wanted {self._version}")
+                    raise ServerLost(problem)
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         """See `Sampler.sample`.
 
-        Raises: RuntimeError when a server fails or answers anything but complete, finite figures; ValueError for a
-            temperature that vLLM would change.
+        Raises: ServerLost when no server is in service; ServerError for an answer that is not complete and finite;
+            ValueError for a temperature that vLLM would change.
         """
         if 0 < sampling.temperature < _COLDEST:
             raise ValueError(
                 f"the temperature is {sampling.temperature}, but vLLM silently raises it to {_COLDEST}; use 0 (greedy)"
             )
-        for problem in self._lost.values():
-            raise RuntimeError(f"a server is lost since its last weight update: {problem}")
 
         def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
             return self._one_prompt(client, model, prompt, n, iteration, sampling)
 
-        return spread(prompts, one, self._servers, self._clients, self._models, _MAX_REQUESTS)
+        return self.pool.run(prompts, one, at_once=max(1, _AT_ONCE // n), patient=None)
 
     def _one_prompt(
         self, client: VLLMClient, model: str, prompt: Prompt, n: int, iteration: int, sampling: Sampling
@@ -258,15 +288,12 @@ class VLLMSampler:
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""
-        for server in self._servers:
-            server.stop()
-        for client in self._clients:
-            client.close()
+        self.pool.close()
         if self._file is not None:
             self._file.close()
         if self._direct is not None:
             self._direct.close()
-        self._servers, self._clients, self._models, self._file, self._direct = [], [], [], None, None
+        self._file, self._direct = None, None
 
 
 def sampled_logprobs(choice: Mapping[str, Any], where: str) -> tuple[float, ...]:

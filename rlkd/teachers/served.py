@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,41 +13,58 @@ from torch import Tensor
 
 from rlkd import config as configuration
 from rlkd.config import Config
-from rlkd.distributed import on_rank_zero
 from rlkd.noise import request_seed
 from rlkd.output_layer import OutputLayer
 from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, check_model
 from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.rollout.server import VLLMServer, launch, server_counts, wait_ready
-from rlkd.rollout.spread import spread
+from rlkd.rollout.server import server_counts
+from rlkd.rollout.server_command import ServerRole
+from rlkd.rollout.server_pool import ServerPool
 from rlkd.rollout.vllm import VLLMSampler
 from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.tiny import resolve
 from rlkd.types import Completion, Signal, TeacherScores
 
-_PER_REQUEST = 16
-_MAX_REQUESTS = 16
-"""At a time and server."""
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
 
-TEACHER_ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
+_PER_REQUEST = 16
+_AT_ONCE = 16
+"""Requests under way at one server."""
+
+_ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
 """The route that scores tokens of our choice; and since vLLM holds the log-probs of all scheduled prompt tokens over
 the whole vocabulary at once, 4 bytes each, few of them. It answers with the top 20 at most, unless told otherwise."""
+
+
+def teacher_role(config: Config, teacher: configuration.ServedTeacher) -> ServerRole:
+    """What a server of `teacher` must be started as."""
+    return ServerRole(
+        name="teacher", model=resolve(teacher.path), max_model_len=teacher_longest(config), arguments=_ARGUMENTS
+    )
+
+
+def teacher_longest(config: Config) -> int:
+    """Tokens of the longest sequence that a teacher's server sees: it generates one beyond what it scores."""
+    return sum(config.algorithm.teacher_lengths(config).values()) + 1
 
 
 class _ServedScorer:
     """Asks servers for the log-probs of a prompt: prompt and completion, taken together."""
 
+    pool: ServerPool
+
     def __init__(self, ends: Sequence[int]) -> None:
         """`ends`: token ids that end what the teacher writes."""
         self._ends = tuple(ends)
-        self._servers: list[VLLMServer] = []
-        self._clients: list[VLLMClient] = []
-        self._models: list[str] = []
+
+    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+        raise NotImplementedError
 
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
         """See `Teacher.score`. Hidden states do not leave a server: `signal.tier` is sampled, top_k or given.
 
-        Raises: RuntimeError when a server fails or its answer is not complete and finite.
+        Raises: ServerError when the servers are gone or an answer is not complete and finite.
         """
         check_scorable(questions)
         size = 1 if signal.tier == "given" else _PER_REQUEST
@@ -58,26 +75,25 @@ class _ServedScorer:
                 return [request_given(client, model, question) for question in part]
             return request_scores(client, model, part, signal)
 
-        answers = spread(parts, one, self._servers, self._clients, self._models, _MAX_REQUESTS * len(self._clients))
-        return [scores for answer in answers for scores in answer]
+        return [scores for answer in self._run(parts, one) for scores in answer]
 
     def layers(self) -> tuple[OutputLayer, ...]:
         return ()
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
-        """See `Teacher.write`. Raises: RuntimeError when a server fails."""
+        """See `Teacher.write`. Raises: ServerError as `score` does."""
 
         def one(client: VLLMClient, model: str, question: Question) -> Completion:
             seed = request_seed(sampling.seed, iteration, f"teacher/{question.name}")
             return request_completion(client, model, question.prompt, sampling, seed, self._ends)
 
-        return spread(questions, one, self._servers, self._clients, self._models, _MAX_REQUESTS * len(self._clients))
+        return self._run(questions, one)
 
 
 class ServedTeacher(_ServedScorer):
     """A frozen model behind one or more servers. See `Teacher` for the protocol.
 
-    Its scores are at temperature 1: vLLM applies no temperature to them.
+    Its scores are at temperature 1: vLLM applies no temperature to them. Servers that go away are waited for.
     """
 
     def __init__(self, config: Config, teacher: configuration.ServedTeacher) -> None:
@@ -85,46 +101,28 @@ class ServedTeacher(_ServedScorer):
         self._config = config
         self._settings = teacher
         self._model_path = resolve(teacher.path)
-        # the server insists on generating one token beyond what it scores
-        self._longest = sum(config.algorithm.teacher_lengths(config).values()) + 1
+        self._longest = teacher_longest(config)
+        self.pool = ServerPool(teacher_role(config, teacher), teacher.server, self._longest)
 
     def start(self) -> None:
-        """Raises: RuntimeError when the server cannot be started."""
+        """Raises: RunStopped when the server cannot be started."""
         if self._settings.server.launch:
-            on_rank_zero(self._launch)
+            of_policy, of_teacher = server_counts(self._config)
+            self.pool.start(self._config.run_dir, slots=(of_policy, of_policy + of_teacher))
 
     def open(self) -> None:
-        """Raises: RuntimeError when the server does not come up, cannot be reached, or serves another model."""
-        server = self._settings.server
-        if server.launch:
-            urls = on_rank_zero(lambda: wait_ready(self._servers))
-        else:
-            assert self._settings.url is not None
-            urls = [self._settings.url]
-        for url in urls:
-            client = VLLMClient(url, server.request_timeout_s)
-            self._clients.append(client)
-            self._models.append(client.model_card(self._model_path, self._longest))
+        """Raises: RunStopped when the server does not come up, cannot be reached, or serves another model."""
+        self.pool.open(self._settings.addresses, self._model_path)
 
-    def _launch(self) -> None:
-        of_policy, of_teacher = server_counts(self._config)
-        self._servers = launch(
-            self._settings.server,
-            role="teacher",
-            model=self._model_path,
-            max_model_len=self._longest,
-            run_dir=self._config.run_dir,
-            slots=(of_policy, of_policy + of_teacher),
-            arguments=TEACHER_ARGUMENTS,
-        )
+    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+        def is_the_teacher(client: VLLMClient) -> None:
+            client.model_card(self._model_path, self._longest)
+
+        return self.pool.run(jobs, act, _AT_ONCE, patient=is_the_teacher)
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""
-        for server in self._servers:
-            server.stop()
-        for client in self._clients:
-            client.close()
-        self._servers, self._clients, self._models = [], [], []
+        self.pool.close()
 
 
 class PolicyServerTeacher(_ServedScorer):
@@ -133,12 +131,18 @@ class PolicyServerTeacher(_ServedScorer):
     def __init__(self, policy: VLLMSampler, ends: Sequence[int]) -> None:
         super().__init__(ends)
         self._policy = policy
+        self.pool = policy.pool
 
     def start(self) -> None:
         pass
 
     def open(self) -> None:
-        self._servers, self._clients, self._models = self._policy.connections()
+        """The sampler opens its servers."""
+
+    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+        answers = self.pool.run(jobs, act, _AT_ONCE, patient=None)
+        self._policy.check_version()  # a score does not say which weights it is of
+        return answers
 
     def close(self) -> None:
         """They belong to the sampler."""

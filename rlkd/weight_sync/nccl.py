@@ -31,17 +31,23 @@ class CurrentWeights:
         return iter(self.weights.items())
 
 
-def versioned_client(url: str, timeout_s: float) -> Any:
-    """vLLM's HTTP client, but its updates carry the version in `.version`: the engines themselves send none."""
+def versioned_client(client: VLLMClient, timeout_s: float) -> Any:
+    """vLLM's weight client over ours, which knows the server's key and names its errors.
+
+    Its updates carry the version in `.version`: the engines themselves send none.
+    """
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
 
     class Client(HTTPVLLMWeightSyncClient):
         version: int
 
+        def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
+            client.post(f"/{path}", json)
+
         def finish_weight_update(self, weight_version: str | None = None) -> None:
             super().finish_weight_update(str(self.version))
 
-    return Client(url, timeout_s)
+    return Client(client.url, timeout_s)
 
 
 class DirectTransfer:
@@ -50,9 +56,9 @@ class DirectTransfer:
     NCCL cannot join a trainer and a server on the same GPU; there use `ipc` or the file engine.
     """
 
-    def __init__(self, kind: Literal["nccl", "ipc"], urls: Sequence[str], timeout_s: float) -> None:
+    def __init__(self, kind: Literal["nccl", "ipc"], servers: Sequence[VLLMClient], timeout_s: float) -> None:
         self._kind = kind
-        self._urls = list(urls)
+        self._servers = list(servers)
         self._timeout_s = timeout_s
         self._source: Any = CurrentWeights()
         self._clients: list[Any] = []
@@ -70,20 +76,17 @@ class DirectTransfer:
     def _connect(self) -> None:
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-        for url in self._urls:
-            client = versioned_client(url, self._timeout_s)
-            info = self._nccl_info(url) if self._kind == "nccl" else _ipc_info()
+        for server in self._servers:
+            client = versioned_client(server, self._timeout_s)
+            info = self._nccl_info(server) if self._kind == "nccl" else _ipc_info()
             self._engines.append(WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source))
             self._clients.append(client)
 
-    def _nccl_info(self, url: str) -> Any:
+    def _nccl_info(self, server: VLLMClient) -> Any:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         def agree() -> tuple[str, int, int]:
-            control = VLLMClient(url, self._timeout_s)
-            place = (*_meeting_point(url), 1 + control.get("/get_world_size")["world_size"])
-            control.close()
-            return place
+            return (*_meeting_point(server.url), 1 + server.get("/get_world_size")["world_size"])
 
         address, port, members = distributed.on_rank_zero(agree)
         return NCCLTrainerInitInfo(
