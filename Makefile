@@ -6,7 +6,7 @@ PIP_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.rlkd-installed
 
-.PHONY: setup quickstart quickstart-vllm test test-fast lint clean
+.PHONY: setup quickstart quickstart-vllm test test-fast soak lint clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process and not long"
+
+# The whole of what `make test` only begins: 200 kills, and every fuzz test at its full length. Half an hour or more.
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

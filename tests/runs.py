@@ -1,0 +1,131 @@
+"""Runs of the trainer as processes of their own, without ten seconds of imports for each.
+
+A server process does only the imports; each run is forked from it, has its own pid, and can really be killed. What it
+shares with a fresh interpreter's run is all but the start of the interpreter: hash seeds are the server's, modules were
+imported under the server's environment, and atexit handlers do not run. Where one of these matters, start
+`python -m rlkd.train` instead.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["heavy_imports"])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that was started; `out` and `err` are the files of what it prints."""
+
+    process: multiprocessing.process.BaseProcess
+    out: Path
+    err: Path
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; -9 after SIGKILL."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int | None:
+        """The exit code, or None when `timeout` seconds have passed before it ended."""
+        self.process.join(timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.send_signal(signal.SIGKILL)
+        self.process.join()
+
+
+def start(argv, folder, env=None, cwd=None) -> Run:
+    """`python -m rlkd.train ARGV`, its prints in `folder`/out.txt and err.txt.
+
+    Args:
+        env: the whole environment; None: this process's, with one thread.
+        cwd: None: this process's.
+    """
+    _serve()
+    folder = Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    out, err = folder / "out.txt", folder / "err.txt"
+    where = str(Path.cwd() if cwd is None else cwd)
+    process = _CONTEXT.Process(target=_run, args=(list(argv), dict(ENV if env is None else env), where, out, err))
+    process.start()
+    return Run(process, out, err)
+
+
+def train(argv, folder, env=None, cwd=None, timeout=300) -> str:
+    """A run from start to end, which must succeed; what it printed."""
+    (output,) = train_ranks(1, argv, folder, env, cwd, timeout)
+    return output
+
+
+def train_ranks(ranks, argv, folder, env=None, cwd=None, timeout=300) -> list[str]:
+    """`ranks` processes that meet as torchrun's do, all of which must succeed; what each printed."""
+    runs = start_ranks(ranks, argv, folder, env, cwd)
+    try:
+        for run in runs:
+            assert run.wait(timeout) == 0, (run.returncode, run.err.read_text()[-3000:])
+    finally:
+        for run in runs:
+            run.kill()
+    return [run.out.read_text() for run in runs]
+
+
+def start_ranks(ranks, argv, folder, env=None, cwd=None) -> list[Run]:
+    """Ranks without torchrun's agent: whoever starts them looks after them. One rank is a plain run."""
+    env = ENV if env is None else env
+    if ranks == 1:
+        return [start(argv, folder, env, cwd)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    return [start(argv, Path(folder, f"rank{rank}"), env | shared | own[rank], cwd) for rank in range(ranks)]
+
+
+def _serve() -> None:
+    """Start the server, if there is none, in the root of this checkout: its rlkd is the one that runs."""
+    before, here = dict(os.environ), os.getcwd()
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    os.chdir(ROOT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.chdir(here)
+        os.environ.clear()
+        os.environ |= before
+
+
+def _run(argv, env, cwd, out, err) -> None:
+    """In the forked process."""
+    here = sys.modules["rlkd.train"].__file__  # KeyError: the server has not imported what it should
+    assert Path(here).is_relative_to(ROOT), here
+    for stream, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, stream)
+        os.close(file)
+    os.environ.clear()
+    os.environ |= env
+    os.chdir(cwd)
+    from rlkd.train import main
+
+    sys.exit(main(argv))
