@@ -126,6 +126,7 @@ def _run(argv, env, cwd, out, err) -> None:
     os.environ.clear()
     os.environ |= env
     os.chdir(cwd)
+    sys.path[:0] = [cwd, *env.get("PYTHONPATH", "").split(":")]  # as `python -m` does
     from rlkd.train import main
 
     sys.exit(main(argv))

@@ -5,11 +5,10 @@ GRPO and KDRL have the quickstart's test. The tables with three seeds are in ben
 
 import json
 import math
-import subprocess
-import sys
 
 import pytest
-from test_run import ENV, rows
+import runs
+from test_run import rows
 
 pytestmark = pytest.mark.process
 
@@ -30,9 +29,7 @@ METHODS = {
 
 def train(folder, base, *settings):
     where = (f"run.dir={folder.parent}", f"run.name={folder.name}")
-    command = [sys.executable, "-m", "rlkd.train", "--config", f"configs/{base}.yaml", *where, *settings]
-    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    runs.train(["--config", f"configs/{base}.yaml", *where, *settings], folder.parent)
     return rows(folder)
 
 

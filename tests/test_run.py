@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from runs import ENV, train_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
@@ -28,26 +28,16 @@ SMALL = (
     "eval.every=0",
     "checkpoint.every=5",
 )
-ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def command(ranks, folder, *overrides):
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return [
-        *launcher,
-        *("-m", "rlkd.train", "--config", "configs/quickstart.yaml"),
-        *(f"run.dir={folder.parent}", f"run.name={folder.name}", f"trainer.devices={ranks}"),
-        *SMALL,
-        *overrides,
-    ]
+def arguments(ranks, folder, *overrides):
+    where = (f"run.dir={folder.parent}", f"run.name={folder.name}", f"trainer.devices={ranks}")
+    return ["--config", "configs/quickstart.yaml", *where, *SMALL, *overrides]
 
 
 def train(ranks, folder, *overrides, env=ENV):
-    done = subprocess.run(command(ranks, folder, *overrides), env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return train_ranks(ranks, arguments(ranks, folder, *overrides), folder.parent, env)
 
 
 def saved(folder, iteration):
@@ -138,8 +128,7 @@ def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
 def test_a_run_does_not_go_on_under_another_configuration(straight, capsys):
     """In this process: it ends before anything is started. What is accepted is in test_resume."""
     before = rows(straight[1])
-    asked = command(1, straight[1], "run.iterations=7", "run.resume=auto", "optim.lr=1.0e-4")
-    assert main(asked[asked.index("--config") :]) == 2
+    assert main(arguments(1, straight[1], "run.iterations=7", "run.resume=auto", "optim.lr=1.0e-4")) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("optim.lr.value: is 0.0001, but iteration-000006 was trained with 0.0003; put it back, or")
     assert rows(straight[1]) == before
@@ -166,9 +155,8 @@ def test_every_file_of_a_run_is_there(straight):
 
 def test_sigterm_to_one_of_two_ranks_saves_and_ends_both_and_the_run_resumes(tmp_path):
     folder = tmp_path / "signalled"
-    run = subprocess.Popen(
-        command(2, folder, "run.iterations=10000"), env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [*TORCHRUN, "-m", "rlkd.train", *arguments(2, folder, "run.iterations=10000")]
+    run = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         metrics = folder / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -215,8 +203,7 @@ for updates in (1, 2):
 def test_unequal_and_empty_micro_batches_do_not_hang(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(RANKS_THAT_DIFFER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(launcher, env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*TORCHRUN, str(script)], env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank, updates in itertools.product((0, 1), (1, 2)):
         assert f"rank {rank} trained 96 tokens in {updates} updates" in done.stdout
@@ -224,7 +211,8 @@ def test_unequal_and_empty_micro_batches_do_not_hang(tmp_path):
 
 def test_three_mistakes_are_three_lines_and_exit_2(tmp_path):
     wrong = ("optim.lrr=1e-3", "rollout.backend=vlm", "algorithm.group_size=1")
-    done = subprocess.run(command(1, tmp_path / "x", *wrong), env=ENV, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "rlkd.train", *arguments(1, tmp_path / "x", *wrong)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     lines = done.stderr.splitlines()
     assert len(lines) == 3, done.stderr

@@ -1,12 +1,10 @@
 """A recipe of several stages: how it is read, and that the chain runs, is left off and goes on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_run import ENV
+from runs import train
 
 from rlkd.config_file import ConfigError
 from rlkd.stages import load_stages
@@ -83,8 +81,7 @@ def test_the_chain_runs_each_stage_from_the_student_before_and_goes_on_where_it_
     Path(recipe).write_text(two)
 
     def run(*overrides):
-        command = [sys.executable, "-m", "rlkd.train", "--config", recipe, *overrides]
-        return subprocess.run(command, env=ENV, check=True, capture_output=True, text=True, timeout=300)
+        train(["--config", recipe, *overrides], "printed")
 
     def iterations(stage):
         rows = Path("runs/recipe", stage, "metrics.jsonl").read_text().splitlines()
