@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
+import sys
+import time
 from pathlib import Path
 from types import FrameType
 
 import lightning
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from rlkd import distributed
 from rlkd.config import Config
+from rlkd.distributed import RunStopped
 from rlkd.export import export
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
@@ -18,31 +25,37 @@ from rlkd.resume import checkpoints, save_config
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
 
+TOGETHER_S = 5.0
+"""Under torchrun, signals within as many seconds of the first are the same request: a terminal or a scheduler signals
+torchrun and its workers, and torchrun hands on what it gets."""
+
 
 class Signals(IterationCallback):
-    """SIGTERM and SIGINT ask the run to end after the iteration under way; a second Ctrl-C ends it at once.
+    """SIGTERM and SIGINT ask the run to end after the iteration under way; a second one ends it at once.
 
     The handlers stand in place of Lightning's, which broadcast inside the handler: one signalled rank would hang all.
-    Further SIGTERMs change nothing, since a scheduler and torchrun may well send one each. Lightning puts the old
-    handlers back after the run.
+    Lightning puts the old handlers back after the run.
     """
 
     def __init__(self) -> None:
-        self._seen = False
+        self._asked: float | None = None
+        """When the first signal came."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._seen and number == signal.SIGINT:
+        now = time.monotonic()
+        if self._asked is None:
+            self._asked = now
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._asked > TOGETHER_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self._seen = True
 
     def any_rank(self) -> bool:
         """Whether any rank got a signal, so that all leave together. A collective."""
-        return distributed.all_reduce([float(self._seen)], "max")[0] > 0
+        return distributed.all_reduce([float(self._asked is not None)], "max")[0] > 0
 
 
 class Checkpoint(IterationCallback):
@@ -55,13 +68,16 @@ class Checkpoint(IterationCallback):
         self.config = config
         self.loader = loader
         self.signals = signals
+        self._done = self._saved = 0
+        """Iterations that ended, with their row in metrics.jsonl; and those in the newest checkpoint."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        self._done = self._saved = self.loader.iteration
         if self.loader.iteration >= self.config.run.iterations:
             trainer.should_stop = True
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
-        done = batch.iteration + 1
+        done = self._done = batch.iteration + 1
         signalled = self.signals.any_rank()
         ending = signalled or done >= self.config.run.iterations
         every = self.config.checkpoint.every
@@ -77,17 +93,38 @@ class Checkpoint(IterationCallback):
                     export(weights, module.model.hf.config, self.loader.tokenizer, self.config.model, folder)
             trainer.should_stop = True
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """A run that cannot go on keeps what it has. All ranks come here together where they stopped together."""
+        between_iterations = self.loader.iteration == self._done > self._saved
+        if not isinstance(exception, RunStopped) or not between_iterations:
+            return
+        try:
+            self._save(trainer, self._done)
+        except RunStopped as error:
+            print(f"stopped, and no checkpoint of iteration {self._done} either: {error}", file=sys.stderr, flush=True)
+            return
+        if distributed.rank() == 0:
+            print(f"stopped: saved iteration {self._done}; go on with run.resume=auto", flush=True)
+
     def _save(self, trainer: lightning.Trainer, done: int) -> None:
-        """Write aside, then rename: what bears a checkpoint's name is whole."""
+        """Write aside, then rename: what bears a checkpoint's name is whole.
+
+        Raises: RunStopped when there is no room for it; the run's older checkpoints stay.
+        """
         folder = Path(self.config.run_dir, "checkpoints")
         final = folder / f"iteration-{done:06d}"
         beside = folder / f".iteration-{done:06d}.partial"
-        if distributed.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
+        needed = distributed.all_reduce([float(_bytes(trainer))])[0]
+        distributed.on_rank_zero(lambda: _make_room(folder, beside, needed))
+        try:
+            trainer.save_checkpoint(beside)
+            self.loader.save(beside)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            # The others may wait for this rank in a collective of the save; torchrun ends them with it.
             shutil.rmtree(beside, ignore_errors=True)
-        distributed.barrier()
-        trainer.save_checkpoint(beside)
-        self.loader.save(beside)
+            raise RunStopped(f"the checkpoint of iteration {done} could not be written: {_line(error)}") from error
         distributed.barrier()
         if distributed.rank() == 0:
             save_config(self.config, beside)
@@ -96,3 +133,30 @@ class Checkpoint(IterationCallback):
             for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:
                 shutil.rmtree(old)
         distributed.barrier()
+        self._saved = done
+
+
+def _bytes(trainer: lightning.Trainer) -> int:
+    """Of this rank's share of model and optimizer; what else a checkpoint holds is small."""
+    tensors = list(trainer.model.parameters()) if trainer.model is not None else []
+    for optimizer in trainer.optimizers:
+        tensors += [value for state in optimizer.state.values() for value in state.values()]
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
+    return sum(t.numel() * t.element_size() for t in local)
+
+
+def _make_room(folder: Path, beside: Path, needed: float) -> None:
+    """Raises: RunStopped before anything is written, where the disk is too full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob(".iteration-*.partial"):
+        shutil.rmtree(unfinished)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunStopped(
+            f"{folder} has {free / 1e9:.3g} GB free, but the checkpoint {beside.name} takes {needed / 1e9:.3g} GB; "
+            "make room, and go on with run.resume=auto"
+        )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -334,6 +334,9 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_skipped: int = Field(
+        2, ge=0, description="of the last 20 updates, how many may be skipped for a gradient that is not finite"
+    )
 
 
 class TrainerConfig(Section):

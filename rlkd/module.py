@@ -33,6 +33,9 @@ from rlkd.student import Student, build_student
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
 
+RECENT = 20
+"""Updates over which skipped ones are counted."""
+
 ALGORITHMS: dict[str, type[PolicyModule]] = {}
 """algorithm.name → its module."""
 
@@ -85,6 +88,8 @@ class PolicyModule(lightning.LightningModule):
         self.student: Student | None = None
         self.row: dict[str, float] = {}
         """Figures of the iteration just trained, over all ranks."""
+        self.skipped: list[bool] = []
+        """Of the last RECENT updates, which were skipped."""
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -244,17 +249,35 @@ class PolicyModule(lightning.LightningModule):
             meter.merge(mismatch)
         sharded = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
         assert isinstance(sharded, DTensor)
-        norm = float(sharded.full_tensor())
-        if not math.isfinite(norm):
-            raise RuntimeError(
-                f"the gradient norm of iteration {batch.iteration + 1} is {norm}; nothing was stepped or "
-                "published. Check optim.lr and the scale of rewards"
-            )
-        optimizer.step()
+        norm = float(sharded.full_tensor())  # the same on every rank
+        finite = math.isfinite(norm)
+        if finite:
+            optimizer.step()
+        self._note_skipped(not finite, norm, batch.iteration)
         per_iteration = self.config.trainer.updates_per_iteration
-        meter.mean("grad_norm", norm, 1.0)
+        meter.mean("grad_norm", norm if finite else 0.0, float(finite))
+        meter.maximum("updates/skipped", float(sum(self.skipped)))
         for name, total in sums.items():
             meter.total(name, total / per_iteration)
+
+    def _note_skipped(self, skipped: bool, norm: float, iteration: int) -> None:
+        """One bad batch costs its update; many stop the run.
+
+        Raises: RunStopped when more than `optim.max_skipped` of the last RECENT updates were skipped.
+        """
+        self.skipped = [*self.skipped, skipped][-RECENT:]
+        if sum(self.skipped) > self.config.optim.max_skipped:
+            raise RunStopped(
+                f"the gradient norm of iteration {iteration + 1} is {norm}: {sum(self.skipped)} of the last "
+                f"{len(self.skipped)} updates had no finite gradient and were skipped, more than optim.max_skipped = "
+                f"{self.config.optim.max_skipped}; check optim.lr and the scale of rewards"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped"] = self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = checkpoint["skipped"]
 
     def _weighed(self, batch: Batch) -> Batch:
         """Weights from the counts over all ranks: the only place where normalisation is decided."""

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 
 from rlkd import distributed
 from rlkd.config import Config
+from rlkd.distributed import RunStopped
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
@@ -50,11 +51,17 @@ class RunLog(IterationCallback):
         self._write(trainer, row)
 
     def _write(self, trainer: lightning.Trainer, row: dict[str, float]) -> None:
-        if distributed.rank() == 0:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+        distributed.on_rank_zero(lambda: self._append(row))
         for logger in trainer.loggers:  # rank-zero only by themselves
             logger.log_metrics(row, step=int(row["iteration"]))
+
+    def _append(self, row: dict[str, float]) -> None:
+        """Raises: RunStopped when the disk does not take it; a resumed run drops a line that is cut off."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+        except OSError as error:
+            raise RunStopped(f"{self.path} could not be written: {error.strerror}") from error
 
     def _keep_rows_up_to(self, iteration: int) -> None:
         """Truncate metrics.jsonl to what the restored state knows of; nothing for a fresh run."""

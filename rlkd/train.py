@@ -154,8 +154,14 @@ def main(argv: list[str]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose disks and devices may differ
             print("\n".join(problems), file=sys.stderr)
         return 2
+    from rlkd.distributed import RunStopped
+
     quiet()
-    return run_stages(stages)
+    try:
+        return run_stages(stages)
+    except RunStopped as error:
+        print(f"stopped: {error}", file=sys.stderr, flush=True)
+        return 1
 
 
 def run_stages(stages: Sequence[Stage]) -> int:

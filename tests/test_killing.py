@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import ENV, Run, start, train
 from test_run import saved
 
 from rlkd.report import write_report
 from rlkd.resume import checkpoints
+from runs import ENV, Run, start, train
 
 pytestmark = pytest.mark.process
 

@@ -7,8 +7,9 @@ import json
 import math
 
 import pytest
-import runs
 from test_run import rows
+
+import runs
 
 pytestmark = pytest.mark.process
 

@@ -9,7 +9,7 @@ import torch
 from builders import config
 
 from rlkd.algorithms import GRPO, KDRL
-from rlkd.rollout.loader import Clock, RolloutLoader, check_versions
+from rlkd.rollout.loader import RolloutLoader, check_versions
 from rlkd.student import load_causal_lm
 
 
@@ -142,7 +142,7 @@ def picky():
 def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, wanted, chosen, drawn):
     owned = [p for block in range(3) for p in picky.prompts.take(2, 4, block=block, blocks=3)]
     picky.algorithm.wanted = frozenset(owned[i].id for i in wanted)
-    seen, groups = picky._line(2, clock := Clock())
+    seen, groups, clock = picky._line(2)
     assert [g[0].rollout.prompt.id for g in seen] == [p.id for p in owned[:drawn]]
     assert [g[0].rollout.prompt.id for g in groups] == [owned[i].id for i in chosen]
     row = clock.meter.reduce()
@@ -153,7 +153,7 @@ def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, want
 def test_figures_and_errors_are_those_of_all_that_was_sampled(picky):
     picky.algorithm.wanted = frozenset()
     batch = picky.batch(2)
-    drawn, groups = picky._line(2, Clock())
+    drawn, groups, _ = picky._line(2)
     assert (len(batch), len(drawn), len(groups)) == (16, 12, 4)
     row = batch.metrics.reduce()
     assert row["tokens/generated"] == sum(len(s.rollout.token_ids) for group in drawn for s in group)
@@ -180,7 +180,7 @@ def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
 
 def test_the_teacher_scores_only_what_is_trained_on():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0}}")
-    drawn, groups = made._line(0, Clock())
+    drawn, groups, _ = made._line(0)
     assert len(drawn) > 4, "else nothing was left out"
     assert all(s.teacher is None for group in drawn for s in group)
     assert all(s.teacher is not None for group in groups for s in group)
@@ -189,7 +189,7 @@ def test_the_teacher_scores_only_what_is_trained_on():
 
 def test_a_group_that_the_teacher_can_teach_is_never_resampled():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0.1}}")
-    drawn, groups = made._line(0, Clock())
+    drawn, groups, _ = made._line(0)
     made.close()
     assert len(drawn) == len(groups) == 4
     assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"

@@ -11,11 +11,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from runs import ENV, train_ranks
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
 from rlkd.train import main
+from runs import ENV, train_ranks
 
 pytestmark = pytest.mark.process
 

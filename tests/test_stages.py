@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from runs import train
 
 from rlkd.config_file import ConfigError
 from rlkd.stages import load_stages
+from runs import train
 
 RECIPE = """
 run: {name: recipe, resume: auto, iterations: 2}

@@ -70,6 +70,8 @@ class TAID(OPD):
     def iteration_ended(self, iteration: int) -> None:
         self.row["taid/t"] = self.t
         loss, options = self.row["loss/kd"], self.algorithm
+        if not math.isfinite(loss):
+            return  # its updates were skipped, and so is its step
         step = 0.0
         if self.before is not None:
             change = (self.before - loss) / (self.before + 1e-15)
@@ -80,8 +82,10 @@ class TAID(OPD):
         self.t = min(options.t_end, max(line, self.t + step))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["taid"] = {"t": self.t, "momentum": self.momentum, "before": self.before}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint["taid"]
         self.t, self.momentum, self.before = state["t"], state["momentum"], state["before"]

@@ -179,7 +179,10 @@ class RolloutLoader:
         clock.lap("time/teacher")
         groups = [self.algorithm.advantages(group) for group in groups]
         self.algorithm.diagnose(groups, self.teacher, iteration, clock.meter)
-        self.dump(groups, iteration)
+        try:
+            self.dump(groups, iteration)
+        except OSError as error:
+            raise RunStopped(f"the rollouts of iteration {iteration + 1} could not be written: {error}") from error
         clock.lap("time/dump")
         return drawn, groups, clock
 

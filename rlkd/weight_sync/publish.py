@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning
+from torch import Tensor
 
 from rlkd import distributed
+from rlkd.distributed import RunStopped
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
+
+
+def check_finite(weights: Mapping[str, Tensor], version: int) -> None:
+    """Nobody samples from broken weights. Every rank has the same, so all raise together.
+
+    Raises: RunStopped naming the first tensor that is not finite.
+    """
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise RunStopped(
+                f"after iteration {version} the weights are not finite: {name}; they were not published, and no "
+                "checkpoint has them. Check optim.lr"
+            )
 
 
 class Publish(IterationCallback):
@@ -39,7 +55,9 @@ class Publish(IterationCallback):
     def _publish(self, module: PolicyModule, version: int) -> None:
         started = time.perf_counter()
         # Every rank gathers, and every rank's sampler takes part.
-        self.loader.publish(module.model.full_weights(), version)
+        weights = module.model.full_weights()
+        check_finite(weights, version)
+        self.loader.publish(weights, version)
         distributed.barrier()
         module.row["time/publish"] = time.perf_counter() - started
 

@@ -1,0 +1,79 @@
+"""A loss or a gradient that is not a number, and weights that are not."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from builders import Captured, config, groups
+from conftest import rows
+from test_run import arguments, saved
+
+from rlkd.algorithms import ALGORITHMS, KDRL
+from rlkd.distributed import RunStopped
+from rlkd.resume import checkpoints
+from rlkd.rollout.collate import collate
+from rlkd.stages import load_stages
+from rlkd.train import run
+
+
+@pytest.fixture(scope="module")
+def bad():
+    batch = collate(groups(KDRL(config())), 0)
+    return dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, math.inf))
+
+
+def test_an_update_without_a_finite_gradient_is_skipped_and_counted(bad):
+    skipped = Captured(config(), bad)
+    assert skipped.row["updates/skipped"] == 1
+    assert "grad_norm" not in skipped.row
+    never = Captured(config("optim.lr=1.0e-30"))
+    assert never.row["updates/skipped"] == 0
+    for name, value in never.parameters.items():
+        assert torch.equal(skipped.parameters[name], value), name
+
+
+def test_too_many_of_them_stop_the_run(bad):
+    with pytest.raises(RunStopped, match="of iteration 1 is nan: 1 of the last 1 updates had no finite gradient") as e:
+        Captured(config("optim.max_skipped=0"), bad)
+    assert "optim.max_skipped = 0" in str(e.value)
+
+
+def small(folder, *overrides):
+    args = arguments(1, folder, "run.iterations=4", "checkpoint.every=1", "checkpoint.keep=9", *overrides)
+    (stage,) = load_stages([args[1]], args[2:])
+    return stage.loaded
+
+
+@pytest.mark.long
+def test_a_run_goes_on_after_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
+    class OnceNan(KDRL):
+        def loss(self, output, batch, iteration):
+            loss = super().loss(output, batch, iteration)
+            return dataclasses.replace(loss, total=loss.total * (math.nan if iteration == 1 else 1.0))
+
+    monkeypatch.setitem(ALGORITHMS, "kdrl", OnceNan)
+    loaded = small(tmp_path / "run")
+    run(loaded.config, loaded.text)
+    assert [row["updates/skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1]
+    assert [row["loss"] is None for row in rows(tmp_path / "run")] == [False, True, False, False]
+    before, after, last = (saved(tmp_path / "run", done) for done in (1, 2, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before), "the update was skipped whole"
+    assert any(not torch.equal(after[name], last[name]) for name in after)
+    assert all(value.isfinite().all() for value in last.values())
+
+
+@pytest.mark.long
+def test_broken_weights_are_neither_published_nor_saved(tmp_path, monkeypatch):
+    class Breaks(KDRL):
+        def iteration_ended(self, iteration):
+            if iteration == 1:
+                with torch.no_grad():
+                    self.model.hf.model.norm.weight.fill_(math.nan)
+
+    monkeypatch.setitem(ALGORITHMS, "kdrl", Breaks)
+    loaded = small(tmp_path / "run")
+    with pytest.raises(RunStopped, match=r"after iteration 2 the weights are not finite: model\.norm\.weight"):
+        run(loaded.config, loaded.text)
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["iteration-000001"]
+    assert [row["iteration"] for row in rows(tmp_path / "run")] == [1]
