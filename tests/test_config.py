@@ -128,8 +128,8 @@ ONE_LINE = {
         "a.yaml:4: teacher.batch_tokens: unknown key here; only teacher.backend: local | self has it"
     ),
     "teacher: {backend: served, path: x}": (
-        "a.yaml:4: teacher: set either teacher.url (a running server), teacher.urls (several) or teacher.server.launch: "
-        "true (start one)"
+        "a.yaml:4: teacher: set either teacher.url (a running server), teacher.urls (several) or "
+        "teacher.server.launch: true (start one)"
     ),
     # lists of sections
     "reward:\n  functions:\n  - name: math\n  - weight: 2": ("a.yaml:7: reward.functions[1].name: missing, wants text"),

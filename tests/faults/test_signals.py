@@ -25,12 +25,10 @@ def test_a_signal_saves_and_ends_the_run_which_resumes_as_if_nothing_had_been(nu
         run.kill()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     done = int(checkpoint.name.split("-")[1])
-    assert run.out.read_text().splitlines()[-4:][0].startswith(f"signal: saved iteration {done}; go on with") or (
-        f"signal: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
-    )
+    assert f"signal: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
+    assert done < 6, "the machine is too slow for this test to see anything"
     train(arguments(1, tmp_path / "run", "run.iterations=6", "run.resume=auto"), tmp_path)
-    if done <= 6:
-        assert_same_run(tmp_path / "run", undisturbed, 6)
+    assert_same_run(tmp_path / "run", undisturbed, 6)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -66,7 +64,9 @@ def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
 
 def torchrun(folder, *overrides):
     command = [*TORCHRUN, "--max-restarts=1", "-m", "rlkd.train", *arguments(2, folder, "run.resume=auto", *overrides)]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # without it, restarted workers find the addresses of the dead ones in torchrun's store (torch 2.13)
+    env = ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_until_logged(run, folder, count):
