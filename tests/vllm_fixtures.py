@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -76,7 +77,17 @@ def true_logprobs(
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
 
 
-def start_server(name: str, model: str, log_dir: Path, restarts: int = 0, **environment: str) -> VLLMServer:
+def own_address() -> str:
+    """An address of this machine that others reach; loopback where it has none."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        if probe.connect_ex(("192.0.2.1", 9)) != 0:  # a datagram socket: nothing is sent
+            return "127.0.0.1"
+        return str(probe.getsockname()[0])
+
+
+def start_server(
+    name: str, model: str, log_dir: Path, host: str = "127.0.0.1", restarts: int = 0, **environment: str
+) -> VLLMServer:
     """A policy server with the file engine; the caller waits for it and stops it."""
     role = ServerRole(
         name=name,
@@ -85,7 +96,7 @@ def start_server(name: str, model: str, log_dir: Path, restarts: int = 0, **envi
         arguments=policy_role(run_config(model)).arguments,
         environment=environment,
     )
-    config = RolloutServerConfig(launch=True, start_timeout_s=300.0, restarts=restarts)
+    config = RolloutServerConfig(launch=True, host=host, start_timeout_s=300.0, restarts=restarts)
     return VLLMServer(role, config, key=KEY, log_dir=log_dir, cores=cpu_cores(0, 1))
 
 
@@ -97,7 +108,7 @@ def policy_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """Serves tiny_model(0) at start; tests publish what they need, so none may assume what it holds."""
-    server = start_server("policy", policy_path, tmp_path_factory.mktemp("logs"))
+    server = start_server("policy", policy_path, tmp_path_factory.mktemp("logs"), host=own_address())
     server.wait_ready()
     yield server
     server.stop()
