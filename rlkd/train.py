@@ -43,6 +43,8 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
     import lightning
     from lightning.pytorch.strategies import ModelParallelStrategy
 
+    from rlkd.tracking import loggers
+
     strategy = ModelParallelStrategy(data_parallel_size=config.world_size, tensor_parallel_size=1)
     return lightning.Trainer(
         accelerator=config.trainer.accelerator,
@@ -60,28 +62,6 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
     )
 
 
-def loggers(config: Config) -> list[lightning.pytorch.loggers.Logger]:
-    """W&B as `log.wandb` says; a resumed run goes on in the same W&B run."""
-    if config.log.wandb == "off":
-        return []
-    from lightning.pytorch.loggers import WandbLogger
-
-    identity = Path(config.run_dir, "wandb_id")
-    if int(os.environ.get("RANK", "0")) == 0 and not identity.exists():
-        identity.parent.mkdir(parents=True, exist_ok=True)
-        identity.write_text(os.urandom(4).hex())
-    return [
-        WandbLogger(
-            name=config.run.name,
-            project=config.log.project,
-            save_dir=config.run_dir,
-            offline=config.log.wandb == "offline",
-            id=identity.read_text() if identity.exists() else None,
-            resume="allow",
-        )
-    ]
-
-
 def run(config: Config, text: str) -> None:
     """Train as `config` says. `text` is the merged YAML, kept as `<run>/config.yaml`."""
     from rlkd import distributed
@@ -89,6 +69,7 @@ def run(config: Config, text: str) -> None:
     from rlkd.report import write_report
     from rlkd.resume import resume_path
     from rlkd.rollout.loader import RolloutLoader
+    from rlkd.tracking import finish
 
     checkpoint = resume_path(config)
     if int(os.environ.get("RANK", "0")) == 0:
@@ -100,10 +81,7 @@ def run(config: Config, text: str) -> None:
         build_trainer(config, loader).fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     finally:
         loader.close()
-        if config.log.wandb != "off":
-            import wandb
-
-            wandb.finish()  # the next stage is a W&B run of its own
+        finish(config)
     if distributed.rank() == 0:
         report = write_report(config.run_dir)
         print(summary(config, report))
