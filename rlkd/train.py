@@ -41,11 +41,11 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
 def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
     """The Trainer of a run. Lightning's own checkpoints, sanity checks and samplers stay out of the way."""
     import lightning
-    from lightning.pytorch.strategies import ModelParallelStrategy
 
+    from rlkd.safe_loading import SafeModelParallelStrategy
     from rlkd.tracking import loggers
 
-    strategy = ModelParallelStrategy(data_parallel_size=config.world_size, tensor_parallel_size=1)
+    strategy = SafeModelParallelStrategy(data_parallel_size=config.world_size, tensor_parallel_size=1)
     return lightning.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,

@@ -1,0 +1,78 @@
+"""A checkpoint that names code to run is refused before any of it runs."""
+
+import io
+import pickle
+import shutil
+
+import pytest
+import torch
+from runs import start, train
+from test_run import arguments, saved
+
+from rlkd.distributed import RunStopped
+from rlkd.safe_loading import METADATA, check_index
+
+pytestmark = pytest.mark.process
+
+
+class Trap:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(arguments(1, folder, "run.iterations=1"), folder.parent)
+    return folder
+
+
+def test_the_index_of_our_own_checkpoints_is_known(trained):
+    check_index(trained / "checkpoints" / "iteration-000001")
+    assert saved(trained, 1)
+
+
+@pytest.mark.parametrize("where", ["index", "state", "shard"])
+def test_a_trap_is_never_sprung(where, trained, tmp_path):
+    folder, sprung = tmp_path / "run", tmp_path / "sprung"
+    shutil.copytree(trained, folder)
+    checkpoint = folder / "checkpoints" / "iteration-000001"
+    if where == "index":
+        (checkpoint / METADATA).write_bytes(pickle.dumps(Trap(sprung)))
+    elif where == "state":
+        state = torch.load(checkpoint / "meta.pt", weights_only=False)
+        torch.save(state | {"skipped": Trap(sprung)}, checkpoint / "meta.pt")
+    else:
+        plant_in_shard(checkpoint, sprung)
+    run = start(arguments(1, folder, "run.iterations=2", "run.resume=auto"), tmp_path)
+    assert run.wait(60) == 1
+    said = [line for line in run.err.read_text().splitlines() if line.startswith("stopped: run.resume: ")]
+    assert len(said) == 1 and "open" in said[0], run.err.read_text()[-2000:]
+    assert not sprung.exists()
+
+
+def plant_in_shard(checkpoint, sprung):
+    """In place of the first entry of a shard that is no tensor, such as a learning rate."""
+    with open(checkpoint / METADATA, "rb") as file:
+        index = pickle.load(file)
+    trap = io.BytesIO()
+    torch.save(Trap(sprung), trap)
+    entry, place = next((e, s) for e, s in index.storage_data.items() if e.fqn.endswith(".lr"))
+    shard = checkpoint / place.relative_path
+    place.offset, place.length = shard.stat().st_size, len(trap.getvalue())
+    with open(shard, "ab") as file:
+        file.write(trap.getvalue())
+    with open(checkpoint / METADATA, "wb") as file:
+        pickle.dump(index, file)
+    assert entry in index.storage_data
+
+
+def test_a_file_that_is_no_index_is_one_line(tmp_path):
+    (tmp_path / METADATA).write_bytes(b"")
+    with pytest.raises(RunStopped, match=r"/\.metadata is no index of a checkpoint: .*; choose another checkpoint"):
+        check_index(tmp_path)
