@@ -22,6 +22,9 @@ from rlkd.rollout.client import ServerError, ServerLost, VLLMClient
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
 from rlkd.rollout.vllm import VLLMSampler
+from rlkd.teachers.served import PolicyServerTeacher
+from rlkd.teachers.teacher import Question
+from rlkd.types import Signal
 from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
 from rlkd.weight_sync.weight_file import WeightFile
 
@@ -70,6 +73,30 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
         sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
     sampler.publish(weights, 15)
     assert mismatch(sampler, model, 15) < 1e-4
+    sampler.close()
+
+
+@pytest.mark.server
+def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMServer, policy_path: str) -> None:
+    """As after a restart: it says "default". A score does not say which weights it is of, so the server is asked."""
+    sampler, model = opened(policy_path, policy_server), tiny_model(32)
+    sampler.publish(model.state_dict(), 18)
+    teacher = PolicyServerTeacher(sampler, (EOS,))
+    client = VLLMClient(policy_server.url, 60.0, KEY)
+    client.post("/update_weight_version", {"new_version": "default"})
+    with pytest.raises(ServerLost, match="holds its start weights .version 'default'."):
+        sampler.sample(prompts(2), n=1, iteration=0, sampling=SAMPLING)
+    sampler.recover()
+    assert mismatch(sampler, model, 18) < 1e-4
+    assert teacher.score([Question((4, 5), (6, 7))], Signal())
+    client.post("/update_weight_version", {"new_version": "default"})
+    with pytest.raises(ServerLost, match=f"{policy_server.url} holds version None, wanted 18"):
+        teacher.score([Question((4, 5), (6, 7))], Signal())
+    sampler.recover()
+    client.post("/pause", query={"mode": "keep"})  # the publish was cut off after the weights, before the resume
+    sampler.recover()
+    assert mismatch(sampler, model, 18) < 1e-4
+    client.close()
     sampler.close()
 
 
