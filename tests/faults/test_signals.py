@@ -53,7 +53,7 @@ def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
         wait_for_rows(ranks[0], folder, 2)
         for rank in ranks if which == "all" else ranks[1:]:
             rank.send_signal(signal.SIGTERM)
-            rank.send_signal(signal.SIGTERM)  # within five seconds the same request: torchrun hands signals on
+            rank.send_signal(signal.SIGINT)  # within five seconds the same request: torchrun hands signals on
         assert [rank.wait(60) for rank in ranks] == [0, 0], ranks[0].err.read_text()[-3000:]
     finally:
         for rank in ranks:
