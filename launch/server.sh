@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Serves the policy or the teacher of a configuration to trainers on any machine, over TENSOR_PARALLEL × DATA_PARALLEL
-# GPUs of this one. Wants RLKD_SERVER_KEY, the same as the trainers', unless HOST is a loopback address.
-#   PORT=8000 TENSOR_PARALLEL=2 DATA_PARALLEL=4 launch/server.sh policy --config configs/kdrl.yaml key=value …
+# GPUs of this one. The trainers and the server want the same RLKD_SERVER_KEY. HOST is the address of this machine; with
+# HEAD (the name or address of a trainer machine) in its place, the one that leads there.
+#   HEAD=10.0.0.1 TENSOR_PARALLEL=2 DATA_PARALLEL=4 launch/server.sh policy --config configs/kdrl.yaml key=value …
 set -euo pipefail
 role=${1:?wants policy or teacher, then --config X.yaml}
-shift
+here=$(dirname "$0")
+if [[ -z ${HOST:-} ]]; then
+    : "${HEAD:?wants the name or address of a trainer machine, e.g. HEAD=10.0.0.1, or HOST=…, the address of this one}"
+    found=$("${PYTHON:-python}" "$here/address.py" "$HEAD")
+    read -r HOST _ <<<"$found"
+fi
 
-exec "$(dirname "$0")/print_and_run.sh" \
-    "${PYTHON:-python}" -m rlkd.serve --role "$role" --host "${HOST:-0.0.0.0}" --port "${PORT:-8000}" \
-    --tensor-parallel "${TENSOR_PARALLEL:-1}" --data-parallel "${DATA_PARALLEL:-1}" "$@"
+exec "$here/print_and_run.sh" \
+    "${PYTHON:-python}" -m rlkd.serve --role "$role" --host "$HOST" --port "${PORT:-8000}" \
+    --tensor-parallel "${TENSOR_PARALLEL:-1}" --data-parallel "${DATA_PARALLEL:-1}" "${@:2}"
