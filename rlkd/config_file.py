@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,11 @@ __all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
 
 _TAGS: Mapping[tuple[str, ...], str] = {("algorithm",): "name", ("teacher",): "backend"}
 _SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
+_GIB = re.compile(r"\d+(\.\d+)?")
 _DEEPEST = 20
 """A reference to a section that holds the reference would never end."""
 _AS_TEXT = "for the text itself write \\${ in place of ${"
-_FLAGS = ("--config", "--print-config", "--help")
+_FLAGS = ("--config", "--print-config", "--estimate", "--help")
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,18 @@ class Args:
     overrides: tuple[str, ...]
     print_config: bool
     help: bool
+    estimate: float | None
+    """GiB of a device; 0: whatever this machine has; None: not asked for."""
 
 
 def parse_args(argv: Sequence[str]) -> Args:
-    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--help]`.
+    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--help]`.
 
     Raises: ConfigError on an unknown flag, or without a file.
     """
     files, overrides, lines = [], [], []
     print_config = help = False
+    estimate: float | None = None
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -65,6 +70,12 @@ def parse_args(argv: Sequence[str]) -> Args:
             print_config = True
         elif argument in ("--help", "-h"):
             help = True
+        elif argument == "--estimate":
+            estimate = 0.0
+        elif flag == "--estimate" and _GIB.fullmatch(value):
+            estimate = float(value)
+        elif flag == "--estimate":
+            lines.append(f"{COMMAND_LINE}: --estimate: got {value!r}, wants the GiB of a device, e.g. --estimate=80")
         elif flag.startswith("-") and "." in flag and equals:
             lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
         elif flag.startswith("-"):
@@ -79,7 +90,7 @@ def parse_args(argv: Sequence[str]) -> Args:
         lines.append(f"{COMMAND_LINE}: --config: missing; {hint}")
     if lines:
         raise ConfigError(lines)
-    return Args(tuple(files), tuple(overrides), print_config, help)
+    return Args(tuple(files), tuple(overrides), print_config, help, estimate)
 
 
 def help_text(algorithms: Algorithms | None = None) -> str:

@@ -1,4 +1,7 @@
-"""python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit."""
+"""python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit.
+
+`--estimate[=GIB]` prints the memory that the run wants instead (estimate.py).
+"""
 
 from __future__ import annotations
 
@@ -121,6 +124,8 @@ def main(argv: list[str]) -> int:
     if args.print_config:
         print("---\n".join(stage.loaded.text for stage in stages), end="")
         return 0
+    if args.estimate is not None:
+        return print_estimate(stages, args.estimate)
     from rlkd.preflight import check
 
     problems = [
@@ -140,6 +145,21 @@ def main(argv: list[str]) -> int:
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def print_estimate(stages: Sequence[Stage], device_gib: float) -> int:
+    """The memory that each stage wants. `device_gib`: 0 for this machine's GPU. Returns: the exit code."""
+    from rlkd.estimate import GIB, device_memory, report
+
+    for stage in stages:
+        if stage.name is not None:
+            print(f"stage {stage.name}")
+        try:
+            print(report(stage.loaded.config, device_gib * GIB or device_memory()))
+        except ValueError as error:
+            print(f"--estimate: {error}", file=sys.stderr)
+            return 2
+    return 0
 
 
 def run_stages(stages: Sequence[Stage]) -> int:

@@ -102,6 +102,7 @@ class Captured:
         named = dict(module.model.hf.named_parameters())
         self.gradients = {name: p.grad.full_tensor().clone() for name, p in named.items()}
         self.parameters = {name: p.detach().full_tensor().clone() for name, p in named.items()}
+        self.optimizer = trainer.optimizers[0]
         self.row = module.row
 
 

@@ -1,20 +1,22 @@
 """Two machines, as network namespaces with an address each: the launch script brings trainers and servers together."""
 
-import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
+from runs import train
 from test_run import SMALL, rows, saved
 
 pytestmark = pytest.mark.process
 
+ITERATIONS = int(os.environ.get("RLKD_TEST_ITERATIONS", "4"))
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
@@ -25,13 +27,11 @@ class Machine:
     address: str
     prefix: tuple[str, ...]
 
-    def start(self, *command: str, **environment: str) -> subprocess.Popen:
+    def start(self, *command: str, output: Path | None = None, **environment: str) -> subprocess.Popen:
+        """`output`: the file of all it prints; None: a pipe."""
+        stdout = subprocess.PIPE if output is None else open(output, "w")  # noqa: SIM115  (the child's own)
         return subprocess.Popen(
-            [*self.prefix, *command],
-            env=ENV | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            [*self.prefix, *command], env=ENV | environment, stdout=stdout, stderr=subprocess.STDOUT, text=True
         )
 
 
@@ -57,43 +57,77 @@ def machines() -> Iterator[tuple[Machine, Machine]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
-def settings(folder: Path, *overrides: str) -> list[str]:
-    return [
-        *("--config", "configs/quickstart.yaml", f"run.dir={folder.parent}", f"run.name={folder.name}"),
-        *SMALL,
-        *overrides,
-    ]
+def arguments(folder: Path, *overrides: str) -> list[str]:
+    where = (f"run.dir={folder.parent}", f"run.name={folder.name}", "checkpoint.export=false")
+    return ["--config", "configs/quickstart.yaml", *where, *SMALL, *overrides]
 
 
-def train_on(machines, folder: Path, *overrides: str, **environment: str) -> list[str]:
+def train_on(machines: tuple[Machine, Machine], folder: Path, *overrides: str, **environment: str) -> list[str]:
     """The run `folder` by the launch script, one process on each machine; what each machine printed."""
-    where = {"NODES": "2", "PROCESSES": "1", "HEAD": machines[1].address}
-    agents = [
-        machine.start("launch/nodes.sh", *settings(folder, *overrides), **where, **environment) for machine in machines
-    ]
+    where = {"NODES": "2", "PROCESSES": "1", "HEAD": machines[1].address, "MAX_RESTARTS": "0"}
+    command = ("launch/nodes.sh", *arguments(folder, *overrides))
+    agents = [machine.start(*command, **where, **environment) for machine in machines]
     try:
-        said = [agent.communicate(timeout=300)[0] for agent in agents]
+        said = [agent.communicate(timeout=400)[0] for agent in agents]
     finally:
         for agent in agents:
-            agent.kill()
+            agent.terminate()
     assert [agent.returncode for agent in agents] == [0, 0], "\n".join(said)[-4000:]
     return said
 
 
 def test_two_machines_agree_with_one_process(machines, tmp_path):
-    """KDRL, hf sampler. The second address is the meeting point: rank 0 need not be there."""
-    iterations = os.environ.get("RLKD_TEST_ITERATIONS", "4")
-    length = (f"run.iterations={iterations}", "checkpoint.export=false")
-    said = train_on(machines, tmp_path / "two", *length)
+    """KDRL, hf sampler. They meet at the second machine: rank 0 need not be there."""
+    length = f"run.iterations={ITERATIONS}"
+    said = train_on(machines, tmp_path / "two", length)
     if machines[0].prefix:
         assert all(f"--local-addr {m.address}" in text for m, text in zip(machines, said, strict=True))
-    alone = [sys.executable, "-m", "rlkd.train", *settings(tmp_path / "one", *length)]
-    subprocess.run(alone, env=ENV, check=True, timeout=300, capture_output=True)
-    one, two = (saved(tmp_path / name, int(iterations)) for name in ("one", "two"))
+        assert [f"is_host={answer}" in text for answer, text in zip(("false", "true"), said, strict=True)] == [True] * 2
+    train(arguments(tmp_path / "one", length), tmp_path)
+    one, two = (saved(tmp_path / name, ITERATIONS) for name in ("one", "two"))
     assert one.keys() == two.keys()
     furthest = max(float((one[name] - two[name]).abs().max()) for name in one)
-    print(f"{iterations} iterations: parameters and optimizer differ by {furthest:.1e} at most")
+    print(
+        f"{ITERATIONS} iterations on two machines and in one process: parameters and optimizer differ by {furthest:.1e}"
+    )
     assert furthest < 1e-5
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
         for name in ("reward/mean", "tokens/trained", "completion/length", "tokens/generated"):
             assert a[name] == pytest.approx(b[name]), name
+
+
+@pytest.mark.server
+def test_two_machines_sample_from_a_server_on_each(machines, tmp_path):
+    """The policy's servers, as `rlkd.serve` starts them, at addresses that both machines reach, with a key."""
+    addresses = [f"{machine.address}:{port}" for machine, port in zip(machines, ("8100", "8101"), strict=True)]
+    key = {"RLKD_SERVER_KEY": "only-for-this-test", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    served = ("rollout.backend=vllm", f"rollout.server.urls=[http://{addresses[0]},http://{addresses[1]}]")
+    lengths = (*served, "rollout.max_mismatch=0.001", f"run.iterations={ITERATIONS}")
+    logs = [tmp_path / "server-0.log", tmp_path / "server-1.log"]
+    servers = [
+        machine.start(
+            *("launch/server.sh", "policy", *arguments(tmp_path / "two", *lengths)),
+            output=log,
+            **key,
+            HOST=machine.address,
+            PORT=address.rpartition(":")[2],
+        )
+        for machine, address, log in zip(machines, addresses, logs, strict=True)
+    ]
+    try:
+        for machine, address, server, log in zip(machines, addresses, servers, logs, strict=True):
+            while machine.start("curl", "--silent", "--fail", f"http://{address}/health").wait():
+                assert server.poll() is None, log.read_text()[-3000:]
+                time.sleep(0.5)
+        said = train_on(machines, tmp_path / "two", *lengths, **key)
+    finally:
+        for server in servers:
+            server.send_signal(signal.SIGTERM)
+        for server in servers:
+            server.wait(60)
+    assert all(key["RLKD_SERVER_KEY"] not in text for text in (*said, *(log.read_text() for log in logs)))
+    trained = rows(tmp_path / "two")
+    assert [row["iteration"] for row in trained] == list(range(1, ITERATIONS + 1))
+    assert all(row["mismatch/mean"] < 1e-4 and row["staleness/mean"] == 0 for row in trained)
+    print(f"mismatch {max(row['mismatch/mean'] for row in trained):.1e} nats a token at most")
+    assert all(log.read_text().count("POST /inference/v1/generate") >= ITERATIONS for log in logs), "one stood idle"
