@@ -7,7 +7,7 @@ set -euo pipefail
 role=${1:?wants policy or teacher, then --config X.yaml}
 here=$(dirname "$0")
 if [[ -z ${HOST:-} ]]; then
-    : "${HEAD:?wants the name or address of a trainer machine, e.g. HEAD=10.0.0.1, or HOST=…, the address of this one}"
+    : "${HEAD:?wants the address of a trainer machine, e.g. HEAD=10.0.0.1; or set HOST, that of this one}"
     found=$("${PYTHON:-python}" "$here/address.py" "$HEAD")
     read -r HOST _ <<<"$found"
 fi
