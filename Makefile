@@ -33,9 +33,10 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process and not long"
 
-# The whole of what `make test` only begins: 200 kills, and every fuzz test at its full length. Half an hour or more.
+# The whole of what `make test` only begins: 200 kills, every fuzz test at its full length, and servers on two machines.
+# Half an hour or more.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/test_two_nodes.py tests/fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

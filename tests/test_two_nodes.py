@@ -16,7 +16,6 @@ from test_run import SMALL, rows, saved
 
 pytestmark = pytest.mark.process
 
-ITERATIONS = int(os.environ.get("RLKD_TEST_ITERATIONS", "4"))
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
@@ -76,19 +75,20 @@ def train_on(machines: tuple[Machine, Machine], folder: Path, *overrides: str, *
     return said
 
 
-def test_two_machines_agree_with_one_process(machines, tmp_path):
+def test_two_machines_agree_with_one_process(machines, tmp_path, soak):
     """KDRL, hf sampler. They meet at the second machine: rank 0 need not be there."""
-    length = f"run.iterations={ITERATIONS}"
+    iterations = 10 if soak else 4
+    length = f"run.iterations={iterations}"
     said = train_on(machines, tmp_path / "two", length)
     if machines[0].prefix:
         assert all(f"--local-addr {m.address}" in text for m, text in zip(machines, said, strict=True))
         assert [f"is_host={answer}" in text for answer, text in zip(("false", "true"), said, strict=True)] == [True] * 2
     train(arguments(tmp_path / "one", length), tmp_path)
-    one, two = (saved(tmp_path / name, ITERATIONS) for name in ("one", "two"))
+    one, two = (saved(tmp_path / name, iterations) for name in ("one", "two"))
     assert one.keys() == two.keys()
     furthest = max(float((one[name] - two[name]).abs().max()) for name in one)
     print(
-        f"{ITERATIONS} iterations on two machines and in one process: parameters and optimizer differ by {furthest:.1e}"
+        f"{iterations} iterations on two machines and in one process: parameters and optimizer differ by {furthest:.1e}"
     )
     assert furthest < 1e-5
     for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
@@ -97,12 +97,14 @@ def test_two_machines_agree_with_one_process(machines, tmp_path):
 
 
 @pytest.mark.server
-def test_two_machines_sample_from_a_server_on_each(machines, tmp_path):
+def test_two_machines_sample_from_a_server_on_each(machines, tmp_path, soak):
     """The policy's servers, as `rlkd.serve` starts them, at addresses that both machines reach, with a key."""
+    if not soak:
+        pytest.skip("two servers and two trainers on a CPU take three minutes: make soak")
     addresses = [f"{machine.address}:{port}" for machine, port in zip(machines, ("8100", "8101"), strict=True)]
     key = {"RLKD_SERVER_KEY": "only-for-this-test", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     served = ("rollout.backend=vllm", f"rollout.server.urls=[http://{addresses[0]},http://{addresses[1]}]")
-    lengths = (*served, "rollout.max_mismatch=0.001", f"run.iterations={ITERATIONS}")
+    lengths = (*served, "rollout.max_mismatch=0.001", f"run.iterations={10}")
     logs = [tmp_path / "server-0.log", tmp_path / "server-1.log"]
     servers = [
         machine.start(
@@ -127,7 +129,7 @@ def test_two_machines_sample_from_a_server_on_each(machines, tmp_path):
             server.wait(60)
     assert all(key["RLKD_SERVER_KEY"] not in text for text in (*said, *(log.read_text() for log in logs)))
     trained = rows(tmp_path / "two")
-    assert [row["iteration"] for row in trained] == list(range(1, ITERATIONS + 1))
+    assert [row["iteration"] for row in trained] == list(range(1, 11))
     assert all(row["mismatch/mean"] < 1e-4 and row["staleness/mean"] == 0 for row in trained)
     print(f"mismatch {max(row['mismatch/mean'] for row in trained):.1e} nats a token at most")
-    assert all(log.read_text().count("POST /inference/v1/generate") >= ITERATIONS for log in logs), "one stood idle"
+    assert all(log.read_text().count("POST /inference/v1/generate") >= 10 for log in logs), "one stood idle"
