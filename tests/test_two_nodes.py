@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from runs import train
 from test_run import SMALL, rows, saved
+
+from runs import train
 
 pytestmark = pytest.mark.process
 
