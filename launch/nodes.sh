@@ -12,8 +12,9 @@ here=$(dirname "$0")
 found=$("${PYTHON:-python}" "$here/address.py" "$HEAD")
 read -r address interface is_head <<<"$found"
 
-exec "$here/print_and_run.sh" \
-    env "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}" "NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}" \
+# About the store see one_box.sh.
+exec "$here/print_and_run.sh" env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
+    "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}" "NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}" \
     "${PYTHON:-python}" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:${HEAD_PORT:-29400}" --rdzv-id "${RUN_ID:-rlkd}" \
     --rdzv-conf "${is_head:+is_host=$is_head,}read_timeout=600" --local-addr "$address" \

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
-from test_run import SMALL, rows, saved
-
 from runs import train
+from test_run import SMALL, rows, saved
 
 pytestmark = pytest.mark.process
 
@@ -62,11 +62,15 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
     return ["--config", "configs/quickstart.yaml", *where, *SMALL, *overrides]
 
 
-def train_on(machines: tuple[Machine, Machine], folder: Path, *overrides: str, **environment: str) -> list[str]:
-    """The run `folder` by the launch script, one process on each machine; what each machine printed."""
+def start_on(machines, folder: Path, *overrides: str, **environment: str) -> list[subprocess.Popen]:
+    """The run `folder` by the launch script, one process on each machine: torchrun's agents."""
     where = {"NODES": "2", "PROCESSES": "1", "HEAD": machines[1].address, "MAX_RESTARTS": "0"}
     command = ("launch/nodes.sh", *arguments(folder, *overrides))
-    agents = [machine.start(*command, **where, **environment) for machine in machines]
+    return [machine.start(*command, **where | environment) for machine in machines]
+
+
+def end_of(agents: list[subprocess.Popen]) -> list[str]:
+    """What each machine printed, once the run has ended well."""
     try:
         said = [agent.communicate(timeout=400)[0] for agent in agents]
     finally:
@@ -76,25 +80,43 @@ def train_on(machines: tuple[Machine, Machine], folder: Path, *overrides: str, *
     return said
 
 
+def assert_as_in_one_process(two: Path, iterations: int) -> None:
+    """The run that two machines have made, against the same one in one process."""
+    train(arguments(one := two.with_name("one"), f"run.iterations={iterations}"), two.parent)
+    ours, theirs = saved(two, iterations), saved(one, iterations)
+    assert ours.keys() == theirs.keys()
+    furthest = max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    print(f"{iterations} iterations, two machines and one process: parameters and optimizer differ by {furthest:.1e}")
+    assert furthest < 1e-5
+    for a, b in zip(rows(two), rows(one), strict=True):
+        for name in ("iteration", "reward/mean", "tokens/trained", "completion/length", "tokens/generated"):
+            assert a[name] == pytest.approx(b[name]), name
+
+
 def test_two_machines_agree_with_one_process(machines, tmp_path, soak):
     """KDRL, hf sampler. They meet at the second machine: rank 0 need not be there."""
     iterations = 10 if soak else 4
-    length = f"run.iterations={iterations}"
-    said = train_on(machines, tmp_path / "two", length)
+    said = end_of(start_on(machines, tmp_path / "two", f"run.iterations={iterations}"))
     if machines[0].prefix:
         assert all(f"--local-addr {m.address}" in text for m, text in zip(machines, said, strict=True))
-        assert [f"is_host={answer}" in text for answer, text in zip(("false", "true"), said, strict=True)] == [True] * 2
-    train(arguments(tmp_path / "one", length), tmp_path)
-    one, two = (saved(tmp_path / name, iterations) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    furthest = max(float((one[name] - two[name]).abs().max()) for name in one)
-    print(
-        f"{iterations} iterations on two machines and in one process: parameters and optimizer differ by {furthest:.1e}"
-    )
-    assert furthest < 1e-5
-    for a, b in zip(rows(tmp_path / "one"), rows(tmp_path / "two"), strict=True):
-        for name in ("reward/mean", "tokens/trained", "completion/length", "tokens/generated"):
-            assert a[name] == pytest.approx(b[name]), name
+        assert ["is_host=true" in text for text in said] == [False, True]
+    assert_as_in_one_process(tmp_path / "two", iterations)
+
+
+def test_a_killed_trainer_is_started_again_and_the_run_is_the_same(machines, tmp_path, soak):
+    """On both machines, each in torchrun's second round: nothing of the first may be left in the store they meet at."""
+    if not soak:
+        pytest.skip("it starts the trainers twice: make soak")
+    folder = tmp_path / "two"
+    agents = start_on(machines, folder, "run.iterations=10", MAX_RESTARTS="1")
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 6):  # a checkpoint is at 5
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (trainer,) = psutil.Process(agents[1].pid).children()
+    trainer.kill()
+    end_of(agents)
+    assert_as_in_one_process(folder, 10)
 
 
 @pytest.mark.server
@@ -122,7 +144,7 @@ def test_two_machines_sample_from_a_server_on_each(machines, tmp_path, soak):
             while machine.start("curl", "--silent", "--fail", f"http://{address}/health").wait():
                 assert server.poll() is None, log.read_text()[-3000:]
                 time.sleep(0.5)
-        said = train_on(machines, tmp_path / "two", *lengths, **key)
+        said = end_of(start_on(machines, tmp_path / "two", *lengths, **key))
     finally:
         for server in servers:
             server.send_signal(signal.SIGTERM)
