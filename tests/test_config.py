@@ -407,7 +407,9 @@ def test_a_plain_word_means_what_yaml_1_2_says():
 
 def test_command_line():
     args = parse_args(["--config", "a.yaml", "x.y=1", "--config=b.yaml", "--print-config", "z=--w"])
-    assert args == Args(files=("a.yaml", "b.yaml"), overrides=("x.y=1", "z=--w"), print_config=True, help=False)
+    assert args == Args(
+        files=("a.yaml", "b.yaml"), overrides=("x.y=1", "z=--w"), print_config=True, help=False, estimate=None
+    )
     assert parse_args(["--help"]).help and parse_args(["-h"]).help
     for argv, line in {
         (): "command line: --config: missing; e.g. --config configs/quickstart.yaml",
@@ -416,7 +418,7 @@ def test_command_line():
         ("--config", "--help"): "command line: --config: wants a YAML file",
         ("--confg", "a"): "command line: --confg: unknown flag; did you mean --config?",
         ("--optim.lr=3",): "command line: --optim.lr: unknown flag; did you mean optim.lr=3?",
-        ("-x",): "command line: -x: unknown flag; there are --config, --print-config, --help and key=value",
+        ("-x",): "command line: -x: unknown flag; there are --config, --print-config, --estimate, --help and key=value",
     }.items():
         with pytest.raises(ConfigError) as caught:
             parse_args(argv)
