@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from runs import start, train
 from test_run import arguments, saved
 
 from rlkd.distributed import RunStopped
 from rlkd.safe_loading import METADATA, check_index
+from runs import start, train
 
 pytestmark = pytest.mark.process
 

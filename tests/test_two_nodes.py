@@ -12,8 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import train
 from test_run import SMALL, rows, saved
+
+from runs import train
 
 pytestmark = pytest.mark.process
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import rows, wait_for_rows
+
 from runs import start
 
 pytestmark = [pytest.mark.server, pytest.mark.process]

@@ -2,8 +2,9 @@
 
 import pytest
 from conftest import assert_same_run
-from runs import ENV, train
 from test_run import arguments
+
+from runs import ENV, train
 
 pytestmark = pytest.mark.process
 
