@@ -56,8 +56,8 @@ def test_the_cache_of_a_token_is_that_of_transformers():
     assert held == 3 * 5 * kv_bytes(shape_of("builtin:teacher"), 4)
 
 
-def test_what_a_training_step_keeps_is_what_is_estimated():
-    settings = config("trainer.accelerator=cpu")
+def test_what_a_training_step_keeps_is_what_is_estimated(tmp_path):
+    settings = config("trainer.accelerator=cpu", f"run.dir={tmp_path}")
     trained = Captured(settings, real_batch(settings))
     resident = trainer_place(settings).resident
     assert part(resident, "gradients") == sum(t.nbytes for t in trained.gradients.values())
