@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from rlkd import distributed
 from rlkd.config import Config
 from rlkd.distributed import RunStopped
-from rlkd.export import export
+from rlkd.export import export_student
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.resume import checkpoints, save_config
@@ -87,10 +87,7 @@ class Checkpoint(IterationCallback):
             print(f"signal: saved iteration {done}; go on with run.resume=auto", flush=True)
         if ending:
             if self.config.checkpoint.export and not signalled:
-                weights = module.model.full_weights()
-                if distributed.rank() == 0:
-                    folder = Path(self.config.run_dir, "hf")
-                    export(weights, module.model.hf.config, self.loader.tokenizer, self.config.model, folder)
+                export_student(module.model, self.config, self.loader.tokenizer)
             trainer.should_stop = True
 
     def on_exception(

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 
 from rlkd.schedules import Constant, Schedule
 
+LARGEST_SERVED_RANK = 512
+"""Of an adapter at a vLLM 0.32 server."""
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are never coerced, nothing changes after loading."""
@@ -39,6 +42,16 @@ class RunConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Adapters beside the frozen linear layers. No dropout: the trained distribution must be the sampled one."""
+
+    r: int = Field(16, ge=1, description="rank of an adapter")
+    alpha: int = Field(32, ge=1, description="an adapter counts alpha / r times")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="names of the layers that get one, e.g. [q_proj, v_proj]; never the output layer"
+    )
+
+
 class ModelConfig(Section):
     """The student."""
 
@@ -47,6 +60,7 @@ class ModelConfig(Section):
         None, description="attention implementation of transformers, e.g. sdpa, flash_attention_2"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights; null: all weights")
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model; off unless you trust it"
     )
@@ -484,6 +498,8 @@ class Config(Section):
         if on_policy_server and self.rollout.backend != "vllm":
             why = "is policy_server, but rollout.backend is hf; set rollout.backend: vllm, or teacher.scorer: local"
             found.append(("teacher.scorer", why))
+        if self.model.lora is not None and self.rollout.backend == "vllm":
+            found.extend(_adapter_problems(self.model.lora, server))
         found.extend(self._launch_problems())
         found.extend(self.algorithm.problems(self))
         return found
@@ -510,3 +526,18 @@ class Config(Section):
                 )
                 found.append((f"{key}.devices", why))
         return found
+
+
+def _adapter_problems(lora: LoraConfig, server: RolloutServerConfig) -> list[tuple[str, str]]:
+    """What stands in the way of adapters at vLLM servers."""
+    found = []
+    if server.weight_sync != "file":
+        why = (
+            f"is {server.weight_sync}, but with model.lora an adapter is published, which vLLM reads from a disk; set "
+            "it to file"
+        )
+        found.append(("rollout.server.weight_sync", why))
+    if lora.r > LARGEST_SERVED_RANK:
+        why = f"is {lora.r}, but vLLM serves adapters of rank {LARGEST_SERVED_RANK} at most; lower it"
+        found.append(("model.lora.r", why))
+    return found

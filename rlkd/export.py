@@ -1,4 +1,4 @@
-"""The student in Hugging Face form, for transformers and vLLM."""
+"""The student in Hugging Face form, for transformers and vLLM, and its adapter in PEFT's."""
 
 from __future__ import annotations
 
@@ -10,8 +10,24 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from rlkd.config import ModelConfig
+from rlkd import distributed, lora
+from rlkd.config import Config, ModelConfig
+from rlkd.student import Student
 from rlkd.tiny import resolve
+
+
+def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the student to `<run>/hf`, adapters merged, and its adapter, if it has one, to `<run>/adapter`.
+
+    A collective; rank 0 writes.
+    """
+    source, folder = config.model, Path(config.run_dir)
+    weights = student.full_weights()
+    adapter = None if source.lora is None else student.adapter_weights()
+    if distributed.rank() == 0:
+        export(weights, student.hf.config, tokenizer, source, folder / "hf")
+        if adapter is not None:
+            lora.write(adapter, student.hf, resolve(source.path), folder / "adapter")
 
 
 def export(

@@ -181,12 +181,13 @@ class PolicyModule(lightning.LightningModule):
                 "rlkd modules want strategy=ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), "
                 "on one device too"
             )
-        self.student = build_student(self.config.model, self.config.trainer, mesh["data_parallel"])
+        config = self.config
+        self.student = build_student(config.model, config.trainer, mesh["data_parallel"], config.run.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.config.optim
         return torch.optim.AdamW(
-            self.model.parameters(),
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
             lr=optim.lr(0),
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
@@ -211,6 +212,9 @@ class PolicyModule(lightning.LightningModule):
         meter = Meter()
         meter.merge(batch.metrics)
         meter.maximum("lr", lr)
+        if self.needs_reference and self.config.model.lora is not None:
+            with self.model.without_adapters():  # the reference is in the student: no second copy
+                batch = replace(batch, reference_logprobs=self._own_logprobs(batch))
         per_iteration = self.config.trainer.updates_per_iteration
         if per_iteration > 1:
             batch = self._with_old_logprobs(batch, meter)
@@ -296,24 +300,28 @@ class PolicyModule(lightning.LightningModule):
         most = int(distributed.all_reduce([float(len(parts))], "max")[0])
         return parts + [weightless(batch)] * (most - len(parts))
 
-    @torch.no_grad()
     def _with_old_logprobs(self, batch: Batch, meter: Meter) -> Batch:
         """The trainer's own log-probs before the first of several updates, and the mismatch with the sampler's."""
-        old = torch.zeros_like(batch.advantages)
+        batch = replace(batch, old_logprobs=self._own_logprobs(batch))
         mismatch = Meter()
+        measure_mismatch(batch, mismatch)
+        check_mismatch(mismatch, self.config, batch.iteration)
+        meter.merge(mismatch)
+        return batch
+
+    @torch.no_grad()
+    def _own_logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] log-probs by the student as it is now. A collective."""
+        own = torch.zeros_like(batch.advantages)
         needs = Needs(temperature=self.config.rollout.temperature)
         indices = split_by_tokens(batch, self.config.trainer.micro_batch_tokens)
         most = int(distributed.all_reduce([float(len(indices))], "max")[0])
         for index in indices:
-            micro = batch.rows(index)
-            logprobs = self.model(micro, needs).logprobs
-            old[index, : logprobs.shape[1]] = logprobs
-            measure_mismatch(replace(micro, old_logprobs=logprobs), mismatch)
+            logprobs = self.model(batch.rows(index), needs).logprobs
+            own[index, : logprobs.shape[1]] = logprobs
         for _ in range(most - len(indices)):
             self.model(weightless(batch), needs)
-        check_mismatch(mismatch, self.config, batch.iteration)
-        meter.merge(mismatch)
-        return replace(batch, old_logprobs=old)
+        return own
 
 
 def measure_mismatch(batch: Batch, meter: Meter) -> None:

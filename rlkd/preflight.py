@@ -14,8 +14,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from rlkd import lora
 from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
@@ -70,13 +71,18 @@ def check_evaluation(config: Config) -> list[str]:
 
 
 def _generation(config: Config) -> list[str]:
-    """The student must say how completions end and how its logits are made."""
+    """The student must say how completions end and how its logits are made, and have the layers to be adapted."""
     try:
         end_ids(config.model.path)
         known = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
         logit_transform(known)
+        if config.model.lora is not None:
+            with torch.device("meta"):  # its layers, without weights
+                skeleton = AutoModelForCausalLM.from_config(known, trust_remote_code=config.model.trust_remote_code)
+            lora.check_targets(skeleton, config.model.lora)
     except (ValueError, OSError) as error:
-        return [f"model.path: {' '.join(str(error).removeprefix('model.path: ').split())}"]
+        line = " ".join(str(error).split())
+        return [line if line.startswith("model.") else f"model.path: {line}"]
     return []
 
 

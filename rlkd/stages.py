@@ -64,7 +64,7 @@ def load_stages(files: Sequence[str], overrides: Sequence[str], algorithms: Algo
         run = whole.config.run
         changes = {"run.dir": f"{run.dir}/{run.name}", "run.name": name}
         before = stages[-1].loaded.config if stages else None
-        own_model = of_stages.get(name) is not None and "model" in of_stages[name].value
+        own_model = any(_names_model(part) for part in (of_stages.get(name), of_command_line.get(name)))
         starts_from = None if before is None or own_model else f"{before.run_dir}/hf"
         stages.append(Stage(name, with_values(whole, changes), starts_from))
     for stage in stages[:-1]:
@@ -106,3 +106,9 @@ def _apart(root: Node) -> tuple[Node, dict[str, Node]]:
     if not isinstance(stages.value, dict) or not all(isinstance(n.value, dict) for n in stages.value.values()):
         raise ConfigError([f"{stages.origin}: stages: wants a mapping from a name to what that stage changes"])
     return replace(root, value=rest), stages.value
+
+
+def _names_model(changes: Node | None) -> bool:
+    """Whether a stage brings a student of its own; other settings of `model`, such as adapters, leave it the last's."""
+    model = None if changes is None else changes.value.get("model")
+    return model is not None and isinstance(model.value, dict) and "path" in model.value

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlkd.config import ModelConfig, TrainerConfig
+from rlkd import lora
+from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
 from rlkd.types import Batch
@@ -20,9 +23,14 @@ from rlkd.types import Batch
 class Student(nn.Module):
     """Root of the sharding: whatever needs the output layer runs inside its forward."""
 
-    def __init__(self, hf: PreTrainedModel):
+    def __init__(self, hf: PreTrainedModel, adapters: LoraConfig | None = None):
+        """`adapters`: what `hf` has been given by `lora.inject`, if anything."""
         super().__init__()
         self.hf = hf
+        self.adapters = adapters
+        if adapters is not None:
+            self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch, needs: Needs) -> PolicyOutput:
         """One pass over the batch's rows; per-token tensors, column t about token t given tokens < t.
@@ -45,14 +53,44 @@ class Student(nn.Module):
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:
-        """All weights, unsharded, on every rank, under Hugging Face names. A collective.
+        """All weights, unsharded, on every rank, under Hugging Face names, adapters merged. A collective."""
+        weights = _gathered(self.hf)
+        return weights if self.adapters is None else lora.merged(weights, self.adapters)
 
-        Through the state dict and never `named_parameters()`, which are stale views after a forward without
-        gradient; without `cpu_offload`, which hands ranks other than 0 an empty dictionary.
-        """
-        options = StateDictOptions(full_state_dict=True, cpu_offload=False)
-        weights = get_model_state_dict(self.hf, options=options)
-        return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    def adapter_weights(self) -> Mapping[str, Tensor]:
+        """The adapters alone, unsharded, on every rank, under the names of PEFT's files. A collective."""
+        weights = _gathered(self)  # whose state is without what is frozen: nothing of that is gathered
+        return lora.peft_names({name.removeprefix("hf."): value for name, value in weights.items()})
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside, the student computes what it did before it was trained, bit for bit."""
+        lora.set_scale(self.hf, 0.0)
+        try:
+            yield
+        finally:
+            lora.set_scale(self.hf, 1.0)
+
+
+def _gathered(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded module, unsharded, on every rank. A collective.
+
+    Through the state dict and never `named_parameters()`, which are stale views after a forward without gradient;
+    without `cpu_offload`, which hands ranks other than 0 an empty dictionary.
+    """
+    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def _leave_out_frozen(student: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
+    """A checkpoint holds the adapters alone: the rest lies at model.path, which a resumed run cannot change."""
+    for name in [name for name in weights if name.startswith(prefix) and not lora.is_adapter(name)]:
+        del weights[name]
+
+
+def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
+    """What `_leave_out_frozen` left out was loaded from model.path."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if lora.is_adapter(name)]
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
@@ -62,19 +100,23 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
     )
 
 
-def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh) -> Student:
+def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, seed: int) -> Student:
     """Load the student in fp32 and shard it over `mesh` (1-D, data parallel): each block, then the root.
+
+    With `model.lora` it gets adapters, which are a function of `seed`, and all else is frozen.
 
     The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds it whole.
     Master weights are fp32 whatever `trainer.precision` says: in bf16 a learning rate of 1e-6 would be rounded away.
     """
     hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
+    if model.lora is not None:
+        lora.inject(hf, model.lora, seed)
     hf.eval()  # no dropout of any kind: the trained distribution must be the sampled one
     if model.gradient_checkpointing:
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode
             module.training = True
-    student = Student(hf)
+    student = Student(hf, model.lora)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
         reduce_dtype=torch.float32,

@@ -101,8 +101,9 @@ def summary(config: Config, report: Path) -> str:
             label = name.replace("@k", f"@{config.eval.samples}")
             lines.append(f"{label:<12} {seen[0]:6.1%} before  {seen[-1]:6.1%} after")
     lines.append(f"report:      {report}")
-    if Path(config.run_dir, "hf").exists():
-        lines.append(f"student:     {Path(config.run_dir, 'hf')}")
+    for label, folder in (("student:", "hf"), ("adapter:", "adapter")):
+        if Path(config.run_dir, folder).exists():
+            lines.append(f"{label:<12} {Path(config.run_dir, folder)}")
     return "\n".join(lines)
 
 

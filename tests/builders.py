@@ -99,8 +99,9 @@ class Captured:
             enable_model_summary=False,
         )
         trainer.fit(module, OneBatch(batch if batch is not None else collate(groups(module), 0)))
+        self.student = module.model
         named = dict(module.model.hf.named_parameters())
-        self.gradients = {name: p.grad.full_tensor().clone() for name, p in named.items()}
+        self.gradients = {name: p.grad.full_tensor().clone() for name, p in named.items() if p.requires_grad}
         self.parameters = {name: p.detach().full_tensor().clone() for name, p in named.items()}
         self.optimizer = trainer.optimizers[0]
         self.row = module.row

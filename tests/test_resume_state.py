@@ -1,4 +1,5 @@
-"""State beyond weights and optimizer goes on exactly where a run was left: TAID's t, an average of the student."""
+"""State beyond weights and optimizer goes on exactly where a run was left: TAID's t, an average of the student,
+adapters."""
 
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ ARMS = {
         "algorithm={name: opsd, context: {template: '{prompt}{context}', reference: ' hint: {text}'}}",
         "algorithm.divergence={clip: null}",
     ),
+    "lora": ("model.lora={r: 4, alpha: 8}",),
 }
 
 

@@ -61,7 +61,9 @@ class RolloutLoader:
         self.prompts = PromptStream(source, seed=config.run.seed)
         self.policy = build_sampler(config)
         self.teacher = build_teacher(config, self.policy) if algorithm.uses_teacher else None
-        self.reference = build_reference(config) if algorithm.needs_reference else None
+        # With adapters the student itself holds its start, and scores as the reference where it is trained.
+        apart = algorithm.needs_reference and config.model.lora is None
+        self.reference = build_reference(config) if apart else None
         self.rewards = RewardPool(config.reward)
 
     def open(self) -> None:

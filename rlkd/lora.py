@@ -1,0 +1,126 @@
+"""LoRA (arXiv 2106.09685) through PEFT: small trained matrices beside the student's frozen linear layers.
+
+An adapted layer computes W x + (alpha / r) · B A x. W stays as it was loaded; A (random) and B (zero at the start) are
+trained, in fp32.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlkd.config import LoraConfig
+
+NAME = "default"
+"""What PEFT calls an adapter that has no other name; part of the names of its parameters."""
+
+
+FILE = "adapter_model.safetensors"
+"""PEFT's name for the weights of an adapter; `adapter_config.json` stands beside it."""
+
+
+def inject(hf: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
+    """Give `hf` adapters, in place, and freeze all else. The same ones on every rank: a function of `seed`.
+
+    Raises: ValueError as `check_targets`.
+    """
+    import peft  # late: slow to import, and most runs have no use for it
+
+    check_targets(hf, lora)
+    settings = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, hf, NAME)
+
+
+def check_targets(hf: PreTrainedModel, lora: LoraConfig) -> None:
+    """Raises: ValueError, one line, when `model.lora.target_modules` names what is no linear layer of `hf`.
+
+    PEFT itself passes over a name that matches nothing, as long as another one does. The output layer cannot be
+    adapted: the log-prob kernels read its weight, not its forward.
+    """
+    head = hf.get_output_embeddings()
+    linear = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    if not linear:
+        raise ValueError(f"model.lora: {type(hf).__name__} has no linear layers beside the output layer")
+    for target in [] if lora.target_modules == "all-linear" else lora.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise ValueError(
+                f"model.lora.target_modules: {target!r} is no linear layer of {type(hf).__name__} that can be adapted; "
+                f"it has {', '.join(known)}"
+            )
+
+
+def set_scale(hf: PreTrainedModel, factor: float) -> None:
+    """Count the adapters `factor` times from now on; with 0 the model is exactly the one that it was loaded as."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in hf.modules():
+        if isinstance(module, LoraLayer):
+            module.set_scale(NAME, factor)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of that name belongs to an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def merged(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
+    """The weights of the model without adapters that computes the same: W + (alpha / r) · B A.
+
+    Args:
+        weights: full, unsharded, of the model with adapters.
+
+    Returns: them under plain Hugging Face names.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        if is_adapter(name):
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix("base_layer.weight")
+            down, up = weights[f"{layer}lora_A.{NAME}.weight"], weights[f"{layer}lora_B.{NAME}.weight"]
+            value = value + lora.alpha / lora.r * (up @ down)
+        whole[name.replace(".base_layer.", ".")] = value
+    return whole
+
+
+def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters among `weights` (full, of the model with adapters) under the names of PEFT's files."""
+    return {
+        f"base_model.model.{name.replace(f'.{NAME}.', '.')}": value
+        for name, value in weights.items()
+        if is_adapter(name)
+    }
+
+
+def write(adapter: Mapping[str, Tensor], hf: PreTrainedModel, base: str, folder: Path) -> None:
+    """Write an adapter in PEFT's form to `folder`, whole or not at all; it is replaced when it exists.
+
+    Args:
+        adapter: full tensors under the names of PEFT's files (`Student.adapter_weights`).
+        hf: the model with adapters.
+        base: folder or hub id of the model that the adapter belongs to.
+    """
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    settings = copy.copy(hf.peft_config[NAME])
+    settings.base_model_name_or_path = base
+    settings.save_pretrained(beside)
+    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, beside / FILE)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(beside, folder)

@@ -1,0 +1,204 @@
+"""LoRA: what is trained, what the adapters compute, and that they leave the run as they were."""
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from builders import GRPO, Captured, assert_same, config, groups
+from safetensors.torch import load_file
+from test_run import arguments, rows, train
+from test_stages import RECIPE
+from transformers import AutoModelForCausalLM
+
+from rlkd import lora
+from rlkd.algorithms import KDRL
+from rlkd.config_file import ConfigError
+from rlkd.data.chat import load_tokenizer
+from rlkd.export import export_student
+from rlkd.policy_head import Needs
+from rlkd.preflight import check
+from rlkd.rollout.collate import collate
+from rlkd.stages import load_stages
+from rlkd.student import load_causal_lm
+from rlkd.tiny import resolve
+from rlkd.train import main, run_stages
+
+LORA = "model.lora={r: 4, alpha: 8}"
+IDS = torch.tensor([[5, 9, 14, 7, 8, 21, 3, 30], [4, 4, 6, 11, 25, 2, 9, 17]])
+
+
+def start():
+    return load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """(settings, one large step): adapters that matter."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = config(LORA, "optim.lr=0.1", f"run.dir={folder}", "run.name=trained")
+    return settings, Captured(settings)
+
+
+def test_before_the_first_step_the_student_is_the_base_bit_for_bit():
+    whole, adapted = Captured(config()), Captured(config(LORA))
+    for name in ("loss", "loss/pg", "kd/kl", "entropy", "mismatch/mean"):
+        assert adapted.row[name] == whole.row[name], name
+
+
+def test_only_adapters_are_trained(trained):
+    _, captured = trained
+    base = start().state_dict()
+    assert captured.gradients and all(lora.is_adapter(name) for name in captured.gradients)
+    for name, value in captured.parameters.items():
+        if lora.is_adapter(name):
+            assert value.dtype == torch.float32
+        else:
+            assert torch.equal(value, base[name.replace(".base_layer.", ".")]), name
+    ups = [value for name, value in captured.parameters.items() if ".lora_B." in name]
+    assert len(ups) == 2 * 7 and all(value.abs().max() > 0.01 for value in ups)
+
+
+def test_adapters_are_a_function_of_the_seed():
+    def drawn(seed):
+        hf = start()
+        lora.inject(hf, config(LORA).model.lora, seed)
+        return hf.state_dict()["model.layers.0.mlp.up_proj.lora_A.default.weight"]
+
+    state = torch.get_rng_state()
+    assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
+    assert torch.equal(torch.get_rng_state(), state), "nothing else is drawn otherwise with adapters than without"
+
+
+def test_both_exports_compute_what_the_student_does(trained):
+    settings, captured = trained
+    export_student(captured.student, settings, load_tokenizer("builtin:student", False))
+    folder = Path(settings.run_dir)
+    batch = collate(groups(KDRL(settings)), 0)
+    with torch.no_grad():
+        ours = captured.student(batch, Needs(temperature=1.0)).logprobs[:, 1:]
+
+    def of(model):
+        with torch.no_grad():
+            scored = model(batch.input_ids).logits[:, :-1].log_softmax(-1)
+        return scored.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+
+    merged = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(start(), folder / "adapter")
+    torch.testing.assert_close(of(merged), ours, atol=1e-4, rtol=0)
+    torch.testing.assert_close(of(adapted), ours, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
+    assert (of(start()) - ours).abs().max() > 1, "else a lost adapter would not show"
+    told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (4, 8, resolve("builtin:student"))
+
+
+def test_without_adapters_the_student_is_the_reference(trained):
+    settings, captured = trained
+    batch = collate(groups(KDRL(settings)), 0)
+    needs = Needs(temperature=settings.rollout.temperature)
+    with torch.no_grad():
+        moved = captured.student(batch, needs).logprobs
+        with captured.student.without_adapters():
+            base = captured.student(batch, needs).logprobs
+        assert torch.equal(captured.student(batch, needs).logprobs, moved)
+        truth = start()(batch.input_ids).logits[:, :-1].log_softmax(-1)
+    truth = truth.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    torch.testing.assert_close(base[:, 1:], truth, atol=1e-5, rtol=0)
+    assert (moved - base).abs().max() > 1
+
+
+def test_the_kl_to_the_reference_needs_no_second_model():
+    """No score comes with the batch. In the second update the student has moved, the reference has not."""
+    reference = (*GRPO, LORA, "algorithm.reference_coef=1", "optim.lr=0.03")
+    one = Captured(config(*reference))
+    two = Captured(config(*reference, "trainer.updates_per_iteration=2"))
+    assert one.row["reference/kl"] == 0
+    assert two.row["reference/kl"] > 1e-3
+
+
+def test_half_precision_adapters_keep_fp32_masters():
+    half, full = Captured(config(LORA, "trainer.precision=bf16")), Captured(config(LORA))
+    assert all(value.dtype == torch.float32 for value in [*half.parameters.values(), *half.gradients.values()])
+    assert half.row["entropy"] == pytest.approx(full.row["entropy"], rel=0.1)
+    assert half.row["entropy"] != full.row["entropy"]
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    plain, again = Captured(config(LORA)), Captured(config(LORA, "model.gradient_checkpointing=true"))
+    assert plain.gradients.keys() == again.gradients.keys()
+    for name, value in plain.gradients.items():
+        torch.testing.assert_close(again.gradients[name], value, atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model.lora={target_modules: q_proj}", "model.lora.target_modules: got 'q_proj', wants all-linear, or a list"),
+        ("model.lora={target_modules: []}", "model.lora.target_modules: got [], wants"),
+        ("model.lora={r: 0}", "model.lora.r: got 0, wants an integer ≥ 1"),
+        ("model.lora={dropout: 0.1}", "model.lora.dropout: unknown key; model.lora has r, alpha, target_modules"),
+    ],
+)
+def test_a_wrong_key_is_one_line(override, line):
+    with pytest.raises(ConfigError) as caught:
+        config(override)
+    assert len(caught.value.lines) == 1 and line in caught.value.lines[0], caught.value.lines
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("rollout.server.weight_sync=nccl", "rollout.server.weight_sync: is nccl, but with model.lora an adapter is"),
+        ("model.lora.r=1024", "model.lora.r: is 1024, but vLLM serves adapters of rank 512 at most"),
+    ],
+)
+def test_what_a_server_cannot_do_is_one_line(override, line):
+    with pytest.raises(ConfigError) as caught:
+        config(LORA, "rollout.backend=vllm", "rollout.server.launch=true", override)
+    assert len(caught.value.lines) == 1 and line in caught.value.lines[0], caught.value.lines
+
+
+def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded():
+    for target in ("q_prj", "embed_tokens", "lm_head"):
+        with pytest.raises(ValueError, match=f"target_modules: '{target}' is no linear layer of LlamaForCausalLM"):
+            lora.check_targets(start(), config(f"model.lora={{target_modules: [q_proj, {target}]}}").model.lora)
+    (line,) = check(config("model.lora={target_modules: [q_proj, lm_head]}"))
+    assert line.startswith("model.lora.target_modules: 'lm_head' is no linear layer of LlamaForCausalLM that can be")
+    assert line.endswith("it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+    assert check(config("model.lora={target_modules: [q_proj, layers.0.mlp.up_proj]}")) == []
+
+
+def test_adapters_of_a_stage_are_on_top_of_the_stage_before(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.replace("rewarded:", "rewarded:\n    model: {lora: {r: 4}}"))
+    assert load_stages([str(recipe)], [])[-1].starts_from == "runs/recipe/taught/hf"
+    (own,) = load_stages([str(recipe)], ["stages.rewarded.model.path=builtin:mentor"])[2:]
+    assert own.starts_from is None and own.loaded.config.model.path == "builtin:mentor"
+
+
+@pytest.mark.process
+def test_adapters_learn(tmp_path):
+    where = (LORA, f"run.dir={tmp_path}", "run.name=r", "run.iterations=12", "optim.lr=0.003", "eval.every=0")
+    assert run_stages(load_stages(["configs/quickstart.yaml"], [*where, "log.rollouts_every=0"])) == 0
+    figures = rows(tmp_path / "r")
+    assert figures[0]["accuracy"] == 0
+    assert sum(row["accuracy"] for row in figures[-4:]) / 4 > 0.1
+    assert all(row["mismatch/mean"] < 1e-5 for row in figures), "the merged copy that samples and the trained adapters"
+
+
+@pytest.mark.process
+def test_two_ranks_agree_with_one(tmp_path):
+    """Four prompts in micro-batches of three rows, so that the ranks need unequal numbers of them."""
+    same = ("run.iterations=2", "optim.lr=0.003", "log.rollouts_every=0")
+    train(2, tmp_path / "two", LORA, *same)
+    assert main(arguments(1, tmp_path / "one", LORA, *same)) == 0
+    one, two = (load_file(tmp_path / name / "adapter" / lora.FILE) for name in ("one", "two"))
+    assert_same(one, two, 1e-5)
+    assert max(value.abs().max() for name, value in one.items() if "lora_B" in name) > 1e-3
