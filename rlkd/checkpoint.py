@@ -134,8 +134,8 @@ class Checkpoint(IterationCallback):
 
 
 def _bytes(trainer: lightning.Trainer) -> int:
-    """Of this rank's share of model and optimizer; what else a checkpoint holds is small."""
-    tensors = list(trainer.model.parameters()) if trainer.model is not None else []
+    """Of this rank's share of what is trained and of the optimizer; what else a checkpoint holds is small."""
+    tensors = [p for p in trainer.model.parameters() if p.requires_grad] if trainer.model is not None else []
     for optimizer in trainer.optimizers:
         tensors += [value for state in optimizer.state.values() for value in state.values()]
     local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]

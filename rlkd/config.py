@@ -207,11 +207,10 @@ class SelfTeacher(_Teacher):
 
     @model_validator(mode="after")
     def _check(self) -> SelfTeacher:
-        if self.scorer == "policy_server" and self.weights != "live":
+        if self.scorer == "policy_server" and self.weights == "ema":
             raise ValueError(
-                f"teacher.scorer is policy_server, but teacher.weights is {self.weights}: those servers hold the live "
-                "weights; set teacher.weights: live, or teacher.scorer: local (for fixed weights on a server of their "
-                "own: teacher.backend: served with the student's path)"
+                "teacher.scorer is policy_server, but teacher.weights is ema: those servers hold no average; set "
+                "teacher.weights: live, or teacher.scorer: local"
             )
         if self.scorer == "policy_server" and self.temperature != 1.0:
             raise ValueError(
@@ -421,6 +420,11 @@ class Config(Section):
         return f"{self.run.dir}/{self.run.name}"
 
     @property
+    def publishes_adapter(self) -> bool:
+        """Whether the sampler gets the student's adapter alone, since it holds the base already."""
+        return self.model.lora is not None and self.rollout.backend == "vllm"
+
+    @property
     def teachers(self) -> list[tuple[str, LocalTeacher | ServedTeacher]]:
         """(key, settings) of every teacher that is a model of its own."""
         if isinstance(self.teacher, RoutedTeacher):
@@ -494,14 +498,27 @@ class Config(Section):
                     "raise it",
                 )
             )
-        on_policy_server = isinstance(self.teacher, SelfTeacher) and self.teacher.scorer == "policy_server"
-        if on_policy_server and self.rollout.backend != "vllm":
-            why = "is policy_server, but rollout.backend is hf; set rollout.backend: vllm, or teacher.scorer: local"
-            found.append(("teacher.scorer", why))
-        if self.model.lora is not None and self.rollout.backend == "vllm":
+        if isinstance(self.teacher, SelfTeacher) and self.teacher.scorer == "policy_server":
+            found.extend(self._scorer_problems(self.teacher))
+        if self.publishes_adapter:
+            assert self.model.lora is not None
             found.extend(_adapter_problems(self.model.lora, server))
         found.extend(self._launch_problems())
         found.extend(self.algorithm.problems(self))
+        return found
+
+    def _scorer_problems(self, teacher: SelfTeacher) -> list[tuple[str, str]]:
+        found = []
+        if self.rollout.backend != "vllm":
+            why = "is policy_server, but rollout.backend is hf; set rollout.backend: vllm, or teacher.scorer: local"
+            found.append(("teacher.scorer", why))
+        elif teacher.weights == "fixed" and self.model.lora is None:
+            why = (
+                "is fixed, but without model.lora the servers of teacher.scorer policy_server hold the live weights "
+                "alone; set teacher.weights: live, or teacher.scorer: local (for a server of its own: teacher.backend: "
+                "served with the student's path)"
+            )
+            found.append(("teacher.weights", why))
         return found
 
     def _launch_problems(self) -> list[tuple[str, str]]:

@@ -126,6 +126,8 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.lines), file=sys.stderr)
         return 2
+    # What is evaluated is whole: model.path is the base, or an export with its adapter merged.
+    config = config.model_copy(update={"model": config.model.model_copy(update={"lora": None})})
     problems = check_evaluation(config)
     if problems:
         print("\n".join(problems), file=sys.stderr)

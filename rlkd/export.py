@@ -26,8 +26,8 @@ def export_student(student: Student, config: Config, tokenizer: PreTrainedTokeni
     adapter = None if source.lora is None else student.adapter_weights()
     if distributed.rank() == 0:
         export(weights, student.hf.config, tokenizer, source, folder / "hf")
-        if adapter is not None:
-            lora.write(adapter, student.hf, resolve(source.path), folder / "adapter")
+        if adapter is not None and source.lora is not None:
+            lora.write(adapter, source.lora, resolve(source.path), folder / "adapter")
 
 
 def export(

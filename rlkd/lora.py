@@ -6,18 +6,19 @@ trained, in fp32.
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rlkd.config import LoraConfig
+from rlkd.config import LoraConfig, ModelConfig
+from rlkd.tiny import resolve
 
 NAME = "default"
 """What PEFT calls an adapter that has no other name; part of the names of its parameters."""
@@ -30,39 +31,58 @@ FILE = "adapter_model.safetensors"
 def inject(hf: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Give `hf` adapters, in place, and freeze all else. The same ones on every rank: a function of `seed`.
 
-    Raises: ValueError as `check_targets`.
+    Raises: ValueError as `layer_names`.
     """
     import peft  # late: slow to import, and most runs have no use for it
 
-    check_targets(hf, lora)
-    settings = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
+    layer_names(hf, lora)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(settings, hf, NAME)
+        peft.inject_adapter_in_model(_settings(lora, lora.target_modules, None), hf, NAME)
 
 
-def check_targets(hf: PreTrainedModel, lora: LoraConfig) -> None:
-    """Raises: ValueError, one line, when `model.lora.target_modules` names what is no linear layer of `hf`.
+def _settings(lora: LoraConfig, targets: str | list[str], base: str | None) -> Any:
+    """PEFT's own."""
+    import peft
 
-    PEFT itself passes over a name that matches nothing, as long as another one does. The output layer cannot be
-    adapted: the log-prob kernels read its weight, not its forward.
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+
+
+def layer_names(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """The last parts of the names of the layers that get adapters: q_proj, up_proj …
+
+    Raises: ValueError, one line, when `model.lora.target_modules` names what is no linear layer of `hf`. PEFT itself
+        passes over a name that matches nothing, as long as another one does. The output layer cannot be adapted: the
+        log-prob kernels read its weight, not its forward.
     """
     head = hf.get_output_embeddings()
     linear = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear) and module is not head]
     known = sorted({name.rsplit(".", 1)[-1] for name in linear})
     if not linear:
         raise ValueError(f"model.lora: {type(hf).__name__} has no linear layers beside the output layer")
-    for target in [] if lora.target_modules == "all-linear" else lora.target_modules:
+    if lora.target_modules == "all-linear":
+        return known
+    for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             raise ValueError(
                 f"model.lora.target_modules: {target!r} is no linear layer of {type(hf).__name__} that can be adapted; "
                 f"it has {', '.join(known)}"
             )
+    return sorted({target.rsplit(".", 1)[-1] for target in lora.target_modules})
+
+
+def skeleton(model: ModelConfig) -> PreTrainedModel:
+    """The student's layers without weights."""
+    settings = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
+    with torch.device("meta"):
+        hf: PreTrainedModel = AutoModelForCausalLM.from_config(settings, trust_remote_code=model.trust_remote_code)
+    return hf
 
 
 def set_scale(hf: PreTrainedModel, factor: float) -> None:
@@ -108,19 +128,18 @@ def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def write(adapter: Mapping[str, Tensor], hf: PreTrainedModel, base: str, folder: Path) -> None:
+def write(adapter: Mapping[str, Tensor], lora: LoraConfig, base: str, folder: Path) -> None:
     """Write an adapter in PEFT's form to `folder`, whole or not at all; it is replaced when it exists.
 
     Args:
         adapter: full tensors under the names of PEFT's files (`Student.adapter_weights`).
-        hf: the model with adapters.
         base: folder or hub id of the model that the adapter belongs to.
     """
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    settings = copy.copy(hf.peft_config[NAME])
-    settings.base_model_name_or_path = base
-    settings.save_pretrained(beside)
+    prefix, suffix = "base_model.model.", ".lora_A.weight"
+    layers = [name.removeprefix(prefix).removesuffix(suffix) for name in adapter if name.endswith(suffix)]
+    _settings(lora, layers, base).save_pretrained(beside)
     save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, beside / FILE)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(beside, folder)

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlkd import lora
 from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
@@ -77,9 +77,7 @@ def _generation(config: Config) -> list[str]:
         known = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
         logit_transform(known)
         if config.model.lora is not None:
-            with torch.device("meta"):  # its layers, without weights
-                skeleton = AutoModelForCausalLM.from_config(known, trust_remote_code=config.model.trust_remote_code)
-            lora.check_targets(skeleton, config.model.lora)
+            lora.layer_names(lora.skeleton(config.model), config.model.lora)
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         return [line if line.startswith("model.") else f"model.path: {line}"]

@@ -168,7 +168,7 @@ def test_what_a_server_cannot_do_is_one_line(override, line):
 def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded():
     for target in ("q_prj", "embed_tokens", "lm_head"):
         with pytest.raises(ValueError, match=f"target_modules: '{target}' is no linear layer of LlamaForCausalLM"):
-            lora.check_targets(start(), config(f"model.lora={{target_modules: [q_proj, {target}]}}").model.lora)
+            lora.layer_names(start(), config(f"model.lora={{target_modules: [q_proj, {target}]}}").model.lora)
     (line,) = check(config("model.lora={target_modules: [q_proj, lm_head]}"))
     assert line.startswith("model.lora.target_modules: 'lm_head' is no linear layer of LlamaForCausalLM that can be")
     assert line.endswith("it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")

@@ -23,6 +23,10 @@ class ServerLost(ServerError):
     """The server is gone, or has lost the weights that it was given: it may come back, and can be given them again."""
 
 
+class UnknownModel(ServerError):
+    """The server has no model, and no adapter, of the name that was asked for."""
+
+
 class VLLMClient:
     """Requests to one server. Safe to use from several threads.
 
@@ -56,9 +60,25 @@ class VLLMClient:
     ) -> dict[str, Any]:
         return self._request("POST", path, body, query)
 
+    def tell(self, path: str, body: Mapping[str, Any]) -> None:
+        """POST to a route that answers in words, which say no more than the status does."""
+        self._checked("POST", path, body, None)
+
     def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
     ) -> dict[str, Any]:
+        response = self._checked(method, path, body, query)
+        if not response.content:
+            return {}
+        answer = response.json()
+        if not isinstance(answer, dict):
+            raise ServerError(f"{method} {self.url}{path} answered no JSON object but {response.text[:200]!r}")
+        return answer
+
+    def _checked(
+        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
+    ) -> httpx.Response:
+        """The answer to a request that the server took."""
         try:
             response = self._send(method, path, body, query)
         except httpx.HTTPError as error:
@@ -71,13 +91,9 @@ class VLLMClient:
             said = f"{method} {self.url}{path} answered {code}: {_message(response)}"
             if code == 401:
                 said += "; set the environment variable that key_env names to the server's key"
-            raise (ServerLost if lost else ServerError)(said)
-        if not response.content:
-            return {}
-        answer = response.json()
-        if not isinstance(answer, dict):
-            raise ServerError(f"{method} {self.url}{path} answered no JSON object but {response.text[:200]!r}")
-        return answer
+            unknown = code == 404 and body is not None and f"The model `{body.get('model')}` does not exist" in said
+            raise (ServerLost if lost else UnknownModel if unknown else ServerError)(said)
+        return response
 
     @tenacity.retry(
         retry=tenacity.retry_if_exception_type((httpx.ConnectError, httpx.ConnectTimeout)),
@@ -123,6 +139,10 @@ class VLLMClient:
             f"{self.url} serves {offered}, wanted {model!r}; correct the address, or start that server with "
             f"--served-model-name {model}"
         )
+
+    def adapters(self) -> list[str]:
+        """The names of the adapters that the server has loaded."""
+        return [card["id"] for card in self.get("/v1/models")["data"] if card.get("parent") is not None]
 
     def weight_version(self) -> int | None:
         """The version of the weights that the server holds; None: those that it was started with.

@@ -95,14 +95,23 @@ class RolloutLoader:
                 scorer.close()
         self.policy.close()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def publish(self, weights: Mapping[str, Tensor], version: int, adapter: Mapping[str, Tensor] | None = None) -> None:
         """Give the sampler, and a teacher that follows the student, the weights after `version` iterations.
 
-        A collective. `weights`: full, unsharded, Hugging Face names.
+        A collective.
+
+        Args:
+            weights: full, unsharded, Hugging Face names; nothing where an adapter is published and no teacher follows.
+            adapter: what a sampler of adapters gets (`Config.publishes_adapter`).
         """
-        self.policy.publish(weights, version)
+        self.policy.publish(weights if adapter is None else adapter, version)
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.publish(weights, version)
+
+    @property
+    def teacher_follows(self) -> bool:
+        """Whether a teacher in this process takes over what is published."""
+        return isinstance(self.teacher, SelfTeacher) and self.teacher.weights != "fixed"
 
     def save(self, folder: Path) -> None:
         """Keep in a checkpoint's folder what a resumed run cannot recompute."""
@@ -314,8 +323,10 @@ def build_sampler(config: Config) -> Sampler:
     if config.rollout.backend == "hf":
         return HFSampler(config, end_ids(config.model.path))
     from rlkd.rollout.vllm import VLLMSampler
+    from rlkd.rollout.vllm_lora import LoraVLLMSampler
 
-    return VLLMSampler(config, end_ids(config.model.path))
+    kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
+    return kind(config, end_ids(config.model.path))
 
 
 def build_teacher(config: Config, policy: Sampler) -> Teacher:
@@ -330,7 +341,7 @@ def build_teacher(config: Config, policy: Sampler) -> Teacher:
         from rlkd.teachers.served import PolicyServerTeacher
 
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
-        return PolicyServerTeacher(policy, end_ids(config.model.path))
+        return PolicyServerTeacher(policy, end_ids(config.model.path), base=teacher.weights == "fixed")
     assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher)
 

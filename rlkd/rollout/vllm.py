@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rlkd import distributed
-from rlkd.config import Config, SelfTeacher
+from rlkd.config import LARGEST_SERVED_RANK, Config, SelfTeacher
 from rlkd.distributed import RunStopped, on_rank_zero
+from rlkd.lora import layer_names, skeleton
 from rlkd.noise import request_seed
 from rlkd.rollout.client import (
     IMPOSSIBLE_LOGPROB,
@@ -25,7 +26,7 @@ from rlkd.rollout.client import (
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import server_counts
 from rlkd.rollout.server_command import ServerRole
-from rlkd.rollout.server_pool import ServerPool
+from rlkd.rollout.server_pool import Answer, Job, ServerPool
 from rlkd.tiny import resolve
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
@@ -36,13 +37,35 @@ _AT_ONCE = 256
 """Completions under way at one server, which vLLM runs together (its default); more would wait in that server's queue.
 One request is a prompt with all its samples."""
 
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_SERVED_RANK)
+"""What vLLM 0.32 can be started for; an adapter of a smaller rank is padded."""
+
 _COLDEST = 0.01
 """vLLM silently raises a lower temperature to this."""
 
 
 def policy_role(config: Config) -> ServerRole:
     """What a policy server of `config` must be started as."""
-    weight_sync = config.rollout.server.weight_sync
+    weight_sync, lora = config.rollout.server.weight_sync, config.model.lora
+    if lora is None:
+        takes: tuple[str, ...] = (
+            "--weight-transfer-config",
+            json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync}),
+        )
+    else:
+        rank = min(rank for rank in ADAPTER_RANKS if rank >= lora.r)
+        loaded = config.rollout.max_staleness + 2  # those that may be asked for, and the one that comes
+        takes = (
+            *("--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(loaded)),
+            # Without the names the output layer is made ready for adapters too, and vLLM 0.32 then dies on a CPU of
+            # scoring the prompts of two requests at once.
+            *("--lora-target-modules", *layer_names(skeleton(config.model), lora)),
+        )
+    environment = {}
+    if lora is not None:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if weight_sync == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles travel pickled; the server asks for its key
     return ServerRole(
         name="policy",
         model=resolve(config.model.path),
@@ -51,14 +74,13 @@ def policy_role(config: Config) -> ServerRole:
             "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
             *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled: at the temperature
             *("--max-logprobs", "-1"),
-            *("--weight-transfer-config", json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync})),
+            *takes,
             # vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when a request with a seed of its own is
             # prefilled in two parts, as happens to the last of many that come at once.
             *(() if torch.cuda.is_available() else ("--no-enable-chunked-prefill",)),
             *(("--trust-remote-code",) if config.model.trust_remote_code else ()),
         ),
-        # CUDA IPC handles travel pickled; the server asks for its key
-        environment={"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if weight_sync == "ipc" else {},
+        environment=environment,
     )
 
 
@@ -85,7 +107,7 @@ class VLLMSampler:
         self._version: int | None = None
         """That every server in service holds; None: nothing was published yet."""
         self._published = ""
-        """The file of that version, from which a server that lost its weights gets them again."""
+        """The file (or adapter) of that version, from which a server that lost its weights gets them again."""
         self._initialised: set[str] = set()
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
@@ -114,7 +136,8 @@ class VLLMSampler:
         """
         self._version = version
         if self._direct is None:
-            self.pool.agree(on_rank_zero(lambda: self._publish_file(weights, version)))
+            self._published, lost = on_rank_zero(lambda: self._publish_file(weights, version))
+            self.pool.agree(lost)
         else:
             on_rank_zero(lambda: self._everywhere(_pause))
             failure: Exception | None = None
@@ -124,13 +147,14 @@ class VLLMSampler:
                 failure = error
             self.pool.agree(on_rank_zero(lambda: self._settle_direct(failure, version)))
 
-    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> Mapping[str, str]:
+    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
+        """(what was published, the servers that are lost)."""
         assert self._file is not None, "publish before open"
         self._published = self._file.write(weights, version)
         self._everywhere(self._update)
         self.pool.revive(self._update)  # those that were gone, if they are back
         self._file.keep_only(self._published)
-        return self.pool.lost
+        return self._published, self.pool.lost
 
     def _settle_direct(self, failure: Exception | None, version: int) -> Mapping[str, str]:
         if failure is not None:
@@ -227,7 +251,11 @@ class VLLMSampler:
         def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
             return self._one_prompt(client, model, prompt, n, iteration, sampling)
 
-        return self.pool.run(prompts, one, at_once=max(1, _AT_ONCE // n), patient=None)
+        return self.run(prompts, one, at_once=max(1, _AT_ONCE // n))
+
+    def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
+        """`act(client, name of the published model there, job)` for every job; see `ServerPool.run`."""
+        return self.pool.run(jobs, act, at_once, patient=None)
 
     def _one_prompt(
         self, client: VLLMClient, model: str, prompt: Prompt, n: int, iteration: int, sampling: Sampling
@@ -273,18 +301,17 @@ class VLLMSampler:
         spans = choice["weight_versions"]
         if not spans:
             raise ServerError(f"{where}: no weight versions")
-        versions = tuple(
-            VersionSpan(start=span["start"], end=span["end"], version=parse_version(span["version"], where))
-            for span in spans
-        )
         return Rollout(
             prompt=prompt,
             token_ids=tuple(token_ids),
             logprobs=logprobs,
-            weight_versions=versions,
+            weight_versions=tuple(self._span(span, where) for span in spans),
             finish_reason=finish_reason,
             top_ids=likeliest(choice, sampling.top_k) if sampling.top_k else None,
         )
+
+    def _span(self, span: Mapping[str, Any], where: str) -> VersionSpan:
+        return VersionSpan(start=span["start"], end=span["end"], version=parse_version(span["version"], where))
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""

@@ -126,11 +126,16 @@ class ServedTeacher(_ServedScorer):
 
 
 class PolicyServerTeacher(_ServedScorer):
-    """The live student as its own teacher: the servers that sample also score."""
+    """The student as its own teacher: the servers that sample also score."""
 
-    def __init__(self, policy: VLLMSampler, ends: Sequence[int]) -> None:
+    def __init__(self, policy: VLLMSampler, ends: Sequence[int], base: bool = False) -> None:
+        """
+        Args:
+            base: by the model that adapters are on top of, the student's start; else by the live student.
+        """
         super().__init__(ends)
         self._policy = policy
+        self._base = base
         self.pool = policy.pool
 
     def start(self) -> None:
@@ -140,7 +145,10 @@ class PolicyServerTeacher(_ServedScorer):
         """The sampler opens its servers."""
 
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
-        answers = self.pool.run(jobs, act, _AT_ONCE, patient=None)
+        if self._base:
+            answers = self.pool.run(jobs, act, _AT_ONCE, patient=None)
+        else:
+            answers = self._policy.run(jobs, act, _AT_ONCE)
         self._policy.check_version()  # a score does not say which weights it is of
         return answers
 

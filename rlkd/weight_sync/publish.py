@@ -55,9 +55,11 @@ class Publish(IterationCallback):
     def _publish(self, module: PolicyModule, version: int) -> None:
         started = time.perf_counter()
         # Every rank gathers, and every rank's sampler takes part.
-        weights = module.model.full_weights()
-        check_finite(weights, version)
-        self.loader.publish(weights, version)
+        student, loader = module.model, self.loader
+        adapter = student.adapter_weights() if loader.config.publishes_adapter else None
+        weights = student.full_weights() if adapter is None or loader.teacher_follows else {}
+        check_finite(weights if adapter is None else adapter, version)
+        loader.publish(weights, version, adapter)
         distributed.barrier()
         module.row["time/publish"] = time.perf_counter() - started
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from rlkd.rollout import guardian
 
 
-class WeightFile:
-    """A directory with the newest version of the weights, as one safetensors file that the servers read."""
+class SyncDirectory:
+    """A directory through which weights reach the servers: theirs to read, and gone with this process."""
 
     def __init__(self, directory: str | None) -> None:
         """
@@ -30,6 +30,16 @@ class WeightFile:
         self._guardian: subprocess.Popen[bytes] | None = guardian.start(
             ["--remove", str(self.directory)], subprocess.DEVNULL
         )
+
+    def close(self) -> None:
+        """Remove the directory."""
+        if self._guardian is not None:
+            self._guardian.communicate()  # closes its stdin, on which it removes the directory and ends
+            self._guardian = None
+
+
+class WeightFile(SyncDirectory):
+    """The newest version of the weights, as one safetensors file."""
 
     def write(self, weights: Mapping[str, Tensor], version: int) -> str:
         """Write all weights and return the file's name, relative to the directory. It appears whole or not at all.
@@ -47,13 +57,6 @@ class WeightFile:
         for path in self.directory.glob("weights-*.safetensors"):
             if path.name != name:
                 path.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Remove the files, and the directory if it is our own."""
-        self.keep_only("")
-        if self._guardian is not None:
-            self._guardian.communicate()  # closes its stdin, on which it removes the directory and ends
-            self._guardian = None
 
 
 def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,58 @@
+"""The trainer's side of publishing adapters: PEFT folders that the servers load by name."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from rlkd import lora
+from rlkd.config import LoraConfig
+from rlkd.weight_sync.weight_file import SyncDirectory
+
+
+class AdapterFolder(SyncDirectory):
+    """The newest versions of the adapter, a folder each.
+
+    A folder's name is the adapter's name at the servers. It is never used for another version, nor by another run:
+    vLLM would go on serving what it knows by that name.
+    """
+
+    def __init__(self, directory: str | None, settings: LoraConfig, base: str, keep: int) -> None:
+        """
+        Args:
+            directory: see `SyncDirectory`.
+            base: folder or hub id of the model that the adapter belongs to.
+            keep: how many versions may be asked for at a time.
+        """
+        super().__init__(directory)
+        self._settings = settings
+        self._base = base
+        self._keep = keep
+        self._names: list[str] = []
+
+    def write(self, adapter: Mapping[str, Tensor], version: int) -> str:
+        """Write an adapter (full tensors, names of PEFT's files), whole or not at all, and return its name."""
+        name = f"{self.directory.name}-v{version}"
+        lora.write(adapter, self._settings, self._base, self.directory / name)
+        self._names.append(name)
+        return name
+
+    def path(self, name: str) -> Path:
+        return self.directory / name
+
+    def is_old(self, name: str) -> bool:
+        """Whether an adapter is one of this run's that nobody will ask for again."""
+        return name.startswith(f"{self.directory.name}-v") and name not in self._names[-self._keep :]
+
+    def retire(self) -> None:
+        """From now on all are old."""
+        self._names = []
+
+    def remove_old(self) -> None:
+        """Once no server knows them: vLLM's engine dies of an adapter whose folder is gone when it wants it again."""
+        for path in self.directory.iterdir():
+            if self.is_old(path.name):
+                shutil.rmtree(path)
