@@ -10,6 +10,7 @@ from builders import GRPO, Captured, assert_same, config, groups
 from safetensors.torch import load_file
 from test_run import arguments, rows, train
 from test_stages import RECIPE
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 from rlkd import lora
@@ -19,6 +20,7 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.export import export_student
 from rlkd.policy_head import Needs
 from rlkd.preflight import check
+from rlkd.resume import checkpoints
 from rlkd.rollout.collate import collate
 from rlkd.stages import load_stages
 from rlkd.student import load_causal_lm
@@ -152,6 +154,17 @@ def test_a_wrong_key_is_one_line(override, line):
     assert len(caught.value.lines) == 1 and line in caught.value.lines[0], caught.value.lines
 
 
+def test_without_adapters_the_policys_servers_hold_no_fixed_teacher():
+    served = ("rollout.backend=vllm", "rollout.server.launch=true", "algorithm={name: opsd}")
+    top_k = "algorithm.divergence={tier: top_k}"
+    teacher = "teacher={backend: self, weights: fixed, scorer: policy_server}"
+    with pytest.raises(ConfigError) as caught:
+        config(*served, top_k, teacher)
+    (line,) = caught.value.lines
+    assert "teacher.weights: is fixed, but without model.lora the servers of teacher.scorer policy_server hold" in line
+    assert config(LORA, *served, top_k, teacher).publishes_adapter
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
@@ -191,6 +204,9 @@ def test_adapters_learn(tmp_path):
     assert figures[0]["accuracy"] == 0
     assert sum(row["accuracy"] for row in figures[-4:]) / 4 > 0.1
     assert all(row["mismatch/mean"] < 1e-5 for row in figures), "the merged copy that samples and the trained adapters"
+    (checkpoint,) = checkpoints(tmp_path / "r")
+    kept = [name for name in FileSystemReader(checkpoint).read_metadata().state_dict_metadata if "layers" in name]
+    assert len(kept) > 28 and all(lora.is_adapter(name) for name in kept), "the base lies at model.path"
 
 
 @pytest.mark.process
