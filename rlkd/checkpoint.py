@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from rlkd import distributed
+from rlkd import distributed, whole
 from rlkd.config import Config
 from rlkd.distributed import RunStopped
 from rlkd.export import export_student
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
-from rlkd.resume import checkpoints, save_config
+from rlkd.resume import checkpoints, iteration_of, save_config
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
 
@@ -73,7 +73,10 @@ class Checkpoint(IterationCallback):
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         self._done = self._saved = self.loader.iteration
+        if distributed.rank() == 0:
+            self._forget_what_came_later()
         if self.loader.iteration >= self.config.run.iterations:
+            self._export(module, self.loader.iteration)  # a run that was ended just before it did
             trainer.should_stop = True
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
@@ -86,8 +89,8 @@ class Checkpoint(IterationCallback):
         if signalled and distributed.rank() == 0:
             print(f"signal: saved iteration {done}; go on with run.resume=auto", flush=True)
         if ending:
-            if self.config.checkpoint.export and not signalled:
-                export_student(module.model, self.config, self.loader.tokenizer)
+            if not signalled:  # else there may be no time: a resumed run does it
+                self._export(module, done)
             trainer.should_stop = True
 
     def on_exception(
@@ -105,6 +108,22 @@ class Checkpoint(IterationCallback):
         if distributed.rank() == 0:
             print(f"stopped: saved iteration {self._done}; go on with run.resume=auto", flush=True)
 
+    def _export(self, module: PolicyModule, done: int) -> None:
+        """The student, where `checkpoint.export` asks for it. A collective."""
+        if self.config.checkpoint.export:
+            export_student(module.model, self.config, self.loader.tokenizer, done)
+
+    def _forget_what_came_later(self) -> None:
+        """A run that goes on from an older checkpoint replaces the newer ones, as it does their rows.
+
+        They would be taken for its own: kept in place of what it saves, and what `run.resume=auto` goes on from.
+        """
+        whole.sweep(Path(self.config.run_dir, "checkpoints"))
+        for path in checkpoints(self.config.run_dir):
+            if iteration_of(path) > self.loader.iteration:
+                print(f"resume: {path} is removed, since the run goes on from iteration {self.loader.iteration}")
+                whole.remove(path)
+
     def _save(self, trainer: lightning.Trainer, done: int) -> None:
         """Write aside, then rename: what bears a checkpoint's name is whole.
 
@@ -112,7 +131,7 @@ class Checkpoint(IterationCallback):
         """
         folder = Path(self.config.run_dir, "checkpoints")
         final = folder / f"iteration-{done:06d}"
-        beside = folder / f".iteration-{done:06d}.partial"
+        beside = whole.partial(final)
         needed = distributed.all_reduce([float(_bytes(trainer))])[0]
         distributed.on_rank_zero(lambda: _make_room(folder, beside, needed))
         try:
@@ -125,10 +144,9 @@ class Checkpoint(IterationCallback):
         distributed.barrier()
         if distributed.rank() == 0:
             save_config(self.config, beside)
-            shutil.rmtree(final, ignore_errors=True)
             beside.rename(final)
             for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:
-                shutil.rmtree(old)
+                whole.remove(old)
         distributed.barrier()
         self._saved = done
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,24 +10,25 @@ from pathlib import Path
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from rlkd import distributed, lora
+from rlkd import distributed, lora, whole
 from rlkd.config import Config, ModelConfig
+from rlkd.resume import EXPORT_RECORD
 from rlkd.student import Student
 from rlkd.tiny import resolve
 
 
-def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
     """Write the student to `<run>/hf`, adapters merged, and its adapter, if it has one, to `<run>/adapter`.
 
-    A collective; rank 0 writes.
+    A collective; rank 0 writes. `<run>/hf` comes last: who finds it finds the rest.
     """
     source, folder = config.model, Path(config.run_dir)
     weights = student.full_weights()
     adapter = None if source.lora is None else student.adapter_weights()
     if distributed.rank() == 0:
-        export(weights, student.hf.config, tokenizer, source, folder / "hf")
         if adapter is not None and source.lora is not None:
             lora.write(adapter, source.lora, resolve(source.path), folder / "adapter")
+        export(weights, student.hf.config, tokenizer, source, folder / "hf", iteration)
 
 
 def export(
@@ -36,6 +37,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     source: ModelConfig,
     folder: Path,
+    iteration: int,
 ) -> None:
     """Write model, tokenizer and generation config to `folder`, whole or not at all.
 
@@ -44,13 +46,15 @@ def export(
         config: of the model.
         source: what the student came from, for its generation config.
         folder: replaced when it exists.
+        iteration: how many the weights have seen; `resume.exported` tells it.
     """
     model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     model.load_state_dict(dict(weights), strict=True)
     model.generation_config = GenerationConfig.from_pretrained(resolve(source.path))
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside = whole.partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    (beside / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
+    whole.remove(folder)
+    beside.rename(folder)

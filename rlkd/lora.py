@@ -6,7 +6,6 @@ trained, in fp32.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from rlkd import whole
 from rlkd.config import LoraConfig, ModelConfig
 from rlkd.tiny import resolve
 
@@ -107,7 +107,7 @@ def merged(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]
 
     Returns: them under plain Hugging Face names.
     """
-    whole: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
     for name, value in weights.items():
         if is_adapter(name):
             continue
@@ -115,8 +115,8 @@ def merged(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]
             layer = name.removesuffix("base_layer.weight")
             down, up = weights[f"{layer}lora_A.{NAME}.weight"], weights[f"{layer}lora_B.{NAME}.weight"]
             value = value + lora.alpha / lora.r * (up @ down)
-        whole[name.replace(".base_layer.", ".")] = value
-    return whole
+        plain[name.replace(".base_layer.", ".")] = value
+    return plain
 
 
 def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -135,11 +135,11 @@ def write(adapter: Mapping[str, Tensor], lora: LoraConfig, base: str, folder: Pa
         adapter: full tensors under the names of PEFT's files (`Student.adapter_weights`).
         base: folder or hub id of the model that the adapter belongs to.
     """
-    beside = folder.with_name(f".{folder.name}.partial")
+    beside = whole.partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     layers = [name.removeprefix(prefix).removesuffix(suffix) for name in adapter if name.endswith(suffix)]
     _settings(lora, layers, base).save_pretrained(beside)
     save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, beside / FILE)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(beside, folder)
+    whole.remove(folder)
+    beside.rename(folder)

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from rlkd import whole
 from rlkd.config import EvalConfig, RunConfig
 from rlkd.curves import Panel, Point, figure, finite_values, number
 
@@ -120,7 +121,7 @@ def write_report(run_dir: str | Path) -> Path:
     path = run_dir / "report.html"
     page = _PAGE.replace("{title}", escape(name)).replace("{style}", _STYLE).replace("{body}", "\n".join(body))
     # A completion may hold half of a surrogate pair, which UTF-8 cannot: it is shown as \udXXX.
-    path.write_bytes(page.encode("utf-8", errors="backslashreplace"))
+    whole.write(path, page.encode("utf-8", errors="backslashreplace"))
     return path
 
 

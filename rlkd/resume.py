@@ -13,6 +13,8 @@ from rlkd.config import Config
 NAME = re.compile(r"iteration-(\d{6,})")
 FILE = "config.json"
 """In a checkpoint's folder: the configuration that it was trained under."""
+EXPORT_RECORD = "rlkd.json"
+"""In `<run>/hf`: what transformers does not ask for."""
 
 FREE = re.compile(
     r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
@@ -25,7 +27,12 @@ def checkpoints(run_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
     folder = Path(run_dir, "checkpoints")
     found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("iteration-")))
+    return sorted(found, key=iteration_of)
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """How many iterations a checkpoint has seen."""
+    return int(checkpoint.name.removeprefix("iteration-"))
 
 
 def resume_path(config: Config) -> Path | None:
@@ -36,6 +43,12 @@ def resume_path(config: Config) -> Path | None:
         whole = checkpoints(config.run_dir)
         return whole[-1] if whole else None
     return Path(config.run.resume)
+
+
+def exported(run_dir: str | Path) -> int:
+    """How many iterations the student in `<run>/hf` has seen; 0 where none was exported."""
+    record = Path(run_dir, "hf", EXPORT_RECORD)
+    return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.exists() else 0
 
 
 def save_config(config: Config, folder: Path) -> None:

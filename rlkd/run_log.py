@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import RichProgressBar
 
-from rlkd import distributed
+from rlkd import distributed, whole
 from rlkd.config import Config
 from rlkd.distributed import RunStopped
 from rlkd.iteration_callback import IterationCallback
@@ -71,9 +70,7 @@ class RunLog(IterationCallback):
             for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
-        beside = self.path.with_suffix(".partial")
-        beside.write_text("".join(kept), encoding="utf-8")
-        os.replace(beside, self.path)
+        whole.write(self.path, "".join(kept).encode())
 
 
 SHOWN = ("reward/mean", "accuracy", "tokens_per_s", "eval/greedy")

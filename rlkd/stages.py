@@ -13,7 +13,6 @@ In YAML, `stages` maps a stage's name to what it changes of the rest of the file
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from rlkd.config import Config
 from rlkd.config_file import ConfigError, Loaded, checked, on_top, read
 from rlkd.config_schema import Algorithms
 from rlkd.config_yaml import Node
+from rlkd.resume import exported
 
 _NAME = re.compile(r"[\w.+-]+")
 
@@ -89,12 +89,9 @@ def with_values(loaded: Loaded, changes: dict[str, str]) -> Loaded:
 
 
 def finished(config: Config) -> bool:
-    """Whether a run has trained all its iterations and left its student."""
-    metrics = Path(config.run_dir, "metrics.jsonl")
-    if not metrics.exists() or not Path(config.run_dir, "hf", "config.json").exists():
-        return False
-    last = metrics.read_text(encoding="utf-8").splitlines()[-1:]
-    return bool(last) and json.loads(last[0])["iteration"] >= config.run.iterations
+    """Whether a run has left the student of all its iterations, and a report: these are written last."""
+    folder = Path(config.run_dir)
+    return (folder / "report.html").exists() and exported(folder) >= config.run.iterations
 
 
 def _apart(root: Node) -> tuple[Node, dict[str, Node]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
+from rlkd import whole
 from rlkd.config import Config
 from rlkd.distributed import RunStopped
 
@@ -55,7 +56,7 @@ def _logger(config: Config, *, offline: bool) -> WandbLogger:
     identity = Path(config.run_dir, "wandb_id")
     if int(os.environ.get("RANK", "0")) == 0 and not identity.exists():
         identity.parent.mkdir(parents=True, exist_ok=True)
-        identity.write_text(os.urandom(4).hex())
+        whole.write(identity, os.urandom(4).hex().encode())
     return WandbLogger(
         name=config.run.name,
         project=config.log.project,

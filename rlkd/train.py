@@ -67,7 +67,7 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
 
 def run(config: Config, text: str) -> None:
     """Train as `config` says. `text` is the merged YAML, kept as `<run>/config.yaml`."""
-    from rlkd import distributed
+    from rlkd import distributed, whole
     from rlkd.algorithms import ALGORITHMS
     from rlkd.report import write_report
     from rlkd.resume import resume_path
@@ -77,7 +77,7 @@ def run(config: Config, text: str) -> None:
     checkpoint = resume_path(config)
     if int(os.environ.get("RANK", "0")) == 0:
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        Path(config.run_dir, "config.yaml").write_text(text, encoding="utf-8")
+        whole.write(Path(config.run_dir, "config.yaml"), text.encode())
     module = ALGORITHMS[config.algorithm.name](config)
     loader = RolloutLoader(config, module)
     try:

@@ -5,7 +5,9 @@ while a checkpoint is written, or while the student is exported.
 """
 
 import json
+import os
 import random
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +17,12 @@ import pytest
 import torch
 from test_run import saved
 
+from rlkd import whole
+from rlkd.config_file import load
 from rlkd.report import write_report
-from rlkd.resume import checkpoints
-from runs import ENV, Run, start, train
+from rlkd.resume import checkpoints, exported
+from rlkd.stages import finished
+from runs import ENV, ROOT, Run, start, train
 
 pytestmark = pytest.mark.process
 
@@ -69,13 +74,13 @@ def assert_equal(a: Ended, b: Ended) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> tuple[Ended, float]:
-    """(what it left, how many seconds it took)."""
+def undisturbed(tmp_path_factory) -> tuple[Ended, float, Path]:
+    """(what it left, how many seconds it took, where)."""
     folder = tmp_path_factory.mktemp("killing") / "undisturbed"
     train(["--print-config", *arguments(folder)], folder.parent)  # starts the server that runs are forked from
     before = time.monotonic()
     train(arguments(folder), folder.parent)
-    return ended(folder), time.monotonic() - before
+    return ended(folder), time.monotonic() - before, folder
 
 
 def kill(run: Run, folder: Path, aim: str, seconds: float, chance: random.Random) -> None:
@@ -130,7 +135,7 @@ def assert_nothing_is_left(mark: str) -> None:
 
 @pytest.mark.timeout(3 * 3600)
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(undisturbed, soak, tmp_path, capsys):
-    wanted, seconds = undisturbed
+    wanted, seconds, _ = undisturbed
     kills, chance = 200 if soak else 5, random.Random(0)
     killed, runs, at = 0, 0, []
     while killed < kills:
@@ -150,7 +155,69 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(undisturbed
                 at.append(newest(folder))
             assert_nothing_is_left(str(folder))
         assert_equal(ended(folder), wanted)
-        leftovers = [path for path in folder.rglob("*") if "partial" in path.name]
+        leftovers = [path for path in folder.rglob("*") if path.suffix in (".partial", ".removed")]
         assert not leftovers, leftovers
     with capsys.disabled():
         print(f"\n{killed} kills of {runs} runs; checkpoints at the kills: {sorted(at)}")
+
+
+def test_a_run_that_was_ended_before_it_exported_its_student_does_it_when_it_is_resumed(undisturbed, tmp_path):
+    """Killed between the last checkpoint and the export, or signalled in the last iteration."""
+    wanted, _, folder = undisturbed
+    resumed = tmp_path / folder.name
+    shutil.copytree(folder, resumed)
+    shutil.rmtree(resumed / "hf")
+    train(arguments(resumed), tmp_path)
+    assert_equal(ended(resumed), wanted)
+
+
+def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_no_longer_its_own(undisturbed, tmp_path):
+    """Two of three iterations are undone by run.resume=PATH: neither keep=2 nor run.resume=auto may prefer them."""
+    folder = tmp_path / "again"
+    train([*arguments(folder), "run.iterations=3", "checkpoint.keep=9"], tmp_path)
+    resume = f"run.resume={folder / 'checkpoints' / 'iteration-000001'}"
+    printed = train([*arguments(folder), resume, "run.iterations=2"], tmp_path)
+    assert [path.name for path in checkpoints(folder)] == ["iteration-000001", "iteration-000002"]
+    assert f"resume: {folder / 'checkpoints' / 'iteration-000003'} is removed, since the run goes on from" in printed
+    train([*arguments(folder), "run.iterations=3"], tmp_path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and exported(folder) == 3
+
+
+def test_a_stage_is_over_when_its_last_student_is_exported(tmp_path):
+    """Not when its last row is written: a kill can fall between the two, while an older student is there."""
+    settings = load([str(ROOT / "configs" / "quickstart.yaml")], [f"run.dir={tmp_path}", "run.iterations=2"]).config
+    folder = Path(settings.run_dir)
+    (folder / "hf").mkdir(parents=True)
+    (folder / "hf" / "config.json").write_text("{}")
+    (folder / "report.html").write_text("")
+    (folder / "metrics.jsonl").write_text('{"iteration": 1}\n{"iteration": 2}\n{"iterat')
+    for iteration, over in ((1, False), (2, True), (3, True)):
+        (folder / "hf" / "rlkd.json").write_text(json.dumps({"iteration": iteration}))
+        assert finished(settings) is over
+    (folder / "report.html").unlink()
+    assert not finished(settings), "the report is written after the export"
+
+
+def test_what_is_being_removed_or_written_is_never_taken_for_the_whole(tmp_path, monkeypatch):
+    """A process that dies in the middle, as it leaves the disk."""
+    folder, file = tmp_path / "iteration-000001", tmp_path / "config.yaml"
+    folder.mkdir()
+    (folder / "a").write_text("")
+    file.write_text("before")
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(os, "rmdir", dies)
+        whole.remove(folder)
+    assert not folder.exists()
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(os, "replace", dies)
+        whole.write(file, b"after")
+    assert file.read_text() == "before"
+    folder.mkdir()
+    whole.remove(folder)  # finds what the attempt before has left
+    whole.write(file, b"after")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"] and file.read_text() == "after"
