@@ -2,11 +2,12 @@
 
 import collections
 import json
+import re
 from pathlib import Path
 
 import datasets
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlkd.config import DataConfig
@@ -157,17 +158,28 @@ GOOD = {"prompt": "p", "answer": "a", "id": "same"}
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        ([GOOD, '{"prompt": '], {}, r"data.jsonl:2: not JSON"),
-        ([GOOD, "[1]"], {}, r"data.jsonl:2: is a JSON list, wants an object"),
+        (
+            [GOOD, '{"prompt": '],
+            {},
+            r"data.jsonl:2: column 12: not JSON: expecting value, got the end of it; wants one J",
+        ),
+        (
+            [GOOD, "[1]"],
+            {},
+            r"data.jsonl:2: column 1: is a JSON list, wants one object with columns, such as .*; mend or",
+        ),
         ([{"question": "p", "gold": "a"}], {}, r":1: no column 'prompt' \(data.prompt_column\); it has: question"),
         ([{"prompt": "p", "gold": "a"}], {}, r"no column 'answer' \(data.answer_column\); it has: prompt, gold"),
         ([GOOD], {"privileged_column": "solution"}, r"no column 'solution' \(data.privileged_column\)"),
         ([GOOD, {**GOOD, "answer": None}], {}, r"data.jsonl:2: column 'answer' .* is null, wants a text"),
-        ([{**GOOD, "answer": 0.5}], {}, r"is float '0.5', wants a text"),
+        ([{**GOOD, "answer": 0.5}], {}, r"is float '0.5', wants a text; write it in quotes: \"0.5\"$"),
+        ([{**GOOD, "answer": True}], {}, r"is bool 'True', wants a text$"),
         ([{**GOOD, "prompt": 7}], {}, r"column 'prompt' .* is int '7', wants a text or a list of messages"),
         ([{**GOOD, "prompt": "  "}], {}, r"column 'prompt' .* is empty"),
         ([{**GOOD, "prompt": []}], {}, r"column 'prompt' .* is empty"),
         ([{**GOOD, "prompt": [{"role": "user"}]}], {}, r"a text 'role' and a text 'content'"),
+        ([{**GOOD, "prompt": [{"role": "user", "content": " "}]}], {}, r"every message is empty, wants a text in one"),
+        ([{"a\nb" * 99: 1}], {}, r"no column 'prompt' \(data.prompt_column\); it has: a ba b.{180,220}…$"),
         ([GOOD, GOOD], {"id_column": "id"}, r"data.jsonl:2: id 'same' was already used at .*data.jsonl:1"),
         ([], {}, r"the data set is empty"),
     ],
@@ -180,15 +192,96 @@ def test_each_fault_is_one_line_with_its_place(tokenizer, tmp_path, rows, change
     assert problems(data) == [str(caught.value)], "preflight must say the same without a tokenizer"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            '{"prompt": "p" "answer": "a"}',
+            r"column 16: not JSON: expecting ',' delimiter, got '\"answer\": \"a\"}'; wants one",
+        ),
+        (
+            '{"prompt": "p"} {"prompt": "q"}',
+            r"column 17: not JSON: a second value, got '{\"prompt\": \"q\"}'; wants one JSON",
+        ),
+        ("{", "column 2: not JSON: expecting property name enclosed in double quotes, got the end of it"),
+        ("not json", "column 1: not JSON: expecting value, got 'not json'"),
+        ("null", "column 1: is null, wants one object"),
+        ("17", "column 1: is the JSON value 17, wants one object"),
+        ('{"prompt": "a\x00b"}', "column 14: not JSON: invalid control character, got '.x00b"),
+        ("\x00\x00", "column 1: not JSON: expecting value"),
+        ('{"prompt": NaN}', "got NaN, which is no JSON number; write null, or leave the row out"),
+        ('{"prompt": "p", "level": -Infinity}', "got -Infinity, which is no JSON number"),
+        ('{"prompt": "p", "level": 1e999}', "got 1e999, which is beyond a 64-bit float; write it as a text"),
+        ('{"prompt": ' + "7" * 5000 + "}", "got an integer of 5000 digits; write it as a text"),
+        ('{"prompt": "p", "prompt": "q"}', "the name 'prompt' stands twice in one object; keep one"),
+        (
+            '{"prompt": "p\\ud83d", "answer": ""}',
+            r"column 14: got .ud83d, half of a surrogate pair, which is no character",
+        ),
+        ('{"prompt": "\\ude00\\ud83d"}', r"column 13: got .ude00, half of a surrogate pair"),
+        ('{"\\ud83d\\ud83d\\ude00": 1}', r"column 3: got .ud83d, half of a surrogate pair"),
+        ("[" * 100_000, "more than 100 lists and objects within each other; flatten or remove the column"),
+        ('{"prompt": "p", "tree": ' + "[" * 100 + "]" * 100 + "}", "more than 100 lists and objects within each other"),
+        ("\ufeff{}", "column 1: not JSON: got a byte order mark, which may stand only at the start of a file"),
+    ],
+)
+def test_a_broken_line_says_where_what_and_what_to_do(tmp_path, line, message):
+    path = write(tmp_path / "data.jsonl", GOOD, line)
+    (problem,) = problems(config(path))
+    assert re.match(re.escape(f"{path}:2: ") + message, problem) and "\n" not in problem
+    assert len(problem) < len(str(path)) + 200
+
+
+def test_what_looks_odd_but_is_right_is_read_as_it_stands(tmp_path):
+    """A byte order mark at the start, CRLF, blank lines, a pair of escapes, an escaped backslash, a deep tree."""
+    prompts = ["p", "\U0001f600", "\\ud83d", "\x00"]
+    deep = "[" * 98 + "]" * 98
+    lines = [json.dumps({"prompt": p, "answer": "a"})[:-1] + f', "tree": {deep}}}\r\n' for p in prompts]
+    (tmp_path / "data.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n \t\n".join(lines).encode())
+    rows = list(read_rows(config(tmp_path / "data.jsonl")))
+    assert [row.prompt for row in rows] == prompts
+    assert [row.where.rpartition(":")[2] for row in rows] == ["1", "4", "7", "10"]
+    assert all(row.meta == {"tree": json.loads(deep)} for row in rows)
+
+
+def test_a_line_of_ten_megabytes(tokenizer, tmp_path):
+    text = "x" * 10_000_000
+    path = write(tmp_path / "data.jsonl", {"prompt": "p", "answer": "a", "note": text})
+    (row,) = read_rows(config(path))
+    assert row.meta["note"] == text
+    write(path, {"prompt": "p", "answer": "a", "id": text}, {"prompt": "p", "answer": "a", "id": text})
+    (problem,) = problems(config(path, id_column="id"))
+    assert "was already used at" in problem and len(problem) < 500
+    write(path, '{"prompt": "' + text)
+    (problem,) = problems(config(path))
+    assert ":1: column 12: not JSON: unterminated string starting, got '\"xxx" in problem and len(problem) < 500
+
+
+def test_a_prompt_without_tokens_is_told_with_its_row(tmp_path):
+    tokenizer = make_tokenizer(template=None)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("é", "")
+    path = write(tmp_path / "data.jsonl", {"prompt": "é", "answer": "a"})
+    with pytest.raises(
+        ValueError, match="data.jsonl:1: prompt '0' has no tokens for this tokenizer; leave the row out"
+    ):
+        load_source(config(path, chat_template=False), tokenizer)
+
+
 def test_a_line_that_is_not_utf8(tmp_path):
     (tmp_path / "data.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
-    assert "data.jsonl:1: not JSON" in problems(config(tmp_path / "data.jsonl"))[0]
+    assert "data.jsonl:1: byte 13: not UTF-8: got b'\\xff" in problems(config(tmp_path / "data.jsonl"))[0]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("nowhere.jsonl", "no such file"),
+        ("nowhere.jsonl", "cannot be read: No such file"),
+        ("folder.jsonl", "cannot be read: Is a directory; to read the files in a folder, name it without .jsonl"),
+        ("a" * 300 + ".jsonl", "cannot be read: File name too long"),
+        ("a" * 300, "File name too long"),
+        ("", "got the empty path"),
+        ("broken_folder", "cannot load data set 'broken_folder': JSON parse error: Invalid value"),
         ("table.csv", "only .jsonl"),
         ("empty_folder", "cannot load data set"),
         ("builtin:sort", "built-in task is builtin:reverse"),
@@ -198,6 +291,10 @@ def test_paths_that_are_no_data(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     Path("table.csv").write_text("prompt,answer\n")
     Path("empty_folder").mkdir()
+    Path("folder.jsonl").mkdir()
+    Path("broken_folder").mkdir()
+    write(Path("broken_folder/train.jsonl"), GOOD, '{"prompt":')
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     (problem,) = problems(config(path))
     assert message in problem and path in problem and "\n" not in problem
 

@@ -147,7 +147,7 @@ def test_lengths_must_fit_both_models():
 def test_data():
     assert check(config(f"data.path={data_file(ROWS)}")) == []
     (line,) = check(config("data.path=none.jsonl"))
-    assert line.startswith("data.path: none.jsonl: no such file")
+    assert line.startswith("data.path: none.jsonl: cannot be read: No such file")
     (line,) = check(config("data.path=data.jsonl", "data.prompt_column=question"))
     assert line == "data.path: data.jsonl:1: no column 'question' (data.prompt_column); it has: id, prompt, answer"
     (line,) = check(config(f"data.path={data_file([], 'empty.jsonl')}"))
@@ -163,7 +163,7 @@ def test_held_out_data_is_read_only_where_it_is_used():
     overrides = (f"data.path={data_file(ROWS)}", "eval.path=none.jsonl")
     assert check(config(*overrides)) == []
     (line,) = check(config(*overrides, "eval.every=5"))
-    assert line.startswith("eval.path: none.jsonl: no such file")
+    assert line.startswith("eval.path: none.jsonl: cannot be read: No such file")
 
 
 def test_rewards():

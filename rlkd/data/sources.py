@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import DataConfig
 from rlkd.data.chat import encode_prompt
+from rlkd.data.jsonl import read_jsonl
 from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
+_LEAVE_OUT = "leave the row out of the data"
 BUILTIN_COLUMNS = {f"{column}_column": column for column in ("id", "prompt", "answer", "privileged")}
 
 
@@ -72,11 +75,14 @@ def load_source(data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str 
             messages, token_ids = encode_prompt(tokenizer, row.prompt, data.system, data.chat_template)
         except ValueError as error:
             raise ValueError(f"{row.where}: {error}") from error
+        if not token_ids:
+            raise ValueError(f"{row.where}: prompt {row.id[:80]!r} has no tokens for this tokenizer; {_LEAVE_OUT}")
         if len(token_ids) > data.max_prompt_tokens:
             if data.too_long == "error":
                 raise ValueError(
-                    f"{row.where}: prompt {row.id!r} has {len(token_ids)} tokens, more than data.max_prompt_tokens = "
-                    f"{data.max_prompt_tokens}; raise it, or leave such prompts out by data.too_long: skip"
+                    f"{row.where}: prompt {row.id[:80]!r} has {len(token_ids)} tokens, more than "
+                    f"data.max_prompt_tokens = {data.max_prompt_tokens}; raise it, or leave such prompts out by "
+                    "data.too_long: skip"
                 )
             skipped += 1
             continue
@@ -111,7 +117,7 @@ def _completion(
     token_ids = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
     if len(token_ids) > data.max_completion_tokens:
         raise ValueError(
-            f"{row.where}: the {name} of {row.id!r} has {len(token_ids)} tokens, more than "
+            f"{row.where}: the {name} of {row.id[:80]!r} has {len(token_ids)} tokens, more than "
             f"data.max_completion_tokens = {data.max_completion_tokens}; raise it, or leave such rows out of the data"
         )
     return token_ids
@@ -124,13 +130,15 @@ def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
     that comes twice, no rows at all.
     """
     path = data.path if path is None else path
+    if not path.strip():
+        raise ValueError(f"got the empty path {path!r}; wants a .jsonl file, a data set, or {BUILTIN_TASK}")
     if path.startswith("builtin:"):
         data = data.model_copy(update=BUILTIN_COLUMNS)  # the built-in task has columns of its own
     seen: dict[str, str] = {}
     for number, (where, columns) in enumerate(itertools.islice(_tables(data, path), data.limit)):
         row = _row(data, columns, where, number)
         if row.id in seen:
-            raise ValueError(f"{where}: id {row.id!r} was already used at {seen[row.id]}; ids must be unique")
+            raise ValueError(f"{where}: id {row.id[:80]!r} was already used at {seen[row.id]}; ids must be unique")
         seen[row.id] = where
         yield row
     if not seen:
@@ -147,27 +155,10 @@ def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any
     if path.startswith("builtin:"):
         raise ValueError(f"{path!r} is unknown; the built-in task is {BUILTIN_TASK}")
     if path.endswith(".jsonl"):
-        return _jsonl(Path(path))
-    if Path(path).is_file():
+        return read_jsonl(path)
+    if os.path.isfile(path):
         raise ValueError(f"{path}: only .jsonl files are read; put other formats into a folder of their own")
     return _hugging_face(path, data.split)
-
-
-def _jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file (data.path)")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                value = json.loads(line.decode("utf-8-sig"))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise ValueError(f"{where}: not JSON: {error}") from error
-            if not isinstance(value, dict):
-                raise ValueError(f"{where}: is a JSON {type(value).__name__}, wants an object with columns")
-            yield where, value
 
 
 def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -187,8 +178,9 @@ def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any
                 raise ValueError(f"it holds split {str(table.split)!r}, but data.split is {split!r}")
         else:
             table = datasets.load_dataset(path, split=split)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load data set {path!r}: {' '.join(str(error).split())[:300]}") from error
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        raise ValueError(f"cannot load data set {path!r}: {' '.join(str(reason).split())[:300]}") from error
     assert isinstance(table, datasets.Dataset)
     for number, row in enumerate(table):
         yield f"{path}[{split}] row {number}", row
@@ -205,7 +197,10 @@ def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) 
     }
     for key, column in used.items():
         if column is not None and column not in columns:
-            raise ValueError(f"{where}: no column {column!r} ({key}); it has: {', '.join(columns)}")
+            has = " ".join(", ".join(columns).split())
+            raise ValueError(
+                f"{where}: no column {column!r} ({key}); it has: {has[:200]}{'…' if len(has) > 200 else ''}"
+            )
 
     def text(column: str | None, key: str) -> str | None:
         if column is None:
@@ -214,7 +209,7 @@ def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) 
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if not isinstance(value, str):
-            raise ValueError(f"{where}: column {column!r} ({key}) is {_kind(value)}, wants a text")
+            raise ValueError(f"{where}: column {column!r} ({key}) is {_kind(value)}, wants a text{_as_text(value)}")
         return value
 
     meta = {key: value for key, value in columns.items() if key not in used.values()}
@@ -239,12 +234,12 @@ def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) 
 def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
     if isinstance(value, str):
         if not value.strip():
-            raise ValueError(f"{where} is empty")
+            raise ValueError(f"{where} is empty, wants a text; {_LEAVE_OUT}")
         return value
     if not isinstance(value, list):
         raise ValueError(f"{where} is {_kind(value)}, wants a text or a list of messages")
     if not value:
-        raise ValueError(f"{where} is empty")
+        raise ValueError(f"{where} is empty, wants messages; {_LEAVE_OUT}")
     for message in value:
         if (
             not isinstance(message, dict)
@@ -252,7 +247,13 @@ def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
             or not isinstance(message.get("content"), str)
         ):
             raise ValueError(f"{where}: each message wants a text 'role' and a text 'content', got {str(message)[:80]}")
+    if not any(message["content"].strip() for message in value):
+        raise ValueError(f"{where}: every message is empty, wants a text in one; {_LEAVE_OUT}")
     return tuple(value)
+
+
+def _as_text(value: Any) -> str:
+    return f'; write it in quotes: "{value}"' if isinstance(value, float) else ""
 
 
 def _kind(value: Any) -> str:
