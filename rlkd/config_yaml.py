@@ -17,10 +17,18 @@ import yaml
 
 COMMAND_LINE = "command line"
 MISSING = "???"
+MAX_DEPTH = 50
+"""Sections and lists within each other; a config has five."""
+MAX_VALUES = 100_000
+"""Of one file, an alias (*) counted as what it stands for: a few lines of them can stand for more than memory holds."""
+_LONGEST_INT = 300
+"""Digits. Python refuses to read more than 4300."""
 
-_INT = re.compile(r"[-+]?(0|[1-9][0-9_]*)")
-_FLOAT = re.compile(r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*|[0-9][0-9_]*(?=[eE]))([eE][-+]?[0-9]+)?")
+_DIGITS = "[0-9]+(?:_[0-9]+)*"
+_INT = re.compile(rf"[-+]?(0|(?![0_]){_DIGITS})")
+_FLOAT = re.compile(rf"[-+]?({_DIGITS}\.(?:{_DIGITS})?|\.{_DIGITS}|{_DIGITS}(?=[eE]))([eE][-+]?[0-9]+)?")
 _INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_TOO_DEEP = f"more than {MAX_DEPTH} sections and lists within each other"
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
     spelling: word == "true" for word in ("true", "false") for spelling in (word, word.capitalize(), word.upper())
 }
@@ -43,7 +51,7 @@ def scalar(text: str) -> Any:
     """What an unquoted word means: null, a boolean, a number, or itself."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text):
+    if _INT.fullmatch(text) and len(text) <= _LONGEST_INT:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
@@ -64,9 +72,13 @@ def read_file(path: str, problems: list[str]) -> Node | None:
         if not isinstance(root, yaml.MappingNode):
             problems.append(f"{path}:{_line(root)}: wants sections such as model: and data:, got {_kind(root)}")
             return None
+        _check_size(root)
         return replace(_node(root, f"{path}:{_line(root)}", path, problems), origin=path)
     except yaml.YAMLError as error:
         problems.append(f"{path}{_what_is_broken(error)}")
+        return None
+    except RecursionError:
+        problems.append(f"{path}: broken YAML: {_TOO_DEEP}")
         return None
 
 
@@ -78,15 +90,23 @@ def read_override(argument: str, problems: list[str]) -> Node | None:
         hint = f"; for a file write --config {argument}" if argument.endswith((".yaml", ".yml")) else ""
         problems.append(f"{COMMAND_LINE}: {argument!r}: wants section.key=value{hint}")
         return None
+    wrong = _unfit(argument)
+    if wrong is not None or len(parts) > MAX_DEPTH:
+        problems.append(f"{COMMAND_LINE}: {argument[:60]!r}: {wrong or _TOO_DEEP}")
+        return None
     node = Node(scalar(text.strip()), COMMAND_LINE, text.strip(), plain=True)
     if text.lstrip()[:1] in tuple("[{\"'"):
         try:
             composed = yaml.compose(text, Loader=yaml.BaseLoader)
             assert composed is not None
+            _check_size(composed)
             node = _node(composed, COMMAND_LINE, None, problems, section=key)
         except yaml.YAMLError as error:
             what = _what_is_broken(error).split(": ", 1)[-1]
             problems.append(f"{COMMAND_LINE}: {key}: {text!r} starts like YAML but is not ({what}); quote a text")
+            return None
+        except RecursionError:
+            problems.append(f"{COMMAND_LINE}: {key}: {_TOO_DEEP}")
             return None
     for part in reversed(parts):
         node = Node({part: node}, COMMAND_LINE)
@@ -138,10 +158,16 @@ def _node(
 
     if composed in above:
         raise yaml.MarkedYAMLError(problem="an anchor (&) that holds itself", problem_mark=composed.start_mark)
+    if len(above) > MAX_DEPTH:
+        raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=composed.start_mark)
     if not composed.tag.startswith("tag:yaml.org,2002:") or composed.tag.split(":")[-1] not in ("str", "map", "seq"):
         problems.append(f"{place(composed)}: the tag {composed.tag} is not read here; write the plain value")
     if isinstance(composed, yaml.ScalarNode):
         plain = composed.style is None
+        wrong = _unfit(composed.value)
+        if wrong is not None:
+            problems.append(f"{place(composed)}: {wrong}")
+            return Node("", origin)
         return Node(scalar(composed.value) if plain else composed.value, origin, composed.value, plain)
     above = (*above, composed)
     if isinstance(composed, yaml.SequenceNode):
@@ -169,6 +195,31 @@ def _node(
             lines.setdefault(key.value, _line(key))
             items[key.value] = node
     return Node(inherited | items, origin)
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Raises: yaml.MarkedYAMLError where aliases stand for too much to be written out."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 0  # while it is counted: an anchor that holds itself is found later
+            inside = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(map(size, inside)))
+        return sizes[id(node)]
+
+    if size(root) > MAX_VALUES:
+        problem = f"more than {MAX_VALUES} values, when each alias (*) is written out"
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=root.start_mark)
+
+
+def _unfit(text: str) -> str | None:
+    """What keeps a text from being written to a file, or from naming one."""
+    if "\0" in text:
+        return "got a NUL character, which no file name or text here may hold; leave it out"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "got half of a surrogate pair, or bytes that are not UTF-8; write the character itself, in UTF-8"
+    return None
 
 
 def _line(node: yaml.Node) -> int:

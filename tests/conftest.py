@@ -1,6 +1,7 @@
 """Fixtures for all tests, and the switch between a test's short form and its whole one."""
 
 import pytest
+from hypothesis import HealthCheck, settings
 from vllm_fixtures import policy_path, policy_server
 
 __all__ = ["policy_path", "policy_server"]
@@ -8,6 +9,14 @@ __all__ = ["policy_path", "policy_server"]
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the whole of the tests that `make test` only begins")
+
+
+def pytest_configure(config):
+    """What hypothesis draws: in `make test` the same cases every time, in `make soak` others each time."""
+    ours = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("short", derandomize=True, **ours)
+    settings.register_profile("soak", print_blob=True, **ours)
+    settings.load_profile("soak" if config.getoption("--soak") else "short")
 
 
 @pytest.fixture(scope="session")

@@ -504,3 +504,30 @@ def test_whatever_is_written_ends_in_a_config_or_in_lines(edits, overrides):
 def test_the_command_line_is_read_without_torch():
     code = "import sys, rlkd.config_file; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
+
+
+def test_numbers_that_python_does_not_read_are_texts():
+    for text in ("1__0", "1_", "1__0.5", "1_.5", "9" * 5000, "-" + "9" * 301):
+        assert scalar(text) == text
+    assert scalar("1_0.2_5") == 10.25 and scalar("9" * 300) == 10**300 - 1
+
+
+@pytest.mark.parametrize(
+    ("yaml", "line"),
+    [
+        ("run: {name: " + "[" * 3000, "a.yaml: broken YAML: more than 50 sections and lists within each other"),
+        ("run: {name: " + "[" * 60 + "]" * 60 + "}", "a.yaml:4: broken YAML: more than 50 sections and lists with"),
+        ('run: {name: "a\\0b"}', "a.yaml:4: got a NUL character, which no file name or text here may hold; lea"),
+        ('run: {name: "\\ud83d"}', "a.yaml:4: got half of a surrogate pair, or bytes that are not UTF-8; write"),
+        ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)),
+         "a.yaml:1: broken YAML: more than 100000 values, when each alias (*) is written out"),
+    ],
+)  # fmt: skip
+def test_what_would_end_in_a_traceback_or_never(yaml, line):
+    assert lines(yaml)[0].startswith(line)
+
+
+@pytest.mark.parametrize("argument", ["run.name=a\udcff", "run.name=a\0", "run.name=" + "[" * 3000, "a." * 99 + "b=1"])
+def test_an_override_that_would_end_in_a_traceback(argument):
+    (line,) = lines("", argument)
+    assert line.startswith("command line: ") and len(line) < 300 and line.isprintable()
