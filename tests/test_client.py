@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from rlkd.rollout.answers import Answer
 from rlkd.rollout.client import VLLMClient
 
 
@@ -45,8 +46,8 @@ def test_requests_of_many_threads_do_not_close_each_others_connections(url):
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(64) as pool:
-            answers = list(pool.map(client.get, ["/x"] * 1500))
+            answers = list(pool.map(client.get, ["/x"] * 1500, [Answer] * 1500))
     finally:
         sys.setswitchinterval(interval)
         client.close()
-    assert answers == [{}] * 1500
+    assert answers == [Answer()] * 1500

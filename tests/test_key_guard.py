@@ -8,6 +8,7 @@ import httpx
 import pytest
 from vllm_fixtures import KEY
 
+from rlkd.rollout.answers import WeightInfo
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.key_guard import KeyGuard
 
@@ -26,9 +27,9 @@ def test_a_stranger_gets_401_on_every_route(policy_server):
         assert {route for route, code in answers.items() if code != 401} == {"GET /health"}
     assert len(routes) > 50
     assert known.healthy() and VLLMClient(policy_server.url, 30.0).healthy(), "health is everybody's"
-    assert known.get("/weight_info"), "nothing was changed or ended"
+    assert known.get("/weight_info", WeightInfo), "nothing was changed or ended"
     with pytest.raises(ServerError, match="answered 401: this server asks for its key.*; set the environment variable"):
-        VLLMClient(policy_server.url, 30.0, "wrong").get("/weight_info")
+        VLLMClient(policy_server.url, 30.0, "wrong").weight_version()
     known.close()
 
 

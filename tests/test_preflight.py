@@ -251,7 +251,9 @@ def test_a_server_of_another_model_or_kind_is_refused():
     for answer in ({}, {"data": 3}, b"<html>"):
         with server("student", routes={"/v1/models": answer}) as url:
             (line,) = check(with_servers(url))
-            assert line.startswith(f"rollout.server.urls: {url} answers, but not as a vLLM server does: ")
+            assert line.startswith(
+                f"rollout.server.urls: GET {url}/v1/models answered 200, but not as a vLLM server does: "
+            )
     with server("teacher", routes={"/weight_info": None}) as url:  # a teacher never takes new weights
         assert check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}")) == []
 

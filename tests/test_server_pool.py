@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rlkd.config import ServerConfig
+from rlkd.rollout.answers import Answer
 from rlkd.rollout.client import ServerError, ServerLost
 from rlkd.rollout.server_command import ServerRole
 from rlkd.rollout.server_pool import ServerPool
@@ -65,8 +66,12 @@ def opened(*stubs, retry_s=5.0):
     return pool
 
 
+class Worked(Answer):
+    by: str
+
+
 def work(client, model, job):
-    return job, client.post("/work", {"model": model, "job": job})["by"]
+    return job, client.post("/work", {"model": model, "job": job}, Worked).by
 
 
 def test_a_slow_server_gets_less_and_does_not_stall_the_others():

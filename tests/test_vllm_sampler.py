@@ -19,6 +19,7 @@ from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
 from rlkd.noise import request_seed
+from rlkd.rollout.answers import Completed, Generated, parse
 from rlkd.rollout.client import ServerError, VLLMClient, parse_version
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer
@@ -243,9 +244,9 @@ def test_request_seeds_are_fixed_for_all_time() -> None:
     assert len(seeds) == 256 and max(seeds) < 2**31
 
 
-def choice(token_ids: list[int], entries: list[tuple[int, float | None]]) -> dict[str, object]:
+def choice(token_ids: list[int], entries: list[tuple[int, float | None]]) -> dict[str, Any]:
     content = [{"token_id": token, "logprob": logprob} for token, logprob in entries]
-    return {"token_ids": token_ids, "logprobs": {"content": content}}
+    return {"index": 0, "token_ids": token_ids, "logprobs": {"content": content}}
 
 
 @pytest.mark.parametrize(
@@ -254,28 +255,29 @@ def choice(token_ids: list[int], entries: list[tuple[int, float | None]]) -> dic
         (choice([4, 5], [(4, -1.0)]), "2 tokens but 1 log-probs"),
         (choice([4, 5], [(4, -1.0), (6, -1.0)]), "token 1 is 5, but its log-prob is of token 6"),
         (choice([4], [(4, -9999.0)]), "log-prob of token 0 is -9999.0: NaN, −inf or missing"),
-        (choice([4], [(4, float("nan"))]), "log-prob of token 0 is nan"),
+        (choice([4], [(4, 0.5)]), "log-prob of token 0 is 0.5: .* or no log-prob"),
         (choice([4], [(4, None)]), "log-prob of token 0 is None"),
-        ({"token_ids": [4], "logprobs": None}, "1 tokens but 0 log-probs"),
+        ({"index": 0, "token_ids": [4], "logprobs": None}, "1 tokens but 0 log-probs"),
     ],
 )
-def test_a_value_that_is_none_is_an_error(answer: dict[str, object], complaint: str) -> None:
+def test_a_value_that_is_none_is_an_error(answer: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ServerError, match=complaint):
-        sampled_logprobs(answer, "server")
+        sampled_logprobs(Generated.model_validate(answer), "server")
 
 
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        (None, "3 tokens were to be scored, the answer has none"),
+        ([], "3 tokens were to be scored, the answer has 0"),
         ([None, {"7": {"logprob": -1.0}}], "3 tokens were to be scored, the answer has 2"),
         ([None, {"7": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}], "no log-prob of completion token 1, which is 8"),
         ([None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -1.0}}], "completion token 0 is -9999.0"),
     ],
 )
-def test_a_teachers_value_that_is_none_is_an_error(entries: list[object] | None, complaint: str) -> None:
+def test_a_teachers_value_that_is_none_is_an_error(entries: list[object], complaint: str) -> None:
+    answer = parse(json.dumps({"index": 0, "prompt_logprobs": entries}).encode(), Completed)
     with pytest.raises(ServerError, match=complaint):
-        completion_logprobs(entries, [6], [7, 8], "server")  # type: ignore[arg-type]
+        completion_logprobs(answer.prompt_logprobs or [], [6], [7, 8], "server")
 
 
 def npy(values: object) -> str:
@@ -334,8 +336,14 @@ def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
     ("figures", "complaint"),
     [
         (None, "no log-probs of the tokens"),
-        (npy([[-1.0, -1.0, -3.0]]), r"log-probs of shape \[1, 3\], wanted \[2, 3\]"),
+        (
+            npy([[-1.0, -1.0, -3.0]]),
+            r"float32 of shape \[1, 3\], wanted floats of shape \[2, 3\]",
+        ),
         (npy([[-1.0, np.nan, -3.0], [-2.0, -4.0, -5.0]]), "a log-prob is NaN"),
+        ("AAAA", "log-probs of given tokens: "),
+        ("no base64!", "log-probs of given tokens: "),
+        (npy([[-1.0, np.inf, -3.0], [-2.0, -4.0, -5.0]]), "a log-prob is NaN"),
         (npy([[-np.inf, -1.0, -3.0], [-2.0, -4.0, -5.0]]), "that of a completion token not finite"),
     ],
 )

@@ -113,9 +113,9 @@ def test_the_engine_reads_only_inside_its_directory(
     (sampler._file.directory / "link.safetensors").symlink_to(secret)
     client = VLLMClient(policy_server.url, 60.0, KEY)
     for name in (f"../{secret.name}", str(secret), "link.safetensors", "."):
-        client.post("/start_weight_update")
+        client.order("/start_weight_update")
         with pytest.raises(ServerError, match="answered"):
-            client.post("/update_weights", {"update_info": {"file": name}})
+            client.order("/update_weights", {"update_info": {"file": name}})
         assert "is not a file inside" in policy_server.log.read_text().rsplit(repr(name), 1)[1][:60]
     client.close()
     sampler.publish(weights, 17)

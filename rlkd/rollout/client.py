@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,9 +11,14 @@ import httpx
 import tenacity
 
 from rlkd.distributed import RunStopped
+from rlkd.rollout.answers import A, ModelList, WeightInfo, parse
 
 IMPOSSIBLE_LOGPROB = -9999.0
 """vLLM's HTTP layer writes this for −inf, NaN and a missing log-prob; it is never a value."""
+
+
+_ROUNDING = 1e-3
+"""How far above 0 a log-prob in half precision may come out."""
 
 
 class ServerError(RunStopped):
@@ -52,33 +58,37 @@ class VLLMClient:
             trust_env=False,
         )
 
-    def get(self, path: str) -> dict[str, Any]:
-        return self._request("GET", path, None, None)
+    def get(self, path: str, kind: type[A]) -> A:
+        """What `path` answers, as a `kind` of answers.py."""
+        return self._read("GET", path, self._request("GET", path, None, None), kind)
 
-    def post(
-        self, path: str, body: Mapping[str, Any] | None = None, query: Mapping[str, str] | None = None
-    ) -> dict[str, Any]:
-        return self._request("POST", path, body, query)
+    def post(self, path: str, body: Mapping[str, Any], kind: type[A]) -> A:
+        """What `path` answers to `body`, as a `kind` of answers.py."""
+        return self._read("POST", path, self._request("POST", path, body, None), kind)
 
-    def tell(self, path: str, body: Mapping[str, Any]) -> None:
-        """POST to a route that answers in words, which say no more than the status does."""
-        self._checked("POST", path, body, None)
+    def order(
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        query: Mapping[str, str] | None = None,
+        method: str = "POST",
+    ) -> None:
+        """A request whose answer, if it is 200, says nothing that we read."""
+        self._request(method, path, body, query)
+
+    def _read(self, method: str, path: str, response: httpx.Response, kind: type[A]) -> A:
+        try:
+            return parse(response.content, kind)
+        except ValueError as error:
+            said = response.headers.get("content-type", "application/json")
+            as_what = "" if said.startswith("application/json") else f" (as {said[:40]!r})"
+            raise ServerError(
+                f"{method} {self.url}{path} answered 200{as_what}, but not as a vLLM server does: {error}"
+            ) from error
 
     def _request(
         self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
-    ) -> dict[str, Any]:
-        response = self._checked(method, path, body, query)
-        if not response.content:
-            return {}
-        answer = response.json()
-        if not isinstance(answer, dict):
-            raise ServerError(f"{method} {self.url}{path} answered no JSON object but {response.text[:200]!r}")
-        return answer
-
-    def _checked(
-        self, method: str, path: str, body: Mapping[str, Any] | None, query: Mapping[str, str] | None
     ) -> httpx.Response:
-        """The answer to a request that the server took."""
         try:
             response = self._send(method, path, body, query)
         except httpx.HTTPError as error:
@@ -122,19 +132,19 @@ class VLLMClient:
 
         Raises: ServerError when it serves another model, or none as long as that.
         """
-        cards = [card for card in self.get("/v1/models")["data"] if card.get("parent") is None]
+        cards = [card for card in self.get("/v1/models", ModelList).data if card.parent is None]
         wanted = {model, os.path.basename(model.rstrip("/"))}
         for card in cards:
-            names = [card["id"], card["root"] or card["id"]]
+            names = [card.id, card.root or card.id]
             if wanted.isdisjoint([*names, *(os.path.basename(name.rstrip("/")) for name in names)]):
                 continue
-            if card["max_model_len"] < longest:
+            if card.max_model_len < longest:
                 raise ServerError(
-                    f"{self.url} was started with --max-model-len {card['max_model_len']}, but a prompt and its "
+                    f"{self.url} was started with --max-model-len {card.max_model_len}, but a prompt and its "
                     f"completion may have {longest} tokens; restart it with --max-model-len {longest}"
                 )
-            return str(card["id"])
-        offered = ", ".join(repr(card["id"]) for card in cards)
+            return card.id
+        offered = " ".join(", ".join(repr(card.id) for card in cards)[:300].split()) or "no model"
         raise ServerError(
             f"{self.url} serves {offered}, wanted {model!r}; correct the address, or start that server with "
             f"--served-model-name {model}"
@@ -142,27 +152,34 @@ class VLLMClient:
 
     def adapters(self) -> list[str]:
         """The names of the adapters that the server has loaded."""
-        return [card["id"] for card in self.get("/v1/models")["data"] if card.get("parent") is not None]
+        return [card.id for card in self.get("/v1/models", ModelList).data if card.parent is not None]
 
     def weight_version(self) -> int | None:
         """The version of the weights that the server holds; None: those that it was started with.
 
         Raises: ServerError; a server that was not started for weight updates has no such route.
         """
-        version = self.get("/weight_info")["weight_version"]
+        version = self.get("/weight_info", WeightInfo).weight_version
         return None if version == "default" else parse_version(version, self.url)
 
     def close(self) -> None:
         self._http.close()
 
 
-def check_model(answer: Mapping[str, Any], model: str, where: str) -> None:
-    """Raises: ServerError when `answer` is another model's than `model`."""
-    if answer["model"] != model:
-        raise ServerError(f"{where}: answered by model {answer['model']!r}, wanted {model!r}")
+def check_model(answered: str, model: str, where: str) -> None:
+    """Raises: ServerError when another model has `answered` than `model`."""
+    if answered != model:
+        raise ServerError(f"{where}: answered by model {answered[:200]!r}, wanted {model!r}")
 
 
-def parse_version(version: object, where: str) -> int:
+def possible(logprob: float | None, what: str) -> float:
+    """A log-prob that is one. Raises: ServerError for a missing one, for vLLM's stand-in, and above 0."""
+    if logprob is None or not IMPOSSIBLE_LOGPROB < logprob <= _ROUNDING:
+        raise ServerError(f"{what} is {logprob}: NaN, −inf or missing in the server, or no log-prob")
+    return logprob
+
+
+def parse_version(version: str, where: str) -> int:
     """The integer that a weight version of ours is.
 
     Raises: ServerLost for "default", which a server says that was never given weights; ServerError for anything else.
@@ -172,17 +189,21 @@ def parse_version(version: object, where: str) -> int:
             f"{where} holds its start weights (version 'default'): it was restarted, or never given the policy's; "
             "publish before sampling"
         )
-    if not (isinstance(version, str) and version.isdecimal()):
-        raise ServerError(f"{where} says weight version {version!r}, not a number: somebody else updates its weights")
+    if not (version.isascii() and version.isdecimal() and len(version) < 20):
+        raise ServerError(
+            f"{where} says weight version {version[:40]!r}, not a number: somebody else updates its weights"
+        )
     return int(version)
 
 
 def _message(response: httpx.Response) -> str:
     """The server's own words, in one line."""
     text = response.text
-    if response.headers.get("content-type", "").startswith("application/json"):
-        body = response.json()
-        if isinstance(body, dict):
-            error = body.get("error", body.get("detail", text))
-            text = str(error["message"] if isinstance(error, dict) and "message" in error else error)
+    try:
+        body = json.loads(response.content)
+    except (ValueError, RecursionError):
+        body = None  # a proxy's page, say: its words as they stand
+    if isinstance(body, dict):
+        error = body.get("error", body.get("detail", text))
+        text = str(error["message"] if isinstance(error, dict) and "message" in error else error)
     return " ".join(text.split())[:300]

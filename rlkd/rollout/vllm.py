@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +14,8 @@ from rlkd.config import LARGEST_SERVED_RANK, Config, SelfTeacher
 from rlkd.distributed import RunStopped, on_rank_zero
 from rlkd.lora import layer_names, skeleton
 from rlkd.noise import request_seed
-from rlkd.rollout.client import (
-    IMPOSSIBLE_LOGPROB,
-    ServerError,
-    ServerLost,
-    VLLMClient,
-    check_model,
-    parse_version,
-)
+from rlkd.rollout.answers import GenerateAnswer, Generated, Span, in_order
+from rlkd.rollout.client import ServerError, ServerLost, VLLMClient, check_model, parse_version, possible
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import server_counts
 from rlkd.rollout.server_command import ServerRole
@@ -171,11 +164,11 @@ class VLLMSampler:
         if client.weight_version() is None:
             self._initialised.discard(client.url)  # it was started again since
         if client.url not in self._initialised:
-            client.post("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
+            client.order("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
             self._initialised.add(client.url)
-        client.post("/start_weight_update")
-        client.post("/update_weights", {"update_info": {"file": self._published}})
-        client.post("/finish_weight_update", {"weight_version": str(self._version)})
+        client.order("/start_weight_update")
+        client.order("/update_weights", {"update_info": {"file": self._published}})
+        client.order("/finish_weight_update", {"weight_version": str(self._version)})
         assert self._version is not None
         _resume(client, self._version)
 
@@ -278,29 +271,33 @@ class VLLMSampler:
                     "detokenize": False,
                 },
             },
+            GenerateAnswer,
         )
         where = f"{client.url}, prompt {prompt.id!r}"
-        check_model(answer, model, where)
-        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-        if len(choices) != (1 if greedy else n):
-            raise ServerError(f"{where}: {len(choices)} completions, wanted {1 if greedy else n}")
-        rollouts = [self._rollout(prompt, choice, sampling, where) for choice in choices]
+        check_model(answer.model, model, where)
+        try:
+            places = in_order([choice.index for choice in answer.choices], 1 if greedy else n)
+        except ValueError as error:
+            raise ServerError(f"{where}: {error}") from error
+        rollouts = [self._rollout(prompt, answer.choices[place], sampling, where) for place in places]
         return rollouts * n if greedy else rollouts
 
-    def _rollout(self, prompt: Prompt, choice: Mapping[str, Any], sampling: Sampling, where: str) -> Rollout:
-        token_ids: list[int] = choice["token_ids"] or []
+    def _rollout(self, prompt: Prompt, choice: Generated, sampling: Sampling, where: str) -> Rollout:
+        token_ids = choice.token_ids or []
         logprobs = sampled_logprobs(choice, where)
-        said, max_tokens = choice["finish_reason"], sampling.max_tokens
+        said, max_tokens = choice.finish_reason, sampling.max_tokens
         ended = bool(token_ids) and token_ids[-1] in self._eos_ids
         finish_reason: FinishReason = "stop" if ended else "length"
-        if said != finish_reason or (said == "length" and len(token_ids) != max_tokens):
+        too_long = len(token_ids) > max_tokens or (said == "length" and len(token_ids) != max_tokens)
+        if not token_ids or said != finish_reason or too_long:
             raise ServerError(
                 f"{where}: a completion of {len(token_ids)} tokens ended with {said!r}; it must end with an "
                 f"end-of-sequence token ('stop') or after {max_tokens} tokens ('length')"
             )
-        spans = choice["weight_versions"]
-        if not spans:
-            raise ServerError(f"{where}: no weight versions")
+        spans = choice.weight_versions or []
+        ends = [0, *(span.end for span in spans)]
+        if [span.start for span in spans] != ends[:-1] or sorted(set(ends)) != ends or ends[-1] != len(token_ids):
+            raise ServerError(f"{where}: no weight versions, or not one for each of {len(token_ids)} tokens")
         return Rollout(
             prompt=prompt,
             token_ids=tuple(token_ids),
@@ -310,8 +307,8 @@ class VLLMSampler:
             top_ids=likeliest(choice, sampling.top_k) if sampling.top_k else None,
         )
 
-    def _span(self, span: Mapping[str, Any], where: str) -> VersionSpan:
-        return VersionSpan(start=span["start"], end=span["end"], version=parse_version(span["version"], where))
+    def _span(self, span: Span, where: str) -> VersionSpan:
+        return VersionSpan(start=span.start, end=span.end, version=parse_version(span.version, where))
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""
@@ -323,34 +320,33 @@ class VLLMSampler:
         self._file, self._direct = None, None
 
 
-def sampled_logprobs(choice: Mapping[str, Any], where: str) -> tuple[float, ...]:
-    """The log-prob of every sampled token of a `/inference/v1/generate` choice.
+def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:
+    """The log-prob of every sampled token of a completion.
 
     Raises: ServerError for one that is missing, of another token, or vLLM's stand-in for −inf and NaN.
     """
-    token_ids: list[int] = choice["token_ids"] or []
-    content = (choice["logprobs"] or {}).get("content") or []
+    token_ids = choice.token_ids or []
+    content = (choice.logprobs.content if choice.logprobs is not None else None) or []
     if len(content) != len(token_ids):
         raise ServerError(f"{where}: {len(token_ids)} tokens but {len(content)} log-probs")
+    logprobs = []
     for position, (token, entry) in enumerate(zip(token_ids, content, strict=True)):
-        if entry["token_id"] != token:
-            raise ServerError(f"{where}: token {position} is {token}, but its log-prob is of token {entry['token_id']}")
-        if entry["logprob"] is None or not entry["logprob"] > IMPOSSIBLE_LOGPROB:
-            raise ServerError(
-                f"{where}: the log-prob of token {position} is {entry['logprob']}: NaN, −inf or missing in the server"
-            )
-    return tuple(entry["logprob"] for entry in content)
+        if entry.token_id != token:
+            raise ServerError(f"{where}: token {position} is {token}, but its log-prob is of token {entry.token_id}")
+        logprobs.append(possible(entry.logprob, f"{where}: the log-prob of token {position}"))
+    return tuple(logprobs)
 
 
-def likeliest(choice: Mapping[str, Any], k: int) -> Tensor:
-    """[L, k] ids: the likeliest tokens at each position of a `/inference/v1/generate` choice, −1 where it names fewer.
+def likeliest(choice: Generated, k: int) -> Tensor:
+    """[L, k] ids: the likeliest tokens at each position of a completion, −1 where it names fewer.
 
     An entry has the sampled token, which need not be one of them, and then the likeliest ones.
     """
-    entries = choice["logprobs"]["content"]
+    assert choice.logprobs is not None and choice.logprobs.content, "sampled_logprobs was asked first"
+    entries = choice.logprobs.content
     ids = torch.full((len(entries), k), -1)
     for row, entry in enumerate(entries):
-        figures = {one["token_id"]: one["logprob"] for one in entry["top_logprobs"]}
+        figures = {one.token_id: one.logprob for one in entry.top_logprobs if one.logprob is not None}
         best = sorted(figures, key=lambda token: (-figures[token], token))[:k]
         ids[row, : len(best)] = torch.tensor(best)
     return ids
@@ -358,12 +354,12 @@ def likeliest(choice: Mapping[str, Any], k: int) -> Tensor:
 
 def _pause(client: VLLMClient) -> None:
     """Wait for what is under way, so that no completion is written by two versions; hold back what comes."""
-    client.post("/pause", query={"mode": "wait"})
+    client.order("/pause", query={"mode": "wait"})
 
 
 def _resume(client: VLLMClient, version: int) -> None:
-    client.post("/reset_prefix_cache")  # its keys and values are the old weights'
-    client.post("/resume")
+    client.order("/reset_prefix_cache")  # its keys and values are the old weights'
+    client.order("/resume")
     held = client.weight_version()
     if held != version:
         raise ServerError(f"{client.url} says weight version {held} after an update to {version}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from rlkd import distributed
 from rlkd.config import Config
 from rlkd.distributed import on_rank_zero
+from rlkd.rollout.answers import Span
 from rlkd.rollout.client import ServerError, ServerLost, UnknownModel, VLLMClient
 from rlkd.rollout.server_pool import Answer, Job
 from rlkd.rollout.vllm import VLLMSampler
@@ -59,14 +59,14 @@ class LoraVLLMSampler(VLLMSampler):
         assert self._folder is not None, "publish before open"
         if self._published not in client.adapters():
             path = str(self._folder.path(self._published))
-            client.tell("/v1/load_lora_adapter", {"lora_name": self._published, "lora_path": path})
+            client.order("/v1/load_lora_adapter", {"lora_name": self._published, "lora_path": path})
         self._unload_old(client)
 
     def _unload_old(self, client: VLLMClient) -> None:
         assert self._folder is not None
         for name in client.adapters():
             if self._folder.is_old(name):
-                client.tell("/v1/unload_lora_adapter", {"lora_name": name})
+                client.order("/v1/unload_lora_adapter", {"lora_name": name})
 
     def check_version(self) -> None:
         """All servers in service must hold the base that they were started with.
@@ -88,12 +88,12 @@ class LoraVLLMSampler(VLLMSampler):
 
         return super().run(jobs, with_adapter, at_once)
 
-    def _span(self, span: Mapping[str, Any], where: str) -> VersionSpan:
+    def _span(self, span: Span, where: str) -> VersionSpan:
         """vLLM speaks of the base's weights; the adapter's version is in the name that `check_model` has seen."""
-        if span["version"] != "default":
-            raise ServerError(_changed(where, span["version"]))
+        if span.version != "default":
+            raise ServerError(_changed(where, span.version))
         assert self._version is not None, "publish() comes before sample()"
-        return VersionSpan(start=span["start"], end=span["end"], version=self._version)
+        return VersionSpan(start=span.start, end=span.end, version=self._version)
 
     def close(self) -> None:
         """See `VLLMSampler.close`. Servers that go on are left without our adapters, whose folders are removed."""

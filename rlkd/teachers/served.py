@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,7 +12,8 @@ from rlkd import config as configuration
 from rlkd.config import Config
 from rlkd.noise import request_seed
 from rlkd.output_layer import OutputLayer
-from rlkd.rollout.client import IMPOSSIBLE_LOGPROB, ServerError, VLLMClient, check_model
+from rlkd.rollout.answers import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
+from rlkd.rollout.client import ServerError, VLLMClient, check_model, possible
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import server_counts
 from rlkd.rollout.server_command import ServerRole
@@ -170,14 +168,16 @@ def request_scores(
             "temperature": 0,
             "prompt_logprobs": signal.k,  # besides the actual token's
         },
+        CompletionsAnswer,
     )
-    check_model(answer, model, client.url)
-    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-    if len(choices) != len(questions):
-        raise ServerError(f"{client.url}: {len(choices)} answers to {len(questions)} prompts")
+    check_model(answer.model, model, client.url)
+    try:
+        places = in_order([choice.index for choice in answer.choices], len(questions))
+    except ValueError as error:
+        raise ServerError(f"{client.url}: {error}") from error
     scores = []
-    for choice, question in zip(choices, questions, strict=True):
-        entries = choice["prompt_logprobs"]
+    for place, question in zip(places, questions, strict=True):
+        entries = answer.choices[place].prompt_logprobs or []
         logprobs = completion_logprobs(entries, question.prompt, question.completion, client.url)
         ids, values = top_logprobs(entries[len(question.prompt) :], signal.k) if signal.k else (None, None)
         scores.append(TeacherScores(logprobs=logprobs, top_ids=ids, top_logprobs=values))
@@ -205,15 +205,16 @@ def request_given(client: VLLMClient, model: str, question: Question) -> Teacher
                 "prompt_logprob_start": len(question.prompt) - 1,  # what the first completion token is predicted from
             },
         },
+        GivenAnswer,
     )
-    check_model(answer, model, client.url)
-    encoded = answer["prompt_token_id_logprobs"]
-    if encoded is None:
+    check_model(answer.model, model, client.url)
+    if answer.prompt_token_id_logprobs is None:
         raise ServerError(f"{client.url}: no log-probs of the tokens that were to be scored")
-    figures = torch.from_numpy(np.load(io.BytesIO(base64.b64decode(encoded)), allow_pickle=False)).float()
-    if figures.shape != rows.shape:
-        raise ServerError(f"{client.url}: log-probs of shape {list(figures.shape)}, wanted {list(rows.shape)}")
-    if not figures[:, 0].isfinite().all() or figures.isnan().any():
+    try:
+        figures = torch.from_numpy(float_array(answer.prompt_token_id_logprobs, rows.shape))
+    except ValueError as error:
+        raise ServerError(f"{client.url}: log-probs of given tokens: {' '.join(str(error).split())[:200]}") from error
+    if not figures[:, 0].isfinite().all() or figures.isnan().any() or (figures == torch.inf).any():
         raise ServerError(f"{client.url}: a log-prob is NaN, or that of a completion token not finite")
     absent = figures[:, 1:] == -torch.inf
     return TeacherScores(
@@ -242,18 +243,26 @@ def request_completion(
             "stop_token_ids": sorted(ends),
             "include_stop_str_in_output": True,
         },
+        CompletionsAnswer,
     )
-    check_model(answer, model, client.url)
-    (choice,) = answer["choices"]
-    token_ids = tuple(choice["token_ids"] or ())
-    logprobs = tuple(choice["logprobs"]["token_logprobs"])
-    if len(token_ids) != len(logprobs) or not token_ids:
-        raise ServerError(f"{client.url}: {len(token_ids)} tokens but {len(logprobs)} log-probs")
+    check_model(answer.model, model, client.url)
+    if len(answer.choices) != 1:
+        raise ServerError(f"{client.url}: {len(answer.choices)} completions, wanted 1")
+    (choice,) = answer.choices
+    token_ids = tuple(choice.token_ids or ())
+    figures = choice.logprobs.token_logprobs if choice.logprobs is not None else []
+    if len(token_ids) != len(figures) or not 0 < len(token_ids) <= sampling.max_tokens:
+        raise ServerError(
+            f"{client.url}: {len(token_ids)} tokens, {len(figures)} log-probs; wanted as many of both, 1 to "
+            f"{sampling.max_tokens}"
+        )
+    what = f"{client.url}: the log-prob of written token"
+    logprobs = tuple(possible(figure, f"{what} {i}") for i, figure in enumerate(figures))
     ended = token_ids[-1] in ends
     return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason="stop" if ended else "length")
 
 
-def top_logprobs(entries: Sequence[Mapping[str, Mapping[str, Any]]], k: int) -> tuple[Tensor, Tensor]:
+def top_logprobs(entries: Sequence[Mapping[int, Figure] | None], k: int) -> tuple[Tensor, Tensor]:
     """([L, k] ids, [L, k] log-probs), likeliest first. Where the vocabulary has fewer tokens, the id is −1.
 
     An entry has the k likeliest tokens and, if it is none of them, the actual one.
@@ -261,34 +270,27 @@ def top_logprobs(entries: Sequence[Mapping[str, Mapping[str, Any]]], k: int) -> 
     ids = torch.full((len(entries), k), -1)
     logprobs = torch.full((len(entries), k), -torch.inf)
     for row, entry in enumerate(entries):
-        best = sorted(((float(f["logprob"]), int(token)) for token, f in entry.items()), reverse=True)[:k]
+        figures = [(one.logprob, token) for token, one in (entry or {}).items() if one.logprob is not None]
+        best = sorted(figures, reverse=True)[:k]
         ids[row, : len(best)] = torch.tensor([token for _, token in best])
         logprobs[row, : len(best)] = torch.tensor([logprob for logprob, _ in best])
     return ids, logprobs
 
 
 def completion_logprobs(
-    entries: Sequence[Mapping[str, Mapping[str, Any]] | None] | None,
-    prompt: Sequence[int],
-    completion: Sequence[int],
-    where: str,
+    entries: Sequence[Mapping[int, Figure] | None], prompt: Sequence[int], completion: Sequence[int], where: str
 ) -> tuple[float, ...]:
-    """The log-prob of each completion token out of vLLM's `prompt_logprobs`, one entry (token id → figures) a token.
+    """The log-prob of each completion token out of vLLM's `prompt_logprobs`, one entry (token id → figure) a token.
 
     Raises: ServerError for one that is missing, or vLLM's stand-in for −inf.
     """
     length = len(prompt) + len(completion)
-    if entries is None or len(entries) != length:
-        got = "none" if entries is None else len(entries)
-        raise ServerError(f"{where}: {length} tokens were to be scored, the answer has {got}")
+    if len(entries) != length:
+        raise ServerError(f"{where}: {length} tokens were to be scored, the answer has {len(entries)}")
     logprobs = []
     for position, token in enumerate(completion):
-        entry = (entries[len(prompt) + position] or {}).get(str(token))
-        if entry is None:
+        figure = (entries[len(prompt) + position] or {}).get(token)
+        if figure is None:
             raise ServerError(f"{where}: no log-prob of completion token {position}, which is {token}")
-        if entry["logprob"] is None or not entry["logprob"] > IMPOSSIBLE_LOGPROB:
-            raise ServerError(
-                f"{where}: the log-prob of completion token {position} is {entry['logprob']}: NaN or −inf in the server"
-            )
-        logprobs.append(float(entry["logprob"]))
+        logprobs.append(possible(figure.logprob, f"{where}: the log-prob of completion token {position}"))
     return tuple(logprobs)

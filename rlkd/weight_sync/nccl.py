@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from rlkd import distributed
+from rlkd.rollout.answers import WorldSize
 from rlkd.rollout.client import VLLMClient
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def versioned_client(client: VLLMClient, timeout_s: float) -> Any:
         version: int
 
         def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
-            client.post(f"/{path}", json)
+            client.order(f"/{path}", json)
 
         def finish_weight_update(self, weight_version: str | None = None) -> None:
             super().finish_weight_update(str(self.version))
@@ -86,7 +87,7 @@ class DirectTransfer:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         def agree() -> tuple[str, int, int]:
-            return (*_meeting_point(server.url), 1 + server.get("/get_world_size")["world_size"])
+            return (*_meeting_point(server.url), 1 + server.get("/get_world_size", WorldSize).world_size)
 
         address, port, members = distributed.on_rank_zero(agree)
         return NCCLTrainerInitInfo(

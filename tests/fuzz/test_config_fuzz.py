@@ -11,6 +11,7 @@ from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
 from test_configs import files
+from trees import at, walk
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config_file import ConfigError, load
@@ -91,20 +92,6 @@ def command(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def filled(config: Path) -> str:
     """A config's text with a value in place of each ???: no override then hides what the mutation did."""
     return config.read_text(encoding="utf-8").replace("???", "builtin:student")
-
-
-def walk(tree, path=()):
-    """(path, value) of every place in a tree."""
-    yield path, tree
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, value in items:
-        yield from walk(value, (*path, key))
-
-
-def at(tree, path):
-    for key in path:
-        tree = tree[key]
-    return tree
 
 
 @st.composite

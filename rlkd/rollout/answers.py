@@ -1,0 +1,172 @@
+"""What a server may answer: one strict class a route, with the fields that we read and no others.
+
+A 200 proves little: a proxy answers with a page, another program with another shape, a sick server with NaN. So every
+answer is read here, once, and is then of the right types, finite and whole, or it is an error of one line. Whether it
+answers *this* request (as many completions, those tokens, that model) is for whoever asked to compare.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import Annotated, TypeVar
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+_SHOWN = 60
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Answer(BaseModel):
+    """The JSON object of one route. A number is never a text, and never NaN or infinite."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+A = TypeVar("A", bound=Answer)
+
+
+class ModelCard(Answer):
+    """One entry of GET /v1/models."""
+
+    id: str
+    root: str | None = None
+    parent: str | None = None
+    """Of a LoRA adapter: the model that it adapts."""
+    max_model_len: int = Field(gt=0)
+
+
+class ModelList(Answer):
+    """GET /v1/models."""
+
+    data: list[ModelCard]
+
+
+class WeightInfo(Answer):
+    """GET /weight_info."""
+
+    weight_version: str
+
+
+class WorldSize(Answer):
+    """GET /get_world_size."""
+
+    world_size: int = Field(ge=1, lt=2**16)
+
+
+class Figure(Answer):
+    """A token's log-prob; vLLM writes −9999 for NaN, −inf and a missing one."""
+
+    logprob: float | None
+
+
+class TokenFigure(Figure):
+    token_id: TokenId
+
+
+class SampledToken(TokenFigure):
+    top_logprobs: list[TokenFigure] = []
+
+
+class SampledTokens(Answer):
+    content: list[SampledToken] | None
+
+
+class Span(Answer):
+    """Tokens [start, end) sampled by the weights of one version."""
+
+    start: int
+    end: int
+    version: str
+
+
+class Generated(Answer):
+    """One completion of POST /inference/v1/generate."""
+
+    index: int
+    token_ids: list[TokenId] | None = None
+    logprobs: SampledTokens | None = None
+    finish_reason: str | None = None
+    weight_versions: list[Span] | None = None
+
+
+class GenerateAnswer(Answer):
+    """POST /inference/v1/generate, asked for completions."""
+
+    model: str
+    choices: list[Generated]
+
+
+class GivenAnswer(Answer):
+    """POST /inference/v1/generate, asked for the log-probs of given tokens."""
+
+    model: str
+    prompt_token_id_logprobs: str | None = None
+    """Base64 of a .npy file."""
+
+
+class TokenLogprobs(Answer):
+    token_logprobs: list[float | None]
+
+
+class Completed(Answer):
+    """One entry of POST /v1/completions."""
+
+    index: int
+    token_ids: list[TokenId] | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[dict[TokenId, Figure] | None] | None = None
+
+
+class CompletionsAnswer(Answer):
+    """POST /v1/completions."""
+
+    model: str
+    choices: list[Completed]
+
+
+def parse(content: bytes, kind: type[A]) -> A:
+    """The answer `content` as a `kind`.
+
+    Raises: ValueError, one line: field, what is wrong with it, what stands there.
+    """
+    try:
+        return kind.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        got = content.decode(errors="replace") if first["type"] == "json_invalid" else repr(first["input"])
+        more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        line = " ".join(f"{field[:120] or 'the answer'}: {first['msg']}, got {got[:_SHOWN]}{more}".split())
+        raise ValueError(line) from error
+
+
+def float_array(encoded: str, shape: Sequence[int]) -> NDArray[np.float32]:
+    """The array of a base64 .npy file, which must be of `shape`.
+
+    Raises: ValueError, one line. The header is read first: it may promise more than memory holds.
+    """
+    raw = base64.b64decode(encoded, validate=True)
+    file = io.BytesIO(raw)
+    if npy.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
+        raise ValueError("a .npy file of another version than 1.0")
+    got, _, kind = npy.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+    if got != tuple(shape) or kind.kind != "f":
+        raise ValueError(f"{kind.name} of shape {list(got)}, wanted floats of shape {list(shape)}")
+    if len(raw) - file.tell() != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"{len(raw)} bytes, which is not what its header says")
+    values: NDArray[np.float32] = np.load(io.BytesIO(raw), allow_pickle=False).astype(np.float32)
+    return values
+
+
+def in_order(indices: Sequence[int], count: int) -> list[int]:
+    """Where the choices 0 … count − 1 stand among those that came. Raises: ValueError unless each is there once."""
+    if sorted(indices) != list(range(count)):
+        raise ValueError(f"{len(indices)} completions, wanted {count}, numbered from 0")
+    return sorted(range(count), key=lambda place: indices[place])
