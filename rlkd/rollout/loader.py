@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlkd import config as configuration
-from rlkd import distributed
+from rlkd import distributed, whole
 from rlkd.config import Config, LocalTeacher, NoTeacher, ServedTeacher
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
@@ -280,27 +280,29 @@ class RolloutLoader:
             return
         folder = Path(self.config.run_dir, "rollouts")
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f"{iteration + 1:06d}-rank{distributed.rank()}.jsonl", "w", encoding="utf-8") as file:
-            for scored in (s for group in groups for s in group):
-                rollout = scored.rollout
-                line = {
-                    "iteration": iteration + 1,
-                    "id": rollout.prompt.id,
-                    "prompt": self.algorithm.decoded(rollout.prompt.token_ids, special=True),
-                    "completion": self.algorithm.decoded(rollout.token_ids, special=True),
-                    "answer": rollout.prompt.answer,
-                    "reward": scored.reward,
-                    "reward_parts": dict(scored.reward_parts),
-                    "error": scored.error,
-                    "advantage": scored.advantage,
-                    "finish_reason": rollout.finish_reason,
-                    "weight_version": rollout.oldest_version,
-                    "segments": [[part.author, part.start, part.end] for part in rollout.segments],
-                    "token_ids": list(rollout.token_ids),
-                    "logprobs": list(rollout.logprobs),
-                    "teacher_logprobs": None if scored.teacher is None else list(scored.teacher.logprobs),
-                }
-                file.write(json.dumps(line) + "\n")
+        lines = []
+        for scored in (s for group in groups for s in group):
+            rollout = scored.rollout
+            line = {
+                "iteration": iteration + 1,
+                "id": rollout.prompt.id,
+                "prompt": self.algorithm.decoded(rollout.prompt.token_ids, special=True),
+                "completion": self.algorithm.decoded(rollout.token_ids, special=True),
+                "answer": rollout.prompt.answer,
+                "reward": scored.reward,
+                "reward_parts": dict(scored.reward_parts),
+                "error": scored.error,
+                "advantage": scored.advantage,
+                "finish_reason": rollout.finish_reason,
+                "weight_version": rollout.oldest_version,
+                "segments": [[part.author, part.start, part.end] for part in rollout.segments],
+                "token_ids": list(rollout.token_ids),
+                "logprobs": list(rollout.logprobs),
+                "teacher_logprobs": None if scored.teacher is None else list(scored.teacher.logprobs),
+            }
+            lines.append(json.dumps(line) + "\n")
+        name = f"{iteration + 1:06d}-rank{distributed.rank()}.jsonl"
+        whole.write(folder / name, "".join(lines).encode())
 
 
 class Clock:
