@@ -40,6 +40,7 @@ ODD = [
         "{}",
     ),
 ]
+HERE = "put a piece here"
 values = st.one_of(
     *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["", " ", "x" * 200])),
     st.lists(
@@ -59,11 +60,14 @@ def lines(draw) -> bytes:
     """A row with columns replaced or gone, written as JSON, and then with pieces put in or cut out."""
     row = dict(draw(st.sampled_from(ROWS)))
     for column in draw(st.lists(st.sampled_from([*row, "other"]), max_size=2)):
-        if draw(st.booleans()):
+        deed = draw(st.sampled_from(["value", "piece", "remove"]))
+        if deed == "value":
             row[column] = draw(values)
+        elif deed == "piece":
+            row[column] = HERE
         else:
             row.pop(column, None)
-    text = json.dumps(row, ensure_ascii=draw(st.booleans()))
+    text = json.dumps(row, ensure_ascii=draw(st.booleans())).replace(f'"{HERE}"', draw(st.sampled_from(ODD)))
     for where, gone, piece, put in draw(edits):
         at = int(where * len(text))
         text = text[:at] + (piece if put else "") + text[at + gone :]

@@ -1,0 +1,119 @@
+"""What is read of a server's answer, and the one line for what cannot be."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from builders import config
+
+from rlkd.rollout.answers import CompletionsAnswer, GenerateAnswer, ModelList, WeightInfo, float_array, in_order, parse
+from rlkd.rollout.client import ServerError
+from rlkd.rollout.sampler import Sampling
+from rlkd.rollout.vllm import VLLMSampler
+from rlkd.types import Prompt
+
+EOS = 3
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "line"),
+    [
+        (b'{"weight_version": 3}', WeightInfo, "weight_version: Input should be a valid string, got 3"),
+        (b"{}", WeightInfo, "weight_version: Field required, got {}"),
+        (b"[1]", WeightInfo, "the answer: Input should be an object, got [1]"),
+        (
+            b'{"data": [',
+            ModelList,
+            'the answer: Invalid JSON: EOF while parsing a list at line 1 column 10, got {"data": [',
+        ),
+        (
+            b"<html>\n</html>",
+            ModelList,
+            "the answer: Invalid JSON: expected value at line 1 column 1, got <html> </html>",
+        ),
+        (b"", ModelList, "the answer: Invalid JSON: EOF while parsing a value at line 1 column 0, got"),
+        (
+            b'{"model": "m", "choices": [{"index": 0, "logprobs": {"content": [{"token_id": "7", "logprob": -1}]}}]}',
+            *(GenerateAnswer, "choices[0].logprobs.content[0].token_id: Input should be a valid integer, got '7'"),
+        ),
+        (
+            b'{"model": "m", "choices": [{"index": 0, "prompt_logprobs": [{"7": {"logprob": NaN}}]}]}',
+            *(CompletionsAnswer, "choices[0].prompt_logprobs[0].7.logprob: Input should be a finite number, got nan"),
+        ),
+    ],
+)
+def test_a_field_that_is_wrong_is_named(content, kind, line):
+    with pytest.raises(ValueError) as caught:
+        parse(content, kind)
+    assert str(caught.value) == line
+
+
+def test_choices_come_in_any_order_and_each_once():
+    assert in_order([2, 0, 1], 3) == [1, 2, 0]
+    for indices in ([0], [0, 0], [1, 2], [0, 1, 2]):
+        with pytest.raises(ValueError, match=f"{len(indices)} completions, wanted 2, numbered from 0"):
+            in_order(indices, 2)
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 99999999999), }"
+
+
+@pytest.mark.parametrize(
+    ("raw", "line"),
+    [
+        (npy(np.zeros((1, 2), np.float32)), r"float32 of shape \[1, 2\], wanted floats of shape \[2, 2\]"),
+        (npy(np.zeros((2, 2), np.int64)), "int64 of shape"),
+        (npy(np.zeros((2, 2), np.float32))[:-1], "bytes, which is not what its header says"),
+        (b"\x93NUMPY\x01\x00\x76\x00" + HUGE.ljust(117) + b"\n", r"float32 of shape \[2, 99999999999\], wanted"),
+        (npy(np.array([[None, {}]], dtype=object)), "object of shape"),
+        (b"x", ""),
+        (b"", ""),
+    ],
+)
+def test_an_array_that_is_not_the_one_that_was_asked_for(raw, line):
+    with pytest.raises(ValueError, match=line):
+        float_array(base64.b64encode(raw).decode(), (2, 2))
+
+
+def test_an_array():
+    values = np.array([[1.5, -np.inf], [0.0, 2.0]], np.float16)
+    assert (float_array(base64.b64encode(npy(values)).decode(), (2, 2)) == values).all()
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        None,
+        [],
+        [(0, 1)],
+        [(0, 3)],
+        [(1, 2)],
+        [(0, 1), (0, 2)],
+        [(0, 0), (0, 2)],
+        [(0, 2), (2, 1)],
+        [(-1, 2)],
+        [(0, 10**12)],
+    ],
+)
+def test_each_token_has_one_weight_version(spans):
+    """Else the rollout would be refused as our own mistake, or counted out token by token without end."""
+
+    class Client:
+        url = "http://server"
+
+        def post(self, path, body, kind):
+            said = None if spans is None else [{"start": a, "end": b, "version": "1"} for a, b in spans]
+            content = [{"token_id": token, "logprob": -1.0, "top_logprobs": []} for token in (7, EOS)]
+            choice = {"index": 0, "token_ids": [7, EOS], "logprobs": {"content": content}, "finish_reason": "stop"}
+            return kind.model_validate({"model": "m", "choices": [{**choice, "weight_versions": said}]})
+
+    prompt, sampling = Prompt(id="p", messages=(), token_ids=(5,)), Sampling(temperature=1.0, max_tokens=4, seed=0)
+    with pytest.raises(ServerError, match="no weight versions, or not one for each of 2 tokens"):
+        VLLMSampler(config(), [EOS])._one_prompt(Client(), "m", prompt, 1, 1, sampling)
