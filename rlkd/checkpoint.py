@@ -12,7 +12,6 @@ from types import FrameType
 
 import lightning
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from rlkd import distributed, whole
@@ -24,6 +23,7 @@ from rlkd.module import PolicyModule
 from rlkd.resume import checkpoints, iteration_of, save_config
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
+from rlkd.writing import writing
 
 TOGETHER_S = 5.0
 """Under torchrun, signals within as many seconds of the first are the same request: a terminal or a scheduler signals
@@ -68,11 +68,12 @@ class Checkpoint(IterationCallback):
         self.config = config
         self.loader = loader
         self.signals = signals
-        self._done = self._saved = 0
-        """Iterations that ended, with their row in metrics.jsonl; and those in the newest checkpoint."""
+        self._saved: int | None = None
+        """Iterations in the newest checkpoint, or in one that could not be written, which is not tried again; None:
+        the run has not begun."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
-        self._done = self._saved = self.loader.iteration
+        self._saved = self.loader.iteration
         if distributed.rank() == 0:
             self._forget_what_came_later()
         if self.loader.iteration >= self.config.run.iterations:
@@ -80,7 +81,7 @@ class Checkpoint(IterationCallback):
             trainer.should_stop = True
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
-        done = self._done = batch.iteration + 1
+        done = batch.iteration + 1
         signalled = self.signals.any_rank()
         ending = signalled or done >= self.config.run.iterations
         every = self.config.checkpoint.every
@@ -97,16 +98,17 @@ class Checkpoint(IterationCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """A run that cannot go on keeps what it has. All ranks come here together where they stopped together."""
-        between_iterations = self.loader.iteration == self._done > self._saved
-        if not isinstance(exception, RunStopped) or not between_iterations:
+        assert isinstance(pl_module, PolicyModule)
+        done = self.loader.iteration
+        if not isinstance(exception, RunStopped) or pl_module.updating or self._saved is None or done <= self._saved:
             return
         try:
-            self._save(trainer, self._done)
+            self._save(trainer, done)
         except RunStopped as error:
-            print(f"stopped, and no checkpoint of iteration {self._done} either: {error}", file=sys.stderr, flush=True)
+            print(f"stopped, and no checkpoint of iteration {done} either: {error}", file=sys.stderr, flush=True)
             return
         if distributed.rank() == 0:
-            print(f"stopped: saved iteration {self._done}; go on with run.resume=auto", flush=True)
+            print(f"stopped: saved iteration {done}; go on with run.resume=auto", flush=True)
 
     def _export(self, module: PolicyModule, done: int) -> None:
         """The student, where `checkpoint.export` asks for it. A collective."""
@@ -132,23 +134,26 @@ class Checkpoint(IterationCallback):
         folder = Path(self.config.run_dir, "checkpoints")
         final = folder / f"iteration-{done:06d}"
         beside = whole.partial(final)
+        self._saved = done
         needed = distributed.all_reduce([float(_bytes(trainer))])[0]
         distributed.on_rank_zero(lambda: _make_room(folder, beside, needed))
+        what = f"the checkpoint of iteration {done}"
         try:
-            trainer.save_checkpoint(beside)
-            self.loader.save(beside)
-        except (OSError, RuntimeError, CheckpointException) as error:
-            # The others may wait for this rank in a collective of the save; torchrun ends them with it.
+            with writing(what):
+                # Where rank 0 alone fails, the others wait for it in there; torchrun ends them with it.
+                trainer.save_checkpoint(beside)
+            distributed.on_rank_zero(lambda: self._finish(beside, final, what))
+        except RunStopped:
             shutil.rmtree(beside, ignore_errors=True)
-            raise RunStopped(f"the checkpoint of iteration {done} could not be written: {_line(error)}") from error
-        distributed.barrier()
-        if distributed.rank() == 0:
+            raise
+
+    def _finish(self, beside: Path, final: Path, what: str) -> None:
+        with writing(what):
+            self.loader.save(beside)
             save_config(self.config, beside)
             beside.rename(final)
             for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:
                 whole.remove(old)
-        distributed.barrier()
-        self._saved = done
 
 
 def _bytes(trainer: lightning.Trainer) -> int:
@@ -171,7 +176,3 @@ def _make_room(folder: Path, beside: Path, needed: float) -> None:
             f"{folder} has {free / 1e9:.3g} GB free, but the checkpoint {beside.name} takes {needed / 1e9:.3g} GB; "
             "make room, and go on with run.resume=auto"
         )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

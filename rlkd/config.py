@@ -432,6 +432,12 @@ class Config(Section):
         return [("teacher", self.teacher)] if isinstance(self.teacher, LocalTeacher | ServedTeacher) else []
 
     @property
+    def servers(self) -> list[ServerConfig]:
+        """The settings of all servers that the run uses, its own and others'."""
+        policy = [self.rollout.server] if self.rollout.backend == "vllm" else []
+        return policy + [t.server for _, t in self.teachers if isinstance(t, ServedTeacher)]
+
+    @property
     def world_size(self) -> int:
         return self.trainer.devices * self.trainer.num_nodes
 
@@ -529,12 +535,6 @@ class Config(Section):
             launched["teacher.server"] = self.teacher.server
         found = []
         for key, server in launched.items():
-            if self.trainer.num_nodes > 1:
-                why = (
-                    f"is true, but trainer.num_nodes is {self.trainer.num_nodes}, and a server on the first node "
-                    "listens to that node only; start the servers yourself and give their addresses"
-                )
-                found.append((f"{key}.launch", why))
             shared = {gpu for gpus in server.devices for gpu in gpus} & set(range(self.trainer.devices))
             if shared and self.trainer.accelerator != "cpu":
                 why = (

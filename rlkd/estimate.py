@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config, LocalTeacher, SelfTeacher, ServedTeacher, ServerConfig
+from rlkd.lora import layer_names, skeleton
 from rlkd.policy_head import CHUNK_LOGITS, VOCABULARY_CHUNK
 from rlkd.rollout.vllm import longest
 from rlkd.student import blocks
@@ -148,21 +150,41 @@ def trainer_place(config: Config) -> Place:
     ranks = config.world_size
     shard = model.parameters / ranks
     split = f"{_billions(model.parameters)} parameters / {ranks}"
+    trained = adapter_parameters(config) if config.model.lora is not None else model.parameters
+    of_trained = f"{_billions(trained)} trained parameters / {ranks}"
     resident = [
         Part(bytes=4 * shard, what="master weights", why=f"4 B · {split}"),
-        Part(bytes=8 * shard, what="AdamW's moments", why=f"2 · 4 B · {split}"),
-        Part(bytes=4 * shard, what="gradients", why=f"4 B · {split}"),
+        Part(bytes=8 * trained / ranks, what="AdamW's moments", why=f"2 · 4 B · {of_trained}"),
+        Part(bytes=4 * trained / ranks, what="gradients", why=f"4 B · {of_trained}"),
         *_beside(config, model),
     ]
+    if config.model.lora is not None:
+        resident.append(Part(bytes=4 * trained / ranks, what="adapters", why=f"4 B · {of_trained}"))
     phases = [
         _training(config, model),
-        Part(bytes=4 * shard, what="AdamW steps", why=f"4 B · {split}, a temporary"),
+        Part(bytes=4 * trained / ranks, what="AdamW steps", why=f"4 B · {of_trained}, a temporary"),
         *_sampling(config, model),
     ]
+    published, what = model.parameters, "all weights"
+    if config.publishes_adapter:
+        published, what = trained, "the adapters"
     if ranks > 1:  # one rank's shard is the whole already
-        phases.append(Part(bytes=4 * model.parameters, what="publishing", why="all weights in fp32, on every rank"))
+        phases.append(Part(bytes=4 * published, what="publishing", why=f"{what} in fp32, on every rank"))
     name = f"student: each of {ranks} trainer processes, {model.name}"
     return Place(name=name, resident=tuple(resident), phases=tuple(phases))
+
+
+def adapter_parameters(config: Config) -> int:
+    """Of the adapters of `model.lora`: r · (inputs + outputs) of each layer that has one (arXiv 2106.09685, §4.1)."""
+    lora = config.model.lora
+    assert lora is not None
+    hf = skeleton(config.model)
+    names = set(layer_names(hf, lora))
+    return sum(
+        lora.r * (module.in_features + module.out_features)
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
+    )
 
 
 def _training(config: Config, model: Shape) -> Part:
@@ -189,7 +211,7 @@ def _training(config: Config, model: Shape) -> Part:
 def _beside(config: Config, model: Shape) -> list[Part]:
     """Whole models in every trainer process."""
     parts = []
-    if ALGORITHMS[config.algorithm.name](config).needs_reference:
+    if ALGORITHMS[config.algorithm.name](config).needs_reference and config.model.lora is None:
         parts.append(_copy(model, _BYTES[config.trainer.precision], "reference"))
     for key, teacher in config.teachers:
         if isinstance(teacher, LocalTeacher):

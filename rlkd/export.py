@@ -15,6 +15,7 @@ from rlkd.config import Config, ModelConfig
 from rlkd.resume import EXPORT_RECORD
 from rlkd.student import Student
 from rlkd.tiny import resolve
+from rlkd.writing import writing
 
 
 def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
@@ -25,10 +26,14 @@ def export_student(student: Student, config: Config, tokenizer: PreTrainedTokeni
     source, folder = config.model, Path(config.run_dir)
     weights = student.full_weights()
     adapter = None if source.lora is None else student.adapter_weights()
-    if distributed.rank() == 0:
-        if adapter is not None and source.lora is not None:
-            lora.write(adapter, source.lora, resolve(source.path), folder / "adapter")
-        export(weights, student.hf.config, tokenizer, source, folder / "hf", iteration)
+
+    def act() -> None:
+        with writing(f"the student, to {folder},"):
+            if adapter is not None and source.lora is not None:
+                lora.write(adapter, source.lora, resolve(source.path), folder / "adapter")
+            export(weights, student.hf.config, tokenizer, source, folder / "hf", iteration)
+
+    distributed.on_rank_zero(act)
 
 
 def export(

@@ -88,6 +88,8 @@ class PolicyModule(lightning.LightningModule):
         self.student: Student | None = None
         self.row: dict[str, float] = {}
         """Figures of the iteration just trained, over all ranks."""
+        self.updating = False
+        """Whether an iteration's updates are under way: what the student is then, is no state to save."""
         self.skipped: list[bool] = []
         """Of the last RECENT updates, which were skipped."""
 
@@ -202,6 +204,7 @@ class PolicyModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One iteration: every update of this rollout batch. Leaves its figures in `self.row`."""
         started = time.perf_counter()
+        self.updating = True
         seed = self.config.run.seed
         torch.manual_seed(int(np.random.SeedSequence([seed, batch.iteration, distributed.rank()]).generate_state(1)[0]))
         optimizer = self.optimizers()
@@ -229,6 +232,8 @@ class PolicyModule(lightning.LightningModule):
             "update": (batch.iteration + 1) * per_iteration,
         }
         self.iteration_ended(batch.iteration)
+        check_finite(self.model, batch.iteration)
+        self.updating = False
 
     def _update(self, batch: Batch, optimizer: Any, meter: Meter) -> None:
         """One optimizer step on `batch`, this rank's share of the update."""
@@ -322,6 +327,24 @@ class PolicyModule(lightning.LightningModule):
         for _ in range(most - len(indices)):
             self.model(weightless(batch), needs)
         return own
+
+
+def check_finite(student: Student, iteration: int) -> None:
+    """Broken weights go nowhere: neither to a sampler nor into a checkpoint. A collective; all raise together.
+
+    Raises: RunStopped naming a tensor that is not finite.
+    """
+    broken = [name for name, p in student.hf.named_parameters() if not _local(p).isfinite().all()]
+    if distributed.all_reduce([float(len(broken))])[0]:
+        which = broken[0] if broken else "on another rank"
+        raise RunStopped(
+            f"after iteration {iteration + 1} the weights are not finite: {which}; they were not published, and no "
+            "checkpoint has them. Check optim.lr"
+        )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def measure_mismatch(batch: Batch, meter: Meter) -> None:

@@ -27,6 +27,8 @@ from rlkd.rewards import registry
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import end_ids
 from rlkd.rollout.server import server_key
+from rlkd.rollout.vllm import longest
+from rlkd.teachers.served import teacher_longest
 from rlkd.tiny import resolve
 
 _ANSWER_S = 5.0
@@ -188,16 +190,12 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _servers(config: Config) -> list[str]:
     """Asks servers that should be running already who they are."""
-    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     asked: list[tuple[str, str, ServerConfig, str, int]] = []
     policy = config.rollout.server
     if config.rollout.backend == "vllm":
-        asked += [("rollout.server.urls", url, policy, config.model.path, longest) for url in policy.urls]
-    theirs = (
-        sum(config.algorithm.teacher_lengths(config).values()) + 1
-    )  # it must generate a token beyond what it scores
+        asked += [("rollout.server.urls", url, policy, config.model.path, longest(config)) for url in policy.urls]
     asked += [
-        (f"{key}.{'url' if teacher.urls == [] else 'urls'}", url, teacher.server, teacher.path, theirs)
+        (f"{key}.{'url' if teacher.urls == [] else 'urls'}", url, teacher.server, teacher.path, teacher_longest(config))
         for key, teacher in config.teachers
         if isinstance(teacher, ServedTeacher)
         for url in teacher.addresses

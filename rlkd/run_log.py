@@ -19,6 +19,7 @@ from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
+from rlkd.writing import writing
 
 
 class RunLog(IterationCallback):
@@ -32,6 +33,8 @@ class RunLog(IterationCallback):
         self.loader = loader
         self.path = Path(config.run_dir, "metrics.jsonl")
         self._last = 0.0
+        self._written = 0
+        """The iteration of the last row."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         self._last = time.perf_counter()
@@ -41,12 +44,25 @@ class RunLog(IterationCallback):
         if evaluated:
             self._write(trainer, {"iteration": 0} | evaluated)
 
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Where the run stopped between an iteration's updates and its row: its checkpoint is kept, so is its row."""
+        assert isinstance(pl_module, PolicyModule)
+        unwritten = pl_module.row.get("iteration", 0) > self._written
+        if isinstance(exception, RunStopped) and unwritten and not pl_module.updating:
+            self._log(trainer, pl_module)
+
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        self._log(trainer, module)
+
+    def _log(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         now = time.perf_counter()
         row = module.row
         row["time/total"] = now - self._last
         row["tokens_per_s"] = row["tokens/generated"] / row["time/total"]
         self._last = now
+        self._written = int(row["iteration"])
         self._write(trainer, row)
 
     def _write(self, trainer: lightning.Trainer, row: dict[str, float]) -> None:
@@ -56,11 +72,8 @@ class RunLog(IterationCallback):
 
     def _append(self, row: dict[str, float]) -> None:
         """Raises: RunStopped when the disk does not take it; a resumed run drops a line that is cut off."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
-        except OSError as error:
-            raise RunStopped(f"{self.path} could not be written: {error.strerror}") from error
+        with writing(str(self.path)), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
 
     def _keep_rows_up_to(self, iteration: int) -> None:
         """Truncate metrics.jsonl to what the restored state knows of; nothing for a fresh run."""

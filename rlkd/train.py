@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from rlkd.config import Config
     from rlkd.rollout.loader import RolloutLoader
     from rlkd.stages import Stage
+
+
+def longest_wait(config: Config) -> timedelta:
+    """How long ranks wait for one another: longer than any of them waits for its servers.
+
+    Else a collective would be broken off while another rank is patient, as it was told to be.
+    """
+    patience = 1800.0
+    for server in config.servers:
+        patience += server.request_timeout_s + server.retry_s + server.start_timeout_s * len(server.devices)
+    return timedelta(seconds=patience)
 
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
@@ -48,7 +60,9 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
     from rlkd.safe_loading import SafeModelParallelStrategy
     from rlkd.tracking import loggers
 
-    strategy = SafeModelParallelStrategy(data_parallel_size=config.world_size, tensor_parallel_size=1)
+    strategy = SafeModelParallelStrategy(
+        data_parallel_size=config.world_size, tensor_parallel_size=1, timeout=longest_wait(config)
+    )
     return lightning.Trainer(
         accelerator=config.trainer.accelerator,
         devices=config.trainer.devices,
@@ -132,7 +146,7 @@ def main(argv: list[str]) -> int:
     problems = [
         line if stage.name is None else f"stage {stage.name}: {line}"
         for stage in stages
-        for line in check(stage.loaded.config)
+        for line in check(stage.loaded.config) + served_elsewhere(stage)
     ]
     if problems:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose disks and devices may differ
@@ -146,6 +160,17 @@ def main(argv: list[str]) -> int:
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def served_elsewhere(stage: Stage) -> list[str]:
+    """What is wrong with a stage that begins with a student whom no running server can serve yet."""
+    config = stage.loaded.config
+    if stage.starts_from is None or config.rollout.backend != "vllm" or not config.rollout.server.urls:
+        return []
+    return [
+        "rollout.server.urls: serve another model than the student of the stage before, with which this one begins; "
+        "set rollout.server.launch: true and no urls, so that each stage starts its own servers"
+    ]
 
 
 def print_estimate(stages: Sequence[Stage], device_gib: float) -> int:

@@ -8,7 +8,18 @@ from vllm_fixtures import tiny_model
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config_file import ConfigError, parse_args
-from rlkd.estimate import GIB, block_activations, kv_bytes, report, server_places, shape, shape_of, trainer_place
+from rlkd.estimate import (
+    GIB,
+    adapter_parameters,
+    block_activations,
+    kv_bytes,
+    report,
+    server_places,
+    shape,
+    shape_of,
+    trainer_place,
+)
+from rlkd.lora import inject
 from rlkd.student import blocks, load_causal_lm
 from rlkd.train import main
 
@@ -141,3 +152,13 @@ def test_without_a_known_device_nothing_is_said_of_it():
         parse_args(["--config", "x.yaml", "--estimate=big"])
     assert parse_args(["--config", "x.yaml", "--estimate=80.5"]).estimate == 80.5
     assert 80 * GIB == 85899345920
+
+
+def test_adapters_are_counted_as_they_are():
+    settings = config("model.lora={r: 4, alpha: 8}", "rollout.backend=hf")
+    hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
+    inject(hf, settings.model.lora, seed=0)
+    trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    assert adapter_parameters(settings) == trained > 0
+    parts = {part.what: part.bytes for part in trainer_place(settings).resident}
+    assert parts["AdamW's moments"] == 8 * trained and parts["adapters"] == parts["gradients"] == 4 * trained

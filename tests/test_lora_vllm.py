@@ -118,7 +118,7 @@ def test_a_server_without_the_adapter_is_lost_until_it_has_it_again(sampler, cli
     adapter, whole = adapted(7)
     sampler.publish(adapter, 7)
     (name,) = client.adapters()
-    client.tell("/v1/unload_lora_adapter", {"lora_name": name})
+    client.order("/v1/unload_lora_adapter", {"lora_name": name})
     with pytest.raises(ServerLost, match=f"no policy server is in service: .* has lost the adapter.*{name}"):
         sampler.sample(PROMPTS, n=1, iteration=0, sampling=SAMPLING)
     sampler.recover()
@@ -143,14 +143,14 @@ def test_the_base_is_the_fixed_teacher_and_the_adapter_the_live_one(sampler):
 def test_a_base_with_other_weights_than_it_was_started_with_is_refused(sampler, client):
     adapter, _ = adapted(9)
     sampler.publish(adapter, 9)
-    client.post("/update_weight_version", {"new_version": "3"})
+    client.order("/update_weight_version", {"new_version": "3"})
     try:
         with pytest.raises(ServerError, match="holds weight version '3', but with model.lora the adapters belong to"):
             sampler.sample(PROMPTS, n=1, iteration=0, sampling=SAMPLING)
         with pytest.raises(ServerError, match="holds weight version 3, but with model.lora"):
             PolicyServerTeacher(sampler, (1,), base=True).score(QUESTIONS, Signal())
     finally:
-        client.post("/update_weight_version", {"new_version": "default"})
+        client.order("/update_weight_version", {"new_version": "default"})
 
 
 @pytest.mark.server

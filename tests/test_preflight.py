@@ -281,3 +281,14 @@ def test_torchrun_and_the_config_must_agree_on_the_number_of_processes(monkeypat
         "trainer.devices: torchrun started 4 processes, but trainer.devices × trainer.num_nodes is 2 × 1; "
         "make them agree"
     ]
+
+
+def test_servers_that_other_nodes_cannot_reach_are_refused():
+    launched = ("rollout.backend=vllm", "rollout.server.launch=true", "trainer.num_nodes=2")
+    found = [line for line in check(config(*launched)) if line.startswith("rollout.server.host: ")]
+    assert len(found) == 1 and found[0].startswith("rollout.server.host: is 127.0.0.1, which the other nodes of")
+    assert not [
+        line
+        for line in check(config(*launched, "rollout.server.host=10.0.0.1"))
+        if line.startswith("rollout.server.host")
+    ]

@@ -21,10 +21,6 @@ LAUNCHED = (
         ),
         (("teacher=null",), "teacher.backend: is none, but algorithm.name kdrl imitates a teacher"),
         (
-            (*LAUNCHED, "trainer.num_nodes=2"),
-            "rollout.server.launch: is true, but trainer.num_nodes is 2",
-        ),
-        (
             (*LAUNCHED, "trainer.devices=2"),
             "rollout.server.devices: names GPU 1, on which trainer.devices = 2 trains",
         ),

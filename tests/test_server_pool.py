@@ -126,6 +126,17 @@ def test_a_patient_pool_waits_until_one_is_back():
     pool.close()
 
 
+def test_whoever_is_told_of_a_loss_asks_again_only_what_is_lost():
+    """`await_one` ends as soon as one is back, though another never will be."""
+    gone, back = Stub("gone"), Stub("back")
+    pool = opened(gone, back)
+    gone.die()
+    pool.agree({gone.url: "it died", back.url: "so it was said"})
+    pool.await_one(lambda client: None)
+    assert list(pool.lost) == [gone.url]
+    pool.close()
+
+
 @pytest.mark.parametrize(("code", "lost"), [(500, False), (400, False), (502, True), (503, True), (504, True)])
 def test_a_healthy_servers_refusal_is_no_loss(code, lost):
     """It would refuse again; a gateway's 502 to 504 say that the server behind it is gone."""

@@ -222,9 +222,15 @@ def test_a_served_teacher_writes_as_the_local_one_does(
 
 
 @pytest.mark.server
-def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, policy_path: str, tmp_path: object) -> None:
-    with pytest.raises(ServerError, match=r"serves 'policy', wanted 'another/model'; .* --served-model-name") as wrong:
+def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, policy_path: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        ServerError, match=r"serves 'policy' .*, wanted 'another/model'; .* --served-model-name"
+    ) as wrong:
         VLLMSampler(run_config("another/model", policy_server.url), eos_ids=[EOS]).open()
+    namesake = tmp_path / Path(policy_path).name
+    namesake.mkdir()
+    with pytest.raises(ServerError, match=f"serves 'policy' .{policy_path}., wanted '{namesake}'"):
+        VLLMSampler(run_config(str(namesake), policy_server.url), eos_ids=[EOS]).open()
     with pytest.raises(ServerError, match=r"--max-model-len 96, but .* 132 tokens") as short:
         VLLMSampler(run_config(policy_path, policy_server.url, max_tokens=100), eos_ids=[EOS]).open()
     with pytest.raises(ServerError, match=r"GET http://127.0.0.1:9/v1/models: ConnectError") as absent:

@@ -83,19 +83,29 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
     sampler.publish(model.state_dict(), 18)
     teacher = PolicyServerTeacher(sampler, (EOS,))
     client = VLLMClient(policy_server.url, 60.0, KEY)
-    client.post("/update_weight_version", {"new_version": "default"})
+    client.order("/update_weight_version", {"new_version": "default"})
     with pytest.raises(ServerLost, match="holds its start weights .version 'default'."):
         sampler.sample(prompts(2), n=1, iteration=0, sampling=SAMPLING)
     sampler.recover()
     assert mismatch(sampler, model, 18) < 1e-4
     assert teacher.score([Question((4, 5), (6, 7))], Signal())
-    client.post("/update_weight_version", {"new_version": "default"})
+    client.order("/update_weight_version", {"new_version": "default"})
     with pytest.raises(ServerLost, match=f"{policy_server.url} holds version None, wanted 18"):
         teacher.score([Question((4, 5), (6, 7))], Signal())
     sampler.recover()
-    client.post("/pause", query={"mode": "keep"})  # the publish was cut off after the weights, before the resume
+    client.order("/pause", query={"mode": "wait"})
+    client.order("/start_weight_update")  # of a trainer that died then
+    sampler.publish(tiny_model(33).state_dict(), 19)
+    assert mismatch(sampler, tiny_model(33), 19) < 1e-4
+    other = opened(policy_path, policy_server)  # another run, whose version 19 is not ours
+    other.publish(tiny_model(34).state_dict(), 19)
+    sampler._holds.clear()
     sampler.recover()
-    assert mismatch(sampler, model, 18) < 1e-4
+    assert mismatch(sampler, tiny_model(33), 19) < 1e-4
+    other.close()
+    client.order("/pause", query={"mode": "keep"})  # the publish was cut off after the weights, before the resume
+    sampler.recover()
+    assert mismatch(sampler, tiny_model(33), 19) < 1e-4
     client.close()
     sampler.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,15 @@ IMPOSSIBLE_LOGPROB = -9999.0
 
 _ROUNDING = 1e-3
 """How far above 0 a log-prob in half precision may come out."""
+
+
+_KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
+]
+"""A machine that answers nothing for a minute and a half is gone (seconds, and questions without an answer)."""
 
 
 class ServerError(RunStopped):
@@ -50,7 +60,8 @@ class VLLMClient:
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
-            limits=httpx.Limits(max_connections=None),
+            # Whoever reads from a machine that has vanished would wait for the whole time-out: ask it now and then.
+            transport=httpx.HTTPTransport(limits=httpx.Limits(max_connections=None), socket_options=_KEEPALIVE),
             # Never a connection twice: the server closes it after an error or five idle seconds, and a request that
             # is sent just then fails although nothing is wrong. Said in the request and not by a limit of zero kept
             # connections: with that, one thread of httpx hands a finished connection on while another closes it.
@@ -133,10 +144,8 @@ class VLLMClient:
         Raises: ServerError when it serves another model, or none as long as that.
         """
         cards = [card for card in self.get("/v1/models", ModelList).data if card.parent is None]
-        wanted = {model, os.path.basename(model.rstrip("/"))}
         for card in cards:
-            names = [card.id, card.root or card.id]
-            if wanted.isdisjoint([*names, *(os.path.basename(name.rstrip("/")) for name in names)]):
+            if model != card.id and not _same_model(card.root or card.id, model):
                 continue
             if card.max_model_len < longest:
                 raise ServerError(
@@ -144,7 +153,8 @@ class VLLMClient:
                     f"completion may have {longest} tokens; restart it with --max-model-len {longest}"
                 )
             return card.id
-        offered = " ".join(", ".join(repr(card.id) for card in cards)[:300].split()) or "no model"
+        named = ", ".join(f"{card.id!r} ({card.root})" if card.root else repr(card.id) for card in cards)
+        offered = " ".join(named[:300].split()) or "no model"
         raise ServerError(
             f"{self.url} serves {offered}, wanted {model!r}; correct the address, or start that server with "
             f"--served-model-name {model}"
@@ -164,6 +174,13 @@ class VLLMClient:
 
     def close(self) -> None:
         self._http.close()
+
+
+def _same_model(served: str, wanted: str) -> bool:
+    """Whether two folders or hub ids are one model. Two whole paths must agree: every student is exported as `hf`."""
+    if os.path.isdir(wanted) and os.path.isabs(served):
+        return os.path.realpath(served) == os.path.realpath(wanted)
+    return os.path.basename(served.rstrip("/")) == os.path.basename(wanted.rstrip("/"))
 
 
 def check_model(answered: str, model: str, where: str) -> None:

@@ -32,8 +32,12 @@ from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Batch, Rollout, ScoredRollout, Signal
+from rlkd.writing import writing
 
 T = TypeVar("T")
+
+_BEGINNINGS = 5
+"""How often an iteration is begun: one whose requests end every server would do so for ever."""
 
 Groups = list[list[ScoredRollout]]
 """One list a prompt."""
@@ -160,7 +164,7 @@ class RolloutLoader:
 
         Raises: RunStopped on all ranks when servers do not come back, or are lost again and again.
         """
-        for _ in range(1 + self.config.rollout.server.restarts):
+        for begun in range(1, 1 + _BEGINNINGS):
             lost: list[str] = []
 
             def attempt(lost: list[str] = lost) -> T | None:
@@ -173,10 +177,11 @@ class RolloutLoader:
             result = distributed.on_every_rank(attempt)
             if not distributed.all_reduce([float(bool(lost))], "max")[0]:
                 return result  # type: ignore[return-value]
-            self.policy.recover()
+            if begun < _BEGINNINGS:
+                self.policy.recover()
         raise RunStopped(
-            f"the policy's servers were lost {1 + self.config.rollout.server.restarts} times over the same iteration "
-            f"(rollout.server.restarts); at last: {lost[0] if lost else 'on another rank'}"
+            f"the policy's servers were lost {_BEGINNINGS} times over the same iteration; at last: "
+            + (lost[0] if lost else "on another rank")
         )
 
     def _line(self, iteration: int) -> tuple[Groups, Groups, Clock]:
@@ -190,10 +195,8 @@ class RolloutLoader:
         clock.lap("time/teacher")
         groups = [self.algorithm.advantages(group) for group in groups]
         self.algorithm.diagnose(groups, self.teacher, iteration, clock.meter)
-        try:
+        with writing(f"the rollouts of iteration {iteration + 1}"):
             self.dump(groups, iteration)
-        except OSError as error:
-            raise RunStopped(f"the rollouts of iteration {iteration + 1} could not be written: {error}") from error
         clock.lap("time/dump")
         return drawn, groups, clock
 

@@ -100,11 +100,15 @@ class VLLMServer:
         self._guardian.stdin.write(b"answered\n")  # from now on it is started again when it dies
         self._guardian.stdin.flush()
 
+    @property
+    def ended(self) -> bool:
+        """Whether the server has ended and will not be started again."""
+        return self._guardian.poll() is not None
+
     def check_alive(self) -> None:
-        """Raises: ServerError, one line and the end of the log, when the server has ended and will not start again."""
-        code = self._guardian.poll()
-        if code is not None:
-            raise ServerError(self._epitaph(f"ended with exit code {code}"))
+        """Raises: ServerError, one line and the end of the log, when the server has ended for good."""
+        if self.ended:
+            raise ServerError(self._epitaph(f"ended with exit code {self._guardian.returncode}"))
 
     def stop(self) -> None:
         """End the server and everything that it started. May be called twice."""

@@ -122,14 +122,13 @@ class ServerPool:
     def await_one(self, act: Callable[[VLLMClient], None]) -> None:
         """`revive` with growing pauses until a server is in service.
 
-        Raises: ServerError when none is after `retry_s`, or no server of ours will be started again.
+        Raises: ServerError when none is after `retry_s`, or none of ours will be started again.
         """
 
         def attempt() -> bool:
             self.revive(act)
-            if len(self._lost) == len(self.clients) and self.servers:
-                for server in self.servers:
-                    server.check_alive()
+            if len(self._lost) == len(self.clients) and self.servers and all(server.ended for server in self.servers):
+                self.servers[0].check_alive()
             return len(self._lost) < len(self.clients)
 
         patience = self.config.retry_s

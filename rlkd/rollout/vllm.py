@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
 from rlkd.weight_sync.plugin import ENGINE
 from rlkd.weight_sync.weight_file import WeightFile
+from rlkd.writing import writing
 
 _AT_ONCE = 256
 """Completions under way at one server, which vLLM runs together (its default); more would wait in that server's queue.
@@ -101,7 +103,8 @@ class VLLMSampler:
         """That every server in service holds; None: nothing was published yet."""
         self._published = ""
         """The file (or adapter) of that version, from which a server that lost its weights gets them again."""
-        self._initialised: set[str] = set()
+        self._holds: dict[str, int] = {}
+        """url → the version that this process has given the server. What it says itself may be another run's."""
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
@@ -138,39 +141,40 @@ class VLLMSampler:
                 self._direct.send(weights, version)
             except Exception as error:  # every rank must reach the next line
                 failure = error
-            self.pool.agree(on_rank_zero(lambda: self._settle_direct(failure, version)))
+            failed = distributed.all_reduce([float(failure is not None)], "max")[0] > 0
+            self.pool.agree(on_rank_zero(lambda: self._settle_direct(failed, failure, version)))
 
     def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
         """(what was published, the servers that are lost)."""
         assert self._file is not None, "publish before open"
-        self._published = self._file.write(weights, version)
+        with writing(f"the weights, to {self._file.directory},"):
+            self._published = self._file.write(weights, version)
         self._everywhere(self._update)
         self.pool.revive(self._update)  # those that were gone, if they are back
         self._file.keep_only(self._published)
         return self._published, self.pool.lost
 
-    def _settle_direct(self, failure: Exception | None, version: int) -> Mapping[str, str]:
-        if failure is not None:
+    def _settle_direct(self, failed: bool, failure: Exception | None, version: int) -> Mapping[str, str]:
+        if failed:
+            why = str(failure or "another rank failed; its error is in its own log")
             for client in self.pool.clients:
-                self.pool.lose(client, str(failure))
-            raise RunStopped(f"the weights did not reach the servers: {failure}") from failure
+                self.pool.lose(client, why)
+            raise RunStopped(f"the weights did not reach the servers: {why}") from failure
         self._everywhere(lambda client: _resume(client, version))
         return self.pool.lost
 
     def _update(self, client: VLLMClient) -> None:
         """Give one server the published file. Raises: ServerLost, ServerError."""
         assert self._file is not None, "publish before open"
+        assert self._version is not None
+        self._holds.pop(client.url, None)
         _pause(client)
-        if client.weight_version() is None:
-            self._initialised.discard(client.url)  # it was started again since
-        if client.url not in self._initialised:
-            client.order("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
-            self._initialised.add(client.url)
-        client.order("/start_weight_update")
+        client.order("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
+        _begin_update(client)
         client.order("/update_weights", {"update_info": {"file": self._published}})
         client.order("/finish_weight_update", {"weight_version": str(self._version)})
-        assert self._version is not None
         _resume(client, self._version)
+        self._holds[client.url] = self._version
 
     def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
         """`act` on all servers in service at once. Those that turn out to be gone leave it.
@@ -213,10 +217,11 @@ class VLLMSampler:
 
     def _restore(self, client: VLLMClient) -> None:
         """Bring one server to the published version, if it has lost it."""
-        if client.weight_version() != self._version:
-            self._update(client)
         assert self._version is not None
-        _resume(client, self._version)  # a publish may have been cut off before its end
+        if client.weight_version() == self._version == self._holds.get(client.url):
+            _resume(client, self._version)
+        else:
+            self._update(client)
 
     def check_version(self) -> None:
         """For answers that do not say which weights they are of: all servers in service must hold the published ones.
@@ -355,6 +360,21 @@ def likeliest(choice: Generated, k: int) -> Tensor:
 def _pause(client: VLLMClient) -> None:
     """Wait for what is under way, so that no completion is written by two versions; hold back what comes."""
     client.order("/pause", query={"mode": "wait"})
+
+
+def _begin_update(client: VLLMClient) -> None:
+    """Also where a trainer that died in the middle of an update left it open: vLLM begins no other one then.
+
+    Only an update that fails closes it, and one without a file does.
+    """
+    try:
+        client.order("/start_weight_update")
+    except ServerLost:
+        raise
+    except ServerError:
+        with contextlib.suppress(ServerError):
+            client.order("/update_weights", {"update_info": {"file": ""}})
+        client.order("/start_weight_update")
 
 
 def _resume(client: VLLMClient, version: int) -> None:

@@ -16,6 +16,7 @@ from rlkd.rollout.vllm import VLLMSampler
 from rlkd.tiny import resolve
 from rlkd.types import VersionSpan
 from rlkd.weight_sync.adapter_folder import AdapterFolder
+from rlkd.writing import writing
 
 
 class LoraVLLMSampler(VLLMSampler):
@@ -48,7 +49,8 @@ class LoraVLLMSampler(VLLMSampler):
     def _publish_adapter(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
         """(its name, the servers that are lost)."""
         assert self._folder is not None, "publish before open"
-        self._published = self._folder.write(weights, version)
+        with writing(f"the adapter, to {self._folder.directory},"):
+            self._published = self._folder.write(weights, version)
         self._everywhere(self._restore)
         self.pool.revive(self._restore)
         self._folder.remove_old()

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import lightning
-from torch import Tensor
 
 from rlkd import distributed
-from rlkd.distributed import RunStopped
 from rlkd.iteration_callback import IterationCallback
 from rlkd.module import PolicyModule
 from rlkd.rollout.loader import RolloutLoader
 from rlkd.types import Batch
-
-
-def check_finite(weights: Mapping[str, Tensor], version: int) -> None:
-    """Nobody samples from broken weights. Every rank has the same, so all raise together.
-
-    Raises: RunStopped naming the first tensor that is not finite.
-    """
-    for name, value in weights.items():
-        if not value.isfinite().all():
-            raise RunStopped(
-                f"after iteration {version} the weights are not finite: {name}; they were not published, and no "
-                "checkpoint has them. Check optim.lr"
-            )
 
 
 class Publish(IterationCallback):
@@ -58,7 +42,6 @@ class Publish(IterationCallback):
         student, loader = module.model, self.loader
         adapter = student.adapter_weights() if loader.config.publishes_adapter else None
         weights = student.full_weights() if adapter is None or loader.teacher_follows else {}
-        check_finite(weights if adapter is None else adapter, version)
         loader.publish(weights, version, adapter)
         distributed.barrier()
         module.row["time/publish"] = time.perf_counter() - started

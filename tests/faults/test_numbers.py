@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from builders import Captured, config, groups
-from conftest import rows
+from conftest import rows, wait_for_rows
 from test_run import arguments, saved
 
 from rlkd.algorithms import ALGORITHMS, KDRL
@@ -15,6 +15,7 @@ from rlkd.resume import checkpoints
 from rlkd.rollout.collate import collate
 from rlkd.stages import load_stages
 from rlkd.train import run
+from runs import ENV, start, train
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,43 @@ def test_a_run_goes_on_after_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before), "the update was skipped whole"
     assert any(not torch.equal(after[name], last[name]) for name in after)
     assert all(value.isfinite().all() for value in last.values())
+
+
+REWARD = """
+import pathlib
+
+def right(completion, *, answer, prompt, meta):
+    if answer == "held out" and pathlib.Path(__file__).with_name("armed").exists():
+        raise OSError("no disk")
+    return float(completion[:1] == answer[:1])
+"""
+
+
+@pytest.mark.process
+def test_a_run_that_stops_in_an_evaluation_keeps_the_iteration_before_it(tmp_path):
+    """And its row: the resumed run has one for every iteration."""
+    (tmp_path / "reward_of_test.py").write_text(REWARD)
+    (tmp_path / "held.jsonl").write_text('{"prompt": "reverse: ab", "answer": "held out"}\n')
+    settings = (
+        "eval.every=1",
+        f"eval.path={tmp_path / 'held.jsonl'}",
+        "reward.functions=[{name: 'reward_of_test:right'}]",
+    )
+    folder, env = tmp_path / "run", ENV | {"PYTHONPATH": str(tmp_path)}
+    stopped = start(arguments(1, folder, "run.iterations=9999", "checkpoint.every=0", *settings), tmp_path, env)
+    try:
+        wait_for_rows(stopped, folder, 3)
+        (tmp_path / "armed").touch()
+        assert stopped.wait(60) == 1
+    finally:
+        stopped.kill()
+    assert "stopped: evaluation: " in stopped.err.read_text() and "no disk" in stopped.err.read_text()
+    (checkpoint,) = checkpoints(folder)
+    done = int(checkpoint.name.split("-")[1])
+    assert rows(folder)[-1]["iteration"] == done and "eval/greedy" not in rows(folder)[-1]
+    (tmp_path / "armed").unlink()
+    train(arguments(1, folder, f"run.iterations={done + 1}", "run.resume=auto", *settings), tmp_path, env)
+    assert [row["iteration"] for row in rows(folder)] == list(range(done + 2))
 
 
 @pytest.mark.long
