@@ -151,7 +151,7 @@ def trainer_place(config: Config) -> Place:
     shard = model.parameters / ranks
     split = f"{_billions(model.parameters)} parameters / {ranks}"
     trained = adapter_parameters(config) if config.model.lora is not None else model.parameters
-    of_trained = f"{_billions(trained)} trained parameters / {ranks}"
+    of_trained = split if config.model.lora is None else f"{_billions(trained)} in adapters / {ranks}"
     resident = [
         Part(bytes=4 * shard, what="master weights", why=f"4 B · {split}"),
         Part(bytes=8 * trained / ranks, what="AdamW's moments", why=f"2 · 4 B · {of_trained}"),
