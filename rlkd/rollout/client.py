@@ -153,7 +153,7 @@ class VLLMClient:
                     f"completion may have {longest} tokens; restart it with --max-model-len {longest}"
                 )
             return card.id
-        named = ", ".join(f"{card.id!r} ({card.root})" if card.root else repr(card.id) for card in cards)
+        named = ", ".join(repr(c.id) + (f" ({c.root})" if c.root not in (None, c.id) else "") for c in cards)
         offered = " ".join(named[:300].split()) or "no model"
         raise ServerError(
             f"{self.url} serves {offered}, wanted {model!r}; correct the address, or start that server with "
