@@ -39,7 +39,8 @@ class ModelCard(Answer):
     root: str | None = None
     parent: str | None = None
     """Of a LoRA adapter: the model that it adapts."""
-    max_model_len: int = Field(gt=0)
+    max_model_len: int | None = Field(None, gt=0)
+    """None for an adapter."""
 
 
 class ModelList(Answer):

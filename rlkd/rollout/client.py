@@ -147,7 +147,7 @@ class VLLMClient:
         for card in cards:
             if model != card.id and not _same_model(card.root or card.id, model):
                 continue
-            if card.max_model_len < longest:
+            if card.max_model_len is None or card.max_model_len < longest:
                 raise ServerError(
                     f"{self.url} was started with --max-model-len {card.max_model_len}, but a prompt and its "
                     f"completion may have {longest} tokens; restart it with --max-model-len {longest}"
