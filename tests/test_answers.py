@@ -73,6 +73,8 @@ HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 99999999999), }"
         (npy(np.zeros((2, 2), np.float32))[:-1], "bytes, which is not what its header says"),
         (b"\x93NUMPY\x01\x00\x76\x00" + HUGE.ljust(117) + b"\n", r"float32 of shape \[2, 99999999999\], wanted"),
         (npy(np.array([[None, {}]], dtype=object)), "object of shape"),
+        (b"\x93NUMPY\x01\x00\x04\x00((\n\n", "a .npy file with a broken header"),
+        (b"\x93NUMPY\x01\x00\x0b\x00 if x:\n  1\n", "a .npy file with a broken header|not"),
         (b"x", ""),
         (b"", ""),
     ],

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import tokenize
 from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
@@ -157,7 +158,10 @@ def float_array(encoded: str, shape: Sequence[int]) -> NDArray[np.float32]:
     file = io.BytesIO(raw)
     if npy.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
         raise ValueError("a .npy file of another version than 1.0")
-    got, _, kind = npy.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+    try:
+        got, _, kind = npy.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
+    except (SyntaxError, tokenize.TokenError) as error:  # numpy reads a broken header as one of Python 2
+        raise ValueError("a .npy file with a broken header") from error
     if got != tuple(shape) or kind.kind != "f":
         raise ValueError(f"{kind.name} of shape {list(got)}, wanted floats of shape {list(shape)}")
     if len(raw) - file.tell() != math.prod(shape) * kind.itemsize:

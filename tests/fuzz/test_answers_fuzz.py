@@ -24,7 +24,7 @@ from rlkd.teachers.served import request_completion, request_given, request_scor
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Signal
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * 3600)]
 
 EOS = 3
 SAMPLING = Sampling(temperature=1.0, max_tokens=3, seed=0, top_k=2)

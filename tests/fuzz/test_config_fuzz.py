@@ -19,7 +19,7 @@ from rlkd.config_schema import Schema
 from rlkd.stages import load_stages
 from rlkd.train import main
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * 3600)]
 
 CONFIGS = sorted(Path(__file__).parents[2].joinpath("configs").glob("*.yaml"))
 GIVEN = {"model.path": "builtin:student", "data.path": "builtin:reverse", "teacher.path": "builtin:teacher"}

@@ -13,7 +13,7 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.data.jsonl import parse
 from rlkd.data.sources import load_source
 
-pytestmark = pytest.mark.long
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * 3600)]
 
 ROWS = [
     {"prompt": "reverse: abc", "answer": "cba", "id": "a", "level": 3},
