@@ -49,6 +49,12 @@ def test_a_field_that_is_wrong_is_named(content, kind, line):
     assert str(caught.value) == line
 
 
+def test_the_card_of_an_adapter_has_no_length_of_its_own():
+    """As vLLM 0.32 writes it."""
+    cards = parse(b'{"data": [{"id": "a", "root": "/a", "parent": "m", "max_model_len": null}]}', ModelList).data
+    assert (cards[0].parent, cards[0].max_model_len) == ("m", None)
+
+
 def test_choices_come_in_any_order_and_each_once():
     assert in_order([2, 0, 1], 3) == [1, 2, 0]
     for indices in ([0], [0, 0], [1, 2], [0, 1, 2]):

@@ -296,7 +296,7 @@ class VLLMSampler:
         too_long = len(token_ids) > max_tokens or (said == "length" and len(token_ids) != max_tokens)
         if not token_ids or said != finish_reason or too_long:
             raise ServerError(
-                f"{where}: a completion of {len(token_ids)} tokens ended with {said!r}; it must end with an "
+                f"{where}: a completion of {len(token_ids)} tokens ended with {str(said)[:40]!r}; it must end with an "
                 f"end-of-sequence token ('stop') or after {max_tokens} tokens ('length')"
             )
         spans = choice.weight_versions or []

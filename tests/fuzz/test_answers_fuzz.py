@@ -58,7 +58,7 @@ def scored(question):
 
 
 ANSWERS = {
-    "card": {"object": "list", "data": [{"id": "m", "root": "m", "parent": None, "max_model_len": 64}]},
+    "card": {"data": [{"id": "m", "root": "m", "parent": None, "max_model_len": 64}]},
     "version": {"weight_version": "12"},
     "sample": {"model": "m", "choices": [generated(1, [7, 8, EOS], "stop"), generated(0, [7, 9, 9], "length")]},
     "scores": {
