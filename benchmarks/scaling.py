@@ -1,0 +1,424 @@
+"""The cost model of docs/scaling.md: its constants on this box, a check against real runs, and the plan for GPUs.
+
+python benchmarks/scaling.py constants      what this box achieves, by micro-benchmarks
+python benchmarks/scaling.py check          one more round of these and of training runs; predicted and measured seconds
+python benchmarks/scaling.py plan           8, 64 and 1,024 H100; runs nothing
+
+A round of `check` takes about ten minutes on two busy cores; rounds add up in runs/scaling/measured.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cost_model as cost
+import scaling_plan
+from cost_model import Machine, Model, Update, dense
+
+FOLDER = Path("runs/scaling")
+VOCABULARY = 2048
+"""Wide enough that a random student seldom ends early: completions have the length that was asked for."""
+SIZES = {"1M": (128, 4, 352), "6M": (256, 6, 704), "21M": (512, 6, 1408)}
+"""Name → hidden, layers, intermediate."""
+RANK = 8
+"""Of adapters."""
+ITERATIONS = 4
+"""Of a run; one more comes before, which warms up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A training run."""
+
+    name: str
+    student: str
+    prompts: int
+    length: int
+    teacher: str | None = None
+    algorithm: str = "grpo"
+    updates: int = 1
+    lora: bool = False
+    ranks: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Completions of one rank."""
+        return self.prompts * 8 // self.ranks
+
+
+CASES = (
+    Case(name="1M, 64 × 32", student="1M", prompts=8, length=32),
+    Case(name="1M, 16 × 96", student="1M", prompts=2, length=96),
+    Case(name="6M, 32 × 32", student="6M", prompts=4, length=32),
+    Case(name="21M, 16 × 16", student="21M", prompts=2, length=16),
+    Case(name="6M, 2 updates", student="6M", prompts=4, length=32, updates=2),
+    Case(name="6M, LoRA", student="6M", prompts=4, length=32, lora=True),
+    Case(name="1M, 6M teacher", student="1M", prompts=8, length=32, teacher="6M", algorithm="kdrl"),
+    Case(name="1M, full KD", student="1M", prompts=4, length=32, teacher="6M", algorithm="opd"),
+    Case(name="6M, 2 ranks", student="6M", prompts=4, length=32, ranks=2),
+)
+
+
+# ---- constants of this box ------------------------------------------------------------------------------------------
+
+
+def median_seconds(act: Callable[[], Any], least: float = 0.25) -> float:
+    """Of one call; the median of at least five, over at least `least` seconds."""
+    act()
+    taken: list[float] = []
+    while len(taken) < 5 or sum(taken) < least:
+        started = time.perf_counter()
+        act()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def rates() -> dict[str, float]:
+    """FLOP/s, bytes/s and exponentials/s of one process, and seconds a logit of a draw."""
+    import torch
+    from torch.nn import functional as F
+
+    from rlkd.rollout.hf import draw
+
+    products = []
+    for rows, width in ((32, 256), (1024, 128), (1024, 256), (1024, 512)):  # a decode step's, and training's
+        x, w = torch.randn(rows, width), torch.randn(4 * width, width)
+        products.append(8 * rows * width**2 / median_seconds(lambda x=x, w=w: F.linear(x, w)))
+    small, beside = torch.randn(2, 2**20)  # 4 MiB, as activations; the result is a fresh tensor, as theirs
+    large, other, result = torch.randn(3, 2**24)  # 64 MiB
+    logits, noise = torch.randn(32, VOCABULARY, dtype=torch.float64), torch.rand(32, dtype=torch.float64)
+    return {
+        "flops": statistics.median(products),
+        "cache": 12 * small.numel() / median_seconds(lambda: small * beside),
+        "memory": 12 * large.numel() / median_seconds(lambda: torch.add(large, other, out=result)),
+        "exps": small.numel() / statistics.median(median_seconds(f) for f in (small.exp, lambda: F.silu(small))),
+        "draw": median_seconds(lambda: draw(logits, noise, 1.0)) / logits.numel(),
+    }
+
+
+def disks() -> dict[str, float]:
+    """Bytes/s of writing and reading a safetensors file of 64 MiB, in memory and on the disk (written through)."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights, found = {"weights": torch.randn(2**24)}, {}
+    for name, parent in (("shm", "/dev/shm"), ("disk", ".")):
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            path = Path(folder, "weights.safetensors")
+
+            def write(path: Path = path) -> None:
+                save_file(weights, path)
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+
+            found[f"{name}_write"] = 2**26 / median_seconds(write)
+            found[f"{name}_read"] = 2**26 / median_seconds(lambda path=path: load_file(path)["weights"].clone())
+    return found
+
+
+def fixed(lora: bool) -> dict[str, float]:
+    """Seconds that do not depend on sizes: those of a model of width 32 and one token, with one layer and with nine.
+
+    Through rlkd's own code. Every rank calls it.
+    """
+    import lightning
+    import numpy as np
+    import torch
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
+    from rlkd.policy_head import Needs
+    from rlkd.rollout.hf import decode
+    from rlkd.student import build_student, load_causal_lm
+    from rlkd.teachers.local import LocalScorer
+    from rlkd.teachers.teacher import Question
+    from rlkd.types import Batch, Signal
+    from rlkd.weight_sync.publish import check_finite
+
+    del lightning, ModelParallelStrategy  # imported as a run does; they set what torch's threads do
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
+    mask = torch.tensor([[False, True]])
+    batch = Batch(
+        iteration=0,
+        input_ids=torch.zeros(1, 2, dtype=torch.int64),
+        lengths=torch.tensor([2]),
+        completion_mask=mask,
+        student_mask=mask,
+        authors=torch.zeros(1, 2, dtype=torch.int64),
+        sampler_logprobs=torch.zeros(1, 2),
+        advantages=torch.zeros(1, 2),
+        rewards=torch.zeros(1),
+        weight_version=torch.zeros(1, dtype=torch.int64),
+        teacher_index=torch.zeros(1, dtype=torch.int64),
+    )
+    noise = np.random.default_rng(0).random((1, 33))
+    seconds: dict[int, dict[str, float]] = {}
+    for layers in (1, 9):
+        path = str(model_folder(f"thin{layers}", 32, layers, 32, vocabulary=64))
+        adapters = LoraConfig(r=RANK) if lora else None
+        student = build_student(ModelConfig(path=path, lora=adapters), TrainerConfig(), mesh, 0)
+        trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0)
+        sampler = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
+        scorer = LocalScorer(
+            path,
+            temperature=1.0,
+            batch_tokens=64,
+            dtype=torch.float32,
+            accelerator="cpu",
+            attention=None,
+            trust_remote_code=False,
+        )
+        scorer.open()
+
+        def update(student=student, optimizer=optimizer, trained=trained) -> None:
+            optimizer.zero_grad()
+            student(batch, Needs(temperature=1.0)).logprobs.sum().backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0).full_tensor()
+            optimizer.step()
+
+        def publish(student=student, sampler=sampler) -> None:
+            weights = student.full_weights()
+            check_finite(weights, 0)
+            sampler.load_state_dict(dict(weights), strict=True)
+
+        def steps(sampler=sampler) -> None:
+            decode(sampler, [[2]], noise, 1.0, [-1])
+
+        def forward(scorer=scorer) -> None:
+            scorer.score([Question((2,), (2,))], Signal())
+
+        acts = {"update": update, "publish": publish, "step": steps, "forward": forward}
+        # A collective wants as many calls on every rank: a number, not a time.
+        seconds[layers] = {name: statistics.median(timed(act) for _ in range(12)) for name, act in acts.items()}
+        seconds[layers]["step"] /= noise.shape[1]
+    found = {}
+    for name in seconds[1]:
+        found[f"{name}_layer"] = (seconds[9][name] - seconds[1][name]) / 8
+        found[name] = seconds[1][name] - found[f"{name}_layer"]
+    return found
+
+
+def timed(act: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    act()
+    return time.perf_counter() - started
+
+
+def link(ranks: int) -> dict[str, float]:
+    """Bytes/s that a rank receives in an all-gather of 16 MiB."""
+    import torch
+
+    if ranks == 1:
+        return {}
+    part = torch.randn(2**22 // ranks)
+    whole = torch.empty(2**22 // ranks * ranks)
+    gather = torch.distributed.all_gather_into_tensor
+    taken = statistics.median(timed(lambda: gather(whole, part)) for _ in range(9))
+    return {"link": 4 * (whole.numel() - part.numel()) / taken}
+
+
+def measure_here() -> None:
+    """One rank of `constants`: prints a line of JSON."""
+    import torch
+
+    ranks = int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
+    found = rates() | link(ranks) | fixed(lora=False)
+    if ranks == 1:
+        found |= {f"lora_{name}": value for name, value in fixed(lora=True).items()} | disks()
+    torch.distributed.destroy_process_group()
+    print("constants " + json.dumps(found), flush=True)
+
+
+def constants(ranks: int) -> dict[str, float]:
+    """What each of `ranks` processes achieves that all work at once; the median over them."""
+    done = run_python([__file__, "measure"], ranks)
+    return medians([json.loads(line.split(" ", 1)[1]) for line in done.splitlines() if line.startswith("constants ")])
+
+
+def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def run_python(arguments: list[str], ranks: int) -> str:
+    """What `python ARGUMENTS` prints, in `ranks` processes that meet. Raises: CalledProcessError."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    if ranks == 1 and arguments[0] == "-m":  # a run alone needs nobody to meet
+        command = [sys.executable, *arguments]
+    paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+    done.check_returncode()
+    return done.stdout
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def model_folder(name: str, hidden: int, layers: int, width: int, vocabulary: int = VOCABULARY) -> Path:
+    """A random Llama with the built-in tokenizer, on disk."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from rlkd.tiny import resolve
+
+    folder = FOLDER / "models" / name
+    if (folder / "config.json").exists():
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:student"))
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=width,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    beside = Path(tempfile.mkdtemp(dir=folder.parent if folder.parent.mkdir(parents=True, exist_ok=True) else None))
+    LlamaForCausalLM(config).save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    os.replace(beside, folder)
+    return folder
+
+
+def measured(case: Case) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl of a fresh run, without the first, which warms up."""
+    folder = FOLDER / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    overrides = [
+        *(f"run.dir={FOLDER}", "run.name=run", f"run.iterations={ITERATIONS + 1}"),
+        f"model.path={FOLDER}/models/{case.student}",
+        f"algorithm={{name: {case.algorithm}, group_size: 8}}",
+        f"teacher={{backend: local, path: {FOLDER}/models/{case.teacher}, batch_tokens: 16384}}"
+        if case.teacher
+        else "teacher={backend: none}",
+        *(f"rollout.prompts={case.prompts}", f"rollout.max_tokens={case.length}", "optim.lr=1e-6"),
+        *(f"trainer.updates_per_iteration={case.updates}", f"trainer.devices={case.ranks}"),
+        *(("model.lora={r: 8}",) if case.lora else ()),
+        *("eval.every=0", "checkpoint.every=0", "checkpoint.export=false", "log.rollouts_every=0"),
+    ]
+    run_python(["-m", "rlkd.train", "--config", "configs/quickstart.yaml", *overrides], case.ranks)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["iteration"] > 1]
+
+
+PHASES = ("rollout", "teacher", "train", "publish")
+
+
+def predicted(case: Case, machine: Machine, models: dict[str, Model], prompt: float) -> dict[str, float]:
+    """Seconds of each phase."""
+    student, rows, length = models[case.student], case.rows, prompt + case.length
+    tokens = rows * length
+    adapters = cost.adapter_numbers(student, RANK) if case.lora else 0.0
+    one = Update(tokens=tokens / case.updates, length=length, micro_batches=1, ranks=case.ranks, adapters=adapters)
+    full = models[case.teacher] if case.teacher and case.algorithm == "opd" else None
+    train = case.updates * cost.training(student, machine, one, full)
+    if case.updates > 1:  # the log-probs before the first update
+        train += cost.scoring(student, machine, tokens, length, 1)
+    teacher = 0.0
+    if case.teacher:
+        teacher = cost.scoring(models[case.teacher], machine, tokens, length, 1)
+    return {
+        "rollout": cost.rollout(student, machine, rows, prompt, case.length),
+        "teacher": teacher,
+        "train": train,
+        "publish": cost.publishing(student, machine, case.ranks),
+    }
+
+
+def check() -> None:
+    """One more round of constants and runs in turn; prints the medians of all rounds beside each other."""
+    from rlkd.config import DataConfig
+    from rlkd.data.chat import load_tokenizer
+    from rlkd.data.sources import load_source
+    from rlkd.estimate import shape_of
+
+    paths = {name: str(model_folder(name, *size)) for name, size in SIZES.items()}
+    models = {name: dense(shape_of(path), heads=SIZES[name][0] // 32) for name, path in paths.items()}
+    task = DataConfig(path="builtin:reverse", max_prompt_tokens=32)
+    prompt = statistics.fmean(len(p.token_ids) for p in load_source(task, load_tokenizer(paths["1M"], False)))
+    for ranks in (1, 2):
+        mine = [case for case in CASES if case.ranks == ranks]
+        for i, case in enumerate(mine):
+            if i % 3 == 0:  # what others do on this box changes: constants are taken between the runs
+                record({"constants": constants(ranks), "ranks": ranks})
+            record({"case": case.name, "rows": measured(case)})
+        record({"constants": constants(ranks), "ranks": ranks})
+    report(models, prompt)
+
+
+def record(result: dict[str, Any]) -> None:
+    with open(FOLDER / "measured.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def report(models: dict[str, Model], prompt: float) -> None:
+    results = [json.loads(line) for line in (FOLDER / "measured.jsonl").read_text().splitlines()]
+    of = {ranks: medians([r["constants"] for r in results if r.get("ranks") == ranks]) for ranks in (1, 2)}
+    for ranks, values in of.items():
+        print(f"{ranks} processes: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
+    errors: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
+    print(f"\n{'predicted / measured, s':<24}" + "".join(f"{name:>20}" for name in errors))
+    for case in CASES:
+        rows = [row for r in results if r.get("case") == case.name for row in r["rows"]]
+        real = {p: statistics.median(row.get(f"time/{p}", 0.0) for row in rows) for p in (*PHASES, "total")}
+        guess = predicted(case, machine(of[case.ranks], case.lora), models, prompt)
+        guess["total"] = sum(guess.values())
+        cells = []
+        for name in errors:
+            if guess[name] == 0:
+                cells.append("–")
+                continue
+            error = guess[name] / real[name] - 1
+            errors[name].append(abs(error))
+            cells.append(f"{guess[name]:.2f}/{real[name]:.2f} {100 * error:+.0f}%")
+        print(f"{case.name:<24}" + "".join(f"{cell:>20}" for cell in cells))
+    print(f"{'median |error|':<24}" + "".join(f"{100 * statistics.median(e):>19.0f}%" for e in errors.values()))
+
+
+def machine(values: dict[str, float], lora: bool) -> Machine:
+    """`lora`: with the fixed costs of a student that has adapters, where these are others."""
+    if lora:
+        apart = ("update", "update_layer", "publish", "publish_layer")
+        values = values | {name: values[f"lora_{name}"] for name in apart}
+    return Machine(**{name: value for name, value in values.items() if name in Machine.__dataclass_fields__})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("constants", "check", "plan", "measure"))
+    what = parser.parse_args().what
+    if what == "measure":
+        measure_here()
+    elif what == "constants":
+        for ranks in (1, 2):
+            print(f"{ranks} processes: {json.dumps(constants(ranks), indent=1)}")
+    elif what == "check":
+        check()
+    else:
+        scaling_plan.plan()
+
+
+if __name__ == "__main__":
+    main()

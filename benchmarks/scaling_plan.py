@@ -1,0 +1,332 @@
+"""8, 64 and 1,024 H100 by the cost model: what fits, which split of the GPUs is fastest, where the time goes.
+
+Nothing here is measured. Data sheet: NVIDIA H100 SXM5 (989e12 FLOP/s dense bf16, 3.35e12 B/s, 80 GB, NVLink 450e9 B/s
+each way); 400 Gb/s InfiniBand for each GPU. What of it is achieved is assumed, and so is all about disks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cost_model as cost
+from cost_model import Machine, Model, dense
+from transformers import DeepseekV3Config, PreTrainedConfig, Qwen2Config
+
+from rlkd.algorithms import ALGORITHMS
+from rlkd.config_file import load
+from rlkd.estimate import GIB, Shape, shape, trainer_place
+
+assert ALGORITHMS  # known to configs once imported
+
+H100 = Machine(
+    flops=0.45 * 989e12,  # assumed share
+    memory=0.7 * 3.35e12,  # assumed share
+    link=0.8 * 450e9,  # NVLink, one machine; assumed share
+    network=0.8 * 450e9,
+    hop=2e-6,  # assumed: a ring over NVLink and InfiniBand, one rank further
+    step=3e-3,  # assumed: vLLM's scheduler, sampling and launches, with CUDA graphs
+    disk_write=2e9,  # assumed, as are the next two: a parallel file system
+    disk_read=4e9,
+    disk_total=100e9,
+)
+ACROSS = replace(H100, link=0.8 * 8 * 50e9, network=0.8 * 50e9)
+"""Several machines. What an all-gather brings into one comes over its 8 adapters once, and goes on over NVLink; what one
+trainer process sends goes over its own adapter."""
+CARD = 0.9 * 80 * GIB
+"""Bytes of a card that may be planned with."""
+BOX = 8
+MICRO_TOKENS = 16384
+GROUP = 8
+SLACK = 1.05
+"""A split may take so much longer than the fastest, if it wants fewer GPUs."""
+WORKSPACE = 10 * GIB
+"""Assumed, of a trainer that rlkd is not: experts stay where they are and tokens travel, so little is gathered."""
+PROMPT = 512
+ADAPTER_RANK = 32
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Student:
+    """One that is planned for."""
+
+    name: str
+    config: PreTrainedConfig
+    model: Model
+    shape: Shape
+    per_copy: int
+    """GPUs that share a server's copy."""
+    longest: int
+    """Tokens of the longest completion; they are half as long in the mean."""
+
+
+def qwen(layers: int, hidden: int, width: int, heads: int, keys: int) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=152064,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+        dtype="bfloat16",
+    )
+
+
+def deepseek(config: DeepseekV3Config, known: Shape) -> Model:
+    """Multi-head latent attention (arXiv 2412.19437 §2.1.1): a token keeps one latent vector of 512 and a rotary key of
+    64 a layer; a decode step attends to those with 128 heads. 256 routed experts in 58 layers, 8 of them chosen."""
+    latent, rotary, heads = config.kv_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
+    expert = 3 * config.hidden_size * config.moe_intermediate_size
+    routed = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts * expert
+    chosen = config.num_experts_per_tok / config.n_routed_experts
+    parameters = float(known.parameters)
+    return Model(
+        parameters=parameters,
+        active=parameters - known.output_layer - (1 - chosen) * routed,
+        routed=float(routed),
+        chosen=chosen,
+        layers=known.layers,
+        hidden=known.hidden,
+        intermediate=known.intermediate,
+        queries=known.queries,
+        keys=known.keys,
+        heads=heads,
+        vocabulary=known.vocabulary,
+        attention=2.0 * heads * (2 * latent + rotary) * known.layers,
+        cache=float((latent + rotary) * known.layers),
+    )
+
+
+def students() -> list[Student]:
+    """Qwen2.5-7B and -32B, and DeepSeek-V3, by their published config.json."""
+    small, middle = qwen(28, 3584, 18944, 28, 4), qwen(64, 5120, 27648, 40, 8)
+    large = DeepseekV3Config()
+    of_small, of_middle, mixture = shape(small), shape(middle), shape(large)
+    return [
+        Student(
+            name="7B",
+            config=small,
+            model=dense(of_small, 28),
+            shape=of_small,
+            per_copy=1,
+            longest=8192,
+        ),
+        Student(
+            name="32B",
+            config=middle,
+            model=dense(of_middle, 40),
+            shape=of_middle,
+            per_copy=2,
+            longest=16384,
+        ),
+        Student(
+            name="671B MoE",
+            config=large,
+            model=deepseek(large, mixture),
+            shape=mixture,
+            per_copy=32,
+            longest=16384,
+        ),
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a trainer GPU wants at most at a time, by `rlkd.estimate`."""
+
+    always: float
+    training: float
+    publishing: float
+
+    def peak(self, way: str) -> float:
+        if way == "experts split":
+            return self.always + WORKSPACE
+        return self.always + max(self.training, self.publishing if way == "all weights" else 0.0)
+
+
+@functools.cache
+def memory(student: Student, ranks: int, way: str) -> Memory:
+    with tempfile.TemporaryDirectory() as folder:
+        student.config.save_pretrained(folder)
+        overrides = [
+            *(f"model.path={folder}", "model.gradient_checkpointing=true", f"rollout.max_tokens={student.longest}"),
+            *(f"data.path={folder}", f"data.max_prompt_tokens={PROMPT}", f"rollout.prompts={128 * ranks}"),
+            *(f"trainer.micro_batch_tokens={PROMPT + student.longest}", f"trainer.devices={ranks}"),
+            "rollout.server={launch: false, urls: [http://server:8000]}",  # on machines of their own
+        ]
+        place = trainer_place(load([str(Path("configs/grpo.yaml"))], overrides).config)
+    parts = {part.what: part.bytes for part in (*place.resident, *place.phases)}
+    always = sum(part.bytes for part in place.resident)
+    if way == "adapters":  # frozen weights have neither gradients nor moments
+        always = parts["master weights"] + 16 * cost.adapter_numbers(student.model, ADAPTER_RANK) / ranks
+    return Memory(always=always, training=parts["training"], publishing=parts.get("publishing", 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """GPUs, and the seconds of the phases, one after the other."""
+
+    trainers: int
+    servers: int
+    teachers: int
+    rollout: float
+    teacher: float
+    train: float
+    publish: float
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.teacher + self.train + self.publish
+
+    @property
+    def gpus(self) -> int:
+        return self.trainers + self.servers + self.teachers
+
+    @property
+    def slowest(self) -> str:
+        phases = {name: getattr(self, name) for name in ("rollout", "teacher", "train", "publish")}
+        return max(phases, key=phases.__getitem__)
+
+
+def room(student: Student) -> float:
+    """Sequences of the mean length that a server's copy has memory for."""
+    free = student.per_copy * CARD - 2 * student.model.parameters
+    return free / (2 * student.model.cache * (PROMPT + student.longest / 2))
+
+
+def publish_seconds(student: Student, trainers: int, boxes: int, way: str, gpu: Machine) -> float:
+    """The faster of NCCL and disk for all weights, in fp32 as rlkd sends them; adapters go by disk."""
+    if way == "adapters":
+        return cost.disk_seconds(4 * cost.adapter_numbers(student.model, ADAPTER_RANK), gpu, boxes)
+    count = 4 * student.model.parameters
+    sent = min(cost.nccl_seconds(count, gpu, boxes), cost.disk_seconds(count, gpu, boxes))
+    return cost.gather_seconds(count, gpu, trainers) + sent
+
+
+def counts(most: int, of: int) -> list[int]:
+    """Multiples of `of` up to `most`: 1, 2, 3, 4, 6, 8, 12, 16, 24 … times."""
+    times = sorted({1, *(2**i for i in range(1, 11)), *(3 * 2**i for i in range(10))})
+    return [of * n for n in times if of * n <= most]
+
+
+def splits(student: Student, teacher: Student, gpus: int, completions: int, way: str) -> Iterator[Split]:
+    """Divisions of `gpus` in which the trainers' memory fits, servers and teachers are whole copies, and the number of
+    prompts divides by the trainers, as rlkd wants it. Some may be left over."""
+    mean, gpu = PROMPT + student.longest / 2, H100 if gpus <= BOX else ACROSS
+    tokens = completions * mean
+    adapters = cost.adapter_numbers(student.model, ADAPTER_RANK) if way == "adapters" else 0.0
+    for trainers in range(1, gpus):
+        if (completions // GROUP) % trainers or memory(student, trainers, way).peak(way) > CARD:
+            continue
+        train = cost.gpu_training(student.model, gpu, tokens, mean, trainers, MICRO_TOKENS, adapters)
+        for teachers in counts(gpus - trainers, teacher.per_copy):
+            scored = cost.served_scoring(teacher.model, gpu, tokens, mean, teachers)
+            for servers in counts(gpus - trainers - teachers, student.per_copy):
+                rows, size = completions * student.per_copy / servers, student.per_copy
+                yield Split(
+                    trainers=trainers,
+                    servers=servers,
+                    teachers=teachers,
+                    rollout=cost.served_rollout(
+                        student.model, gpu, rows, room(student), PROMPT, student.longest, size, GROUP
+                    ),
+                    teacher=scored,
+                    # Where experts stay, what moves is tokens, which is not modelled.
+                    train=train.compute + train.optimizer if way == "experts split" else train.total,
+                    publish=publish_seconds(student, trainers, math.ceil(servers / BOX), way, gpu),
+                )
+
+
+def best_split(student: Student, teacher: Student, gpus: int, completions: int, way: str) -> Split | None:
+    """Of those within SLACK of the fastest the one on the fewest GPUs; None where nothing fits."""
+    known = list(splits(student, teacher, gpus, completions, way))
+    fastest = min((split.total for split in known), default=0.0)
+    near = [split for split in known if split.total <= SLACK * fastest]
+    return min(near, key=lambda split: (split.gpus, split.total), default=None)
+
+
+def plan() -> None:
+    small, middle, large = students()
+    memories((small, middle, large))
+    fastest(((small, middle), (middle, middle), (large, large)))
+    published((small, middle, large))
+    steps((small, middle, large))
+
+
+def memories(known: Sequence[Student]) -> None:
+    print("Memory of a trainer GPU, GiB; 72 of 80 may be planned with")
+    print(
+        f"{'student':<10}{'GPUs':>6}{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host, a box':>13}"
+    )
+    for student in known:
+        for ranks in (1, 4, 8, 64, 512):
+            whole = memory(student, ranks, "all weights")
+            adapted = memory(student, ranks, "adapters").peak("adapters") / GIB
+            host = 4 * student.model.parameters * min(ranks, BOX)
+            figures = (whole.always, whole.always + whole.training, whole.always + whole.publishing)
+            cells = "".join(f"{value / GIB:>{width}.0f}" for value, width in zip(figures, (9, 12, 14), strict=True))
+            last = "–" if student.model.routed else f"{adapted:.0f}"
+            print(f"{student.name:<10}{ranks:>6}{cells}{last:>10}{host / GIB:>13.0f}")
+
+
+def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
+    print(f"\nThe smallest split within {SLACK - 1:.0%} of the fastest; teacher: 32B, of 671B itself; seconds")
+    head = ("trainers", "servers", "teachers", "rollout", "teacher", "train", "publish", "step", "idle")
+    print(
+        f"{'student':<10}{'GPUs':>5}{'samples':>8}  {'published':<17}" + "".join(f"{h:>9}" for h in head) + "  slowest"
+    )
+    for student, teacher in pairs:
+        for gpus, completions in ((8, 1024), (64, 1024), (1024, 1024), (1024, 16384)):
+            for way in ("all weights", "tensor by tensor", "experts split" if student.model.routed else "adapters"):
+                line = f"{student.name:<10}{gpus:>5}{completions:>8}  {way:<17}"
+                best = best_split(student, teacher, gpus, completions, way)
+                if best is None:
+                    print(line + "  nothing fits")
+                    continue
+                idle = f"{100 * (1 - best.train / best.total):.0f} %"
+                cells = "".join(f"{n:>9}" for n in (best.trainers, best.servers, best.teachers))
+                seconds = (best.rollout, best.teacher, best.train, best.publish, best.total)
+                print(line + cells + "".join(f"{s:>9.1f}" for s in seconds) + f"{idle:>9}  {best.slowest}")
+
+
+def published(known: Sequence[Student]) -> None:
+    print("\nPublishing to servers on machines of their own, 64 trainers, seconds")
+    for student in known:
+        count = 4 * student.model.parameters
+        adapters = 4 * cost.adapter_numbers(student.model, ADAPTER_RANK)
+        print(f"{student.name}: {count / 1e9:.0f} GB, gathered in {cost.gather_seconds(count, ACROSS, 64):.2f}")
+        for boxes in (1, 4, 16, 32, 64, 128):
+            ways = {
+                "NCCL in turn": cost.nccl_seconds(count, ACROSS, boxes),
+                "NCCL at once": cost.nccl_seconds(count, ACROSS, 1),
+                "disk": cost.disk_seconds(count, ACROSS, boxes),
+            }
+            if not student.model.routed:
+                ways[f"adapters ({adapters / 1e9:.2f} GB) by disk"] = cost.disk_seconds(adapters, ACROSS, boxes)
+            print(f"{boxes:>6} machines: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in ways.items()))
+
+
+def steps(known: Sequence[Student]) -> None:
+    print("\nA decode step of a copy by rows, context 4,096, ms (of which weights, caches)")
+    for student in known:
+        model, gpus = student.model, student.per_copy
+        cells = []
+        for rows in (1, 16, 64, 256, 1024):
+            seconds = cost.served_step(model, H100, rows, 4096, gpus)
+            weights = 2 * (cost.touched(model, rows) + model.output_layer) / H100.memory / gpus
+            cache = 2 * rows * 4096 * model.cache / H100.memory / gpus
+            cells.append(f"{rows}: {1e3 * seconds:.1f} ({1e3 * weights:.1f}, {1e3 * cache:.1f})")
+        print(f"{student.name} on {gpus} GPUs, room for {room(student):.0f} sequences: " + "; ".join(cells))
+    print("\nTokens of a micro-batch from which arithmetic hides what FSDP2 moves")
+    for student in known:
+        cells = []
+        for ranks, gpu in ((8, H100), (64, ACROSS), (512, ACROSS)):
+            one = cost.gpu_training(student.model, gpu, ranks * MICRO_TOKENS, student.longest / 2, ranks, MICRO_TOKENS)
+            cells.append(f"{ranks} GPUs {MICRO_TOKENS * one.communication / one.compute:,.0f}")
+        print(f"{student.name}: " + ", ".join(cells))
