@@ -240,6 +240,9 @@ def training(model: Model, machine: Machine, update: Update, teacher: Model | No
     backward = forward.times(2)
     if frozen:  # no gradients of the weights, but products of the adapters: their forward and twice that
         backward = backward._replace(flops=forward.flops + 6 * tokens * update.adapters)
+        outputs = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.intermediate
+        # What an adapter computes is scaled and added: 5 passes over the outputs of its layer, and twice that backward.
+        backward = backward.plus(Work(passes=3 * 5 * each * tokens * outputs * model.layers))
     work = forward.plus(backward).plus(logprobs(model, tokens, each)).plus(logprobs_backward(model, tokens, each))
     if teacher is not None:
         work = work.plus(divergence(model, teacher, tokens))

@@ -74,15 +74,18 @@ CASES = (
 # ---- constants of this box ------------------------------------------------------------------------------------------
 
 
-def median_seconds(act: Callable[[], Any], least: float = 0.25) -> float:
-    """Of one call; the median of at least five, over at least `least` seconds."""
+def mean_seconds(act: Callable[[], Any]) -> float:
+    """Of one call, over half a second or more.
+
+    The mean, not the median: others work on this box, and what they take from a run of many seconds they take from some
+    of many short calls only.
+    """
     act()
-    taken: list[float] = []
-    while len(taken) < 5 or sum(taken) < least:
-        started = time.perf_counter()
+    calls, started = 0, time.perf_counter()
+    while (taken := time.perf_counter() - started) < 0.5:
         act()
-        taken.append(time.perf_counter() - started)
-    return statistics.median(taken)
+        calls += 1
+    return taken / calls
 
 
 def rates() -> dict[str, float]:
@@ -95,16 +98,16 @@ def rates() -> dict[str, float]:
     products = []
     for rows, width in ((32, 256), (1024, 128), (1024, 256), (1024, 512)):  # a decode step's, and training's
         x, w = torch.randn(rows, width), torch.randn(4 * width, width)
-        products.append(8 * rows * width**2 / median_seconds(lambda x=x, w=w: F.linear(x, w)))
+        products.append(8 * rows * width**2 / mean_seconds(lambda x=x, w=w: F.linear(x, w)))
     small, beside = torch.randn(2, 2**20)  # 4 MiB, as activations; the result is a fresh tensor, as theirs
     large, other, result = torch.randn(3, 2**24)  # 64 MiB
     logits, noise = torch.randn(32, VOCABULARY, dtype=torch.float64), torch.rand(32, dtype=torch.float64)
     return {
         "flops": statistics.median(products),
-        "cache": 12 * small.numel() / median_seconds(lambda: small * beside),
-        "memory": 12 * large.numel() / median_seconds(lambda: torch.add(large, other, out=result)),
-        "exps": small.numel() / statistics.median(median_seconds(f) for f in (small.exp, lambda: F.silu(small))),
-        "draw": median_seconds(lambda: draw(logits, noise, 1.0)) / logits.numel(),
+        "cache": 12 * small.numel() / mean_seconds(lambda: small * beside),
+        "memory": 12 * large.numel() / mean_seconds(lambda: torch.add(large, other, out=result)),
+        "exps": small.numel() / statistics.fmean(mean_seconds(f) for f in (small.exp, lambda: F.silu(small))),
+        "draw": mean_seconds(lambda: draw(logits, noise, 1.0)) / logits.numel(),
     }
 
 
@@ -123,8 +126,8 @@ def disks() -> dict[str, float]:
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
 
-            found[f"{name}_write"] = 2**26 / median_seconds(write)
-            found[f"{name}_read"] = 2**26 / median_seconds(lambda path=path: load_file(path)["weights"].clone())
+            found[f"{name}_write"] = 2**26 / mean_seconds(write)
+            found[f"{name}_read"] = 2**26 / mean_seconds(lambda path=path: load_file(path)["weights"].clone())
     return found
 
 
@@ -202,8 +205,7 @@ def fixed(lora: bool) -> dict[str, float]:
             scorer.score([Question((2,), (2,))], Signal())
 
         acts = {"update": update, "publish": publish, "step": steps, "forward": forward}
-        # A collective wants as many calls on every rank: a number, not a time.
-        seconds[layers] = {name: statistics.median(timed(act) for _ in range(12)) for name, act in acts.items()}
+        seconds[layers] = {name: mean_of(act, 20) for name, act in acts.items()}
         seconds[layers]["step"] /= noise.shape[1]
     found = {}
     for name in seconds[1]:
@@ -212,10 +214,14 @@ def fixed(lora: bool) -> dict[str, float]:
     return found
 
 
-def timed(act: Callable[[], Any]) -> float:
-    started = time.perf_counter()
+def mean_of(act: Callable[[], Any], calls: int) -> float:
+    """Seconds of one of `calls` calls: a collective wants as many on every rank."""
     act()
-    return time.perf_counter() - started
+    act()
+    started = time.perf_counter()
+    for _ in range(calls):
+        act()
+    return (time.perf_counter() - started) / calls
 
 
 def link(ranks: int) -> dict[str, float]:
@@ -227,7 +233,7 @@ def link(ranks: int) -> dict[str, float]:
     part = torch.randn(2**22 // ranks)
     whole = torch.empty(2**22 // ranks * ranks)
     gather = torch.distributed.all_gather_into_tensor
-    taken = statistics.median(timed(lambda: gather(whole, part)) for _ in range(9))
+    taken = mean_of(lambda: gather(whole, part), 20)
     return {"link": 4 * (whole.numel() - part.numel()) / taken}
 
 
@@ -361,7 +367,7 @@ def check() -> None:
     for ranks in (1, 2):
         mine = [case for case in CASES if case.ranks == ranks]
         for i, case in enumerate(mine):
-            if i % 3 == 0:  # what others do on this box changes: constants are taken between the runs
+            if i % 4 == 0:  # what others do on this box changes: constants are taken between the runs
                 record({"constants": constants(ranks), "ranks": ranks})
             record({"case": case.name, "rows": measured(case)})
         record({"constants": constants(ranks), "ranks": ranks})

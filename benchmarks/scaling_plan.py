@@ -35,12 +35,11 @@ H100 = Machine(
     disk_total=100e9,
 )
 ACROSS = replace(H100, link=0.8 * 8 * 50e9, network=0.8 * 50e9)
-"""Several machines. What an all-gather brings into one comes over its 8 adapters once, and goes on over NVLink; what one
-trainer process sends goes over its own adapter."""
+"""Several machines. What an all-gather brings into one comes over its 8 adapters once, and goes on over NVLink;
+what one trainer process sends goes over its own adapter."""
 CARD = 0.9 * 80 * GIB
 """Bytes of a card that may be planned with."""
 BOX = 8
-MICRO_TOKENS = 16384
 GROUP = 8
 SLACK = 1.05
 """A split may take so much longer than the fastest, if it wants fewer GPUs."""
@@ -58,10 +57,15 @@ class Student:
     config: PreTrainedConfig
     model: Model
     shape: Shape
-    per_copy: int
-    """GPUs that share a server's copy."""
+    per_copy: tuple[int, ...]
+    """GPUs that may share a server's copy; the first number is the least that holds it."""
     longest: int
     """Tokens of the longest completion; they are half as long in the mean."""
+
+    @property
+    def micro_tokens(self) -> int:
+        """Of a micro-batch: one longest sequence."""
+        return PROMPT + self.longest
 
 
 def qwen(layers: int, hidden: int, width: int, heads: int, keys: int) -> Qwen2Config:
@@ -114,7 +118,7 @@ def students() -> list[Student]:
             config=small,
             model=dense(of_small, 28),
             shape=of_small,
-            per_copy=1,
+            per_copy=(1, 2, 4),
             longest=8192,
         ),
         Student(
@@ -122,7 +126,7 @@ def students() -> list[Student]:
             config=middle,
             model=dense(of_middle, 40),
             shape=of_middle,
-            per_copy=2,
+            per_copy=(2, 4, 8),
             longest=16384,
         ),
         Student(
@@ -130,7 +134,7 @@ def students() -> list[Student]:
             config=large,
             model=deepseek(large, mixture),
             shape=mixture,
-            per_copy=32,
+            per_copy=(32,),
             longest=16384,
         ),
     ]
@@ -157,7 +161,7 @@ def memory(student: Student, ranks: int, way: str) -> Memory:
         overrides = [
             *(f"model.path={folder}", "model.gradient_checkpointing=true", f"rollout.max_tokens={student.longest}"),
             *(f"data.path={folder}", f"data.max_prompt_tokens={PROMPT}", f"rollout.prompts={128 * ranks}"),
-            *(f"trainer.micro_batch_tokens={PROMPT + student.longest}", f"trainer.devices={ranks}"),
+            *(f"trainer.micro_batch_tokens={student.micro_tokens}", f"trainer.devices={ranks}"),
             "rollout.server={launch: false, urls: [http://server:8000]}",  # on machines of their own
         ]
         place = trainer_place(load([str(Path("configs/grpo.yaml"))], overrides).config)
@@ -174,6 +178,7 @@ class Split:
 
     trainers: int
     servers: int
+    per_copy: int
     teachers: int
     rollout: float
     teacher: float
@@ -194,9 +199,9 @@ class Split:
         return max(phases, key=phases.__getitem__)
 
 
-def room(student: Student) -> float:
+def room(student: Student, per_copy: int) -> float:
     """Sequences of the mean length that a server's copy has memory for."""
-    free = student.per_copy * CARD - 2 * student.model.parameters
+    free = per_copy * CARD - 2 * student.model.parameters
     return free / (2 * student.model.cache * (PROMPT + student.longest / 2))
 
 
@@ -224,17 +229,19 @@ def splits(student: Student, teacher: Student, gpus: int, completions: int, way:
     for trainers in range(1, gpus):
         if (completions // GROUP) % trainers or memory(student, trainers, way).peak(way) > CARD:
             continue
-        train = cost.gpu_training(student.model, gpu, tokens, mean, trainers, MICRO_TOKENS, adapters)
-        for teachers in counts(gpus - trainers, teacher.per_copy):
+        train = cost.gpu_training(student.model, gpu, tokens, mean, trainers, student.micro_tokens, adapters)
+        for teachers in counts(gpus - trainers, teacher.per_copy[0]):
             scored = cost.served_scoring(teacher.model, gpu, tokens, mean, teachers)
-            for servers in counts(gpus - trainers - teachers, student.per_copy):
-                rows, size = completions * student.per_copy / servers, student.per_copy
+            left = gpus - trainers - teachers
+            for size, servers in ((copy, n) for copy in student.per_copy for n in counts(left, copy)):
+                rows, at_once = completions * size / servers, room(student, size)
                 yield Split(
                     trainers=trainers,
                     servers=servers,
+                    per_copy=size,
                     teachers=teachers,
                     rollout=cost.served_rollout(
-                        student.model, gpu, rows, room(student), PROMPT, student.longest, size, GROUP
+                        student.model, gpu, rows, at_once, PROMPT, student.longest, size, GROUP
                     ),
                     teacher=scored,
                     # Where experts stay, what moves is tokens, which is not modelled.
@@ -261,11 +268,10 @@ def plan() -> None:
 
 def memories(known: Sequence[Student]) -> None:
     print("Memory of a trainer GPU, GiB; 72 of 80 may be planned with")
-    print(
-        f"{'student':<10}{'GPUs':>6}{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host, a box':>13}"
-    )
+    head = f"{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host, a box':>13}"
+    print(f"{'student':<10}{'GPUs':>6}{head}")
     for student in known:
-        for ranks in (1, 4, 8, 64, 512):
+        for ranks in (1, 4, 8, 16, 64, 512):
             whole = memory(student, ranks, "all weights")
             adapted = memory(student, ranks, "adapters").peak("adapters") / GIB
             host = 4 * student.model.parameters * min(ranks, BOX)
@@ -277,7 +283,7 @@ def memories(known: Sequence[Student]) -> None:
 
 def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
     print(f"\nThe smallest split within {SLACK - 1:.0%} of the fastest; teacher: 32B, of 671B itself; seconds")
-    head = ("trainers", "servers", "teachers", "rollout", "teacher", "train", "publish", "step", "idle")
+    head = ("trainers", "servers", "a copy", "teachers", "rollout", "teacher", "train", "publish", "step", "idle")
     print(
         f"{'student':<10}{'GPUs':>5}{'samples':>8}  {'published':<17}" + "".join(f"{h:>9}" for h in head) + "  slowest"
     )
@@ -290,7 +296,7 @@ def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
                     print(line + "  nothing fits")
                     continue
                 idle = f"{100 * (1 - best.train / best.total):.0f} %"
-                cells = "".join(f"{n:>9}" for n in (best.trainers, best.servers, best.teachers))
+                cells = "".join(f"{n:>9}" for n in (best.trainers, best.servers, best.per_copy, best.teachers))
                 seconds = (best.rollout, best.teacher, best.train, best.publish, best.total)
                 print(line + cells + "".join(f"{s:>9.1f}" for s in seconds) + f"{idle:>9}  {best.slowest}")
 
@@ -315,18 +321,19 @@ def published(known: Sequence[Student]) -> None:
 def steps(known: Sequence[Student]) -> None:
     print("\nA decode step of a copy by rows, context 4,096, ms (of which weights, caches)")
     for student in known:
-        model, gpus = student.model, student.per_copy
+        model, gpus = student.model, student.per_copy[0]
         cells = []
         for rows in (1, 16, 64, 256, 1024):
             seconds = cost.served_step(model, H100, rows, 4096, gpus)
             weights = 2 * (cost.touched(model, rows) + model.output_layer) / H100.memory / gpus
             cache = 2 * rows * 4096 * model.cache / H100.memory / gpus
             cells.append(f"{rows}: {1e3 * seconds:.1f} ({1e3 * weights:.1f}, {1e3 * cache:.1f})")
-        print(f"{student.name} on {gpus} GPUs, room for {room(student):.0f} sequences: " + "; ".join(cells))
+        print(f"{student.name} on {gpus} GPUs, room for {room(student, gpus):.0f} sequences: " + "; ".join(cells))
     print("\nTokens of a micro-batch from which arithmetic hides what FSDP2 moves")
     for student in known:
         cells = []
         for ranks, gpu in ((8, H100), (64, ACROSS), (512, ACROSS)):
-            one = cost.gpu_training(student.model, gpu, ranks * MICRO_TOKENS, student.longest / 2, ranks, MICRO_TOKENS)
-            cells.append(f"{ranks} GPUs {MICRO_TOKENS * one.communication / one.compute:,.0f}")
+            micro = student.micro_tokens
+            one = cost.gpu_training(student.model, gpu, ranks * micro, student.longest / 2, ranks, micro)
+            cells.append(f"{ranks} GPUs {micro * one.communication / one.compute:,.0f}")
         print(f"{student.name}: " + ", ".join(cells))
