@@ -28,7 +28,7 @@ class Work(NamedTuple):
     exps: float = 0.0
     """Exponentials: softmax and SiLU."""
     stream: float = 0.0
-    """Bytes of whole weights, moments or caches read and written outside of products: too large for a CPU's cache."""
+    """Bytes of whole weights, moments, caches or logits, outside of products: too large for a CPU's cache."""
 
     def plus(self, other: Work) -> Work:
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
@@ -166,16 +166,17 @@ def touched(model: Model, tokens: float) -> float:
 
 
 def logprobs(model: Model, tokens: float, each: int) -> Work:
-    """Log-probs of given tokens, from hidden states: policy_head's kernel, forward. 12 passes over the logits."""
+    """Log-probs of given tokens, from hidden states: policy_head's kernel, forward. 12 passes over the logits,
+    which no cache holds."""
     logits = tokens * model.vocabulary
-    return Work(flops=2 * logits * model.hidden, weights=each * model.output_layer, passes=12 * 4 * logits, exps=logits)
+    return Work(flops=2 * logits * model.hidden, weights=each * model.output_layer, exps=logits, stream=12 * 4 * logits)
 
 
 def logprobs_backward(model: Model, tokens: float, each: int) -> Work:
     """Its backward: logits again, then the gradients of hidden states and of the layer. 16 passes."""
     logits = tokens * model.vocabulary
     return Work(
-        flops=6 * logits * model.hidden, weights=2 * each * model.output_layer, passes=16 * 4 * logits, exps=logits
+        flops=6 * logits * model.hidden, weights=2 * each * model.output_layer, exps=logits, stream=16 * 4 * logits
     )
 
 
@@ -184,7 +185,7 @@ def divergence(model: Model, teacher: Model, tokens: float) -> Work:
     gradients of the student's. About 30 passes, exponentials of two log-softmaxes, a divergence, and a backward."""
     logits = tokens * model.vocabulary
     flops = 6 * logits * model.hidden + 2 * logits * teacher.hidden
-    return Work(flops=flops, passes=30 * 4 * logits, exps=4 * logits)
+    return Work(flops=flops, exps=4 * logits, stream=30 * 4 * logits)
 
 
 # ---- the phases of an iteration in this process (rollout.backend hf, a local teacher) -------------------------------
@@ -273,11 +274,11 @@ def exchanged(parameters: float, trained: float, ranks: int, each: int) -> float
 
 
 def publishing(model: Model, machine: Machine, ranks: int = 1) -> float:
-    """Seconds to gather all fp32 weights on every rank, look for what is not finite, and copy them into the sampler:
-    16 bytes read and written a parameter for copies, and 6 for the check (numbers in, a byte out and in again)."""
+    """Seconds to gather all fp32 weights on every rank and copy them into the sampler: 16 bytes read and written a
+    parameter."""
     fixed = machine.publish + machine.publish_layer * model.layers
     gathered = (ranks - 1) / ranks * 4 * model.parameters / machine.link
-    return fixed + gathered + machine.seconds(Work(stream=22 * model.parameters))
+    return fixed + gathered + machine.seconds(Work(stream=16 * model.parameters))
 
 
 # ---- the phases on GPUs: servers that batch continuously, trainers that overlap communication -----------------------

@@ -149,7 +149,6 @@ def fixed(lora: bool) -> dict[str, float]:
     from rlkd.teachers.local import LocalScorer
     from rlkd.teachers.teacher import Question
     from rlkd.types import Batch, Signal
-    from rlkd.weight_sync.publish import check_finite
 
     del lightning, ModelParallelStrategy  # imported as a run does; they set what torch's threads do
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
@@ -194,9 +193,7 @@ def fixed(lora: bool) -> dict[str, float]:
             optimizer.step()
 
         def publish(student=student, sampler=sampler) -> None:
-            weights = student.full_weights()
-            check_finite(weights, 0)
-            sampler.load_state_dict(dict(weights), strict=True)
+            sampler.load_state_dict(dict(student.full_weights()), strict=True)
 
         def steps(sampler=sampler) -> None:
             decode(sampler, [[2]], noise, 1.0, [-1])
@@ -380,25 +377,49 @@ def record(result: dict[str, Any]) -> None:
 
 
 def report(models: dict[str, Model], prompt: float) -> None:
+    """Twice: medians of all rounds; and the fastest iterations by the constants of the quietest moment, since what
+    others do on this box only ever adds."""
     results = [json.loads(line) for line in (FOLDER / "measured.jsonl").read_text().splitlines()]
-    of = {ranks: medians([r["constants"] for r in results if r.get("ranks") == ranks]) for ranks in (1, 2)}
+    sets = {ranks: [r["constants"] for r in results if r.get("ranks") == ranks] for ranks in (1, 2)}
+    rows = {case.name: [row for r in results if r.get("case") == case.name for row in r["rows"]] for case in CASES}
+    print(f"{len(next(iter(rows.values())))} iterations and more of each run")
+    table(
+        "median", {n: medians(of) for n, of in sets.items()}, {n: medians(of) for n, of in rows.items()}, models, prompt
+    )
+    quiet = {n: max(of, key=lambda values: values["flops"]) for n, of in sets.items()}
+    fastest = {n: min(of, key=lambda row: row["time/total"]) for n, of in rows.items()}
+    table("quietest", quiet, fastest, models, prompt)
+
+
+def table(
+    name: str,
+    of: dict[int, dict[str, float]],
+    rows: dict[str, dict[str, float]],
+    models: dict[str, Model],
+    prompt: float,
+) -> None:
+    """Predicted and measured seconds.
+
+    Args:
+        of: processes at once → constants.
+        rows: run → figures of an iteration.
+    """
+    print(f"\n{name}")
     for ranks, values in of.items():
         print(f"{ranks} processes: " + ", ".join(f"{name} {value:.3g}" for name, value in values.items()))
     errors: dict[str, list[float]] = {name: [] for name in (*PHASES, "total")}
-    print(f"\n{'predicted / measured, s':<24}" + "".join(f"{name:>20}" for name in errors))
+    print(f"{'predicted / measured, s':<24}" + "".join(f"{name:>20}" for name in errors))
     for case in CASES:
-        rows = [row for r in results if r.get("case") == case.name for row in r["rows"]]
-        real = {p: statistics.median(row.get(f"time/{p}", 0.0) for row in rows) for p in (*PHASES, "total")}
         guess = predicted(case, machine(of[case.ranks], case.lora), models, prompt)
         guess["total"] = sum(guess.values())
         cells = []
-        for name in errors:
-            if guess[name] == 0:
+        for phase in errors:
+            if guess[phase] == 0:
                 cells.append("–")
                 continue
-            error = guess[name] / real[name] - 1
-            errors[name].append(abs(error))
-            cells.append(f"{guess[name]:.2f}/{real[name]:.2f} {100 * error:+.0f}%")
+            real = rows[case.name][f"time/{phase}"]
+            errors[phase].append(abs(guess[phase] / real - 1))
+            cells.append(f"{guess[phase]:.2f}/{real:.2f} {100 * (guess[phase] / real - 1):+.0f}%")
         print(f"{case.name:<24}" + "".join(f"{cell:>20}" for cell in cells))
     print(f"{'median |error|':<24}" + "".join(f"{100 * statistics.median(e):>19.0f}%" for e in errors.values()))
 

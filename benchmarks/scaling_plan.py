@@ -151,7 +151,7 @@ class Memory:
     def peak(self, way: str) -> float:
         if way == "experts split":
             return self.always + WORKSPACE
-        return self.always + max(self.training, self.publishing if way == "all weights" else 0.0)
+        return self.always + max(self.training, 0.0 if way == "tensor by tensor" else self.publishing)
 
 
 @functools.cache
@@ -164,11 +164,11 @@ def memory(student: Student, ranks: int, way: str) -> Memory:
             *(f"trainer.micro_batch_tokens={student.micro_tokens}", f"trainer.devices={ranks}"),
             "rollout.server={launch: false, urls: [http://server:8000]}",  # on machines of their own
         ]
+        if way == "adapters":
+            overrides.append(f"model.lora={{r: {ADAPTER_RANK}}}")
         place = trainer_place(load([str(Path("configs/grpo.yaml"))], overrides).config)
-    parts = {part.what: part.bytes for part in (*place.resident, *place.phases)}
+    parts = {part.what: part.bytes for part in place.phases}
     always = sum(part.bytes for part in place.resident)
-    if way == "adapters":  # frozen weights have neither gradients nor moments
-        always = parts["master weights"] + 16 * cost.adapter_numbers(student.model, ADAPTER_RANK) / ranks
     return Memory(always=always, training=parts["training"], publishing=parts.get("publishing", 0.0))
 
 
