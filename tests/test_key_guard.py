@@ -22,7 +22,7 @@ def test_a_stranger_gets_401_on_every_route(policy_server):
     assert {"/update_weights", "/pause", "/v1/completions", "/inference/v1/generate"} <= {path for _, path in routes}
     routes += [("GET", "/nowhere")]
     for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": KEY}):
-        with httpx.Client(base_url=policy_server.url, headers=header, trust_env=False) as stranger:
+        with httpx.Client(base_url=policy_server.url, headers=header, trust_env=False, timeout=60) as stranger:
             answers = {f"{method} {path}": stranger.request(method, path).status_code for method, path in routes}
         assert {route for route, code in answers.items() if code != 401} == {"GET /health"}
     assert len(routes) > 50

@@ -80,7 +80,7 @@ def test_adapters_are_a_function_of_the_seed():
 
 def test_both_exports_compute_what_the_student_does(trained):
     settings, captured = trained
-    export_student(captured.student, settings, load_tokenizer("builtin:student", False))
+    export_student(captured.student, settings, load_tokenizer("builtin:student", False), 1)
     folder = Path(settings.run_dir)
     batch = collate(groups(KDRL(settings)), 0)
     with torch.no_grad():
