@@ -16,11 +16,14 @@ _LONGEST = 60
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration: `lines`, one per mistake."""
+    """What is wrong with a configuration: `lines`, one per mistake.
+
+    A key that a file holds may have any character in it: what would break the line, or steer a terminal, is escaped.
+    """
 
     def __init__(self, lines: Sequence[str]) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = list(lines)
+        self.lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
+        super().__init__("\n".join(self.lines))
 
 
 def shown(node: Node) -> str:

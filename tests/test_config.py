@@ -506,6 +506,13 @@ def test_the_command_line_is_read_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 
+def test_a_key_cannot_break_its_line_or_steer_a_terminal():
+    assert lines('rollout: {"a\\n\\e[2J": 1}') == [
+        r"a.yaml:4: rollout.a\n\x1b[2J: unknown key; rollout has "
+        + ", ".join(fields(Config)["rollout"].models[0].model_fields)
+    ]
+
+
 def test_numbers_that_python_does_not_read_are_texts():
     for text in ("1__0", "1_", "1__0.5", "1_.5", "9" * 5000, "-" + "9" * 301):
         assert scalar(text) == text
