@@ -108,7 +108,9 @@ def policy_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """Serves tiny_model(0) at start; tests publish what they need, so none may assume what it holds."""
-    server = start_server("policy", policy_path, tmp_path_factory.mktemp("logs"), host=own_address())
+    server = start_server(
+        "policy", policy_path, tmp_path_factory.mktemp("logs"), host=own_address(), VLLM_LOGGING_LEVEL="INFO"
+    )
     server.wait_ready()
     yield server
     server.stop()
