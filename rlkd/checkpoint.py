@@ -12,7 +12,6 @@ from types import FrameType
 
 import lightning
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from rlkd import distributed, whole
 from rlkd.config import Config
@@ -161,15 +160,14 @@ def _bytes(trainer: lightning.Trainer) -> int:
     tensors = [p for p in trainer.model.parameters() if p.requires_grad] if trainer.model is not None else []
     for optimizer in trainer.optimizers:
         tensors += [value for state in optimizer.state.values() for value in state.values()]
-    local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors if isinstance(t, Tensor)]
+    local = [distributed.local_part(t) for t in tensors if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in local)
 
 
 def _make_room(folder: Path, beside: Path, needed: float) -> None:
     """Raises: RunStopped before anything is written, where the disk is too full."""
     folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".iteration-*.partial"):
-        shutil.rmtree(unfinished)
+    whole.sweep(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunStopped(

@@ -15,6 +15,9 @@ from rlkd.schedules import Constant, Schedule
 LARGEST_SERVED_RANK = 512
 """Of an adapter at a vLLM 0.32 server."""
 
+WILDCARDS = ("", "0.0.0.0", "::")
+"""What a server may listen on, but nobody can reach."""
+
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, values are never coerced, nothing changes after loading."""
@@ -107,7 +110,7 @@ class ServerConfig(Section):
     @field_validator("host")
     @classmethod
     def _reachable(cls, host: str) -> str:
-        if host in ("", "0.0.0.0", "::"):
+        if host in WILDCARDS:
             raise ValueError(f"is {host!r}, which is no address that a trainer could reach; name one of this machine")
         return host
 

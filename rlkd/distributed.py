@@ -8,6 +8,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -99,6 +101,11 @@ def on_every_rank(act: Callable[[], T]) -> T:
     if failure is not None and severity == worst:
         raise failure
     raise (RunStopped if worst == 1.0 else RuntimeError)("another rank failed; its error is above or in its own log")
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of `tensor`: its shard, or all of one that is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_device(accelerator: Literal["auto", "cpu", "gpu"]) -> torch.device:

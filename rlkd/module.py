@@ -334,17 +334,13 @@ def check_finite(student: Student, iteration: int) -> None:
 
     Raises: RunStopped naming a tensor that is not finite.
     """
-    broken = [name for name, p in student.hf.named_parameters() if not _local(p).isfinite().all()]
+    broken = [name for name, p in student.hf.named_parameters() if not distributed.local_part(p).isfinite().all()]
     if distributed.all_reduce([float(len(broken))])[0]:
         which = broken[0] if broken else "on another rank"
         raise RunStopped(
             f"after iteration {iteration + 1} the weights are not finite: {which}; they were not published, and no "
             "checkpoint has them. Check optim.lr"
         )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def measure_mismatch(batch: Batch, meter: Meter) -> None:

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from rlkd.config import Config, ServedTeacher, ServerConfig
+from rlkd.config import WILDCARDS, Config, ServedTeacher, ServerConfig
 from rlkd.config_file import ConfigError
 from rlkd.rollout.server import server_key
 from rlkd.rollout.server_command import ServerRole, server_command, server_environment
@@ -59,7 +59,7 @@ def plan(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     role, config = servers[0]
     if any(other != servers[0] for other in servers[1:]):
         raise ValueError(f"stages: want different {args.role} servers; set launch: true, and each starts its own")
-    if args.host in ("", "0.0.0.0", "::"):
+    if args.host in WILDCARDS:
         raise ValueError(f"--host: got {args.host!r}, wants the address of this machine at which trainers reach it")
     key = server_key(config)
     if key is None:

@@ -122,7 +122,7 @@ def summary(config: Config, report: Path) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr)."""
+    """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr), 1 where the run stopped."""
     from rlkd.config_file import ConfigError, help_text, parse_args
     from rlkd.stages import load_stages
 

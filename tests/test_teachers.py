@@ -10,7 +10,8 @@ from builders import config
 from rlkd.algorithms import KDRL
 from rlkd.rollout.collate import collate
 from rlkd.rollout.hf import HFSampler
-from rlkd.rollout.loader import RolloutLoader, build_reference, build_sampler, build_teacher
+from rlkd.rollout.loader import RolloutLoader
+from rlkd.rollout.parts import build_reference, build_sampler, build_teacher
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.student import load_causal_lm
 from rlkd.teachers.local import LocalScorer

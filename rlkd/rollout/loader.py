@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from rlkd import config as configuration
 from rlkd import distributed, whole
-from rlkd.config import Config, LocalTeacher, NoTeacher, ServedTeacher
+from rlkd.config import Config, NoTeacher
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
@@ -24,13 +22,10 @@ from rlkd.module import PolicyModule
 from rlkd.rewards.pool import RewardItem, RewardPool
 from rlkd.rollout.client import ServerLost
 from rlkd.rollout.collate import collate, describe
-from rlkd.rollout.hf import HFSampler
-from rlkd.rollout.sampler import Sampler, end_ids
-from rlkd.teachers.local import LocalScorer
+from rlkd.rollout.parts import build_reference, build_sampler, build_teacher
 from rlkd.teachers.parity import check_parity
-from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.teachers.teacher import Question
 from rlkd.types import Batch, Rollout, ScoredRollout, Signal
 from rlkd.writing import writing
 
@@ -321,63 +316,6 @@ class Clock:
         self._seconds[name] += now - self._last
         self.meter.maximum(name, self._seconds[name])
         self._last = now
-
-
-def build_sampler(config: Config) -> Sampler:
-    """The sampler that `rollout.backend` names, not yet opened."""
-    if config.rollout.backend == "hf":
-        return HFSampler(config, end_ids(config.model.path))
-    from rlkd.rollout.vllm import VLLMSampler
-    from rlkd.rollout.vllm_lora import LoraVLLMSampler
-
-    kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
-    return kind(config, end_ids(config.model.path))
-
-
-def build_teacher(config: Config, policy: Sampler) -> Teacher:
-    """The teacher that `teacher.backend` names, not yet opened."""
-    teacher = config.teacher
-    if isinstance(teacher, configuration.RoutedTeacher):
-        return RoutedTeacher(teacher.column, {t.name: _one_teacher(config, t) for t in teacher.teachers})
-    if isinstance(teacher, configuration.SelfTeacher):
-        if teacher.scorer == "local":
-            return SelfTeacher(config)
-        from rlkd.rollout.vllm import VLLMSampler
-        from rlkd.teachers.served import PolicyServerTeacher
-
-        assert isinstance(policy, VLLMSampler), "the configuration was checked"
-        return PolicyServerTeacher(policy, end_ids(config.model.path), base=teacher.weights == "fixed")
-    assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
-    return _one_teacher(config, teacher)
-
-
-def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teacher:
-    if isinstance(teacher, LocalTeacher):
-        return LocalScorer(
-            teacher.path,
-            temperature=teacher.temperature,
-            batch_tokens=teacher.batch_tokens,
-            dtype=getattr(torch, teacher.dtype),
-            accelerator=config.trainer.accelerator,
-            attention=config.model.attention,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-    from rlkd.teachers import served
-
-    return served.ServedTeacher(config, teacher)
-
-
-def build_reference(config: Config) -> LocalScorer:
-    """The student's frozen start, at the rollout temperature."""
-    return LocalScorer(
-        config.model.path,
-        temperature=config.rollout.temperature,
-        batch_tokens=config.trainer.micro_batch_tokens,
-        dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
-        accelerator=config.trainer.accelerator,
-        attention=config.model.attention,
-        trust_remote_code=config.model.trust_remote_code,
-    )
 
 
 def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_staleness: int) -> None:

@@ -83,7 +83,7 @@ class VLLMServer:
         Args:
             timeout: seconds; None: the configured ones.
 
-        Raises: RuntimeError, one line and the end of the log, when the server ends or does not answer in time; it is
+        Raises: ServerError, one line and the end of the log, when the server ends or does not answer in time; it is
             stopped then.
         """
         patience = self._timeout_s if timeout is None else timeout

@@ -91,6 +91,11 @@ class ServerPool:
     # ---- service ------------------------------------------------------------------------------------------------
 
     @property
+    def serving(self) -> list[VLLMClient]:
+        """The servers in service."""
+        return [client for client in self.clients if client.url not in self._lost]
+
+    @property
     def lost(self) -> Mapping[str, str]:
         """url → why the server is out of service."""
         return dict(self._lost)
@@ -127,9 +132,9 @@ class ServerPool:
 
         def attempt() -> bool:
             self.revive(act)
-            if len(self._lost) == len(self.clients) and self.servers and all(server.ended for server in self.servers):
+            if not self.serving and self.servers and all(server.ended for server in self.servers):
                 self.servers[0].check_alive()
-            return len(self._lost) < len(self.clients)
+            return bool(self.serving)
 
         patience = self.config.retry_s
         try:
@@ -188,7 +193,7 @@ class ServerPool:
         """A server in service with room for one more, once there is one."""
         with self._changed:
             while True:
-                serving = [client for client in self.clients if client.url not in self._lost]
+                serving = self.serving
                 if not serving and patient is None:
                     raise ServerLost(f"no {self.role.name} server is in service: {self._why()}")
                 if not serving and patient is not None:

@@ -123,7 +123,7 @@ class VLLMSampler:
             if distributed.rank() == 0:
                 self._file = WeightFile(server.sync_dir)
         else:
-            self._direct = DirectTransfer(server.weight_sync, self.pool.clients, server.request_timeout_s)
+            self._direct = DirectTransfer(server.weight_sync, self.pool.clients)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """See `Sampler.publish`. A server that is gone is out of service then, until a later publish or `recover`.
@@ -190,7 +190,7 @@ class VLLMSampler:
                 return error
             return None
 
-        serving = [client for client in self.pool.clients if client.url not in self.pool.lost]
+        serving = self.pool.serving
         with ThreadPoolExecutor(max(1, len(serving))) as threads:
             failures = list(threads.map(attempt, serving))
         for failure in failures:
@@ -228,12 +228,11 @@ class VLLMSampler:
 
         Raises: ServerLost when one was started again meanwhile.
         """
-        for client in self.pool.clients:
-            if client.url not in self.pool.lost:
-                held = client.weight_version()
-                if held != self._version:
-                    self.pool.lose(client, problem := f"{client.url} holds version {held}, wanted {self._version}")
-                    raise ServerLost(problem)
+        for client in self.pool.serving:
+            held = client.weight_version()
+            if held != self._version:
+                self.pool.lose(client, problem := f"{client.url} holds version {held}, wanted {self._version}")
+                raise ServerLost(problem)
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         """See `Sampler.sample`.

@@ -75,8 +75,8 @@ class LoraVLLMSampler(VLLMSampler):
 
         Raises: ServerError when one was given other weights.
         """
-        for client in self.pool.clients:
-            if client.url not in self.pool.lost and (held := client.weight_version()) is not None:
+        for client in self.pool.serving:
+            if (held := client.weight_version()) is not None:
                 raise ServerError(_changed(client.url, held))
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:

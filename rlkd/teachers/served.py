@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +16,11 @@ from rlkd.rollout.client import ServerError, VLLMClient, check_model, possible
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import server_counts
 from rlkd.rollout.server_command import ServerRole
-from rlkd.rollout.server_pool import ServerPool
+from rlkd.rollout.server_pool import Answer, Job, ServerPool
 from rlkd.rollout.vllm import VLLMSampler
 from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.tiny import resolve
 from rlkd.types import Completion, Signal, TeacherScores
-
-Job = TypeVar("Job")
-Answer = TypeVar("Answer")
 
 _PER_REQUEST = 16
 _AT_ONCE = 16

@@ -32,8 +32,8 @@ class CurrentWeights:
         return iter(self.weights.items())
 
 
-def versioned_client(client: VLLMClient, timeout_s: float) -> Any:
-    """vLLM's weight client over ours, which knows the server's key and names its errors.
+def versioned_client(client: VLLMClient) -> Any:
+    """vLLM's weight client over ours, which knows the server's key and time-out and names its errors.
 
     Its updates carry the version in `.version`: the engines themselves send none.
     """
@@ -48,7 +48,7 @@ def versioned_client(client: VLLMClient, timeout_s: float) -> Any:
         def finish_weight_update(self, weight_version: str | None = None) -> None:
             super().finish_weight_update(str(self.version))
 
-    return Client(client.url, timeout_s)
+    return Client(client.url)
 
 
 class DirectTransfer:
@@ -57,10 +57,9 @@ class DirectTransfer:
     NCCL cannot join a trainer and a server on the same GPU; there use `ipc` or the file engine.
     """
 
-    def __init__(self, kind: Literal["nccl", "ipc"], servers: Sequence[VLLMClient], timeout_s: float) -> None:
+    def __init__(self, kind: Literal["nccl", "ipc"], servers: Sequence[VLLMClient]) -> None:
         self._kind = kind
         self._servers = list(servers)
-        self._timeout_s = timeout_s
         self._source: Any = CurrentWeights()
         self._clients: list[Any] = []
         self._engines: list[Any] = []
@@ -78,7 +77,7 @@ class DirectTransfer:
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
         for server in self._servers:
-            client = versioned_client(server, self._timeout_s)
+            client = versioned_client(server)
             info = self._nccl_info(server) if self._kind == "nccl" else _ipc_info()
             self._engines.append(WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source))
             self._clients.append(client)
