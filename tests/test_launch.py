@@ -35,11 +35,18 @@ STUBS = {
     "scontrol": 'if [[ $1 = show ]]; then tr "," "\n" <<<"$3"; else echo "scontrol $*"; fi',
     "squeue": 'echo "7.0 policy"; echo "7.1 teacher"; echo "7.2 trainer"',
     "scancel": 'echo "scancel $*"; touch "$STUBS/signalled"',
-    "curl": "exit 0",
+    # A server is healthy once it has said what it becomes: else the job may end before all have.
+    "curl": """
+host=${*: -1}; host=${host#http://}; host=${host%%:*}
+for ((i = 0; i < 400; i++)); do [[ -e $STUBS/up-$host ]] && exit 0; sleep 0.05; done
+exit 1
+""",
     "srun": """
 echo "$RLKD_SERVER_KEY" > "$STUBS/key"
 while [[ $1 = --* ]]; do step+=("$1"); shift; done
 DRY_RUN=1 "$@"
+for option in "${step[@]}"; do [[ $option = --nodelist=* ]] && up=${option#--nodelist=}; done
+touch "$STUBS/up-$up"
 if [[ ${step[0]} != --job-name=trainer ]]; then [[ -n ${SERVERS_DIE:-} ]] || exec sleep 100; exit 3; fi
 while [[ -n ${TRAINS_ON:-} && ! -e "$STUBS/signalled" ]]; do sleep 0.1; done
 exit "${TRAINER_EXIT:-0}"

@@ -178,14 +178,15 @@ def test_what_a_server_cannot_do_is_one_line(override, line):
     assert len(caught.value.lines) == 1 and line in caught.value.lines[0], caught.value.lines
 
 
-def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded():
+def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded(tmp_path):
     for target in ("q_prj", "embed_tokens", "lm_head"):
         with pytest.raises(ValueError, match=f"target_modules: '{target}' is no linear layer of LlamaForCausalLM"):
             lora.layer_names(start(), config(f"model.lora={{target_modules: [q_proj, {target}]}}").model.lora)
-    (line,) = check(config("model.lora={target_modules: [q_proj, lm_head]}"))
+    fresh = f"run.dir={tmp_path}"  # runs/ may hold a run already
+    (line,) = check(config("model.lora={target_modules: [q_proj, lm_head]}", fresh))
     assert line.startswith("model.lora.target_modules: 'lm_head' is no linear layer of LlamaForCausalLM that can be")
     assert line.endswith("it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
-    assert check(config("model.lora={target_modules: [q_proj, layers.0.mlp.up_proj]}")) == []
+    assert check(config("model.lora={target_modules: [q_proj, layers.0.mlp.up_proj]}", fresh)) == []
 
 
 def test_adapters_of_a_stage_are_on_top_of_the_stage_before(tmp_path):
