@@ -177,6 +177,7 @@ def fixed(lora: bool) -> dict[str, float]:
         sampler = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
         scorer = LocalScorer(
             path,
+            vocabulary=64,
             temperature=1.0,
             batch_tokens=64,
             dtype=torch.float32,
@@ -196,7 +197,7 @@ def fixed(lora: bool) -> dict[str, float]:
             sampler.load_state_dict(dict(student.full_weights()), strict=True)
 
         def steps(sampler=sampler) -> None:
-            decode(sampler, [[2]], noise, 1.0, [-1])
+            decode(sampler, 64, [[2]], noise, 1.0, [-1])
 
         def forward(scorer=scorer) -> None:
             scorer.score([Question((2,), (2,))], Signal())
@@ -284,6 +285,8 @@ def model_folder(name: str, hidden: int, layers: int, width: int, vocabulary: in
     if (folder / "config.json").exists():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:student"))
+    # Rows without a token would take no part in sampling and losses, and what is timed are large vocabularies.
+    tokenizer.add_tokens([f"<filler {i}>" for i in range(vocabulary - len(tokenizer))])
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,

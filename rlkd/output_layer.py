@@ -50,7 +50,7 @@ def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputLayer:
-    """A teacher's frozen output layer, lent to the loss as plain tensors."""
+    """The rows of a model's output layer that stand for tokens, and what its architecture does to their logits."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -58,16 +58,25 @@ class OutputLayer:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, hf: PreTrainedModel) -> OutputLayer:
+    def of(cls, hf: PreTrainedModel, vocabulary: int) -> OutputLayer:
+        """The layer of `hf`, of which only the first `vocabulary` rows stand for tokens (vocabulary.py).
+
+        The tensors share the model's memory and carry its gradient. Of a padded model they are slices, whose gradient
+        takes one more tensor of the layer's size in the backward pass.
+        """
         head = hf.get_output_embeddings()
         scale, softcap = logit_transform(hf.config)
-        bias = None if head.bias is None else head.bias.detach()
-        return cls(weight=head.weight.detach(), bias=bias, scale=scale, softcap=softcap)
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        assert vocabulary <= len(weight), f"{vocabulary} tokens, but the output layer has {len(weight)} rows"
+        if vocabulary < len(weight):
+            weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
+        return cls(weight=weight, bias=bias, scale=scale, softcap=softcap)
 
     def logits(self, hidden: Tensor, vocabulary: int) -> Tensor:
         """[N, ≥ H] → [N, `vocabulary`]: the first columns, in at least fp32.
 
-        Hidden states may be padded to the width of the widest teacher, and vocabularies to different widths.
+        Hidden states may be padded to the width of the widest teacher.
         """
         bias = None if self.bias is None else self.bias[:vocabulary]
         hidden = hidden[:, : self.weight.shape[1]].to(self.weight.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rlkd.losses import DivergenceKind, among, divergence, renormalised, with_tail
-from rlkd.output_layer import logit_transform, projected, shaped
+from rlkd.output_layer import OutputLayer, logit_transform, projected, shaped
 from rlkd.types import Batch
 
 VOCABULARY_CHUNK = 8192
@@ -68,7 +68,7 @@ class PolicyOutput:
 
 def token_logprobs(
     hidden: Tensor,
-    head: nn.Linear,
+    head: nn.Linear | OutputLayer,
     input_ids: Tensor,
     *,
     temperature: float,
@@ -79,7 +79,7 @@ def token_logprobs(
 
     Args:
         hidden: [B, T, H], last hidden states of the tokens `input_ids`.
-        head: the output layer, weight [V, H].
+        head: the output layer, weight [V, H]. Its rows are the tokens that the softmax is over.
         input_ids: [B, T].
         temperature: > 0.
 
@@ -105,7 +105,7 @@ def token_logprobs(
 
 
 def compared(
-    hidden: Tensor, head: nn.Linear, batch: Batch, comparison: Comparison, config: PreTrainedConfig
+    hidden: Tensor, head: nn.Linear | OutputLayer, batch: Batch, comparison: Comparison, config: PreTrainedConfig
 ) -> tuple[Tensor, Tensor]:
     """Σ divergence · `batch.distil_weights`, and the divergence of every token that has a weight.
 

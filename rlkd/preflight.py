@@ -6,7 +6,7 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +30,8 @@ from rlkd.rollout.server import server_key
 from rlkd.rollout.vllm import longest
 from rlkd.teachers.served import teacher_longest
 from rlkd.tiny import resolve
+from rlkd.types import Prompt
+from rlkd.vocabulary import embedding_rows, vocabulary_size
 
 _ANSWER_S = 5.0
 """Patience with a server that should be running."""
@@ -52,6 +54,8 @@ def check(config: Config) -> list[str]:
                 f"{key}.path: {settings.path} has another vocabulary than model.path: {difference}; token "
                 "ids are compared one by one, so both must agree (model.path is the first)"
             )
+        elif student is not None and teacher is not None:
+            problems += _fewer_rows(config, key, settings.path)
     if student is not None:
         problems += _generation(config) + _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
@@ -69,6 +73,17 @@ def check_evaluation(config: Config) -> list[str]:
         problems += _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
     return problems + _servers(config)
+
+
+def _fewer_rows(config: Config, key: str, path: str) -> list[str]:
+    """A teacher must have an embedding for every token of the run, which is the student's to say."""
+    tokens, rows = vocabulary_size(config.model), embedding_rows(path, config.model.trust_remote_code)
+    if rows >= tokens:
+        return []
+    return [
+        f"{key}.path: {path} has embeddings for {rows} tokens, but the student uses {tokens}; choose a teacher with as "
+        "many"
+    ]
 
 
 def _generation(config: Config) -> list[str]:
@@ -183,9 +198,26 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
             if key == "data.path":
                 blocks = config.algorithm.sampling_rounds
                 PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # enough of them?
+            _check_embedded(prompts, vocabulary_size(config.model), tokenizer)
         except ValueError as error:
             problems.append(f"{key}: {error}")
     return problems
+
+
+def _check_embedded(prompts: Sequence[Prompt], vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ValueError, one line, for token ids in the data that the student has no embedding for."""
+    beyond = {
+        prompt.id: highest
+        for prompt in prompts
+        if (highest := max((*prompt.token_ids, *(prompt.completion or ()), *(prompt.rejected or ())))) >= vocabulary
+    }
+    if beyond:
+        name, token = next(iter(beyond.items()))
+        raise ValueError(
+            f"prompt {name[:80]!r} has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the model has "
+            f"embeddings for {vocabulary} tokens only; resize its embeddings, or take the tokenizer that belongs to it "
+            f"({len(beyond)} prompts have such tokens)"
+        )
 
 
 def _servers(config: Config) -> list[str]:

@@ -15,18 +15,25 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlkd import lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
+from rlkd.output_layer import OutputLayer
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
 from rlkd.types import Batch
+from rlkd.vocabulary import vocabulary_size
 
 
 class Student(nn.Module):
     """Root of the sharding: whatever needs the output layer runs inside its forward."""
 
-    def __init__(self, hf: PreTrainedModel, adapters: LoraConfig | None = None):
-        """`adapters`: what `hf` has been given by `lora.inject`, if anything."""
+    def __init__(self, hf: PreTrainedModel, vocabulary: int, adapters: LoraConfig | None = None):
+        """
+        Args:
+            vocabulary: how many of the output layer's rows stand for tokens (vocabulary.py).
+            adapters: what `hf` has been given by `lora.inject`, if anything.
+        """
         super().__init__()
         self.hf = hf
+        self.vocabulary = vocabulary
         self.adapters = adapters
         if adapters is not None:
             self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
@@ -38,7 +45,7 @@ class Student(nn.Module):
         Padding is on the right and attention is causal, so real tokens never see it and no mask is passed.
         """
         trunk = self.hf.base_model(input_ids=batch.input_ids, use_cache=False)
-        hidden, head = trunk.last_hidden_state, self.hf.get_output_embeddings()
+        hidden, head = trunk.last_hidden_state, OutputLayer.of(self.hf, self.vocabulary)
         logprobs, entropy = token_logprobs(
             hidden,
             head,
@@ -116,7 +123,7 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode
             module.training = True
-    student = Student(hf, model.lora)
+    student = Student(hf, vocabulary_size(model), model.lora)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
         reduce_dtype=torch.float32,

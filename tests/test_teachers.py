@@ -82,6 +82,7 @@ def test_parity_finds_a_sampler_with_other_weights(line):
 
 def local(name="teacher", **changes):
     filled = {
+        "vocabulary": 56,
         "temperature": 1.0,
         "batch_tokens": 4096,
         "dtype": torch.float32,

@@ -197,6 +197,7 @@ def test_a_served_teacher_writes_as_the_local_one_does(
     served.open()
     local = LocalScorer(
         save_model(model, tmp_path),
+        vocabulary=VOCABULARY,
         temperature=1.0,
         batch_tokens=4096,
         dtype=torch.float32,

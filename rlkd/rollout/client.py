@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard
 
 import httpx
 import tenacity
@@ -189,9 +189,24 @@ def check_model(answered: str, model: str, where: str) -> None:
         raise ServerError(f"{where}: answered by model {answered[:200]!r}, wanted {model!r}")
 
 
+def check_ids(token_ids: Sequence[int], vocabulary: int, where: str) -> None:
+    """Raises: ServerError for an id that is no token of the run (vocabulary.py)."""
+    highest = max(token_ids, default=-1)
+    if highest >= vocabulary:
+        raise ServerError(
+            f"{where}: the completion has token {highest}, but the tokenizer's ids end at {vocabulary - 1}; start the "
+            "server by python -m rlkd.serve, which leaves padded rows out"
+        )
+
+
+def is_possible(logprob: float | None) -> TypeGuard[float]:
+    """Whether it is a log-prob: none that is missing, vLLM's stand-in, or above 0."""
+    return logprob is not None and IMPOSSIBLE_LOGPROB < logprob <= _ROUNDING
+
+
 def possible(logprob: float | None, what: str) -> float:
     """A log-prob that is one. Raises: ServerError for a missing one, for vLLM's stand-in, and above 0."""
-    if logprob is None or not IMPOSSIBLE_LOGPROB < logprob <= _ROUNDING:
+    if not is_possible(logprob):
         raise ServerError(f"{what} is {logprob}: NaN, −inf or missing in the server, or no log-prob")
     return logprob
 

@@ -16,6 +16,7 @@ from rlkd.output_layer import OutputLayer, shaped
 from rlkd.rollout.sampler import Sampling
 from rlkd.student import load_causal_lm
 from rlkd.types import Completion, Prompt, Rollout, VersionSpan
+from rlkd.vocabulary import vocabulary_size
 
 
 class HFSampler:
@@ -28,6 +29,7 @@ class HFSampler:
     def __init__(self, config: Config, eos_ids: Sequence[int]):
         self.config = config
         self.eos_ids = tuple(eos_ids)
+        self.vocabulary = vocabulary_size(config.model)
         self.version: int | None = None
         self._hf: PreTrainedModel | None = None
 
@@ -64,7 +66,9 @@ class HFSampler:
             part = rows[start : start + self.config.rollout.batch_rows]
             noise = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in part])
             ids = [prompt.token_ids for prompt, _ in part]
-            completions += decode(self._model, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k)
+            completions += decode(
+                self._model, self.vocabulary, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k
+            )
         rollouts = [
             Rollout(
                 prompt=prompt,
@@ -82,6 +86,7 @@ class HFSampler:
 @torch.no_grad()
 def decode(
     hf: PreTrainedModel,
+    vocabulary: int,
     prompts: Sequence[Sequence[int]],
     uniforms: np.ndarray,
     temperature: float,
@@ -91,6 +96,7 @@ def decode(
     """Decode all prompts together; a finished row leaves the batch.
 
     Args:
+        vocabulary: only the ids below it are drawn (vocabulary.py).
         uniforms: [rows, most tokens] float64 in [0, 1), the noise of every token.
         temperature: 0 is greedy.
         ends: token ids that end a completion.
@@ -105,7 +111,7 @@ def decode(
     cache = DynamicCache(config=hf.config)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     eos = torch.tensor(ends, device=device)
-    layer = OutputLayer.of(hf)
+    layer = OutputLayer.of(hf, vocabulary)
     for position in range(uniforms.shape[1]):
         trunk = hf.base_model(
             input_ids=input_ids,

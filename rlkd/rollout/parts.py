@@ -15,6 +15,7 @@ from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Teacher
+from rlkd.vocabulary import vocabulary_size
 
 
 def build_sampler(config: Config) -> Sampler:
@@ -43,6 +44,7 @@ def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teach
     if isinstance(teacher, LocalTeacher):
         return LocalScorer(
             teacher.path,
+            vocabulary=vocabulary_size(config.model),
             temperature=teacher.temperature,
             batch_tokens=teacher.batch_tokens,
             dtype=getattr(torch, teacher.dtype),
@@ -57,6 +59,7 @@ def build_reference(config: Config) -> LocalScorer:
     """The student's frozen start, at the rollout temperature."""
     return LocalScorer(
         config.model.path,
+        vocabulary=vocabulary_size(config.model),
         temperature=config.rollout.temperature,
         batch_tokens=config.trainer.micro_batch_tokens,
         dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,

@@ -12,6 +12,7 @@ import torch
 
 from rlkd.config import ServerConfig
 from rlkd.rollout.key_guard import VARIABLE
+from rlkd.weight_sync import plugin
 
 LAUNCHER_VARIABLES = re.compile(r"(MASTER_|TORCHELASTIC_|ROLE_|GROUP_)\w+|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|PL_\w+")
 """What torchrun tells its workers; a server that read it would take itself for one of them."""
@@ -27,6 +28,10 @@ class ServerRole:
     """Folder or hub id."""
     max_model_len: int
     """Longest prompt + completion that will be asked for, in tokens."""
+    padding: range = range(0)
+    """The ids of its embedding rows that stand for no token (vocabulary.py), which it must leave out."""
+    samples: bool = False
+    """Whether completions are drawn from it, or it only scores."""
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -73,6 +78,8 @@ def server_environment(
         "DO_NOT_TRACK": "1",
         "VLLM_HOST_IP": host,
     }
+    if role.padding:
+        variables[plugin.VARIABLE] = str(role.padding.start)
     if os.path.isdir(role.model):
         variables["HF_HUB_OFFLINE"] = "1"
     if not torch.cuda.is_available():

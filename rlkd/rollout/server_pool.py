@@ -15,6 +15,7 @@ from rlkd import distributed
 from rlkd.config import ServerConfig
 from rlkd.distributed import on_rank_zero
 from rlkd.rollout.client import ServerError, ServerLost, VLLMClient
+from rlkd.rollout.padding_probe import check_padding
 from rlkd.rollout.server import VLLMServer, launch, new_key, server_key, wait_ready
 from rlkd.rollout.server_command import ServerRole
 
@@ -64,7 +65,7 @@ class ServerPool:
         on_rank_zero(act)
 
     def open(self, urls: Sequence[str], model: str) -> None:
-        """Connect to our servers, once they answer, or else to those at `urls`. A collective if they are ours.
+        """Connect to our servers, once they answer, or else to those at `urls`. A collective.
 
         Args:
             model: see `VLLMClient.model_card`.
@@ -79,6 +80,11 @@ class ServerPool:
             self.clients.append(client)
             self._models[client.url] = client.model_card(model, self._longest)
             self._load[client.url] = 0
+        on_rank_zero(self._check_padding)
+
+    def _check_padding(self) -> None:
+        for client in self.clients:
+            check_padding(client, self._models[client.url], self.role.padding, self.role.samples)
 
     def close(self) -> None:
         """Ends the servers that we started; lets go of the others."""

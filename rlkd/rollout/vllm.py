@@ -16,13 +16,23 @@ from rlkd.distributed import RunStopped, on_rank_zero
 from rlkd.lora import layer_names, skeleton
 from rlkd.noise import request_seed
 from rlkd.rollout.answers import GenerateAnswer, Generated, Span, in_order
-from rlkd.rollout.client import ServerError, ServerLost, VLLMClient, check_model, parse_version, possible
+from rlkd.rollout.client import (
+    ServerError,
+    ServerLost,
+    VLLMClient,
+    check_ids,
+    check_model,
+    is_possible,
+    parse_version,
+    possible,
+)
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import server_counts
 from rlkd.rollout.server_command import ServerRole
 from rlkd.rollout.server_pool import Answer, Job, ServerPool
 from rlkd.tiny import resolve
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
+from rlkd.vocabulary import padding, vocabulary_size
 from rlkd.weight_sync.nccl import DirectTransfer
 from rlkd.weight_sync.plugin import ENGINE
 from rlkd.weight_sync.weight_file import WeightFile
@@ -65,6 +75,8 @@ def policy_role(config: Config) -> ServerRole:
         name="policy",
         model=resolve(config.model.path),
         max_model_len=longest(config),
+        padding=padding(config.model, config.model.path),
+        samples=True,
         arguments=(
             "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
             *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled: at the temperature
@@ -98,6 +110,7 @@ class VLLMSampler:
         """
         self._config = config
         self._eos_ids = frozenset(eos_ids)
+        self.vocabulary = vocabulary_size(config.model)
         self.pool = ServerPool(policy_role(config), config.rollout.server, longest(config))
         self._version: int | None = None
         """That every server in service holds; None: nothing was published yet."""
@@ -289,6 +302,7 @@ class VLLMSampler:
     def _rollout(self, prompt: Prompt, choice: Generated, sampling: Sampling, where: str) -> Rollout:
         token_ids = choice.token_ids or []
         logprobs = sampled_logprobs(choice, where)
+        check_ids(token_ids, self.vocabulary, where)
         said, max_tokens = choice.finish_reason, sampling.max_tokens
         ended = bool(token_ids) and token_ids[-1] in self._eos_ids
         finish_reason: FinishReason = "stop" if ended else "length"
@@ -350,7 +364,7 @@ def likeliest(choice: Generated, k: int) -> Tensor:
     entries = choice.logprobs.content
     ids = torch.full((len(entries), k), -1)
     for row, entry in enumerate(entries):
-        figures = {one.token_id: one.logprob for one in entry.top_logprobs if one.logprob is not None}
+        figures = {one.token_id: one.logprob for one in entry.top_logprobs if is_possible(one.logprob)}
         best = sorted(figures, key=lambda token: (-figures[token], token))[:k]
         ids[row, : len(best)] = torch.tensor(best)
     return ids

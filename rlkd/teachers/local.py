@@ -30,6 +30,7 @@ class LocalScorer:
         self,
         path: str,
         *,
+        vocabulary: int,
         temperature: float,
         batch_tokens: int,
         dtype: torch.dtype,
@@ -37,7 +38,14 @@ class LocalScorer:
         attention: str | None,
         trust_remote_code: bool,
     ):
+        """
+        Args:
+            vocabulary: how many tokens student and teacher have in common (vocabulary.py); all scores are over them.
+            temperature: of all scores.
+            batch_tokens: tokens, padding included, of one forward.
+        """
         self.path = path
+        self.vocabulary = vocabulary
         self.temperature = temperature
         self.batch_tokens = batch_tokens
         self.dtype = dtype
@@ -63,12 +71,13 @@ class LocalScorer:
         return self._hf
 
     def layers(self) -> tuple[OutputLayer, ...]:
-        return (OutputLayer.of(self.hf),)
+        return (OutputLayer.of(self.hf, self.vocabulary),)
 
     @torch.no_grad()
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
         check_scorable(questions)
         lengths = [len(q.prompt) + len(q.completion) for q in questions]
+        layer = OutputLayer.of(self.hf, self.vocabulary)
         order = sorted(range(len(questions)), key=lambda i: -lengths[i])
         scores: list[TeacherScores | None] = [None] * len(questions)
         while order:
@@ -79,9 +88,7 @@ class LocalScorer:
                 ids[row, : lengths[i]] = torch.tensor([*questions[i].prompt, *questions[i].completion])
             ids = ids.to(self.hf.device)
             hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logprobs, _ = token_logprobs(
-                hidden, self.hf.get_output_embeddings(), ids, temperature=self.temperature, config=self.hf.config
-            )
+            logprobs, _ = token_logprobs(hidden, layer, ids, temperature=self.temperature, config=self.hf.config)
             for row, i in enumerate(part):
                 start, end = len(questions[i].prompt), lengths[i]
                 # The token before it is what a token is predicted from.
@@ -97,7 +104,8 @@ class LocalScorer:
         for start in range(0, len(questions), rows):
             part = questions[start : start + rows]
             noise = np.stack([uniform(sampling, iteration, f"teacher/{q.name}", 0) for q in part])
-            completions += decode(self.hf, [q.prompt for q in part], noise, sampling.temperature, ends)
+            ids = [q.prompt for q in part]
+            completions += decode(self.hf, self.vocabulary, ids, noise, sampling.temperature, ends)
         return completions
 
     def _scores(self, logprobs: Tensor, hidden: Tensor, signal: Signal, given: Tensor | None) -> TeacherScores:
@@ -108,8 +116,7 @@ class LocalScorer:
             return TeacherScores(logprobs=values)
         if signal.tier == "hidden":
             return TeacherScores(logprobs=values, hidden=hidden.to("cpu", copy=True))
-        layer = OutputLayer.of(self.hf)
-        vocabulary = layer.weight.shape[0]
+        layer, vocabulary = OutputLayer.of(self.hf, self.vocabulary), self.vocabulary
         step = max(1, CHUNK_LOGITS // vocabulary)
         assert signal.tier != "given" or given is not None, "the question names no tokens"
         ids, figures = [], []
@@ -121,7 +128,7 @@ class LocalScorer:
                 figures.append(best.values)
             else:
                 asked = given[start : start + step].to(scored.device)
-                absent = (asked < 0) | (asked >= vocabulary)  # the student's embeddings may have more padded rows
+                absent = (asked < 0) | (asked >= vocabulary)  # −1: fewer than k were to be had
                 ids.append(asked.masked_fill(absent, -1))
                 figures.append(scored.gather(-1, asked.masked_fill(absent, 0)).masked_fill(absent, -torch.inf))
         return TeacherScores(logprobs=values, top_ids=torch.cat(ids).cpu(), top_logprobs=torch.cat(figures).cpu())

@@ -46,6 +46,7 @@ def check_parity(
     if isinstance(config.teacher, ServedTeacher) and teacher is not None:
         local = LocalScorer(
             config.teacher.path,
+            vocabulary=reference.vocabulary,
             temperature=1.0,
             batch_tokens=config.trainer.micro_batch_tokens,
             dtype=reference.dtype,

@@ -13,6 +13,7 @@ from rlkd import config as configuration
 from rlkd import distributed
 from rlkd.config import Config
 from rlkd.teachers.local import LocalScorer
+from rlkd.vocabulary import vocabulary_size
 
 FILE = "self_teacher.safetensors"
 
@@ -29,6 +30,7 @@ class SelfTeacher(LocalScorer):
         assert isinstance(teacher, configuration.SelfTeacher)
         super().__init__(
             config.model.path,
+            vocabulary=vocabulary_size(config.model),
             temperature=teacher.temperature,
             batch_tokens=teacher.batch_tokens,
             dtype=getattr(torch, teacher.dtype),

@@ -12,7 +12,7 @@ from rlkd.config import Config
 from rlkd.noise import request_seed
 from rlkd.output_layer import OutputLayer
 from rlkd.rollout.answers import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
-from rlkd.rollout.client import ServerError, VLLMClient, check_model, possible
+from rlkd.rollout.client import ServerError, VLLMClient, check_ids, check_model, is_possible, possible
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.rollout.server import server_counts
 from rlkd.rollout.server_command import ServerRole
@@ -21,6 +21,7 @@ from rlkd.rollout.vllm import VLLMSampler
 from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.tiny import resolve
 from rlkd.types import Completion, Signal, TeacherScores
+from rlkd.vocabulary import padding, vocabulary_size
 
 _PER_REQUEST = 16
 _AT_ONCE = 16
@@ -34,7 +35,11 @@ the whole vocabulary at once, 4 bytes each, few of them. It answers with the top
 def teacher_role(config: Config, teacher: configuration.ServedTeacher) -> ServerRole:
     """What a server of `teacher` must be started as."""
     return ServerRole(
-        name="teacher", model=resolve(teacher.path), max_model_len=teacher_longest(config), arguments=_ARGUMENTS
+        name="teacher",
+        model=resolve(teacher.path),
+        max_model_len=teacher_longest(config),
+        padding=padding(config.model, teacher.path),
+        arguments=_ARGUMENTS,
     )
 
 
@@ -48,9 +53,14 @@ class _ServedScorer:
 
     pool: ServerPool
 
-    def __init__(self, ends: Sequence[int]) -> None:
-        """`ends`: token ids that end what the teacher writes."""
+    def __init__(self, ends: Sequence[int], vocabulary: int) -> None:
+        """
+        Args:
+            ends: token ids that end what the teacher writes.
+            vocabulary: it writes only ids below this one (vocabulary.py).
+        """
         self._ends = tuple(ends)
+        self._vocabulary = vocabulary
 
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
         raise NotImplementedError
@@ -79,7 +89,9 @@ class _ServedScorer:
 
         def one(client: VLLMClient, model: str, question: Question) -> Completion:
             seed = request_seed(sampling.seed, iteration, f"teacher/{question.name}")
-            return request_completion(client, model, question.prompt, sampling, seed, self._ends)
+            completion = request_completion(client, model, question.prompt, sampling, seed, self._ends)
+            check_ids(completion.token_ids, self._vocabulary, client.url)
+            return completion
 
         return self._run(questions, one)
 
@@ -91,7 +103,7 @@ class ServedTeacher(_ServedScorer):
     """
 
     def __init__(self, config: Config, teacher: configuration.ServedTeacher) -> None:
-        super().__init__(end_ids(teacher.path))
+        super().__init__(end_ids(teacher.path), vocabulary_size(config.model))
         self._config = config
         self._settings = teacher
         self._model_path = resolve(teacher.path)
@@ -125,9 +137,10 @@ class PolicyServerTeacher(_ServedScorer):
     def __init__(self, policy: VLLMSampler, ends: Sequence[int], base: bool = False) -> None:
         """
         Args:
+            ends: see `_ServedScorer`.
             base: by the model that adapters are on top of, the student's start; else by the live student.
         """
-        super().__init__(ends)
+        super().__init__(ends, policy.vocabulary)
         self._policy = policy
         self._base = base
         self.pool = policy.pool
@@ -266,7 +279,7 @@ def top_logprobs(entries: Sequence[Mapping[int, Figure] | None], k: int) -> tupl
     ids = torch.full((len(entries), k), -1)
     logprobs = torch.full((len(entries), k), -torch.inf)
     for row, entry in enumerate(entries):
-        figures = [(one.logprob, token) for token, one in (entry or {}).items() if one.logprob is not None]
+        figures = [(one.logprob, token) for token, one in (entry or {}).items() if is_possible(one.logprob)]
         best = sorted(figures, reverse=True)[:k]
         ids[row, : len(best)] = torch.tensor([token for _, token in best])
         logprobs[row, : len(best)] = torch.tensor([logprob for logprob, _ in best])
