@@ -213,7 +213,8 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
                 own = truth.gather(1, torch.tensor(question.completion)[:, None])[:, 0]
                 assert torch.allclose(torch.tensor(score.logprobs), own, atol=1e-4)
                 assert int(score.top_ids.max()) < TOKENS
-                ours = score.top_logprobs.log_softmax(-1)  # the whole vocabulary: a divergence of 0 to the plain model
+                assert float(score.top_logprobs.logsumexp(-1).abs().max()) < 1e-5, "tokens have all the probability"
+                ours = score.top_logprobs.log_softmax(-1)
                 theirs = truth.gather(1, score.top_ids)
                 assert float((ours.exp() * (ours - theirs)).sum(-1).abs().max()) < 1e-6
         scorers[0].close()
