@@ -94,7 +94,8 @@ ONE_LINE = {
     "optim: {lr: true}": f"a.yaml:4: optim.lr: got true, wants {SCHEDULE}",
     "optim: {lr: {start: 1}}": "a.yaml:4: optim.lr.kind: missing, wants constant | linear | cosine | step | piecewise",
     "optim: {lr: {kind: liner}}": (
-        "a.yaml:4: optim.lr.kind: got 'liner', wants constant | linear | cosine | step | piecewise; did you mean linear?"
+        "a.yaml:4: optim.lr.kind: got 'liner', wants constant | linear | cosine | step | piecewise; "
+        "did you mean linear?"
     ),
     "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": "a.yaml:4: optim.lr.end: got 'x', wants a number ≥ 0",
     "optim: {lr: {kind: step, start: 1, end: 0, at: -1}}": "a.yaml:4: optim.lr.at: got -1, wants an integer ≥ 0",

@@ -26,7 +26,7 @@ from rlkd.losses import (
 )
 from rlkd.module import Counts, Loss, PolicyModule
 from rlkd.policy_head import Needs, PolicyOutput
-from rlkd.types import Batch, ScoredRollout
+from rlkd.types import Batch, Rollout, ScoredRollout
 
 __all__ = ["GRPO", "GRPOConfig"]
 
@@ -70,11 +70,23 @@ class GRPO(PolicyModule):
         rollout, options = scored.rollout, self.algorithm
         if scored.reward is None or (options.mask_truncated and rollout.finish_reason == "length"):
             return None
-        length, longest = len(rollout.token_ids), self.config.rollout.max_tokens
-        return scored.reward + overlong_penalty(length, longest, options.overlong_cache)
+        return scored.reward + overlong_penalty(len(rollout.token_ids), self.limit(rollout), options.overlong_cache)
+
+    def limit(self, rollout: Rollout) -> int:
+        """The number of tokens at which `rollout` would have been cut off."""
+        return self.config.rollout.max_tokens
 
     def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
-        return any(self.credit(group))
+        """Whether its advantages are not all zero and, under `filter: correct`, some are right and some are wrong.
+
+        DAPO, arXiv 2503.14476, Eq. 11: 0 < number of right answers < G. By their rewards alone, answers that are all
+        wrong would pass as soon as one of them is punished for its length.
+        """
+        if not any(self.credit(group)):
+            return False
+        compared = [scored for scored in group if self._compared(scored) is not None]
+        right = {scored.is_correct(self.config.reward.correct_at) for scored in compared}
+        return self.algorithm.filter == "reward" or len(right) == 2
 
     @property
     def needs(self) -> Needs:
@@ -90,7 +102,7 @@ class GRPO(PolicyModule):
             self.algorithm.reduction,
             counts.tokens,
             counts.sequences,
-            self.config.rollout.max_tokens,
+            self.longest_completion,
         )
         return replace(batch, weights=weights)
 
@@ -108,6 +120,11 @@ class GRPO(PolicyModule):
             options.importance_cap,
             options.importance_level,
         )
+
+    def current_policy(self, output: PolicyOutput, batch: Batch) -> Tensor:
+        """[B, T] detached π/π_old · π_old/π_sampler: a token of the sample is as if the policy had drawn it now."""
+        assert batch.old_logprobs is not None
+        return torch.exp(output.logprobs.detach() - batch.old_logprobs) * self.importance(batch)
 
     def surrogate(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] to be minimised, and [B, T] bool where its clip or cap binds."""
@@ -141,9 +158,14 @@ class GRPO(PolicyModule):
             reference = torch.where(batch.completion_mask, batch.reference_logprobs, output.logprobs.detach())
             to_reference = estimator(output.logprobs, reference)
             total = total + options.reference_coef * weighted_sum(to_reference, batch.weights)
-            value = kl_k3(output.logprobs.detach(), reference)
-            metrics["reference/kl"] = weighted_sum(value, batch.token_weights)
+            metrics["reference/kl"] = self.measured_kl(output, reference, batch)
         return Loss(total=total, metrics=metrics)
+
+    def measured_kl(self, output: PolicyOutput, others: Tensor, batch: Batch) -> Tensor:
+        """KL(π‖·) a token, estimated on what the student sampled, of `others` [B, T] log-probs; for the log."""
+        assert batch.student_weights is not None
+        value = kl_k3(output.logprobs.detach(), others)
+        return weighted_sum(value * self.current_policy(output, batch), batch.student_weights)
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         return self.policy_loss(output, batch, batch.advantages)
