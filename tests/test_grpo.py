@@ -10,8 +10,10 @@ from test_module import NO_CLIP, assert_moved, assert_same, own_logprobs
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
 from rlkd.config_file import load
+from rlkd.policy_head import PolicyOutput
 from rlkd.rollout.collate import collate
 from rlkd.student import load_causal_lm
+from rlkd.types import written
 
 RELATIVES = {
     "Dr. GRPO": ("normalise=false", "reduction=dr_grpo"),
@@ -160,6 +162,71 @@ def test_a_group_carries_a_gradient_where_its_advantages_are_not_all_zero():
     assert not algorithm.carries_gradient(group_of(1.0, None, 1.0), 0)
     truncated = GRPOModule(config(*GRPO, "algorithm.mask_truncated=true"))
     assert not truncated.carries_gradient(group_of(1.0, 0.0, 0.0), 0), "rows 0 and 2 are cut off"
+
+
+PUNISHED = [
+    pytest.param([(0.0, 100)] * 15 + [(0.0, 16385)], id="all wrong, one of them a token too long"),
+    pytest.param([(2.0, 100)] * 15 + [(2.0, 18000)], id="all right, one of them too long"),
+    pytest.param([(0.0, 100)] * 14 + [(0.0, 20480)] * 2, id="all wrong, two of them cut off"),
+]
+
+
+def long_group(answers):
+    """One prompt's answers as (reward, tokens)."""
+    prompt = scored(1, 1, 0.0).rollout.prompt
+    return [
+        scored(0, 1, reward, teacher=None, reference=None, rollout=written(prompt, (7,) * n, "data", "stop"))
+        for reward, n in answers
+    ]
+
+
+@pytest.mark.parametrize("answers", PUNISHED)
+def test_dapo_keeps_groups_with_right_and_wrong_answers_whatever_their_lengths(answers):
+    """arXiv 2503.14476, Eq. 11, with the paper's lengths: the penalty acts inside kept groups, and keeps none."""
+    dapo = GRPOModule(load(["configs/dapo.yaml"], ["model.path=m", "data.path=d"]).config)
+    group = long_group(answers)
+    assert any(dapo.credit(group)), "the penalty alone tells them apart"
+    assert not dapo.carries_gradient(group, 0)
+    other = 2.0 - answers[0][0]
+    assert dapo.carries_gradient(long_group([*answers[:-1], (other, answers[-1][1])]), 0)
+    by_reward = load(["configs/dapo.yaml"], ["model.path=m", "data.path=d", "algorithm.filter=reward"]).config
+    assert GRPOModule(by_reward).carries_gradient(group, 0)
+
+
+def test_the_filter_takes_a_second_reward_for_no_right_answer():
+    """A format reward tells answers apart, not right from wrong ones; under `filter: reward` it is enough."""
+    plain, by_reward = GRPOModule(config(*GRPO)), GRPOModule(config(*GRPO, "algorithm.filter=reward"))
+    for rewards, correct, differ in [
+        ((0.1, 0.0, 0.1), False, True),
+        ((1.1, 1.0, 1.0), False, True),
+        ((1.1, 1.0, 0.1), True, True),
+        ((0.1, 0.1, None), False, False),
+        ((1.0, 0.0, None), True, True),
+    ]:
+        assert plain.carries_gradient(group_of(*rewards), 0) == correct, rewards
+        assert by_reward.carries_gradient(group_of(*rewards), 0) == differ, rewards
+
+
+def test_a_measured_kl_is_that_of_the_current_policy_by_enumeration():
+    """One row for each token of a vocabulary, weighed by the older policy that drew it."""
+    generator = torch.Generator().manual_seed(2)
+    current, old, other = torch.randn(3, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
+    settings = config(*GRPO)
+    batch = collate([[scored(i, 1, 0.0) for i in range(7)]], 0)
+    column = torch.zeros_like(batch.advantages, dtype=torch.float64)
+    spots = (torch.arange(7), batch.lengths - 1)
+
+    def placed(values):
+        return column.index_put(spots, values)
+
+    batch = dataclasses.replace(
+        batch,
+        old_logprobs=placed(old),
+        sampler_logprobs=placed(old),
+        student_weights=placed(old.exp()),
+    )
+    measured = GRPOModule(settings).measured_kl(PolicyOutput(logprobs=placed(current)), placed(other), batch)
+    assert float(measured) == pytest.approx(float((current.exp() * (current - other)).sum()), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,26 @@ def test_a_teacher_that_is_the_students_start_can_be_followed(options, tmp_path,
     assert abs(rows[0]["loss/kd"]) < 1e-6 and rows[2]["taid/t"] > float(options.split()[-1])
 
 
+@pytest.mark.parametrize("name", ["taid", "opd", "opsd"])
+def test_distillation_wants_no_answers(name, tmp_path, monkeypatch):
+    """Chat data: the reward of every row fails, which is counted, and changes nothing else; nor does an evaluation."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"reverse: {'abcdefgh'[:n]}", "reply": "hgfedcba"[-n:]} for n in (7, 3, 8, 5)]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = ", context: {template: '{prompt}{context}', reference: ' hint: {text}'}, divergence: {clip: null}"
+    overrides = [
+        *("data.path=chat.jsonl", "data.answer_column=null", "data.max_completion_tokens=32", "rollout.prompts=4"),
+        *("eval.path=chat.jsonl", "eval.every=1", "run.iterations=1", "log.progress=false"),
+        f"data.{'privileged' if name == 'opsd' else 'completion'}_column=reply",
+        f"algorithm={{name: {name}, group_size: 1{shown if name == 'opsd' else ''}}}",
+        *(["teacher={backend: self}"] if name == "opsd" else []),
+    ]
+    assert run_stages(load_stages([QUICKSTART], overrides)) == 0
+    (row,) = [json.loads(line) for line in Path("runs/quickstart/metrics.jsonl").read_text().splitlines()][-1:]
+    assert row["reward/errors"] == 4 and row["grad_norm"] > 0 and row["tokens/trained"] > 4
+    assert "accuracy" not in row and row["eval/errors"] == 4 * 5
+
+
 def test_completions_longer_than_the_bound_name_the_key(pairs):
     with pytest.raises(
         ValueError, match=r"the completion of '0' has 8 tokens, more than\s+data.max_completion_tokens = 7"
