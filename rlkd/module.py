@@ -57,7 +57,6 @@ class Counts:
     sequences: float
     distil_tokens: float
     distil_sequences: float
-    student_tokens: float
 
 
 class PolicyModule(lightning.LightningModule):
@@ -320,18 +319,12 @@ class PolicyModule(lightning.LightningModule):
         """Weights from the counts over all ranks: the only place where normalisation is decided."""
         distil = batch.distil_mask if batch.distil_mask is not None else torch.zeros_like(batch.completion_mask)
         own = float(batch.student_mask.sum())
-        total = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil), own])
-        over_all = Counts(
-            tokens=total[0],
-            sequences=total[1],
-            distil_tokens=total[2],
-            distil_sequences=total[3],
-            student_tokens=total[4],
-        )
+        *total, own = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil), own])
+        over_all = Counts(tokens=total[0], sequences=total[1], distil_tokens=total[2], distil_sequences=total[3])
         batch = replace(
             batch,
             token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0),
-            student_weights=batch.student_mask.float() / max(over_all.student_tokens, 1.0),
+            student_weights=batch.student_mask.float() / max(own, 1.0),
         )
         return self.weigh(batch, over_all)
 
