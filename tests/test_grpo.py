@@ -180,31 +180,42 @@ def long_group(answers):
     ]
 
 
+def dapo(*overrides):
+    return GRPOModule(load(["configs/dapo.yaml"], ["model.path=m", "data.path=d", *overrides]).config)
+
+
 @pytest.mark.parametrize("answers", PUNISHED)
-def test_dapo_keeps_groups_with_right_and_wrong_answers_whatever_their_lengths(answers):
+@pytest.mark.parametrize("look_at", ["correct", "reward"])
+def test_dynamic_sampling_drops_what_is_all_right_or_all_wrong_whatever_the_lengths(answers, look_at):
     """arXiv 2503.14476, Eq. 11, with the paper's lengths: the penalty acts inside kept groups, and keeps none."""
-    dapo = GRPOModule(load(["configs/dapo.yaml"], ["model.path=m", "data.path=d"]).config)
-    group = long_group(answers)
-    assert any(dapo.credit(group)), "the penalty alone tells them apart"
-    assert not dapo.carries_gradient(group, 0)
-    other = 2.0 - answers[0][0]
-    assert dapo.carries_gradient(long_group([*answers[:-1], (other, answers[-1][1])]), 0)
-    by_reward = load(["configs/dapo.yaml"], ["model.path=m", "data.path=d", "algorithm.filter=reward"]).config
-    assert GRPOModule(by_reward).carries_gradient(group, 0)
+    algorithm, group = dapo(f"algorithm.filter={look_at}"), long_group(answers)
+    assert not algorithm.carries_gradient(group, 0)
+    assert [s.advantage for s in algorithm.advantages(group)] == [0.0] * 16, "nor does it fill up a batch with them"
+    other = long_group([*answers[:-1], (2.0 - answers[0][0], answers[-1][1])])
+    assert algorithm.carries_gradient(other, 0) and all(s.advantage for s in algorithm.advantages(other))
+    assert any(dapo("algorithm.resample_rounds=1").credit(group)), "without dynamic sampling nothing is dropped"
 
 
-def test_the_filter_takes_a_second_reward_for_no_right_answer():
-    """A format reward tells answers apart, not right from wrong ones; under `filter: reward` it is enough."""
-    plain, by_reward = GRPOModule(config(*GRPO)), GRPOModule(config(*GRPO, "algorithm.filter=reward"))
-    for rewards, correct, differ in [
+def test_dapo_is_the_shipped_config():
+    assert (dapo().algorithm.filter, dapo().algorithm.resample_rounds) == ("correct", 10)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "correct", "reward"),
+    [
         ((0.1, 0.0, 0.1), False, True),
         ((1.1, 1.0, 1.0), False, True),
         ((1.1, 1.0, 0.1), True, True),
         ((0.1, 0.1, None), False, False),
         ((1.0, 0.0, None), True, True),
-    ]:
-        assert plain.carries_gradient(group_of(*rewards), 0) == correct, rewards
-        assert by_reward.carries_gradient(group_of(*rewards), 0) == differ, rewards
+    ],
+)
+def test_what_a_filter_looks_at(rewards, correct, reward):
+    """A second reward, for a format say, tells answers apart, but not right from wrong ones."""
+    for look_at, carries in (("correct", correct), ("reward", reward)):
+        algorithm = GRPOModule(config(*GRPO, "algorithm.resample_rounds=2", f"algorithm.filter={look_at}"))
+        assert algorithm.carries_gradient(group_of(*rewards), 0) is carries
+        assert any(s.advantage for s in algorithm.advantages(group_of(*rewards))) is carries
 
 
 def test_a_measured_kl_is_that_of_the_current_policy_by_enumeration():

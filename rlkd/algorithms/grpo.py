@@ -53,8 +53,10 @@ class GRPO(PolicyModule):
         return [replace(scored, advantage=value) for scored, value in zip(group, self.credit(group), strict=True)]
 
     def credit(self, group: Sequence[ScoredRollout]) -> list[float]:
-        """The advantage of each completion, from the rewards alone."""
+        """The advantage of each completion, from the rewards alone; 0 in a group that dynamic sampling drops."""
         rewards = [self._compared(scored) for scored in group]
+        if self.algorithm.resample_rounds > 1 and not self._tells_apart(group):
+            return [0.0] * len(group)
         if self.algorithm.baseline == "leave_one_out":
             return leave_one_out(rewards)
         return group_relative(rewards, self.algorithm.normalise)
@@ -76,17 +78,19 @@ class GRPO(PolicyModule):
         """The number of tokens at which `rollout` would have been cut off."""
         return self.config.rollout.max_tokens
 
-    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
-        """Whether its advantages are not all zero and, under `filter: correct`, some are right and some are wrong.
+    def _tells_apart(self, group: Sequence[ScoredRollout]) -> bool:
+        """Whether two completions that are compared differ in what `filter` looks at.
 
-        DAPO, arXiv 2503.14476, Eq. 11: 0 < number of right answers < G. By their rewards alone, answers that are all
-        wrong would pass as soon as one of them is punished for its length.
+        `correct` is DAPO's condition, arXiv 2503.14476, Eq. 11: 0 < number of right answers < G. The overlong penalty
+        has no say: else answers that are all wrong would be trained on as soon as one of them is a token too long.
         """
-        if not any(self.credit(group)):
-            return False
         compared = [scored for scored in group if self._compared(scored) is not None]
-        right = {scored.is_correct(self.config.reward.correct_at) for scored in compared}
-        return self.algorithm.filter == "reward" or len(right) == 2
+        if self.algorithm.filter == "correct":
+            return len({scored.is_correct(self.config.reward.correct_at) for scored in compared}) > 1
+        return len({scored.reward for scored in compared}) > 1
+
+    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+        return any(self.credit(group))
 
     @property
     def needs(self) -> Needs:

@@ -15,7 +15,7 @@ class GRPOConfig(AlgorithmConfig):
 
     Dr. GRPO   2503.20783   normalise: false, reduction: dr_grpo
     RLOO       2402.14740   baseline: leave_one_out, normalise: false
-    DAPO       2503.14476   clip_high: 0.28, overlong_cache, resample_rounds (its token mean and filter are defaults)
+    DAPO       2503.14476   clip_high: 0.28, overlong_cache, resample_rounds, filter: correct (its mean is the default)
     GSPO       2507.18071   ratio: sequence, reduction: sequence_mean, clip_low: 3e-4, clip_high: 4e-4
     CISPO      2506.13585   surrogate: cispo
     dual clip  1912.09729   dual_clip: 3
@@ -38,10 +38,10 @@ class GRPOConfig(AlgorithmConfig):
     resample_rounds: int = Field(
         1, ge=1, description="DAPO: sample up to this many times rollout.prompts for groups with a gradient; 1: once"
     )
-    filter: Literal["correct", "reward"] = Field(
-        "correct",
-        description="resample_rounds: which groups count as having a gradient; correct: those with right and wrong "
-        "answers (DAPO, Eq. 11; see reward.correct_at), reward: those whose rewards differ, overlong_cache included",
+    filter: Literal["reward", "correct"] = Field(
+        "reward",
+        description="resample_rounds > 1 drops groups whose rewards are all equal, overlong_cache left aside, or that "
+        "have not both right and wrong answers (DAPO, Eq. 11; see reward.correct_at)",
     )
     surrogate: Literal["clipped", "cispo"] = Field(
         "clipped", description="PPO's clipped surrogate, or REINFORCE under a capped ratio: no token loses its gradient"
