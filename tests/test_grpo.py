@@ -192,7 +192,7 @@ def test_dynamic_sampling_drops_what_is_all_right_or_all_wrong_whatever_the_leng
     assert not algorithm.carries_gradient(group, 0)
     assert [s.advantage for s in algorithm.advantages(group)] == [0.0] * 16, "nor does it fill up a batch with them"
     other = long_group([*answers[:-1], (2.0 - answers[0][0], answers[-1][1])])
-    assert algorithm.carries_gradient(other, 0) and all(s.advantage for s in algorithm.advantages(other))
+    assert algorithm.carries_gradient(other, 0) and any(s.advantage for s in algorithm.advantages(other))
     assert any(dapo("algorithm.resample_rounds=1").credit(group)), "without dynamic sampling nothing is dropped"
 
 

@@ -197,7 +197,9 @@ def test_the_kl_that_is_logged_is_a_mean_over_tokens_whatever_the_reduction(teac
     """k3 under the current policy, corrected for the older one that drew the tokens."""
     made = settings(**options)
     batch = moved_on(made, teacher)
-    own, mask = own_logprobs(made, batch), batch.completion_mask
+    unscored = batch.distil_mask.index_fill(0, torch.tensor([0]), False)  # a completion without a context
+    batch = dataclasses.replace(batch, distil_mask=unscored)
+    own, mask = own_logprobs(made, batch), batch.distil_mask
     ratio = torch.exp(own - batch.old_logprobs) * torch.exp(batch.old_logprobs - batch.sampler_logprobs).clamp(max=2.0)
     gap = batch.teacher_logprobs - own
     wanted = ((gap.expm1() - gap) * ratio)[mask].mean()
