@@ -1,9 +1,11 @@
-"""Who gets credit: rewards of one group in, advantages out. Plain floats."""
+"""Who gets credit: rewards of one group in, advantages out; and on which tokens a teacher is imitated."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+from rlkd.types import Rollout
 
 
 def group_relative(rewards: Sequence[float | None], normalise: bool) -> list[float]:
@@ -26,8 +28,9 @@ def group_relative(rewards: Sequence[float | None], normalise: bool) -> list[flo
 def leave_one_out(rewards: Sequence[float | None]) -> list[float]:
     """A_i = r_i − mean of the others = n/(n − 1) · (r_i − mean): a baseline that does not depend on r_i.
 
-    RLOO, arXiv 2402.14740: unbiased, where a mean that has r_i in it shrinks the gradient by 1 − 1/n. A reward
-    of None takes no part and gets advantage 0.
+    RLOO, arXiv 2402.14740: unbiased, where a mean that has r_i in it shrinks the gradient by 1 − 1/n. That holds for
+    a sum over tokens with a constant factor (`reduction: dr_grpo`); a mean divides by lengths, which are random too. A
+    reward of None takes no part and gets advantage 0.
     """
     known = sum(r is not None for r in rewards)
     return [a * known / max(known - 1, 1) for a in group_relative(rewards, normalise=False)]
@@ -40,3 +43,14 @@ def overlong_penalty(length: int, max_tokens: int, cache: int) -> float:
     """
     over = length - (max_tokens - cache)
     return 0.0 if cache == 0 or over <= 0 else -min(over / cache, 1.0)
+
+
+def distilled(rollout: Rollout, keep: bool, mask_eos: bool) -> tuple[bool, ...]:
+    """Per token, whether the teacher is imitated there: on all or none; `mask_eos`: not on an end of sequence.
+
+    Student and teacher may end a turn with different tokens; then each finds the other's end very unlikely.
+    """
+    tokens = [keep] * len(rollout.token_ids)
+    if mask_eos and rollout.finish_reason == "stop":
+        tokens[-1] = False
+    return tuple(tokens)

@@ -348,7 +348,9 @@ class OptimConfig(Section):
     lr: Schedule = Field(Constant(value=1e-6), description="learning rate, a number or a schedule over iterations")
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay of weight matrices and embeddings; norms and biases have none"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
     max_skipped: int = Field(
         2, ge=0, description="of the last 20 updates, how many may be skipped for a gradient that is not finite"

@@ -32,6 +32,9 @@ class ContextConfig(Section):
     feedback: str | None = Field(
         None, description="part with what the rewards said of the completion, as {text}; null: not shown"
     )
+    feedback_beside_sibling: bool = Field(
+        True, description="show feedback beside a sibling too; false: only where there is no sibling to show"
+    )
     drop: str = Field(
         r"(?s)<think>.*?</think>\s*", description="what this regular expression matches is left out of a sibling"
     )
@@ -66,6 +69,8 @@ class ContextConfig(Section):
         """The parts that are asked for and to be had."""
         if sibling is not None:
             sibling = re.sub(self.drop, "", sibling)
+            if self.sibling is not None and not self.feedback_beside_sibling:
+                feedback = None
         pairs = ((self.reference, reference), (self.sibling, sibling), (self.feedback, feedback))
         return [filled(part, {"text": text}) for part, text in pairs if part is not None and text is not None]
 

@@ -52,7 +52,9 @@ class DivergenceConfig(Section):
         """How many of its likeliest tokens the sampler must name."""
         return self.k if self.tier == "top_k" and self.support == "sampler" else 0
 
-    def comparison(self, temperature: float, blend: float | None = None) -> Comparison | None:
+    def comparison(
+        self, temperature: float, *, blend: float | None = None, ratio_cap: float | None = None
+    ) -> Comparison | None:
         """What the forward must give; None where the log-probs of the sampled tokens are enough."""
         if self.tier == "sampled":
             return None
@@ -66,6 +68,7 @@ class DivergenceConfig(Section):
             k=self.k,
             tail=self.tail,
             blend=blend,
+            ratio_cap=ratio_cap,
         )
 
     @property

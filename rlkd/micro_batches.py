@@ -58,6 +58,7 @@ def weightless(batch: Batch) -> Batch:
         student_mask=off,
         weights=zeros,
         token_weights=zeros,
+        student_weights=zeros,
         distil_mask=None if row.distil_mask is None else off,
         distil_weights=None if row.distil_weights is None else zeros,
     )

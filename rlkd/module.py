@@ -69,6 +69,9 @@ class PolicyModule(lightning.LightningModule):
     Options: ClassVar[type[AlgorithmConfig]]
     uses_teacher: ClassVar[bool] = False
     uses_rewards: ClassVar[bool] = True
+    """Whether rewards are computed, be it for the log alone."""
+    masks_failed: ClassVar[bool] = True
+    """Whether a rollout whose reward could not be computed is left out of training."""
 
     def __init_subclass__(cls) -> None:
         """Defining an algorithm makes it known to configs under the `name` of its Options."""
@@ -109,10 +112,21 @@ class PolicyModule(lightning.LightningModule):
         return Sampling(temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=self.config.run.seed)
 
     @property
+    def needs_rewards(self) -> bool:
+        """Whether training depends on rewards: then too many failed ones stop the run. Else they are for the log."""
+        return self.uses_rewards
+
+    @property
     def teacher_temperature(self) -> float:
         """At which student and teacher are compared."""
         assert not isinstance(self.config.teacher, NoTeacher)
         return self.config.teacher.temperature
+
+    @property
+    def longest_completion(self) -> int:
+        """L_max: the most tokens that a completion can have, whoever writes it."""
+        lengths = self.config.algorithm.trained_lengths(self.config)
+        return sum(lengths.values()) - self.config.data.max_prompt_tokens
 
     # ---- the four questions -------------------------------------------------------------------------------------
 
@@ -193,7 +207,7 @@ class PolicyModule(lightning.LightningModule):
             lr=optim.lr(0),
             betas=(optim.betas[0], optim.betas[1]),
             eps=optim.eps,
-            weight_decay=optim.weight_decay,
+            weight_decay=0.0,  # `_decay` does it
         )
 
     @property
@@ -212,6 +226,7 @@ class PolicyModule(lightning.LightningModule):
         lr = self.config.optim.lr(batch.iteration)
         for group in optimizer.param_groups:
             group["lr"] = lr
+            group["weight_decay"] = 0.0  # an older checkpoint may have brought another
         meter = Meter()
         meter.merge(batch.metrics)
         meter.maximum("lr", lr)
@@ -261,6 +276,7 @@ class PolicyModule(lightning.LightningModule):
         norm = float(sharded.full_tensor())  # the same on every rank
         finite = math.isfinite(norm)
         if finite:
+            self._decay(optimizer.param_groups[0]["lr"])
             optimizer.step()
         self._note_skipped(not finite, norm, batch.iteration)
         per_iteration = self.config.trainer.updates_per_iteration
@@ -268,6 +284,17 @@ class PolicyModule(lightning.LightningModule):
         meter.maximum("updates/skipped", float(sum(self.skipped)))
         for name, total in sums.items():
             meter.total(name, total / per_iteration)
+
+    @torch.no_grad()
+    def _decay(self, lr: float) -> None:
+        """AdamW's decoupled decay, θ ← (1 − lr · weight_decay) θ, of all but vectors: norms and biases have none.
+
+        Not by groups of the optimizer: older checkpoints have one group and could not be loaded.
+        """
+        if self.config.optim.weight_decay > 0:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.dim() > 1:
+                    parameter.mul_(1.0 - lr * self.config.optim.weight_decay)
 
     def _note_skipped(self, skipped: bool, norm: float, iteration: int) -> None:
         """One bad batch costs its update; many stop the run.
@@ -291,9 +318,14 @@ class PolicyModule(lightning.LightningModule):
     def _weighed(self, batch: Batch) -> Batch:
         """Weights from the counts over all ranks: the only place where normalisation is decided."""
         distil = batch.distil_mask if batch.distil_mask is not None else torch.zeros_like(batch.completion_mask)
-        total = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil)])
+        own = float(batch.student_mask.sum())
+        *total, own = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil), own])
         over_all = Counts(tokens=total[0], sequences=total[1], distil_tokens=total[2], distil_sequences=total[3])
-        batch = replace(batch, token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0))
+        batch = replace(
+            batch,
+            token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0),
+            student_weights=batch.student_mask.float() / max(own, 1.0),
+        )
         return self.weigh(batch, over_all)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:

@@ -43,6 +43,8 @@ class Comparison:
     """Of the top-k supports: all other tokens count as one more entry; False: they are left out, and the k have all."""
     blend: float | None = None
     """TAID: the teacher's logits become (1 − blend) · student + blend · teacher, detached."""
+    ratio_cap: float | None = None
+    """Tokens count as often as `losses.token_ratios` says, with this cap; None: once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +64,8 @@ class PolicyOutput:
     logprobs: Tensor  # [B, T] fp32
     entropy: Tensor | None = None  # [B, T] fp32
     divergence: Tensor | None = None
-    """Scalar Σ divergence · batch.distil_weights, with gradient: it is formed in the forward, chunk by chunk."""
+    """Scalar Σ divergence · ratio · batch.distil_weights, with gradient: it is formed in the forward, chunk by chunk.
+    The ratio is that of `Comparison.ratio_cap`, or 1."""
     token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
 
 
@@ -105,9 +108,14 @@ def token_logprobs(
 
 
 def compared(
-    hidden: Tensor, head: nn.Linear | OutputLayer, batch: Batch, comparison: Comparison, config: PreTrainedConfig
+    hidden: Tensor,
+    head: nn.Linear | OutputLayer,
+    batch: Batch,
+    comparison: Comparison,
+    config: PreTrainedConfig,
+    ratios: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ divergence · `batch.distil_weights`, and the divergence of every token that has a weight.
+    """Σ divergence · ratio · `batch.distil_weights`, and the divergence of every token that has a weight.
 
     Only such tokens are looked at, a few at a time. Vocabularies of unequal width (padding of the embeddings; the
     tokenizers agree) are compared on the columns that both have.
@@ -115,10 +123,12 @@ def compared(
     Args:
         hidden: [B, T, H], last hidden states of the tokens `batch.input_ids`.
         head: the student's output layer, weight [V, H].
+        ratios: [B, T], detached, how often each token counts; None: once.
 
     Returns: (scalar with gradient, [B, T] fp32 without). Column t: token t given tokens < t.
     """
     assert batch.distil_weights is not None and batch.teacher_index is not None
+    weights = batch.distil_weights if ratios is None else batch.distil_weights * ratios
     scale, softcap = logit_transform(config)
     total = hidden.new_zeros((), dtype=torch.float32)
     per_token = torch.zeros_like(batch.distil_weights)
@@ -139,7 +149,7 @@ def compared(
             return against(shaped(raw, scale, softcap), chunk)
 
         part, found = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-            hidden[row, column - 1], weight, bias, batch.distil_weights[row, column], values
+            hidden[row, column - 1], weight, bias, weights[row, column], values
         )
         total = total + part
         per_token[row, column] = found

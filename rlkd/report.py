@@ -41,7 +41,7 @@ GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
             Panel("Distillation", ("loss/kd",), "its teacher term", smooth=True),
             Panel("KL to the teacher", ("kd/kl",), "nats per token", smooth=True),
             Panel("Weight of distillation", ("kd/coef",), "β of the teacher term"),
-            Panel("Reward against teacher", ("kd/sign_conflict",), "share of tokens they pull apart", smooth=True),
+            Panel("Teacher over reward", ("kd/flipped",), "share of tokens whose advantage it reverses", smooth=True),
             Panel("KL to the reference", ("reference/kl",), "nats per token", smooth=True),
             Panel("Entropy", ("entropy",), "nats per token", smooth=True),
             Panel("Learning rate", ("lr",)),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlkd.config import Config
+from rlkd.config import Config, Section
 
 NAME = re.compile(r"iteration-(\d{6,})")
 FILE = "config.json"
@@ -60,7 +60,8 @@ def changes(config: Config) -> list[str]:
     """What stands in the way of resuming, one line a key; empty: nothing, or there is no checkpoint yet.
 
     A run that goes on under another learning rate, say, is no longer the run that its directory and its plots say it
-    is: such a key must be named in `run.accept_changes`.
+    is: such a key must be named in `run.accept_changes`. A key that the checkpoint does not know is a newer one: it is
+    no change as long as it has its default.
     """
     checkpoint = resume_path(config)
     if checkpoint is None:
@@ -70,17 +71,30 @@ def changes(config: Config) -> list[str]:
     except (OSError, ValueError) as error:
         return [f"run.resume: {checkpoint} has no readable {FILE}: {error}; choose another checkpoint"]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
+    unsaid = tuple(_unsaid(config))
     accepted = tuple(config.run.accept_changes)
     lines = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key, "absent"), now.get(key, "absent")
         named = key in accepted or key.startswith(tuple(f"{name}." for name in accepted))
-        if old != new and not named and not FREE.fullmatch(key):
+        newer = key not in before and (key in unsaid or key.startswith(tuple(f"{name}." for name in unsaid)))
+        if old != new and not newer and not named and not FREE.fullmatch(key):
             lines.append(
                 f"{key}: is {new}, but {checkpoint.name} was trained with {old}; put it back, or accept it by "
                 f"run.accept_changes=[{key}]"
             )
     return lines
+
+
+def _unsaid(section: Section, place: Any = None, above: str = "") -> Iterator[str]:
+    """Dotted keys with the default of their place; `place`: the section that stands here by default, if any does."""
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        default = getattr(place, name) if type(place) is type(section) else field.default
+        if isinstance(value, Section):
+            yield from _unsaid(value, default, f"{above}{name}.")
+        elif value == default:
+            yield f"{above}{name}"
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:

@@ -66,6 +66,26 @@ class Step(_Schedule):
         return self.end if iteration >= self.at else self.start
 
 
+class Piecewise(_Schedule):
+    """Linear and cosine pieces, each over its own iterations, one after the other; then the end of the last one.
+
+    A warm-up over 10 iterations, then a cosine to 0 over 90: {kind: piecewise, pieces: [{kind: linear, start: 0,
+    end: 1e-5, over: 10}, {kind: cosine, start: 1e-5, end: 0, over: 90}]}. Where two pieces meet, the later one counts.
+    """
+
+    kind: Literal["piecewise"]
+    pieces: list[Annotated[Linear | Cosine, Field(discriminator="kind")]] = Field(
+        min_length=1, description="linear and cosine schedules; iteration 0 of a piece is the end of the one before"
+    )
+
+    def __call__(self, iteration: int) -> float:
+        for piece in self.pieces[:-1]:
+            if iteration < piece.over:
+                return piece(iteration)
+            iteration -= piece.over
+        return self.pieces[-1](iteration)
+
+
 def _number_is_constant(value: Any) -> Any:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return {"kind": "constant", "value": value}
@@ -73,7 +93,7 @@ def _number_is_constant(value: Any) -> Any:
 
 
 Schedule = Annotated[
-    Annotated[Constant | Linear | Cosine | Step, Field(discriminator="kind")],
+    Annotated[Constant | Linear | Cosine | Step | Piecewise, Field(discriminator="kind")],
     BeforeValidator(_number_is_constant),
 ]
-"""A number, or {kind: constant | linear | cosine | step, …}."""
+"""A number, or {kind: constant | linear | cosine | step | piecewise, …}."""

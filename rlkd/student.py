@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlkd import lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
+from rlkd.losses import token_ratios
 from rlkd.output_layer import OutputLayer
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
@@ -56,7 +57,10 @@ class Student(nn.Module):
         )
         if needs.comparison is None:
             return PolicyOutput(logprobs=logprobs, entropy=entropy)
-        total, per_token = compared(hidden, head, batch, needs.comparison, self.hf.config)
+        cap = needs.comparison.ratio_cap
+        old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # the first update moves from itself
+        ratios = None if cap is None else token_ratios(logprobs, old, batch.sampler_logprobs, batch.student_mask, cap)
+        total, per_token = compared(hidden, head, batch, needs.comparison, self.hf.config, ratios)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:

@@ -248,6 +248,7 @@ class Batch:
     weights: Tensor | None = None  # [B, T] of the policy term; made once an update from global counts
     distil_weights: Tensor | None = None  # [B, T] of the distillation term
     token_weights: Tensor | None = None  # [B, T] 1/N on every completion token: means for the log
+    student_weights: Tensor | None = None  # [B, T] 1/N on every token that the student sampled: likewise
     metrics: Meter = field(default_factory=Meter)
     """What is known of this rank's rollouts before training."""
 

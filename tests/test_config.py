@@ -66,7 +66,7 @@ def lines(yaml: str = "", *overrides: str, base: str = BASE) -> list[str]:
     return caught.value.lines
 
 
-SCHEDULE = "a number, or a schedule with kind: constant | linear | cosine | step"
+SCHEDULE = "a number, or a schedule with kind: constant | linear | cosine | step | piecewise"
 AS_TEXT = r"for the text itself write \${ in place of ${"
 
 ONE_LINE = {
@@ -92,9 +92,10 @@ ONE_LINE = {
     "optim: {lr: .inf}": "a.yaml:4: optim.lr: got .inf, wants a finite number",
     "optim: {lr: 12:30}": f"a.yaml:4: optim.lr: got '12:30', wants {SCHEDULE}",
     "optim: {lr: true}": f"a.yaml:4: optim.lr: got true, wants {SCHEDULE}",
-    "optim: {lr: {start: 1}}": "a.yaml:4: optim.lr.kind: missing, wants constant | linear | cosine | step",
+    "optim: {lr: {start: 1}}": "a.yaml:4: optim.lr.kind: missing, wants constant | linear | cosine | step | piecewise",
     "optim: {lr: {kind: liner}}": (
-        "a.yaml:4: optim.lr.kind: got 'liner', wants constant | linear | cosine | step; did you mean linear?"
+        "a.yaml:4: optim.lr.kind: got 'liner', wants constant | linear | cosine | step | piecewise; "
+        "did you mean linear?"
     ),
     "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": "a.yaml:4: optim.lr.end: got 'x', wants a number ≥ 0",
     "optim: {lr: {kind: step, start: 1, end: 0, at: -1}}": "a.yaml:4: optim.lr.at: got -1, wants an integer ≥ 0",
@@ -433,7 +434,7 @@ def test_help_lists_every_key_of_every_kind_of_section():
     assert "run.seed: an integer ≥ 0 and < 2147483648; default 0" in text
     assert "model.path: text; required" in text
     assert all(len(line) <= 100 for line in text.splitlines())
-    assert all(f"kind: {kind}" in text for kind in ("constant", "linear", "cosine", "step"))
+    assert all(f"kind: {kind}" in text for kind in ("constant", "linear", "cosine", "step", "piecewise"))
 
 
 def test_every_key_has_a_help_text():

@@ -1,11 +1,13 @@
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from builders import config, opened
 
 from rlkd.data.chat import load_tokenizer
 from rlkd.evaluate import evaluate, heldout, heldout_prompts, pass_at_k
+from rlkd.rollout.sampler import Sampling
 
 
 @pytest.mark.parametrize("correct", range(6))
@@ -13,6 +15,12 @@ from rlkd.evaluate import evaluate, heldout, heldout_prompts, pass_at_k
 def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(correct, k):
     subsets = list(itertools.combinations([True] * correct + [False] * (5 - correct), k))
     assert pass_at_k(5, correct, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+@pytest.mark.parametrize(("samples", "correct", "k"), [(2, 0, 4), (2, 2, 4), (3, 1, 0)])
+def test_pass_at_k_of_fewer_samples_is_no_number(samples, correct, k):
+    with pytest.raises(ValueError, match=f"pass@{k} of {samples} samples: wants 1 ≤ k ≤ samples"):
+        pass_at_k(samples, correct, k)
 
 
 def test_the_built_in_task_holds_out_its_own_words():
@@ -50,6 +58,24 @@ def test_an_algorithm_that_asks_for_no_rewards_is_evaluated_all_the_same():
     finally:
         loader.close()
     assert figures["eval/errors"] == 0 and 0 < figures["eval/greedy"] < 0.5
+
+
+def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
+    """pass@3 is no pass@4: such a prompt counts for avg@k alone."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    some = "reward.functions=[{name: 'reward_that_raises:on_some_completions'}]"
+    settings = config(some, "reward.max_error_rate=1.0", "eval.prompts=16", "eval.samples=4", "eval.temperature=1.5")
+    loader = opened(settings)
+    try:
+        prompts = heldout_prompts(settings, loader.tokenizer)
+        figures = evaluate(settings, loader, prompts)
+        sampling = Sampling(temperature=1.5, max_tokens=settings.rollout.max_tokens, seed=2**31)
+        groups = loader.reward(loader.policy.sample(prompts, n=4, iteration=0, sampling=sampling))
+    finally:
+        loader.close()
+    whole = [[s.reward for s in group] for group in groups if all(s.error is None for s in group)]
+    assert 0 < len(whole) < 16
+    assert figures["eval/pass@k"] == pytest.approx(sum(max(rewards) for rewards in whole) / len(whole))
 
 
 def test_an_evaluation_whose_rewards_fail_says_so():

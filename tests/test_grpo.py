@@ -10,8 +10,10 @@ from test_module import NO_CLIP, assert_moved, assert_same, own_logprobs
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
 from rlkd.config_file import load
+from rlkd.policy_head import PolicyOutput
 from rlkd.rollout.collate import collate
 from rlkd.student import load_causal_lm
+from rlkd.types import written
 
 RELATIVES = {
     "Dr. GRPO": ("normalise=false", "reduction=dr_grpo"),
@@ -160,6 +162,82 @@ def test_a_group_carries_a_gradient_where_its_advantages_are_not_all_zero():
     assert not algorithm.carries_gradient(group_of(1.0, None, 1.0), 0)
     truncated = GRPOModule(config(*GRPO, "algorithm.mask_truncated=true"))
     assert not truncated.carries_gradient(group_of(1.0, 0.0, 0.0), 0), "rows 0 and 2 are cut off"
+
+
+PUNISHED = [
+    pytest.param([(0.0, 100)] * 15 + [(0.0, 16385)], id="all wrong, one of them a token too long"),
+    pytest.param([(2.0, 100)] * 15 + [(2.0, 18000)], id="all right, one of them too long"),
+    pytest.param([(0.0, 100)] * 14 + [(0.0, 20480)] * 2, id="all wrong, two of them cut off"),
+]
+
+
+def long_group(answers):
+    """One prompt's answers as (reward, tokens)."""
+    prompt = scored(1, 1, 0.0).rollout.prompt
+    return [
+        scored(0, 1, reward, teacher=None, reference=None, rollout=written(prompt, (7,) * n, "data", "stop"))
+        for reward, n in answers
+    ]
+
+
+def dapo(*overrides):
+    return GRPOModule(load(["configs/dapo.yaml"], ["model.path=m", "data.path=d", *overrides]).config)
+
+
+@pytest.mark.parametrize("answers", PUNISHED)
+@pytest.mark.parametrize("look_at", ["correct", "reward"])
+def test_dynamic_sampling_drops_what_is_all_right_or_all_wrong_whatever_the_lengths(answers, look_at):
+    """arXiv 2503.14476, Eq. 11, with the paper's lengths: the penalty acts inside kept groups, and keeps none."""
+    algorithm, group = dapo(f"algorithm.filter={look_at}"), long_group(answers)
+    assert not algorithm.carries_gradient(group, 0)
+    assert [s.advantage for s in algorithm.advantages(group)] == [0.0] * 16, "nor does it fill up a batch with them"
+    other = long_group([*answers[:-1], (2.0 - answers[0][0], answers[-1][1])])
+    assert algorithm.carries_gradient(other, 0) and any(s.advantage for s in algorithm.advantages(other))
+    assert any(dapo("algorithm.resample_rounds=1").credit(group)), "without dynamic sampling nothing is dropped"
+
+
+def test_dapo_is_the_shipped_config():
+    assert (dapo().algorithm.filter, dapo().algorithm.resample_rounds) == ("correct", 10)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "correct", "reward"),
+    [
+        ((0.1, 0.0, 0.1), False, True),
+        ((1.1, 1.0, 1.0), False, True),
+        ((1.1, 1.0, 0.1), True, True),
+        ((0.1, 0.1, None), False, False),
+        ((1.0, 0.0, None), True, True),
+    ],
+)
+def test_what_a_filter_looks_at(rewards, correct, reward):
+    """A second reward, for a format say, tells answers apart, but not right from wrong ones."""
+    for look_at, carries in (("correct", correct), ("reward", reward)):
+        algorithm = GRPOModule(config(*GRPO, "algorithm.resample_rounds=2", f"algorithm.filter={look_at}"))
+        assert algorithm.carries_gradient(group_of(*rewards), 0) is carries
+        assert any(s.advantage for s in algorithm.advantages(group_of(*rewards))) is carries
+
+
+def test_a_measured_kl_is_that_of_the_current_policy_by_enumeration():
+    """One row for each token of a vocabulary, weighed by the older policy that drew it."""
+    generator = torch.Generator().manual_seed(2)
+    current, old, other = torch.randn(3, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
+    settings = config(*GRPO)
+    batch = collate([[scored(i, 1, 0.0) for i in range(7)]], 0)
+    column = torch.zeros_like(batch.advantages, dtype=torch.float64)
+    spots = (torch.arange(7), batch.lengths - 1)
+
+    def placed(values):
+        return column.index_put(spots, values)
+
+    batch = dataclasses.replace(
+        batch,
+        old_logprobs=placed(old),
+        sampler_logprobs=placed(old),
+        student_weights=placed(old.exp()),
+    )
+    measured = GRPOModule(settings).measured_kl(PolicyOutput(logprobs=placed(current)), placed(other), batch)
+    assert float(measured) == pytest.approx(float((current.exp() * (current - other)).sum()), abs=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from builders import config
 
-from rlkd.algorithms import GRPO, KDRL
+from rlkd.algorithms import GRPO, KDRL, OPD, SDPO
 from rlkd.rollout.loader import RolloutLoader, check_versions
 from rlkd.student import load_causal_lm
 
@@ -99,6 +99,28 @@ def test_a_few_failed_rewards_are_counted_and_masked():
     assert 0 < failed.sum() < 16
     assert batch.metrics.reduce()["reward/errors"] == failed.sum()
     assert torch.equal(batch.completion_mask.any(1), ~failed)
+
+
+SOME = "reward.functions=[{name: 'reward_that_raises:on_some_completions'}]"
+
+
+def test_a_failed_reward_takes_no_completion_from_a_distillation_that_asks_for_none():
+    made = opened("algorithm={name: opd, group_size: 4}", SOME, "reward.max_error_rate=0.0", algorithm=OPD)
+    batch = made.batch(0)
+    made.close()
+    assert 0 < batch.rewards.isnan().sum() < 16
+    assert batch.metrics.reduce()["reward/errors"] == batch.rewards.isnan().sum()
+    assert batch.completion_mask.any(1).all() and torch.equal(batch.distil_mask, batch.completion_mask)
+
+
+def test_failed_rewards_stop_a_distillation_that_needs_them():
+    context = "context: {template: '{prompt}{context}', sibling: ' {text}'}"
+    options = (f"algorithm={{name: sdpo, group_size: 4, {context}}}", "teacher={backend: self}")
+    every = "reward.functions=[{name: 'reward_that_raises:on_every_completion'}]"
+    made = opened(*options, every, algorithm=SDPO)
+    with pytest.raises(RuntimeError, match="16 of 16 rewards failed"):
+        made.batch(0)
+    made.close()
 
 
 def test_rollouts_are_dumped_as_they_were_trained_on(tmp_path):

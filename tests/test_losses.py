@@ -21,6 +21,7 @@ from rlkd.losses import (
     reduction_weights,
     reverse_kl,
     sequence_old_logprobs,
+    token_ratios,
     weighted_sum,
 )
 
@@ -262,6 +263,51 @@ def test_a_hopeless_sequence_has_a_finite_importance():
     old, sampler, student = torch.zeros(1, 9), torch.full((1, 9), -50.0), torch.ones(1, 9, dtype=torch.bool)
     assert importance_weights(old, sampler, student, "truncate", 2.0, "sequence").tolist() == [[2.0] * 9]
     assert importance_weights(old, sampler, student, "mask", 2.0, "sequence").tolist() == [[0.0] * 9]
+
+
+def test_token_ratios_cap_both_factors_and_count_others_tokens_once():
+    current, old = torch.tensor([[0.5, 0.9, 0.1, 0.7]]).log(), torch.tensor([[0.1, 0.6, 0.4, 0.7]]).log()
+    sampler = torch.tensor([[0.2, 0.2, 0.4, math.nan]]).log()
+    student = torch.tensor([[True, True, True, False]])
+    ratios = token_ratios(current.requires_grad_(), old, sampler, student, 2.0)
+    torch.testing.assert_close(ratios, torch.tensor([[2.0 * 0.5, 1.5 * 2.0, 0.25, 1.0]]))
+    assert not ratios.requires_grad
+
+
+def test_token_ratios_leave_the_expectation_to_the_older_prefixes():
+    """Two places, by enumeration: uncapped, a token's own ratio expects 1, so that the gradient is as without it; what
+    makes it that of the current policy is the ratio of the prefix."""
+    generator = torch.Generator().manual_seed(5)
+    first, old_first, teacher_first = torch.randn(3, V, generator=generator, dtype=torch.float64)
+    second, old_second, teacher_second = torch.randn(3, V, V, generator=generator, dtype=torch.float64)
+    first.requires_grad_()
+    second.requires_grad_()
+    log_1, log_2 = first.log_softmax(-1), second.log_softmax(-1)
+    at_1 = reverse_kl(first, teacher_first)
+    at_2 = reverse_kl(second, teacher_second)  # after each first token
+    everywhere = torch.ones(1, 1, dtype=torch.bool)
+
+    def factor(now, before):
+        return token_ratios(now.view(1, 1), before.view(1, 1), before.view(1, 1), everywhere, 1e9).squeeze()
+
+    def expected(weigh):
+        """E over pairs of tokens that the older policy draws."""
+        old_1, old_2 = old_first.log_softmax(-1), old_second.log_softmax(-1)
+        total = torch.zeros((), dtype=torch.float64)
+        for a in range(V):
+            for b in range(V):
+                probability = (old_1[a] + old_2[a, b]).exp()
+                total = total + probability * weigh(log_1[a], old_1[a], log_2[a, b], old_2[a, b], at_1, at_2[a])
+        return torch.cat([g.flatten() for g in torch.autograd.grad(total, (first, second), retain_graph=True)])
+
+    plain = expected(lambda n1, o1, n2, o2, d1, d2: d1 + d2)
+    by_token = expected(lambda n1, o1, n2, o2, d1, d2: factor(n1, o1) * d1 + factor(n2, o2) * d2)
+    by_prefix = expected(lambda n1, o1, n2, o2, d1, d2: d1 + factor(n1, o1) * d2)
+    exact = at_1 + (log_1.exp().detach() * at_2).sum()
+    exact = torch.cat([g.flatten() for g in torch.autograd.grad(exact, (first, second), retain_graph=True)])
+    torch.testing.assert_close(by_token, plain, atol=1e-12, rtol=0)
+    torch.testing.assert_close(by_prefix, exact, atol=1e-12, rtol=0)
+    assert (plain - exact).norm() > 0.05 * exact.norm()
 
 
 def mask_of(*lengths):

@@ -126,15 +126,41 @@ def test_denominator_kept_rescales_by_the_kept_share():
     assert_same(over_all.gradients, {n: share * g for n, g in over_kept.gradients.items()}, 1e-6)
 
 
-def test_sign_conflicts_are_counted():
-    """Advantage +1 everywhere, teacher far below the student on every token: all tokens conflict."""
-    batch = collate(groups(KDRL(config())), 0)
+@pytest.mark.parametrize(
+    ("log_ratio", "options", "flipped"),
+    [
+        (-6.0, (), 1.0),  # 1 + 0.2 · −6 < 0
+        (-4.0, (), 0.0),  # 1 + 0.2 · −4 > 0: pulled the other way, and not turned round
+        (6.0, (), 0.0),
+        (-6.0, ("algorithm.kd.form=advantage",), 1.0),
+        (-6.0, ("algorithm.kd.estimator=k3",), 0.0),  # 1 + 0.2 · (e^−6 − 1) > 0
+        (-6.0, ("algorithm.kd.coef=0.1",), 0.0),
+        (-6.0, ("algorithm.policy_coef=2",), 0.0),
+    ],
+)
+def test_a_token_is_flipped_where_the_teacher_reverses_its_advantage(log_ratio, options, flipped):
+    """A = 1 and R = log T − log π everywhere, β = 0.2: A + βR against A."""
+    settings = config(*options)
+    batch = collate(groups(KDRL(settings)), 0)
     batch = dataclasses.replace(
         batch,
         advantages=torch.ones_like(batch.advantages),
-        teacher_logprobs=torch.full_like(batch.teacher_logprobs, -50.0),
+        teacher_logprobs=own_logprobs(settings, batch) + log_ratio,
     )
-    assert Captured(config(), batch).row["kd/sign_conflict"] == pytest.approx(1.0)
+    assert Captured(settings, batch).row["kd/flipped"] == pytest.approx(flipped)
+
+
+def test_weight_decay_leaves_norms_and_biases_alone():
+    """As AdamW's on the rest: θ ← (1 − lr · decay) θ before the step, which does not depend on θ."""
+    rate, decay = 0.01, 0.3
+    settings = (f"optim.lr={rate}", NO_CLIP)
+    start = dict(load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False).state_dict())
+    plain, decayed = Captured(config(*settings)), Captured(config(*settings, f"optim.weight_decay={decay}"))
+    vectors = [name for name, p in plain.parameters.items() if p.dim() == 1]
+    assert any("norm" in name for name in vectors)
+    for name, value in plain.parameters.items():
+        shrunk = value if name in vectors else value - rate * decay * start[name]
+        torch.testing.assert_close(decayed.parameters[name], shrunk, atol=1e-7, rtol=0)
 
 
 def test_a_teacher_equal_to_the_student_gives_no_distillation():

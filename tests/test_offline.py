@@ -1,6 +1,7 @@
 """Stages on completions of the data: SFT, REDI, TAID."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +9,14 @@ from builders import Captured, assert_same, config, opened, real_batch
 
 from rlkd.algorithms import TAID
 from rlkd.config_file import ConfigError
+from rlkd.stages import load_stages
 from rlkd.student import load_causal_lm
+from rlkd.train import run_stages
 from rlkd.types import AUTHORS
 
 pytestmark = pytest.mark.long
 
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 NO_CLIP = "optim.max_grad_norm=1000000.0"
 LIMIT = ("data.max_completion_tokens=32", "data.limit=16", "rollout.prompts=4", "log.rollouts_every=0")
 
@@ -129,18 +133,92 @@ def test_taids_t_never_falls_and_stays_between_the_line_and_its_end():
         module.row = {"loss/kd": loss}
         module.iteration_ended(iteration)
         seen.append(module.row["taid/t"])
-        assert 0.4 + 0.5 * min((iteration + 1) / 50, 1) <= module.t + 1e-12 <= 0.9 + 1e-12
-    assert seen == sorted(seen) and seen[0] == 0.4 and seen[-1] == 0.9
+        assert 0.4 + 0.5 * min(iteration / 50, 1) <= module.t + 1e-12 <= 0.9 + 1e-12
+    assert seen == sorted(seen) and seen[:2] == [0.4, 0.4] and seen[-1] == 0.9
 
 
 def test_taids_first_adaptive_step_by_hand():
     """δ = (1 − 0.5)/1, m = 0.01·δ, t += α·sigmoid(m)·(1 − t); the straight line is far below."""
-    module = TAID(taid(options=", t_start: 0.4, over: 1000000, step: 0.1"))
-    for iteration, loss in enumerate((1.0, 0.5)):
+    module = after(", t_start: 0.4, over: 1000000, step: 0.1", 1.0, 0.5)
+    sigmoid = 1 / (1 + 2.718281828459045 ** -(0.01 * 0.5))
+    assert module.t == pytest.approx(0.4 + 0.1 * sigmoid * 0.6, abs=1e-12)
+
+
+def after(options, *losses):
+    """TAID after iterations with these losses."""
+    module = TAID(taid(options=options))
+    for iteration, loss in enumerate(losses):
         module.row = {"loss/kd": loss}
         module.iteration_ended(iteration)
-    sigmoid = 1 / (1 + 2.718281828459045 ** -(0.01 * 0.5))
-    assert module.t == pytest.approx(0.4000006 + 0.1 * sigmoid * 0.6, abs=2e-6)
+    return module
+
+
+def test_taids_straight_line_is_where_the_authors_have_it():
+    """Their first step only stores its loss; after step i ≥ 1 t is on the line at i / N."""
+    line = [after(", t_start: 0.4, over: 10, step: 0.0", *[1.0] * n).t for n in range(13)]
+    assert line == pytest.approx([0.4, 0.4, *(0.4 + 0.06 * i for i in range(1, 11)), 1.0])
+
+
+@pytest.mark.parametrize("losses", [(0.0, 1e-6), (1e-8, 1e-3), (2e-7, 0.05), (0.0, 0.0), (1e-12, 5.0), (-0.1, 3.0)])
+def test_taid_goes_on_from_a_loss_of_nothing(losses):
+    """A teacher that is the student's start, or t_start: 0: the next loss is many times the first."""
+    module = after(", t_start: 0.4, over: 1000000, step: 0.1", *losses)
+    assert -0.010001 <= module.momentum <= 0.0
+    assert module.t == pytest.approx(0.43, abs=3e-4)  # sigmoid of about 0
+
+
+def test_one_jump_of_the_loss_does_not_end_taids_adaptive_step():
+    """Bounded, δ = −10,000 moves the momentum by 0.01; the next steps are as large as without it."""
+    straight, jumped = ([1.0] * 50, [1e-4, 1.0] + [1.0] * 48)
+    a, b = (after(", t_start: 0.4, over: 1000000, step: 0.001", *losses).t for losses in (straight, jumped))
+    assert b == pytest.approx(a, abs=1e-4) and a > 0.41
+
+
+def test_taid_resumes_from_an_older_checkpoint_with_any_momentum():
+    module = TAID(taid(options=", t_start: 0.4, over: 100, step: 0.1"))
+    module.on_load_checkpoint({"skipped": [], "taid": {"t": 0.5, "momentum": -1e6, "before": 1e-9}})
+    module.row = {"loss/kd": 0.3}
+    module.iteration_ended(7)
+    assert module.t == pytest.approx(0.5) and module.row["taid/t"] == 0.5
+
+
+@pytest.mark.parametrize("options", [", t_start: 0.0", ", t_start: 0.4"])
+def test_a_teacher_that_is_the_students_start_can_be_followed(options, tmp_path, monkeypatch):
+    """Two real iterations: the loss of the first one is 0."""
+    monkeypatch.chdir(tmp_path)
+    same = [] if "0.0" in options else ["teacher.path=builtin:student"]
+    text = f"algorithm={{name: taid{options}}}"
+    overrides = (
+        "data.completion_column=answer",
+        *LIMIT,
+        "run.iterations=3",
+        "eval.every=0",
+        "log.progress=false",
+        text,
+    )
+    assert run_stages(load_stages([QUICKSTART], ["optim.lr=0.01", *overrides, *same])) == 0
+    rows = [json.loads(line) for line in Path("runs/quickstart/metrics.jsonl").read_text().splitlines()]
+    assert abs(rows[0]["loss/kd"]) < 1e-6 and rows[2]["taid/t"] > float(options.split()[-1])
+
+
+@pytest.mark.parametrize("name", ["taid", "opd", "opsd"])
+def test_distillation_wants_no_answers(name, tmp_path, monkeypatch):
+    """Chat data: the reward of every row fails, which is counted, and changes nothing else; nor does an evaluation."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"reverse: {'abcdefgh'[:n]}", "reply": "hgfedcba"[-n:]} for n in (7, 3, 8, 5)]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = ", context: {template: '{prompt}{context}', reference: ' hint: {text}'}, divergence: {clip: null}"
+    overrides = [
+        *("data.path=chat.jsonl", "data.answer_column=null", "data.max_completion_tokens=32", "rollout.prompts=4"),
+        *("eval.path=chat.jsonl", "eval.every=1", "run.iterations=1", "log.progress=false"),
+        f"data.{'privileged' if name == 'opsd' else 'completion'}_column=reply",
+        f"algorithm={{name: {name}, group_size: 1{shown if name == 'opsd' else ''}}}",
+        *(["teacher={backend: self}"] if name == "opsd" else []),
+    ]
+    assert run_stages(load_stages([QUICKSTART], overrides)) == 0
+    (row,) = [json.loads(line) for line in Path("runs/quickstart/metrics.jsonl").read_text().splitlines()][-1:]
+    assert row["reward/errors"] == 4 and row["grad_norm"] > 0 and row["tokens/trained"] > 4
+    assert "accuracy" not in row and row["eval/errors"] == 4 * 5
 
 
 def test_completions_longer_than_the_bound_name_the_key(pairs):

@@ -5,13 +5,16 @@ import dataclasses
 import pytest
 import torch
 from builders import Captured, config, groups, real_batch
-from test_module import assert_moved, assert_same
+from test_module import assert_moved, assert_same, own_logprobs
 from test_teachers import local
 
 from rlkd.algorithms import OPD
 from rlkd.config_file import ConfigError
+from rlkd.losses import among
+from rlkd.losses import divergence as compared
 from rlkd.rollout.collate import collate
 from rlkd.rollout.sampler import Sampling
+from rlkd.student import load_causal_lm
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Rollout, ScoredRollout, VersionSpan
 
@@ -107,6 +110,110 @@ def test_the_full_tier_is_the_mean_reverse_kl_by_a_plain_forward(teacher):
         )
         values += (log_s.exp() * (log_s - log_t)).sum(-1).tolist()
     assert captured(made, teacher).row["loss"] == pytest.approx(sum(values) / len(values), rel=1e-5)
+
+
+def moved_on(made, teacher):
+    """A batch whose tokens an older policy drew, and a sampler that differs from both."""
+    module = OPD(made)
+    layers = teacher.layers() if module.signal.tier == "hidden" else ()
+    batch = collate(groups(module, teacher=teacher), 0, layers)
+    own = own_logprobs(made, batch)
+    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
+    sampler = torch.where(batch.student_mask, own - 0.5 * noise.flip(1), torch.nan)
+    return dataclasses.replace(batch, old_logprobs=own - 0.7 * noise, sampler_logprobs=sampler)
+
+
+CAPPED = {
+    "full": "{tier: full, kind: jsd}",
+    "teacher's top k": "{tier: top_k, k: 5, kind: forward_kl}",
+    "student's top k": "{tier: top_k, k: 5, support: student, kind: jsd}",
+}
+
+
+@pytest.mark.parametrize("tier", CAPPED)
+def test_a_ratio_cap_weighs_each_token_as_written_out(teacher, tier):
+    """min(π/π_old, c) · min(π_old/π_sampler, c), detached, against autograd over whole distributions."""
+    cap = 1.3
+    made = settings(divergence=CAPPED[tier], ratio_cap=cap)
+    options, batch = made.algorithm.divergence, moved_on(made, teacher)
+    hf = load_causal_lm(made.model.path, torch.float32, attention=None, trust_remote_code=False)
+    log_s = hf(batch.input_ids).logits[:, :-1].log_softmax(-1)
+    log_t = teacher.hf(batch.input_ids).logits[:, :-1].log_softmax(-1).detach()
+    own = log_s.gather(2, batch.input_ids[:, 1:, None]).squeeze(2).detach()
+    if options.tier == "top_k":
+        ids = (log_t if options.support == "teacher" else log_s.detach()).topk(5).indices
+        log_s, log_t = among(log_s, ids, tail=True), among(log_t, ids, tail=True)
+    mask, old = batch.completion_mask[:, 1:], batch.old_logprobs[:, 1:]
+    factor = torch.exp(own - old).clamp(max=cap) * torch.exp(old - batch.sampler_logprobs[:, 1:]).clamp(max=cap)
+    assert (torch.exp(own - old)[mask] > cap).any() and (factor[mask] < 0.9).any()
+    values = compared(log_s, log_t, options.kind, options.beta)
+    loss = (values[mask] * factor[mask]).sum() / mask.sum()
+    loss.backward()
+    found = Captured(made, batch)
+    assert_moved(found)
+    assert found.row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert_same(found.gradients, {n: p.grad for n, p in hf.named_parameters()}, 5e-6)
+    assert found.row["kd/divergence"] == pytest.approx(values[mask].mean().item(), rel=1e-5), "a mean of divergences"
+    split = Captured(settings("trainer.micro_batch_tokens=48", "rollout.max_tokens=12", **options_of(made)), batch)
+    assert_same(found.gradients, split.gradients, 5e-6)
+
+
+def options_of(made):
+    given = made.algorithm.divergence
+    text = f"{{tier: {given.tier}, k: {given.k}, support: {given.support}, kind: {given.kind}}}"
+    return {"divergence": text, "ratio_cap": made.algorithm.ratio_cap}
+
+
+def test_on_policy_and_on_others_tokens_a_ratio_cap_changes_nothing(teacher):
+    plain, capped = settings(), settings(ratio_cap=2.0)
+    batch = moved_on(plain, teacher)
+    own = own_logprobs(plain, batch)
+    fresh = dataclasses.replace(batch, old_logprobs=None, sampler_logprobs=own)
+    assert_same(Captured(plain, fresh).gradients, Captured(capped, fresh).gradients, 1e-5)
+    others = dataclasses.replace(batch, student_mask=torch.zeros_like(batch.student_mask))
+    assert_same(Captured(plain, others).gradients, Captured(capped, others).gradients, 0)
+    apart = Captured(capped, batch).gradients
+    assert max(float((apart[n] - g).abs().max()) for n, g in Captured(plain, batch).gradients.items()) > 1e-3
+
+
+def test_mask_eos_spares_the_last_token_of_finished_completions_only(teacher):
+    for plain in (settings(), settings(COMPLETIONS, student_share=0.5)):
+        algorithm = OPD(plain.model_copy(update={"algorithm": plain.algorithm.model_copy(update={"mask_eos": True})}))
+        for s in (s for group in groups(algorithm) for s in group):
+            ended = s.rollout.finish_reason == "stop"
+            assert s.distil == (True,) * (len(s.distil) - 1) + (not ended,)
+    assert all(all(s.distil) for group in groups(OPD(settings())) for s in group)
+    made = settings(mask_eos="true")
+    batch = collate(groups(OPD(made), teacher=teacher), 0, teacher.layers())
+    last = (torch.arange(len(batch)), batch.lengths - 1)
+    other = batch.input_ids.index_put(last, torch.where(batch.distil_mask[last], batch.input_ids[last], 9))
+    a, b = Captured(made, batch), Captured(made, dataclasses.replace(batch, input_ids=other))
+    assert_moved(a)
+    assert_same(a.gradients, b.gradients, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "sequence_mean"}, {"reduction": "dr_grpo"}])
+def test_the_kl_that_is_logged_is_a_mean_over_tokens_whatever_the_reduction(teacher, options):
+    """k3 under the current policy, corrected for the older one that drew the tokens."""
+    made = settings(**options)
+    batch = moved_on(made, teacher)
+    unscored = batch.distil_mask.index_fill(0, torch.tensor([0]), False)  # a completion without a context
+    batch = dataclasses.replace(batch, distil_mask=unscored)
+    own, mask = own_logprobs(made, batch), batch.distil_mask
+    ratio = torch.exp(own - batch.old_logprobs) * torch.exp(batch.old_logprobs - batch.sampler_logprobs).clamp(max=2.0)
+    gap = batch.teacher_logprobs - own
+    wanted = ((gap.expm1() - gap) * ratio)[mask].mean()
+    assert Captured(made, batch).row["kd/kl"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_dr_grpo_divides_by_the_longest_completion_that_there_can_be(teacher):
+    """Of the data's too, where they are trained on."""
+    sampled = settings(reduction="dr_grpo")
+    mixed = settings(COMPLETIONS, "data.max_completion_tokens=64", student_share=0.5, reduction="dr_grpo")
+    assert [OPD(made).longest_completion for made in (sampled, mixed)] == [16, 64]
+    batch = collate(groups(OPD(sampled), teacher=teacher), 0, teacher.layers())
+    one, other = Captured(sampled, batch), Captured(mixed, batch)
+    assert_same(one.gradients, {n: 4 * g for n, g in other.gradients.items()}, 1e-6)
 
 
 # ---- the mixture -----------------------------------------------------------------------------------------------------

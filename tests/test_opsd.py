@@ -13,6 +13,7 @@ from rlkd.config_file import ConfigError
 from rlkd.context import ContextConfig
 from rlkd.data.chat import filled
 from rlkd.metrics import Meter
+from rlkd.rollout.collate import collate
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Signal, TeacherScores
 
@@ -128,6 +129,56 @@ def test_thoughts_are_left_out_of_a_sibling_and_feedback_is_shown():
     assert context.parts("never", None, None) == []
 
 
+def test_sdpo_shows_feedback_only_where_there_is_no_sibling():
+    """`environment_feedback_only_without_solution` of the authors' code; an option here, on for SDPO alone."""
+    templates = "template: '{prompt}{context}', sibling: '[{text}]', feedback: '({text})'"
+    sdpo = SDPO(settings(name="sdpo", options=f"context: {{{templates}}}"))
+    both = SDPO(settings(name="sdpo", options=f"context: {{{templates}, feedback_beside_sibling: true}}"))
+    group = attempts(0.0, 1.0, 0.0, feedback="wrong sum")
+    seen = f"[{sdpo.decoded(group[1].rollout.token_ids)}]"
+    assert [sdpo.parts(s, group) for s in group] == [[seen], ["(wrong sum)"], [seen]]
+    assert [both.parts(s, group) for s in group] == [[seen, "(wrong sum)"], ["(wrong sum)"], [seen, "(wrong sum)"]]
+    alone = attempts(0.0, 0.0, feedback="wrong sum")
+    assert [sdpo.parts(s, alone) for s in alone] == [["(wrong sum)"]] * 2
+    unseen = ContextConfig(sibling=None, feedback="({text})", feedback_beside_sibling=False)
+    assert unseen.parts(None, "cba", "wrong") == ["(wrong)"], "a sibling that is not shown hides nothing"
+    assert (
+        ContextConfig().feedback_beside_sibling and SDPO.Options(name="sdpo").context.feedback_beside_sibling is False
+    )
+
+
+def test_the_ratio_cap_is_on_for_sdpo_alone():
+    caps = {name: settings(name=name, options="group_size: 4").algorithm.ratio_cap for name in ("opsd", "sdpo", "opd")}
+    assert caps == {"opsd": None, "sdpo": 2.0, "opd": None}
+    assert SDPO(settings(name="sdpo", options="group_size: 4")).needs.comparison.ratio_cap == 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "needed"),
+    [
+        ("opsd", "reference: ' {text}'", False),
+        ("opsd", "reference: ' {text}', sibling: ' {text}'", True),
+        ("opsd", "reference: ' {text}', feedback: ' {text}'", True),
+        ("sdpo", "sibling: ' {text}'", True),
+    ],
+)
+def test_rewards_are_needed_where_the_teacher_is_shown_what_they_found(name, parts, needed):
+    made = settings(name=name, options=f"context: {{template: '{{prompt}}{{context}}', {parts}}}")
+    assert {"opsd": OPSD, "sdpo": SDPO}[name](made).needs_rewards is needed
+
+
+def test_a_failed_reward_takes_no_completion_from_sdpo():
+    """It is no sibling, but what it is shown is another's success."""
+    sdpo = SDPO(settings(name="sdpo", options="context: {template: '{prompt}{context}', sibling: ' seen: {text}'}"))
+    group = attempts(None, 1.0, None)
+    assert [s.error for s in group] == ["failed", None, "failed"]
+    score = TeacherScores(logprobs=(-1.0, -1.0, -1.0))
+    prompts = [sdpo.teacher_prompt(s, group) for s in group]
+    asked = [dataclasses.replace(s, teacher=None if p is None else score) for s, p in zip(group, prompts, strict=True)]
+    batch = collate([sdpo.advantages(asked)], 0, mask_failed=sdpo.masks_failed)
+    assert batch.distil_mask.sum(1).tolist() == [3, 0, 3]
+
+
 def test_a_context_that_is_too_long_counts_as_none():
     opsd = OPSD(settings("algorithm.context.max_tokens=8"))
     with_hint = dataclasses.replace(attempts(0.0)[0].rollout.prompt, privileged="x" * 20)
@@ -183,6 +234,10 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
         (("algorithm.context.drop='('",), "is no regular expression"),
         (("algorithm.context.reference=null", "algorithm.leakage_every=1"), "there is no hint"),
         (("data.path=x.jsonl",), "data.privileged_column: is null"),
+        (
+            ("algorithm.leakage_every=1", "rollout.temperature=1.5"),
+            "algorithm.leakage_every: is 1, but teacher.temperature is 1.0 and rollout.temperature 1.5",
+        ),
     ],
 )
 def test_each_contradiction_is_one_line(overrides, line):

@@ -1,10 +1,13 @@
 """A run goes on only under the configuration that its checkpoint was trained under; what may change is listed."""
 
+import functools
+import json
+
 import pytest
 from builders import config
 
 from rlkd.config import Config
-from rlkd.resume import FREE, changes, save_config
+from rlkd.resume import FILE, FREE, changes, save_config
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 
@@ -61,6 +64,26 @@ def test_what_changes_the_trajectory_is_refused_until_it_is_named(resumed, chang
     key = change.split("=")[0]
     assert resumed((change, f"run.accept_changes=[{key}]")) == []
     assert resumed((change, "run.accept_changes=[optim.betas]")) == [found]
+
+
+def test_a_key_that_the_checkpoint_does_not_know_is_a_change_only_when_it_is_set(tmp_path):
+    """Also where the default of a place is another than its section's: SDPO's context."""
+    folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
+    folder.mkdir(parents=True)
+    context = "context: {template: '{prompt}{context}', sibling: ' seen {text}'}"
+    plain = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "teacher={backend: self}")
+    plain = (*plain, f"algorithm={{name: sdpo, {context}}}")
+    save_config(config(*plain), folder)
+    saved = json.loads((folder / FILE).read_text())
+    newer = ("algorithm.ratio_cap", "algorithm.mask_eos", "algorithm.context.feedback_beside_sibling")
+    for key in newer:
+        *above, name = key.split(".")
+        del functools.reduce(dict.__getitem__, above, saved)[name]
+    (folder / FILE).write_text(json.dumps(saved))
+    assert changes(config(*plain)) == []
+    for key, value in zip(newer, ("3.0", "true", "true"), strict=True):
+        (line,) = changes(config(*plain, f"{key}={value}"))
+        assert line.startswith(f"{key}: is {value.capitalize()}, but iteration-000003 was trained with absent")
 
 
 def test_each_changed_key_is_a_line_and_a_section_may_be_named_whole(resumed):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from builders import Captured, scored
+from test_module import own_logprobs
 
 from rlkd import feedback
 from rlkd.algorithms import ThinkTuning
@@ -377,7 +378,7 @@ def test_the_glue_may_have_another_rule():
 
 def test_figures_of_an_iteration():
     algorithm = ThinkTuning(config())
-    algorithm.failures.update(format=2)
+    rolled(algorithm, [sampled()], Scripted("no, a slip"), names=("p", "q"))
     meter = Meter()
     algorithm.diagnose([*rows(), [scored(1, 3, None)]], None, 0, meter)
     wanted = {"fraction": 0.2, "reward": 1.0, "plain_reward": 0.0, "format_failures": 2, "budget_failures": 0}
@@ -386,6 +387,53 @@ def test_figures_of_an_iteration():
     algorithm.diagnose([[scored(1, 3, 1.0)]], None, 0, nobody)
     algorithm.diagnose([rows()[0][:1]], None, 0, everybody)
     assert nobody._means.keys() == everybody._means.keys()  # all ranks reduce the same names
+
+
+def test_failures_are_those_of_all_blocks_of_an_iteration():
+    """Dynamic sampling draws several; one that begins anew, since servers were lost, draws the same."""
+    algorithm = ThinkTuning(config())
+    for names in (("a", "b"), ("c", "d"), ("a", "b")):
+        rolled(algorithm, [sampled()], Scripted("no, a slip"), names=names)
+    assert algorithm.failures == {"format": 4}
+    rolled(algorithm, [sampled()], Scripted("no, a slip"), iteration=1)
+    assert algorithm.failures == {"format": 1}
+
+
+def test_the_teachers_words_are_no_fault_of_the_students_length():
+    """The budget of a plain completion is 40 tokens, that of one with feedback 76; the last 8 are punished."""
+    algorithm = ThinkTuning(config("algorithm.overlong_cache=8", "algorithm.normalise=false"))
+    parts = [("teacher", ids("x" * 56))]
+    long = feedback.append(sampled("cbb"), parts)
+    longer = feedback.append(sampled("cbb"), [("teacher", ids("x" * 68))])
+    plain = replace(sampled("c" * 35), finish_reason="stop")
+    rollouts = [long, longer, plain, sampled("cba")]
+    assert [len(r.token_ids) for r in rollouts] == [60, 72, 36, 4]
+    group = algorithm.advantages([ScoredRollout(rollout=r, reward=1.0) for r in rollouts])
+    shaped = torch.tensor([1.0, 0.5, 0.5, 1.0])
+    assert [s.advantage for s in group] == pytest.approx((shaped - shaped.mean()).tolist())
+
+
+def test_dr_grpo_divides_by_the_budget_of_a_completion_with_feedback():
+    assert ThinkTuning(config()).longest_completion == 76
+    assert ThinkTuning(config("algorithm.max_augmented_tokens=10")).longest_completion == 40
+    short, long = (
+        captured("ppo", "algorithm.reduction=dr_grpo", f"algorithm.max_augmented_tokens={n}") for n in (50, 100)
+    )
+    for name, gradient in short.gradients.items():
+        torch.testing.assert_close(gradient, 2 * long.gradients[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_kl_to_the_reference_is_measured_on_the_students_tokens():
+    """What the teacher wrote says nothing of a KL(π‖·)."""
+    settings = config("algorithm.reference_coef=1")
+    batch = collate(rows(), 0)
+    own = own_logprobs(settings, batch)
+    measured = []
+    for elsewhere in (0.0, -3.0):
+        reference = torch.where(batch.student_mask, own - 1.0, own + elsewhere)
+        fresh = replace(batch, reference_logprobs=reference, sampler_logprobs=own)
+        measured.append(Captured(settings, fresh).row["reference/kl"])
+    assert measured == pytest.approx([math.exp(-1.0)] * 2, rel=1e-4)  # k3 at log T − log π = −1: e^−1 + 1 − 1
 
 
 # ---- the whole line ----------------------------------------------------------------------------------------------

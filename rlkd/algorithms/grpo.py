@@ -26,7 +26,7 @@ from rlkd.losses import (
 )
 from rlkd.module import Counts, Loss, PolicyModule
 from rlkd.policy_head import Needs, PolicyOutput
-from rlkd.types import Batch, ScoredRollout
+from rlkd.types import Batch, Rollout, ScoredRollout
 
 __all__ = ["GRPO", "GRPOConfig"]
 
@@ -53,8 +53,10 @@ class GRPO(PolicyModule):
         return [replace(scored, advantage=value) for scored, value in zip(group, self.credit(group), strict=True)]
 
     def credit(self, group: Sequence[ScoredRollout]) -> list[float]:
-        """The advantage of each completion, from the rewards alone."""
+        """The advantage of each completion, from the rewards alone; 0 in a group that dynamic sampling drops."""
         rewards = [self._compared(scored) for scored in group]
+        if self.algorithm.resample_rounds > 1 and not self._tells_apart(group):
+            return [0.0] * len(group)
         if self.algorithm.baseline == "leave_one_out":
             return leave_one_out(rewards)
         return group_relative(rewards, self.algorithm.normalise)
@@ -70,8 +72,22 @@ class GRPO(PolicyModule):
         rollout, options = scored.rollout, self.algorithm
         if scored.reward is None or (options.mask_truncated and rollout.finish_reason == "length"):
             return None
-        length, longest = len(rollout.token_ids), self.config.rollout.max_tokens
-        return scored.reward + overlong_penalty(length, longest, options.overlong_cache)
+        return scored.reward + overlong_penalty(len(rollout.token_ids), self.limit(rollout), options.overlong_cache)
+
+    def limit(self, rollout: Rollout) -> int:
+        """The number of tokens at which `rollout` would have been cut off."""
+        return self.config.rollout.max_tokens
+
+    def _tells_apart(self, group: Sequence[ScoredRollout]) -> bool:
+        """Whether two completions that are compared differ in what `filter` looks at.
+
+        `correct` is DAPO's condition, arXiv 2503.14476, Eq. 11: 0 < number of right answers < G. The overlong penalty
+        has no say: else answers that are all wrong would be trained on as soon as one of them is a token too long.
+        """
+        compared = [scored for scored in group if self._compared(scored) is not None]
+        if self.algorithm.filter == "correct":
+            return len({scored.is_correct(self.config.reward.correct_at) for scored in compared}) > 1
+        return len({scored.reward for scored in compared}) > 1
 
     def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
         return any(self.credit(group))
@@ -90,7 +106,7 @@ class GRPO(PolicyModule):
             self.algorithm.reduction,
             counts.tokens,
             counts.sequences,
-            self.config.rollout.max_tokens,
+            self.longest_completion,
         )
         return replace(batch, weights=weights)
 
@@ -108,6 +124,11 @@ class GRPO(PolicyModule):
             options.importance_cap,
             options.importance_level,
         )
+
+    def current_policy(self, output: PolicyOutput, batch: Batch) -> Tensor:
+        """[B, T] detached π/π_old · π_old/π_sampler: a token of the sample is as if the policy had drawn it now."""
+        assert batch.old_logprobs is not None
+        return torch.exp(output.logprobs.detach() - batch.old_logprobs) * self.importance(batch)
 
     def surrogate(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] to be minimised, and [B, T] bool where its clip or cap binds."""
@@ -141,9 +162,14 @@ class GRPO(PolicyModule):
             reference = torch.where(batch.completion_mask, batch.reference_logprobs, output.logprobs.detach())
             to_reference = estimator(output.logprobs, reference)
             total = total + options.reference_coef * weighted_sum(to_reference, batch.weights)
-            value = kl_k3(output.logprobs.detach(), reference)
-            metrics["reference/kl"] = weighted_sum(value, batch.token_weights)
+            metrics["reference/kl"] = self.measured_kl(output, reference, batch)
         return Loss(total=total, metrics=metrics)
+
+    def measured_kl(self, output: PolicyOutput, others: Tensor, batch: Batch) -> Tensor:
+        """KL(π‖·) a token, estimated on what the student sampled, of `others` [B, T] log-probs; for the log."""
+        assert batch.student_weights is not None
+        value = kl_k3(output.logprobs.detach(), others)
+        return weighted_sum(value * self.current_policy(output, batch), batch.student_weights)
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         return self.policy_loss(output, batch, batch.advantages)

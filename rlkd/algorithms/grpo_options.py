@@ -15,7 +15,7 @@ class GRPOConfig(AlgorithmConfig):
 
     Dr. GRPO   2503.20783   normalise: false, reduction: dr_grpo
     RLOO       2402.14740   baseline: leave_one_out, normalise: false
-    DAPO       2503.14476   clip_high: 0.28, overlong_cache, resample_rounds (its token mean is the default)
+    DAPO       2503.14476   clip_high: 0.28, overlong_cache, resample_rounds, filter: correct (its mean is the default)
     GSPO       2507.18071   ratio: sequence, reduction: sequence_mean, clip_low: 3e-4, clip_high: 4e-4
     CISPO      2506.13585   surrogate: cispo
     dual clip  1912.09729   dual_clip: 3
@@ -38,6 +38,11 @@ class GRPOConfig(AlgorithmConfig):
     resample_rounds: int = Field(
         1, ge=1, description="DAPO: sample up to this many times rollout.prompts for groups with a gradient; 1: once"
     )
+    filter: Literal["reward", "correct"] = Field(
+        "reward",
+        description="resample_rounds > 1 drops groups whose rewards are all equal, overlong_cache left aside, or that "
+        "have not both right and wrong answers (DAPO, Eq. 11; see reward.correct_at)",
+    )
     surrogate: Literal["clipped", "cispo"] = Field(
         "clipped", description="PPO's clipped surrogate, or REINFORCE under a capped ratio: no token loses its gradient"
     )
@@ -52,19 +57,23 @@ class GRPOConfig(AlgorithmConfig):
     ratio_cap: float = Field(5.0, gt=0, description="cispo: cap of the ratio itself, not 1 + ε")
     reduction: Reduction = Field(
         "token_mean",
-        description="normaliser: all tokens, tokens of a sequence then sequences, or sequences × max_tokens",
+        description="normaliser: all tokens, tokens of a sequence then sequences, or sequences × longest completion",
     )
     entropy_coef: float = Field(0.0, ge=0, description="coefficient of the entropy bonus, a mean over all tokens")
     importance: Literal["truncate", "mask", "off"] = Field(
         "truncate", description="correction for sampler ≠ trainer: cap the weight, drop tokens above the cap, or none"
     )
     importance_level: Literal["token", "sequence"] = Field(
-        "token", description="the weight between sampler and trainer of each token, or of the whole completion"
+        "token",
+        description="the weight between sampler and trainer of each token, or of the whole completion (consider this "
+        "with ratio: sequence: a token's weight changes only a part of the gradient of a sequence)",
     )
     importance_cap: float = Field(2.0, gt=0, description="cap of the importance weight")
     reference_coef: float = Field(0.0, ge=0, description="coefficient of a KL to the student's start; 0: none")
     reference_estimator: Literal["k2", "k3"] = Field(
-        "k3", description="k2 has the gradient of KL(π‖reference), k3 that of KL(reference‖π)"
+        "k3",
+        description="on the policy's own samples k2 has the gradient of KL(π‖reference), k3 that of KL(reference‖π); "
+        "neither is corrected for samples of older weights",
     )
 
     @property

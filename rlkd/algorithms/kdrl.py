@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from rlkd.advantages import distilled
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl_options import KDRLConfig
 from rlkd.config import AlgorithmConfig
@@ -26,8 +26,9 @@ class KDRL(GRPO):
     arXiv 2506.02208, Eq. 8: minimises L_GRPO + β · mean_t ½ (log π_T − log π_θ)². β is annealed from 5e-3 to 1e-3 over
     80 steps (§3.3). `kd.mask` is the reward-guided masking of §3.4; it looks at the reward as it was given, so that
     neither the overlong penalty nor `mask_truncated` touches distillation. Groups without variance in their rewards
-    keep their distillation gradient, and dynamic sampling keeps such groups. Off-policy tokens (several updates,
-    another sampler) are corrected by the ratio.
+    keep their distillation gradient, and dynamic sampling keeps such groups. With `form: joint`, off-policy tokens
+    (several updates, another sampler) are corrected by the ratio; with `form: advantage` the teacher's share is part of
+    the surrogate, whose clip silences it too.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = KDRLConfig
@@ -57,13 +58,7 @@ class KDRL(GRPO):
             "response": [c is False for c in correct],
             "group": [True not in correct] * len(group),
         }[self.algorithm.kd.mask]
-        return [self._distilled_tokens(scored, keep) for scored, keep in zip(group, kept, strict=True)]
-
-    def _distilled_tokens(self, scored: ScoredRollout, keep: bool) -> tuple[bool, ...]:
-        tokens = [keep] * len(scored.rollout.token_ids)
-        if self.algorithm.kd.mask_eos and scored.rollout.finish_reason == "stop":
-            tokens[-1] = False
-        return tuple(tokens)
+        return [distilled(s.rollout, keep, self.algorithm.kd.mask_eos) for s, keep in zip(group, kept, strict=True)]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         batch = super().weigh(batch, counts)
@@ -75,7 +70,7 @@ class KDRL(GRPO):
             self.algorithm.reduction,
             counts.distil_tokens if kept else counts.tokens,
             counts.distil_sequences if kept else counts.sequences,
-            self.config.rollout.max_tokens,
+            self.longest_completion,
         )
         return replace(batch, distil_weights=torch.where(batch.distil_mask, over_all, 0.0))
 
@@ -88,27 +83,23 @@ class KDRL(GRPO):
         teacher = torch.where(batch.completion_mask, batch.teacher_logprobs, output.logprobs.detach())
         log_ratio = kl_k1_advantage(output.logprobs, teacher)  # R_t = log T − log π
         advantages = policy_coef * batch.advantages
+        share = torch.where(batch.weights > 0, batch.distil_weights / batch.weights, 0.0)
         if kd.form == "advantage":
-            share = torch.where(batch.weights > 0, batch.distil_weights / batch.weights, 0.0)
             policy = self.policy_loss(output, batch, advantages + beta * share * log_ratio)
             total, kd_loss = policy.total, weighted_sum(-log_ratio, batch.distil_weights)
         else:
             policy = self.policy_loss(output, batch, advantages)
             estimator = {"k2": kl_k2, "k3": kl_k3}[kd.estimator]
             per_token = estimator(output.logprobs, teacher)
-            kd_loss = weighted_sum(per_token * self._correction(output, batch), batch.distil_weights)
+            kd_loss = weighted_sum(per_token * self.current_policy(output, batch), batch.distil_weights)
             total = policy.total + beta * kd_loss
-        value = kl_k3(output.logprobs.detach(), teacher)
-        conflict = (batch.advantages * log_ratio < 0) & (batch.distil_weights > 0)
+        # The teacher's advantage beside A: minus the slope of its estimator in log π.
+        pull = torch.expm1(log_ratio) if kd.estimator == "k3" else log_ratio
+        flipped = (advantages + beta * share * pull) * advantages < 0
         metrics = policy.metrics | {
             "loss/kd": kd_loss.detach(),
             "kd/coef": torch.tensor(beta) * batch.token_weights.sum(),
-            "kd/kl": weighted_sum(value, batch.token_weights),
-            "kd/sign_conflict": weighted_sum(conflict.float(), batch.token_weights),
+            "kd/kl": self.measured_kl(output, teacher, batch),
+            "kd/flipped": weighted_sum(flipped.float(), batch.token_weights),
         }
         return Loss(total=total, metrics=metrics)
-
-    def _correction(self, output: PolicyOutput, batch: Batch) -> Tensor:
-        """[B, T] detached π/π_old · π_old/π_sampler: k2 and k3 are exact only under the current policy."""
-        assert batch.old_logprobs is not None
-        return torch.exp(output.logprobs.detach() - batch.old_logprobs) * self.importance(batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd import noise
+from rlkd.advantages import distilled
 from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config import AlgorithmConfig
 from rlkd.losses import (
@@ -33,16 +34,22 @@ class OPD(PolicyModule):
     GKD, arXiv 2306.13649, Eq. 4 at λ = 1: no gradient flows through the sampling. D is a KL or the generalised JSD(β)
     over the whole vocabulary, over the top k tokens and the rest, or on the sampled token alone: there
     −(log π_T − log π_θ) · ∇log π_θ expects its gradient (Thinking Machines, "On-policy distillation", 2025). With
-    `student_share` = λ < 1 the other prompts are completed by the data or the teacher.
+    `student_share` = λ < 1 the other prompts are completed by the data or the teacher. Rewards are computed for the log
+    alone, where they can be.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = OPDConfig
     uses_teacher = True
+    masks_failed = False
 
     @property
     def algorithm(self) -> OPDConfig:
         assert isinstance(self.config.algorithm, OPDConfig)
         return self.config.algorithm
+
+    @property
+    def needs_rewards(self) -> bool:
+        return False
 
     @property
     def signal(self) -> Signal:
@@ -54,7 +61,8 @@ class OPD(PolicyModule):
 
     @property
     def needs(self) -> Needs:
-        comparison = self.algorithm.divergence.comparison(self.teacher_temperature)
+        options = self.algorithm
+        comparison = options.divergence.comparison(self.teacher_temperature, ratio_cap=options.ratio_cap)
         return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
 
     def rollout(
@@ -80,7 +88,8 @@ class OPD(PolicyModule):
         return [written(p, c.token_ids, "teacher", c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        return [replace(s, distil=(s.teacher is not None,) * len(s.rollout.token_ids)) for s in group]
+        spared = self.algorithm.mask_eos
+        return [replace(s, distil=distilled(s.rollout, s.teacher is not None, spared)) for s in group]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         assert batch.distil_mask is not None
@@ -89,9 +98,11 @@ class OPD(PolicyModule):
             self.algorithm.reduction,
             counts.distil_tokens,
             counts.distil_sequences,
-            self.config.rollout.max_tokens,
+            self.longest_completion,
         )
-        return replace(batch, distil_weights=weights)
+        # Where a KL is estimated, all completions are the student's; those without a context have no score.
+        own = (batch.student_mask & batch.distil_mask).float() / max(counts.distil_tokens, 1.0)
+        return replace(batch, distil_weights=weights, student_weights=own)
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         assert batch.distil_weights is not None and batch.token_weights is not None and output.entropy is not None
@@ -105,8 +116,9 @@ class OPD(PolicyModule):
             metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, batch.distil_weights)
         of_samples = self.algorithm.student_share == 1 and self.teacher_temperature == self.config.rollout.temperature
         if of_samples:  # else it would be no estimate of a KL
+            assert batch.student_weights is not None
             value = kl_k3(output.logprobs.detach(), self._teacher_logprobs(output, batch))
-            metrics["kd/kl"] = weighted_sum(value, batch.distil_weights)
+            metrics["kd/kl"] = weighted_sum(value * self._ratio(output, batch).detach(), batch.student_weights)
         return Loss(total=total, metrics=metrics | {"loss/kd": total.detach()})
 
     def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:
@@ -118,14 +130,17 @@ class OPD(PolicyModule):
 
     def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T] with the expected gradient of KL(π‖T), corrected for tokens that older weights or others' drew."""
-        assert batch.old_logprobs is not None
-        teacher = self._teacher_logprobs(output, batch)
-        cap = self.algorithm.importance_cap
-        importance = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.student_mask, "truncate", cap)
-        ratio = torch.exp(output.logprobs - batch.old_logprobs) * importance
+        teacher, ratio = self._teacher_logprobs(output, batch), self._ratio(output, batch)
         if self.algorithm.divergence.form == "k2":
             return kl_k2(output.logprobs, teacher) * ratio.detach()
         return -kl_k1_advantage(output.logprobs, teacher) * ratio
+
+    def _ratio(self, output: PolicyOutput, batch: Batch) -> Tensor:
+        """[B, T] π/π_old · min(π_old/π_sampler, cap): a token of the sample is as if the policy had drawn it now."""
+        assert batch.old_logprobs is not None
+        cap = self.algorithm.importance_cap
+        importance = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.student_mask, "truncate", cap)
+        return torch.exp(output.logprobs - batch.old_logprobs) * importance
 
 
 def from_data(prompt: Prompt) -> Rollout:

@@ -25,6 +25,13 @@ class OPDConfig(AlgorithmConfig):
     )
     reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
     importance_cap: float = Field(2.0, gt=0, description="sampled tier: cap of the weight between sampler and trainer")
+    ratio_cap: float | None = Field(
+        None,
+        gt=0,
+        description="full, top_k: each token that the student sampled counts min(π/π_old, cap) · min(π_old/π_sampler, "
+        "cap) times, as in SDPO's code; null: once, also with several updates an iteration",
+    )
+    mask_eos: bool = Field(False, description="no imitation on the end-of-sequence token, where chat templates differ")
 
     def trained_lengths(self, config: Config) -> dict[str, int]:
         if self.student_share == 1 or self.others == "teacher":

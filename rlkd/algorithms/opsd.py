@@ -55,6 +55,13 @@ class OPSDConfig(OPDConfig):
         if self.leakage_every and self.context.reference is None:
             why = f"is {self.leakage_every}, but algorithm.context.reference is null: there is no hint; set one"
             found.append(("algorithm.leakage_every", why))
+        if self.leakage_every and config.teacher.temperature != config.rollout.temperature:
+            why = (
+                f"is {self.leakage_every}, but teacher.temperature is {config.teacher.temperature} and "
+                f"rollout.temperature {config.rollout.temperature}: log π − log T estimates a KL at one temperature "
+                "only; make them equal, or set algorithm.leakage_every: 0"
+            )
+            found.append(("algorithm.leakage_every", why))
         return found
 
 
@@ -73,6 +80,12 @@ class OPSD(OPD):
     def algorithm(self) -> OPSDConfig:
         assert isinstance(self.config.algorithm, OPSDConfig)
         return self.config.algorithm
+
+    @property
+    def needs_rewards(self) -> bool:
+        """They say who is a sibling to learn from, and what feedback there is."""
+        context = self.algorithm.context
+        return context.sibling is not None or context.feedback is not None
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
         return self._shown(scored.rollout.prompt, self.parts(scored, group))

@@ -63,7 +63,7 @@ class SFT(PolicyModule):
         return [replace(scored, advantage=1.0) for scored in group]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        mask, longest = batch.completion_mask, self.config.data.max_completion_tokens
+        mask, longest = batch.completion_mask, self.longest_completion
         weights = reduction_weights(mask, self.algorithm.reduction, counts.tokens, counts.sequences, longest)
         return replace(batch, weights=weights)
 

@@ -42,10 +42,11 @@ class TAIDConfig(OPDConfig):
 class TAID(OPD):
     """L(θ) = E_{(x, y)} [ Σ_n KL( p_t(·|x, y_<n), π_θ(·|x, y_<n) ) / N ],  p_t = softmax( (1−t) · sg(z_θ) + t · z_T )
 
-    arXiv 2501.16937, Eq. 2–6. After each iteration, with δ = (L_before − L) / L_before and m ← β·m + (1−β)·δ,
-    t ← min(t_end, max(the straight line, t + α · sigmoid(m) · (1 − t))): t never falls. L is the KL itself (the
-    authors' code takes the cross-entropy). t, m and L are functions of global means, equal on all ranks, and are part
-    of the checkpoint.
+    arXiv 2501.16937, Eq. 2–6. After each iteration but the first, with δ = (L_before − L) / L_before and
+    m ← β·m + (1−β)·δ, t ← min(t_end, max(the straight line, t + α · sigmoid(m) · (1 − t))): t never falls. L is the KL,
+    as in the paper; it may start at 0 (at t = 0 the student is its own teacher), so we bound δ, which is at most 1, by
+    −1 from below. The authors' code takes the cross-entropy, which is never near 0, and has no bound. t, m and L are
+    functions of global means, equal on all ranks, and are part of the checkpoint.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = TAIDConfig
@@ -64,7 +65,8 @@ class TAID(OPD):
 
     @property
     def needs(self) -> Needs:
-        comparison = self.algorithm.divergence.comparison(self.teacher_temperature, blend=self.t)
+        options = self.algorithm
+        comparison = options.divergence.comparison(self.teacher_temperature, blend=self.t, ratio_cap=options.ratio_cap)
         return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
 
     def iteration_ended(self, iteration: int) -> None:
@@ -72,14 +74,12 @@ class TAID(OPD):
         loss, options = self.row["loss/kd"], self.algorithm
         if not math.isfinite(loss):
             return  # its updates were skipped, and so is its step
-        step = 0.0
-        if self.before is not None:
-            change = (self.before - loss) / (self.before + 1e-15)
-            self.momentum = options.momentum * self.momentum + (1.0 - options.momentum) * change
-            step = options.step / (1.0 + math.exp(-self.momentum)) * (1.0 - self.t)
+        if self.before is not None:  # the first iteration only leaves its loss
+            self.momentum = options.momentum * self.momentum + (1.0 - options.momentum) * _change(self.before, loss)
+            sigmoid = 0.5 * (1.0 + math.tanh(0.5 * self.momentum))  # finite for any momentum
+            line = options.t_start + (options.t_end - options.t_start) * min(iteration / options.over, 1.0)
+            self.t = min(options.t_end, max(line, self.t + options.step * sigmoid * (1.0 - self.t)))
         self.before = loss
-        line = options.t_start + (options.t_end - options.t_start) * min((iteration + 1) / options.over, 1.0)
-        self.t = min(options.t_end, max(line, self.t + step))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -89,3 +89,9 @@ class TAID(OPD):
         super().on_load_checkpoint(checkpoint)
         state = checkpoint["taid"]
         self.t, self.momentum, self.before = state["t"], state["momentum"], state["before"]
+
+
+def _change(before: float, loss: float) -> float:
+    """δ: how much of the loss is gone since the last iteration, in [−1, 1]."""
+    change = (before - loss) / max(abs(before), 1e-15)  # a loss whose entries are capped may be negative
+    return min(max(change, -1.0), 1.0)

@@ -46,8 +46,9 @@ class ThinkTuning(GRPO):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.failures: Counter[Failure] = Counter()
-        """Of the last `rollout`, for `diagnose`."""
+        self._failed: dict[tuple[str, int], Failure] = {}
+        """(prompt, completion) → why it has no feedback, in the iteration `_failed_in`; for `diagnose`."""
+        self._failed_in: int | None = None
 
     @property
     def algorithm(self) -> ThinkTuningConfig:
@@ -58,7 +59,8 @@ class ThinkTuning(GRPO):
         self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
     ) -> list[list[Rollout]]:
         groups = super().rollout(prompts, policy, teacher, iteration)
-        self.failures = Counter()
+        if iteration != self._failed_in:  # an iteration may draw several blocks, and begin anew: it draws the same
+            self._failed, self._failed_in = {}, iteration
         share = self.algorithm.guided(iteration)
         if share <= self.algorithm.off_below:
             return groups
@@ -67,7 +69,7 @@ class ThinkTuning(GRPO):
         for g, i in [(g, i) for g, group in enumerate(groups) for i in self._chosen(group, share, iteration)]:
             prompt, ids = groups[g][i].prompt, feedback.question_ids(asked, self.tokenizer, groups[g][i])
             if len(ids) > asked.max_prompt_tokens:
-                self.failures["budget"] += 1
+                self._failed[prompt.id, i] = "budget"
             else:
                 questions[g, i] = Question(ids, name=f"{prompt.id}/{i}", meta=prompt.meta)
         assert teacher is not None
@@ -78,8 +80,17 @@ class ThinkTuning(GRPO):
             if isinstance(made, Rollout):
                 groups[g][i] = made
             else:
-                self.failures[made] += 1
+                self._failed[groups[g][i].prompt.id, i] = made
         return groups
+
+    @property
+    def failures(self) -> Counter[Failure]:
+        """How many completions of the last iteration have no feedback, over all that it drew."""
+        return Counter(self._failed.values())
+
+    def limit(self, rollout: Rollout) -> int:
+        """The teacher's words have a budget of their own: they are no fault of the student's."""
+        return self.longest_completion if rollout.segments else super().limit(rollout)
 
     def _chosen(self, group: Sequence[Rollout], share: float, iteration: int) -> list[int]:
         """Which completions of a prompt get feedback, drawn by (seed, iteration, prompt)."""

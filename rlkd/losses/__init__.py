@@ -10,7 +10,7 @@ from rlkd.losses.divergence import (
     reverse_kl,
     with_tail,
 )
-from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3
+from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3, token_ratios
 from rlkd.losses.policy_gradient import (
     advantage_shaping,
     capped_tokens,
@@ -42,6 +42,7 @@ __all__ = [
     "renormalised",
     "reverse_kl",
     "sequence_old_logprobs",
+    "token_ratios",
     "weighted_sum",
     "with_tail",
 ]

@@ -83,3 +83,26 @@ def importance_weights(
     else:
         weights = torch.where(weights > cap, 0.0, weights)
     return torch.where(student_mask, weights, 1.0)
+
+
+def token_ratios(
+    logprobs: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, student_mask: Tensor, cap: float
+) -> Tensor:
+    """min(π/π_old, cap) · min(π_old/π_sampler, cap), of each token that the student sampled.
+
+    What the code of SDPO (arXiv 2601.20802) multiplies the divergence at a token with, so that places where the policy
+    would now hardly go on as the sample does count less. It does not correct for prefixes that older weights drew:
+    without a cap its expectation is 1 after any prefix, and the divergence at a token depends on its prefix alone.
+
+    Args:
+        logprobs: [B, T] of the current policy.
+        old_logprobs: [B, T] of the trainer, at the start of the iteration.
+        sampler_logprobs: [B, T] of what generated; NaN where `student_mask` is false.
+        student_mask: [B, T] bool; other tokens get 1.
+
+    Returns: [B, T] without gradient.
+    """
+    current, old = logprobs.detach(), old_logprobs.detach()
+    weights = importance_weights(old, sampler_logprobs, student_mask, "truncate", cap)
+    ratio = torch.exp(torch.where(student_mask, current - old, 0.0)).clamp(max=cap)
+    return ratio * weights

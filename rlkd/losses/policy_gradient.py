@@ -101,10 +101,13 @@ def advantage_shaping(
     """L_t = −A_t · π_t / (sg(π_t) + γ_t), with γ_t = clamp(γ_min + (γ_max − γ_min) · f_t, γ_min, γ_max) and
     f_t = (A_max − A_t) / (2 A_max).
 
-    Advantage-aware shaping of ThinkTuning, arXiv 2508.07616, in the form that its code intends: for tokens that another
-    wrote, without an old policy. Its gradient is −A_t · π_t / (π_t + γ_t) · ∇log π_t: the surer the advantage, the
-    smaller γ, and the larger the step on a token that the student finds unlikely. The ratio is at most 1, since γ ≥ 0.
-    (The released `clamp(γ, 0.001, −0.001)` gives γ = −0.001 whatever the advantage, and a ratio without bound.)
+    Advantage-aware shaping of ThinkTuning, arXiv 2508.07616, in our reading: for tokens that another wrote, without an
+    old policy. Its gradient is −A_t · π_t / (π_t + γ_t) · ∇log π_t: the surer the advantage, the smaller γ, and the
+    larger the step on a token that the student finds unlikely. The ratio is at most 1, since γ ≥ 0.
+
+    The names of the parameters in the released code have γ grow as A falls, as here. Its call, with a clamp that
+    worked, would have it the other way round: +0.001 at A = 4, −0.001 at A = −4. As it is, `clamp(γ, 0.001, −0.001)`,
+    γ is −0.001 whatever the advantage: the ratio has no bound near π = 0.001, and is the plain one, about 1, below.
 
     Args:
         logprobs: [B, T] of the current policy; carries gradient.

@@ -13,8 +13,14 @@ from rlkd.output_layer import OutputLayer
 from rlkd.types import AUTHORS, Batch, ScoredRollout
 
 
-def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int, layers: tuple[OutputLayer, ...] = ()) -> Batch:
-    """One row a rollout, padded on the right. Rows whose reward failed are masked whole.
+def collate(
+    groups: Sequence[Sequence[ScoredRollout]],
+    iteration: int,
+    layers: tuple[OutputLayer, ...] = (),
+    *,
+    mask_failed: bool = True,
+) -> Batch:
+    """One row a rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked whole.
 
     Masks come from lengths, never from token ids (padding may equal end-of-sequence). Sampler log-probs are NaN
     where the student did not sample, so that a use outside the mask shows. `layers`: the teachers' output layers,
@@ -42,7 +48,7 @@ def collate(groups: Sequence[Sequence[ScoredRollout]], iteration: int, layers: t
         start = len(rollout.prompt.token_ids)
         end = start + len(rollout.token_ids)
         lengths.append(end)
-        counted = scored.error is None
+        counted = scored.error is None or not mask_failed
         by_student = torch.tensor(rollout.student_tokens())
         input_ids[i, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
         completion_mask[i, start:end] = counted

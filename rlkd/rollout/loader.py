@@ -145,10 +145,12 @@ class RolloutLoader:
         drawn, groups, clock = self.with_servers(lambda: self._line(iteration))
         clock.lap("time/wait")
         wants_layers = self.teacher is not None and self.algorithm.signal.tier == "hidden"
-        batch = collate(groups, iteration, self.teacher.layers() if self.teacher and wants_layers else ())
+        layers = self.teacher.layers() if self.teacher and wants_layers else ()
+        batch = collate(groups, iteration, layers, mask_failed=self.algorithm.masks_failed)
         batch.metrics.merge(describe(drawn, iteration, self.config.reward.correct_at))
         batch.metrics.merge(clock.meter)
-        check_errors(drawn, self.config, f"iteration {iteration + 1}")
+        if self.algorithm.needs_rewards:
+            check_errors(drawn, self.config, f"iteration {iteration + 1}")
         return batch
 
     def with_servers(self, act: Callable[[], T]) -> T:
