@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config, LocalTeacher, SelfTeacher, ServedTeacher, ServerConfig
-from rlkd.lora import layer_names, skeleton
+from rlkd.lora import layers, skeleton
 from rlkd.policy_head import CHUNK_LOGITS, VOCABULARY_CHUNK
 from rlkd.rollout.vllm import longest
 from rlkd.student import blocks
@@ -179,12 +179,8 @@ def adapter_parameters(config: Config) -> int:
     lora = config.model.lora
     assert lora is not None
     hf = skeleton(config.model)
-    names = set(layer_names(hf, lora))
-    return sum(
-        lora.r * (module.in_features + module.out_features)
-        for name, module in hf.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
-    )
+    linear = [hf.get_submodule(name) for name in layers(hf, lora)]
+    return sum(lora.r * (module.in_features + module.out_features) for module in linear)
 
 
 def _training(config: Config, model: Shape) -> Part:

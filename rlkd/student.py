@@ -18,6 +18,7 @@ from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
 from rlkd.types import Batch
+from rlkd.weight_sync.loader_names import loader_names
 
 
 class Student(nn.Module):
@@ -53,9 +54,13 @@ class Student(nn.Module):
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:
-        """All weights, unsharded, on every rank, under Hugging Face names, adapters merged. A collective."""
+        """All weights, unsharded, on every rank, under the names in memory, adapters merged. A collective."""
         weights = _gathered(self.hf)
         return weights if self.adapters is None else lora.merged(weights, self.adapters)
+
+    def loader_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`full_weights`, which have the names in memory, under those of a checkpoint's files: what vLLM loads."""
+        return loader_names(self.hf, weights)
 
     def adapter_weights(self) -> Mapping[str, Tensor]:
         """The adapters alone, unsharded, on every rank, under the names of PEFT's files. A collective."""

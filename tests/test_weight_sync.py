@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 from vllm_fixtures import EOS, KEY, prompts, run_config, tiny_model, true_logprobs
 
 from rlkd.distributed import RunStopped
@@ -31,7 +31,7 @@ from rlkd.weight_sync.weight_file import WeightFile
 SAMPLING = Sampling(temperature=1.0, max_tokens=16, seed=0)
 
 
-def mismatch(sampler: VLLMSampler, model: LlamaForCausalLM, version: int) -> float:
+def mismatch(sampler: VLLMSampler, model: PreTrainedModel, version: int) -> float:
     """Largest |log-prob by server − by model| on fresh samples, all of which must be of `version`."""
     worst = 0.0
     for group in sampler.sample(prompts(4), n=4, iteration=0, sampling=SAMPLING):
