@@ -107,9 +107,7 @@ def _write_small_files(
     """
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    generation = cached_file(
-        resolve(source.path), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False
-    )
+    generation = cached_file(resolve(source.path), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
     if generation is not None:
         shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
 

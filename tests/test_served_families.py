@@ -1,7 +1,7 @@
 """Every kind of model that transformers renames or fuses on loading reaches a vLLM server under the loader's names.
 
-    pytest tests/test_served_families.py -s            one dense model and one mixture of experts, with figures
-    pytest tests/test_served_families.py -s --soak     all
+pytest tests/test_served_families.py -s            one dense model and one mixture of experts, with figures
+pytest tests/test_served_families.py -s --soak     all
 """
 
 from __future__ import annotations
@@ -37,6 +37,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen3 tied": lambda: hf.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
     "qwen3 moe": lambda: hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32, tie_word_embeddings=False),
     "mixtral": lambda: hf.MixtralConfig(**SIZES, num_local_experts=4, tie_word_embeddings=False),
+    "gpt neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+    "granite moe": lambda: hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "phi moe": lambda: hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3 next": lambda: hf.Qwen3NextConfig(
+        **SIZES, **EXPERTS, head_dim=32, shared_expert_intermediate_size=32, layer_types=["full_attention"] * 2
+    ),
+    "glm4 moe": lambda: hf.Glm4MoeConfig(
+        **SIZES,
+        head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ),
 }
 
 
