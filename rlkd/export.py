@@ -113,7 +113,7 @@ def _write_small_files(
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters and buffers that transformers loads in fp32, whatever else is asked for, that type here too."""
+    """Give what transformers loads in fp32, whatever else it is asked for, that type here too."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if any(re.search(pattern, name) for pattern in patterns):

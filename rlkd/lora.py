@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685) through PEFT: small trained matrices beside the student's frozen linear layers.
 
-Which layers those are is decided here, by `layers`, and PEFT is given their full names: by itself it takes "all-linear",
-and names such as up_proj, for the fused experts and the router too in some mixtures of experts.
+Which layers those are is decided here, by `layers`, and PEFT is given their full names. In some mixtures of experts it
+takes "all-linear", and names such as up_proj, for the fused experts and the router as well.
 
 An adapted layer computes W x + (alpha / r) · B A x. W stays as it was loaded; A (random) and B (zero at the start) are
 trained, in fp32.

@@ -196,9 +196,9 @@ def mixture(family, folder):
     return save_model(AutoModelForCausalLM.from_config(FAMILIES[family]()), folder)
 
 
-@pytest.mark.parametrize("family", ["qwen3 moe", "mixtral", "granite moe", "phi moe", "qwen3 next"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granite_moe", "phi_moe", "qwen3_next"])
 def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_path, family):
-    """For PEFT, "all-linear" is also the fused experts and the router; for us, as for the docs, it is what is linear."""
+    """For PEFT, "all-linear" is also the fused experts and the router; here, as in the docs, it is what is linear."""
     path = mixture(family, tmp_path / "model")
     settings = config(LORA, f"model.path={path}", f"run.dir={tmp_path}", "run.name=r")
     model = settings.model
@@ -237,8 +237,8 @@ def test_what_has_no_adapter_is_named(tmp_path):
     [
         ("mixtral", "w1", "'w1' is no linear layer of MixtralForCausalLM that can be adapted; it has k_proj, o_proj"),
         ("mixtral", "gate", "'gate' is no linear layer of MixtralForCausalLM that can be adapted; it has"),
-        ("phi moe", "router", "'router' is no linear layer of PhimoeForCausalLM that can be adapted; it has"),
-        ("qwen3 next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); it has"),
+        ("phi_moe", "router", "'router' is no linear layer of PhimoeForCausalLM that can be adapted; it has"),
+        ("qwen3_next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); it has"),
     ],
 )
 def test_experts_and_routers_are_refused_in_one_line(tmp_path, family, target, line):

@@ -18,32 +18,32 @@ from vllm_fixtures import EOS, MAX_LEN, VOCABULARY, save_model, start_server
 
 from rlkd.student import Student, load_causal_lm
 
-SIZES = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    num_hidden_layers=2,
-    intermediate_size=96,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    max_position_embeddings=MAX_LEN,
-    initializer_range=0.25,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=EOS,
-)
-EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 96,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LEN,
+    "initializer_range": 0.25,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": EOS,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama": lambda: hf.LlamaConfig(**SIZES, head_dim=32, tie_word_embeddings=False),
-    "qwen3 tied": lambda: hf.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
-    "qwen3 moe": lambda: hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32, tie_word_embeddings=False),
+    "qwen3_tied": lambda: hf.Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "qwen3_moe": lambda: hf.Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32, tie_word_embeddings=False),
     "mixtral": lambda: hf.MixtralConfig(**SIZES, num_local_experts=4, tie_word_embeddings=False),
-    "gpt neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
-    "granite moe": lambda: hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
-    "phi moe": lambda: hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
-    "qwen3 next": lambda: hf.Qwen3NextConfig(
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}),
+    "granite_moe": lambda: hf.GraniteMoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "phi_moe": lambda: hf.PhimoeConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_next": lambda: hf.Qwen3NextConfig(
         **SIZES, **EXPERTS, head_dim=32, shared_expert_intermediate_size=32, layer_types=["full_attention"] * 2
     ),
-    "glm4 moe": lambda: hf.Glm4MoeConfig(
+    "glm4_moe": lambda: hf.Glm4MoeConfig(
         **SIZES,
         head_dim=32,
         n_routed_experts=4,
@@ -74,7 +74,7 @@ def test_three_updates_of_every_weight_are_served(family: str, soak: bool, tmp_p
     start = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
     path = save_model(start, tmp_path / "model")
     student = Student(load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False))
-    server = start_server(family.replace(" ", "-"), path, tmp_path)
+    server = start_server(family.replace("_", "-"), path, tmp_path)
     try:
         server.wait_ready()
         sampler = opened(path, server)
@@ -92,4 +92,4 @@ def test_three_updates_of_every_weight_are_served(family: str, soak: bool, tmp_p
         server.stop()
 
 
-DEFAULT = ("qwen3 tied", "mixtral")
+DEFAULT = ("qwen3_tied", "mixtral")

@@ -117,7 +117,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def _forget_packed_experts(self) -> None:
         """Have fused experts laid out as when they were first loaded (CPU).
 
-        vLLM 0.32 packs them when it makes their kernel, and keeps the kernel in an update: what was just loaded would be
+        vLLM 0.32 packs them when it makes their kernel, and keeps the kernel in an update: what was just loaded is then
         read as if it were packed, and every call answers 200.
         """
         if self.device.type != "cpu":
