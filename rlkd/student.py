@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlkd import lora
+from rlkd import distributed, lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
@@ -115,6 +115,9 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
     """
     hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
     if model.lora is not None:
+        frozen = lora.unadapted(hf, model.lora)
+        if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
+            print(f"model.lora: no linear layers, so without adapters and frozen: {', '.join(frozen)}", flush=True)
         lora.inject(hf, model.lora, seed)
     hf.eval()  # no dropout of any kind: the trained distribution must be the sampled one
     if model.gradient_checkpointing:

@@ -16,6 +16,7 @@ from test_weight_sync import mismatch, opened
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from vllm_fixtures import EOS, MAX_LEN, VOCABULARY, save_model, start_server
 
+from rlkd.distributed import RunStopped
 from rlkd.student import Student, load_causal_lm
 
 SIZES = {
@@ -87,6 +88,12 @@ def test_three_updates_of_every_weight_are_served(family: str, soak: bool, tmp_p
             assert after < 1e-4
             assert before < 1e-4
         assert mismatch(sampler, start, 3) > 1.0, "else this test could not see old weights"
+        weights = student.loader_weights(student.full_weights())
+        expert = next((name for name in weights if ".experts.1." in name), None)
+        if expert is not None:
+            with pytest.raises(RunStopped, match="a weight update failed"):
+                sampler.publish({name: value for name, value in weights.items() if name != expert}, 4)
+            assert "lacks some of the experts' weights of 1 layers, e.g. model.layers.0." in server.log.read_text()
         sampler.close()
     finally:
         server.stop()
