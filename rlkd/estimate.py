@@ -178,8 +178,8 @@ def adapter_parameters(config: Config) -> int:
     lora = config.model.lora
     assert lora is not None
     hf = skeleton(config.model)
-    linear = [hf.get_submodule(name) for name in layers(hf, lora)]
-    return sum(lora.r * (module.in_features + module.out_features) for module in linear)
+    weights = [hf.get_parameter(f"{name}.weight") for name in layers(hf, lora)]
+    return sum(lora.r * (outputs + inputs) for outputs, inputs in (weight.shape for weight in weights))
 
 
 def _training(config: Config, model: Shape) -> Part:

@@ -74,7 +74,7 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
     sampler.publish(weights, 15)
     assert mismatch(sampler, model, 15) < 1e-4
     # vLLM itself passes over what it takes for the biases of a quantised checkpoint.
-    unknown = {name: weights["model.norm.weight"] for name in ("model.norm.bias", "model.layers.1.mlp.up_proj.bias")}
+    unknown = dict.fromkeys(("model.norm.bias", "model.layers.1.mlp.up_proj.bias"), weights["model.norm.weight"])
     with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights"):
         sampler.publish({**weights, **unknown}, 16)
     line = "holds 2 weights that the model does not know, e.g. model.layers.1.mlp.up_proj.bias"

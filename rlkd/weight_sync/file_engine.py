@@ -158,7 +158,7 @@ class Unread(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
         self._at: dict[int, str] = {}
         """Address of the memory → the tensor that was handed out there last."""

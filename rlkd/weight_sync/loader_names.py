@@ -14,10 +14,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def loader_names(hf: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` as `hf.save_pretrained` would write them; the same tensors where nothing was renamed or fused.
+    """`weights` as `hf.save_pretrained` would write them: the same tensors where nothing was renamed or fused.
+
+    A tied tensor stands once, under the name that is loaded.
 
     Args:
         hf: the model that they belong to, sharded or not. What was done when it was loaded is what is undone.
         weights: all of its state, unsharded, under the names in memory.
     """
-    return dict(revert_weight_conversion(hf, dict(weights)))
+    second = {name for name, first in hf.all_tied_weights_keys.items() if first in weights}
+    once = {name: tensor for name, tensor in weights.items() if name not in second}
+    return dict(revert_weight_conversion(hf, once))
