@@ -402,6 +402,9 @@ class CheckpointConfig(Section):
     every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only the last")
     keep: int = Field(2, ge=1, description="newest checkpoints that stay on disk")
     export: bool = Field(True, description="write the student in Hugging Face form to <run>/hf at the end")
+    export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="type of the exported weights; auto: the one that the config at model.path names"
+    )
 
 
 class Config(Section):

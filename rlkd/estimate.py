@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config, LocalTeacher, SelfTeacher, ServedTeacher, ServerConfig
-from rlkd.lora import layer_names, skeleton
+from rlkd.lora import layers, skeleton
 from rlkd.policy_head import CHUNK_LOGITS, VOCABULARY_CHUNK
 from rlkd.rollout.vllm import longest
 from rlkd.student import blocks
@@ -179,12 +178,8 @@ def adapter_parameters(config: Config) -> int:
     lora = config.model.lora
     assert lora is not None
     hf = skeleton(config.model)
-    names = set(layer_names(hf, lora))
-    return sum(
-        lora.r * (module.in_features + module.out_features)
-        for name, module in hf.named_modules()
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in names
-    )
+    weights = [hf.get_parameter(f"{name}.weight") for name in layers(hf, lora)]
+    return sum(lora.r * (outputs + inputs) for outputs, inputs in (weight.shape for weight in weights))
 
 
 def _training(config: Config, model: Shape) -> Part:

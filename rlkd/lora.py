@@ -1,11 +1,15 @@
 """LoRA (arXiv 2106.09685) through PEFT: small trained matrices beside the student's frozen linear layers.
 
+Which layers those are is decided here, by `layers`, and PEFT is given their full names. In some mixtures of experts it
+takes "all-linear", and names such as up_proj, for the fused experts and the router as well.
+
 An adapted layer computes W x + (alpha / r) · B A x. W stays as it was loaded; A (random) and B (zero at the start) are
 trained, in fp32.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,17 +35,17 @@ FILE = "adapter_model.safetensors"
 def inject(hf: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """Give `hf` adapters, in place, and freeze all else. The same ones on every rank: a function of `seed`.
 
-    Raises: ValueError as `layer_names`.
+    Raises: ValueError as `layers`.
     """
     import peft  # late: slow to import, and most runs have no use for it
 
-    layer_names(hf, lora)
+    settings = _settings(lora, layers(hf, lora), None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(_settings(lora, lora.target_modules, None), hf, NAME)
+        peft.inject_adapter_in_model(settings, hf, NAME)
 
 
-def _settings(lora: LoraConfig, targets: str | list[str], base: str | None) -> Any:
+def _settings(lora: LoraConfig, targets: list[str], base: str | None) -> Any:
     """PEFT's own."""
     import peft
 
@@ -54,27 +58,79 @@ def _settings(lora: LoraConfig, targets: str | list[str], base: str | None) -> A
     )
 
 
-def layer_names(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """The last parts of the names of the layers that get adapters: q_proj, up_proj …
+def layers(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """The full names of the layers that get adapters: model.layers.0.self_attn.q_proj …
 
-    Raises: ValueError, one line, when `model.lora.target_modules` names what is no linear layer of `hf`. PEFT itself
-        passes over a name that matches nothing, as long as another one does. The output layer cannot be adapted: the
-        log-prob kernels read its weight, not its forward.
+    All-linear is every `nn.Linear` but the output layer, which cannot be adapted: the log-prob kernels read its weight,
+    not its forward. What is none has no adapter: embeddings, fused experts (one tensor for all of them) and routers,
+    also those that are derived from `nn.Linear` and compute something else. Nor have layers beside fused experts whose
+    names PEFT takes for the experts' (`_taken_for_experts`): whoever loads the adapter would get other layers.
+
+    Raises: ValueError, one line, when `model.lora.target_modules` names what is no such layer of `hf`. PEFT itself
+        passes over a name that matches nothing, as long as another one does.
     """
     head = hf.get_output_embeddings()
-    linear = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    known = sorted({name.rsplit(".", 1)[-1] for name in linear})
+    plain = [
+        name
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and module is not head
+    ]
+    taken = {last for last in {_last(name) for name in plain} if _taken_for_experts(hf, last)}
+    linear = [name for name in plain if _last(name) not in taken]
     if not linear:
         raise ValueError(f"model.lora: {type(hf).__name__} has no linear layers beside the output layer")
     if lora.target_modules == "all-linear":
-        return known
+        return linear
+    chosen = set()
     for target in lora.target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        named = [name for name in linear if name == target or name.endswith(f".{target}")]
+        if not named:
+            why = f" ({_last(target)} is PEFT's name for the fused experts)" if _last(target) in taken else ""
             raise ValueError(
-                f"model.lora.target_modules: {target!r} is no linear layer of {type(hf).__name__} that can be adapted; "
-                f"it has {', '.join(known)}"
+                f"model.lora.target_modules: {target!r} is no linear layer of {type(hf).__name__} that can be adapted"
+                f"{why}; it has {', '.join(sorted({_last(name) for name in linear}))}"
             )
-    return sorted({target.rsplit(".", 1)[-1] for target in lora.target_modules})
+        chosen.update(named)
+    return [name for name in linear if name in chosen]
+
+
+def layer_names(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """The last parts of the names of the layers that get adapters: q_proj, up_proj … Raises: as `layers`."""
+    return sorted({_last(name) for name in layers(hf, lora)})
+
+
+def unadapted(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
+    """The matrices inside the repeated layers that have no adapter and stay frozen: mlp.experts.down_proj, mlp.gate …
+
+    Numbers of layers and experts are left out. Raises: as `layers`.
+    """
+    adapted = set(layers(hf, lora))
+    names = {
+        name.removesuffix(".weight")
+        for name, value in hf.named_parameters()
+        if value.ndim > 1 and re.search(r"\.\d+\.", name)
+    }
+    return sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in names - adapted})
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _taken_for_experts(hf: PreTrainedModel, name: str) -> bool:
+    """Whether PEFT adapts the fused experts or the router of `hf` when it is asked for layers of that name.
+
+    It keeps the meaning that names had before transformers fused the experts, for adapters of that time.
+    """
+    import peft
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    settings = peft.LoraConfig(target_modules=[name])
+    try:
+        convert_peft_config_for_transformers(settings, hf, None)
+    except ValueError:  # one of two names for one fused tensor
+        return True
+    return bool(settings.target_parameters)
 
 
 def skeleton(model: ModelConfig) -> PreTrainedModel:
@@ -138,8 +194,9 @@ def write(adapter: Mapping[str, Tensor], lora: LoraConfig, base: str, folder: Pa
     beside = whole.partial(folder)
     shutil.rmtree(beside, ignore_errors=True)
     prefix, suffix = "base_model.model.", ".lora_A.weight"
-    layers = [name.removeprefix(prefix).removesuffix(suffix) for name in adapter if name.endswith(suffix)]
-    _settings(lora, layers, base).save_pretrained(beside)
+    adapted = [name.removeprefix(prefix).removesuffix(suffix) for name in adapter if name.endswith(suffix)]
+    _settings(lora, adapted, base).save_pretrained(beside)
     save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, beside / FILE)
+    whole.share(beside)
     whole.remove(folder)
     beside.rename(folder)

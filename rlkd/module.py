@@ -36,6 +36,9 @@ from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
 RECENT = 20
 """Updates over which skipped ones are counted."""
 
+SLACK = 4.0
+"""How much sampler and trainer may disagree more after the first update of the weights than before it."""
+
 ALGORITHMS: dict[str, type[PolicyModule]] = {}
 """algorithm.name → its module."""
 
@@ -93,6 +96,8 @@ class PolicyModule(lightning.LightningModule):
         """Figures of the iteration just trained, over all ranks."""
         self.updating = False
         """Whether an iteration's updates are under way: what the student is then, is no state to save."""
+        self._first_gaps: list[float] = []
+        """mismatch/mean of the weights that the sampler was given first, and of the first that differ from those."""
         self.skipped: list[bool] = []
         """Of the last RECENT updates, which were skipped."""
 
@@ -269,7 +274,7 @@ class PolicyModule(lightning.LightningModule):
             for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         if first:
-            check_mismatch(mismatch, self.config, batch.iteration)
+            self._check_gap(mismatch, batch.iteration)
             meter.merge(mismatch)
         sharded = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
         assert isinstance(sharded, DTensor)
@@ -295,6 +300,14 @@ class PolicyModule(lightning.LightningModule):
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.dim() > 1:
                     parameter.mul_(1.0 - lr * self.config.optim.weight_decay)
+
+    def _check_gap(self, mismatch: Meter, iteration: int) -> None:
+        """See `check_mismatch`. `self.row` still holds the figures of the iteration before."""
+        served = self.config.rollout.backend == "vllm"  # in this process a strict load takes over all or fails
+        changed = served and len(self._first_gaps) == 1 and self.row.get("grad_norm", 0.0) > 0
+        gap = check_mismatch(mismatch, self.config, iteration, self._first_gaps[0] if changed else None)
+        if gap is not None and (changed or not self._first_gaps):
+            self._first_gaps.append(gap)
 
     def _note_skipped(self, skipped: bool, norm: float, iteration: int) -> None:
         """One bad batch costs its update; many stop the run.
@@ -342,7 +355,7 @@ class PolicyModule(lightning.LightningModule):
         batch = replace(batch, old_logprobs=self._own_logprobs(batch))
         mismatch = Meter()
         measure_mismatch(batch, mismatch)
-        check_mismatch(mismatch, self.config, batch.iteration)
+        self._check_gap(mismatch, batch.iteration)
         meter.merge(mismatch)
         return batch
 
@@ -383,19 +396,29 @@ def measure_mismatch(batch: Batch, meter: Meter) -> None:
     meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
 
 
-def check_mismatch(meter: Meter, config: Config, iteration: int) -> None:
+def check_mismatch(meter: Meter, config: Config, iteration: int, at_start: float | None = None) -> float | None:
     """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
 
-    Raises: RunStopped above `rollout.max_mismatch`.
+    Args:
+        at_start: where the sampler has the first weights that differ from those it was given at the start, what was
+            returned for those. A sampler that did not take over all of them is wrong by little after one small step, so
+            the bound is then the larger of SLACK · at_start and a tenth of `rollout.max_mismatch`. In bf16 the former
+            is the noise of this model on this hardware, which one step hardly changes; in fp32 the latter counts.
+
+    Returns: mismatch/mean; None where no token was the student's. Raises: RunStopped above the bound.
     """
     row = meter.reduce()
-    if "mismatch/mean" not in row:  # no token was the student's
-        return
-    gap = row["mismatch/mean"]
-    if not gap <= config.rollout.max_mismatch:
+    if "mismatch/mean" not in row:
+        return None
+    gap, bound = row["mismatch/mean"], config.rollout.max_mismatch
+    which = f"rollout.max_mismatch = {bound}"
+    if at_start is not None and max(SLACK * at_start, bound / 10) < bound:
+        bound = max(SLACK * at_start, bound / 10)
+        which = f"{bound:.3g}, the bound for the first changed weights (it was {at_start:.3g} before)"
+    if not gap <= bound:
         raise RunStopped(
             f"iteration {iteration + 1}: sampler and trainer disagree by {gap:.3g} nats a token on average, more than "
-            f"rollout.max_mismatch = {config.rollout.max_mismatch}; nothing was trained on these samples. The sampler "
-            "holds other weights than the trainer (was the publish whole? is the output layer tied?), or computes "
-            "otherwise (dtype, chat template, temperature)"
+            f"{which}; nothing was trained on these samples. The sampler holds other weights than the trainer (was the "
+            "publish whole? is the output layer tied?), or computes otherwise (dtype, chat template, temperature)"
         )
+    return gap

@@ -21,6 +21,7 @@ from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.evaluate import heldout
+from rlkd.export import rehearse
 from rlkd.output_layer import logit_transform
 from rlkd.resume import checkpoints
 from rlkd.rewards import registry
@@ -57,7 +58,7 @@ def check(config: Config) -> list[str]:
         elif student is not None and teacher is not None:
             problems += _fewer_rows(config, key, settings.path)
     if student is not None:
-        problems += _generation(config) + _data(config, student)
+        problems += _generation(config) + _export(config, student) + _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
     return problems + _servers(config)
 
@@ -97,6 +98,18 @@ def _generation(config: Config) -> list[str]:
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         return [line if line.startswith("model.") else f"model.path: {line}"]
+    return []
+
+
+def _export(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What would make the export fail when all is trained."""
+    if not config.checkpoint.export:
+        return []
+    try:
+        rehearse(config, tokenizer)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        return [f"checkpoint.export: the student could not be exported: {line}; correct {config.model.path}"]
     return []
 
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rlkd import lora
+from rlkd import distributed, lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.losses import token_ratios
 from rlkd.output_layer import OutputLayer
@@ -21,6 +21,7 @@ from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
 from rlkd.types import Batch
 from rlkd.vocabulary import vocabulary_size
+from rlkd.weight_sync.loader_names import loader_names
 
 
 class Student(nn.Module):
@@ -64,9 +65,13 @@ class Student(nn.Module):
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:
-        """All weights, unsharded, on every rank, under Hugging Face names, adapters merged. A collective."""
+        """All weights, unsharded, on every rank, under the names in memory, adapters merged. A collective."""
         weights = _gathered(self.hf)
         return weights if self.adapters is None else lora.merged(weights, self.adapters)
+
+    def loader_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`full_weights`, which have the names in memory, under those of a checkpoint's files: what vLLM loads."""
+        return loader_names(self.hf, weights)
 
     def adapter_weights(self) -> Mapping[str, Tensor]:
         """The adapters alone, unsharded, on every rank, under the names of PEFT's files. A collective."""
@@ -121,6 +126,9 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
     """
     hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
     if model.lora is not None:
+        frozen = lora.unadapted(hf, model.lora)
+        if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
+            print(f"model.lora: no linear layers, so without adapters and frozen: {', '.join(frozen)}", flush=True)
         lora.inject(hf, model.lora, seed)
     hf.eval()  # no dropout of any kind: the trained distribution must be the sampled one
     if model.gradient_checkpointing:

@@ -23,6 +23,17 @@ def write(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
+def share(folder: Path) -> None:
+    """Let others read the files in `folder` as far as they may read the folder itself, which the umask has settled.
+
+    safetensors makes files that only their owner can read.
+    """
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def remove(folder: Path) -> None:
     """The folder, if there is one, is whole until it is gone."""
     beside = folder.with_name(f".{folder.name}.removed")

@@ -110,7 +110,7 @@ ONE_LINE = {
         "a.yaml:6: rollout.server.lunch: unknown key; did you mean rollout.server.launch?"
     ),
     "optim.lr: 3": "a.yaml:4: optim.lr: unknown key; in YAML the sections are nested: optim: {lr: …}",
-    "checkpoint: {zzz: 1}": "a.yaml:4: checkpoint.zzz: unknown key; checkpoint has every, keep, export",
+    "checkpoint: {zzz: 1}": "a.yaml:4: checkpoint.zzz: unknown key; checkpoint has every, keep, export, export_dtype",
     "on: 1": (
         "a.yaml:4: on: unknown key; a config has run, model, teacher, data, rollout, reward, algorithm, optim, "
         "trainer, eval, log, checkpoint"

@@ -9,9 +9,11 @@ import torch
 from builders import GRPO, Captured, assert_same, config, groups
 from safetensors.torch import load_file
 from test_run import arguments, rows, train
+from test_served_families import FAMILIES
 from test_stages import RECIPE
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
+from vllm_fixtures import save_model
 
 from rlkd import lora
 from rlkd.algorithms import KDRL
@@ -23,7 +25,7 @@ from rlkd.preflight import check
 from rlkd.resume import checkpoints
 from rlkd.rollout.collate import collate
 from rlkd.stages import load_stages
-from rlkd.student import load_causal_lm
+from rlkd.student import Student, load_causal_lm
 from rlkd.tiny import resolve
 from rlkd.train import main, run_stages
 
@@ -187,6 +189,63 @@ def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded(tmp_
     assert line.startswith("model.lora.target_modules: 'lm_head' is no linear layer of LlamaForCausalLM that can be")
     assert line.endswith("it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     assert check(config("model.lora={target_modules: [q_proj, layers.0.mlp.up_proj]}", fresh)) == []
+
+
+def mixture(family, folder):
+    torch.manual_seed(0)
+    return save_model(AutoModelForCausalLM.from_config(FAMILIES[family]()), folder)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granite_moe", "phi_moe", "qwen3_next"])
+def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_path, family):
+    """For PEFT, "all-linear" is also the fused experts and the router; here, as in the docs, it is what is linear."""
+    path = mixture(family, tmp_path / "model")
+    settings = config(LORA, f"model.path={path}", f"run.dir={tmp_path}", "run.name=r")
+    model = settings.model
+    names = lora.layers(lora.skeleton(model), model.lora)
+    assert {name.rsplit(".", 1)[-1] for name in names} >= {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not any(".experts." in name or name.endswith((".gate", ".router")) for name in names), names
+    hf = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
+    before = logits(hf)
+    lora.inject(hf, model.lora, 0)
+    trained = {name.removesuffix(".lora_A.default.weight") for name in hf.state_dict() if ".lora_A." in name}
+    assert trained == set(names) and torch.equal(logits(hf), before)
+    for name, parameter in hf.named_parameters():
+        if lora.is_adapter(name):
+            torch.nn.init.normal_(parameter, std=0.3)
+    student, folder = Student(hf, model.lora), tmp_path / "r"
+    export_student(student, settings, load_tokenizer("builtin:student", False), 1)
+    merged = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    base = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
+    adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")
+    torch.testing.assert_close(logits(merged), logits(hf), atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits(adapted), logits(hf), atol=1e-4, rtol=0)
+    assert (logits(hf) - before).abs().max() > 0.5, "else a lost adapter would not show"
+
+
+def test_what_has_no_adapter_is_named(tmp_path):
+    settings = config(LORA, f"model.path={mixture('mixtral', tmp_path / 'model')}").model
+    found = lora.unadapted(lora.skeleton(settings), settings.lora)
+    assert found == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate"]
+    assert lora.unadapted(start(), config(LORA).model.lora) == []
+    few = lora.unadapted(start(), config("model.lora={target_modules: [q_proj, v_proj]}").model.lora)
+    assert few == ["mlp.down_proj", "mlp.gate_proj", "mlp.up_proj", "self_attn.k_proj", "self_attn.o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "line"),
+    [
+        ("mixtral", "w1", "'w1' is no linear layer of MixtralForCausalLM that can be adapted; it has k_proj, o_proj"),
+        ("mixtral", "gate", "'gate' is no linear layer of MixtralForCausalLM that can be adapted; it has"),
+        ("phi_moe", "router", "'router' is no linear layer of PhimoeForCausalLM that can be adapted; it has"),
+        ("qwen3_next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); it has"),
+    ],
+)
+def test_experts_and_routers_are_refused_in_one_line(tmp_path, family, target, line):
+    path = mixture(family, tmp_path / "model")
+    problems = check(config(f"model.lora={{target_modules: [q_proj, {target}]}}", f"model.path={path}"))
+    (said,) = [problem for problem in problems if problem.startswith("model.lora.target_modules: ")]
+    assert line in said and "\n" not in said
 
 
 def test_adapters_of_a_stage_are_on_top_of_the_stage_before(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from rlkd.config import (
     AlgorithmConfig,
@@ -57,7 +57,7 @@ def tiny_model(seed: int, tied: bool = True) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_model(model: LlamaForCausalLM, directory: Path) -> str:
+def save_model(model: PreTrainedModel, directory: Path) -> str:
     """With a tokenizer of one character a token."""
     words = {"<pad>": 0, "<eos>": EOS} | {chr(48 + i): i for i in range(2, VOCABULARY)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -68,7 +68,7 @@ def save_model(model: LlamaForCausalLM, directory: Path) -> str:
 
 
 def true_logprobs(
-    model: LlamaForCausalLM, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
+    model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
 ) -> Tensor:
     """[len(completion)] by a plain transformers forward."""
     ids = torch.tensor([[*prompt, *completion]])

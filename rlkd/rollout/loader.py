@@ -94,16 +94,16 @@ class RolloutLoader:
                 scorer.close()
         self.policy.close()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int, adapter: Mapping[str, Tensor] | None = None) -> None:
+    def publish(self, weights: Mapping[str, Tensor], version: int, served: Mapping[str, Tensor] | None = None) -> None:
         """Give the sampler, and a teacher that follows the student, the weights after `version` iterations.
 
         A collective.
 
         Args:
-            weights: full, unsharded, Hugging Face names; nothing where an adapter is published and no teacher follows.
-            adapter: what a sampler of adapters gets (`Config.publishes_adapter`).
+            weights: full, unsharded, names in memory; nothing where servers sample and no teacher follows.
+            served: what servers get (`weight_sync.publish`); None: the sampler in this process gets `weights`.
         """
-        self.policy.publish(weights if adapter is None else adapter, version)
+        self.policy.publish(weights if served is None else served, version)
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.publish(weights, version)
 

@@ -41,7 +41,9 @@ class Sampler(Protocol):
         ...
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take over `weights` (full, unsharded, Hugging Face names, the same on every rank) as version `version`.
+        """Take over `weights` (full, unsharded, the same on every rank) as version `version`.
+
+        Their names: those in memory for a sampler in this process, those of a checkpoint's files for a server.
 
         Raises: RunStopped when a server refuses them. One that does not answer is left out until it is back.
         """

@@ -141,6 +141,8 @@ class VLLMSampler:
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """See `Sampler.publish`. A server that is gone is out of service then, until a later publish or `recover`.
 
+        `weights`: under the names of a checkpoint's files (`Student.loader_weights`).
+
         Raises: RunStopped on every rank when a server refuses the weights.
         """
         self._version = version

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
@@ -20,8 +22,10 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 
 @dataclass
@@ -37,7 +41,7 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     """Sent with each update."""
 
     file: str
-    """Relative to the directory. Holds the whole model under its Hugging Face names."""
+    """Relative to the directory. Holds the whole model as a checkpoint would, under the names that vLLM loads."""
 
 
 class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
@@ -66,14 +70,42 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._directory = directory.resolve()
 
     def start_weight_update(self) -> None:
+        self._forget_packed_experts()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
+        """Raises: ValueError when the file lacks a part of the model, or holds a tensor that the model has no use for.
+
+        vLLM itself passes over both: what the file lacks stays as it was, and many models skip names that they do not
+        know, which comes to the same.
+        """
         model: Any = self.model
-        loaded: set[str] | None = model.load_weights(_tensors(self._path(update_info.file)))
+        file = update_info.file
+        with Unread() as unread:
+            loaded: set[str] | None = model.load_weights(unread.watch(_tensors(self._path(file))))
         if loaded is not None and not loaded >= self._names:
             missing = sorted(self._names - loaded)
-            raise ValueError(f"{update_info.file} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
+            raise ValueError(f"{file} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
+        if partly := self._partly_loaded():
+            raise ValueError(f"{file} lacks some of the experts' weights of {len(partly)} layers, e.g. {partly[0]}")
+        parallel = self.parallel_config
+        everywhere = parallel.pipeline_parallel_size == 1 and not parallel.enable_expert_parallel
+        if unread.names and everywhere:  # else another worker may have read them
+            known = sorted(unread.names)
+            raise ValueError(f"{file} holds {len(known)} weights that the model does not know, e.g. {known[0]}")
+
+    def _partly_loaded(self) -> list[str]:
+        """The names of the layers of fused experts that have got some of their numbers and not all.
+
+        One expert's weights are enough for vLLM to call the parameter of all loaded.
+        """
+        found = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, RoutedExperts):
+                info = get_layerwise_info(module)
+                if info.can_load() and info.load_numel < (info.load_numel_total or 0):
+                    found.append(name)
+        return found
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
@@ -81,6 +113,18 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
 
     def shutdown(self) -> None:
         self._directory = None
+
+    def _forget_packed_experts(self) -> None:
+        """Have fused experts laid out as when they were first loaded (CPU).
+
+        vLLM 0.32 packs them when it makes their kernel, and keeps the kernel in an update: what was just loaded is then
+        read as if it were packed, and every call answers 200.
+        """
+        if self.device.type != "cpu":
+            return
+        for module in self.model.modules():
+            if isinstance(module, RoutedExperts):
+                module.quant_method.moe_kernel = None
 
     def _refresh_tied_head(self) -> None:
         """Lay out the output layer anew from the weights just loaded (CPU).
@@ -105,6 +149,31 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         if not path.is_relative_to(self._directory) or not path.is_file():
             raise ValueError(f"{name!r} is not a file inside {self._directory}")
         return path
+
+
+class Unread(TorchDispatchMode):
+    """While active, notes which of the tensors that it hands out are never an operand of anything.
+
+    `load_weights` says which of the model's parameters were loaded, not which tensors of the file it had no use for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+        self._at: dict[int, str] = {}
+        """Address of the memory → the tensor that was handed out there last."""
+
+    def watch(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            self._at[tensor.untyped_storage().data_ptr()] = name
+            self.names.add(name)
+            yield name, tensor
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for operand in tree_leaves((args, kwargs)):
+            if isinstance(operand, torch.Tensor) and operand.device.type != "meta":
+                self.names.discard(self._at.get(operand.untyped_storage().data_ptr(), ""))
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -40,9 +40,14 @@ class Publish(IterationCallback):
         started = time.perf_counter()
         # Every rank gathers, and every rank's sampler takes part.
         student, loader = module.model, self.loader
-        adapter = student.adapter_weights() if loader.config.publishes_adapter else None
-        weights = student.full_weights() if adapter is None or loader.teacher_follows else {}
-        loader.publish(weights, version, adapter)
+        config = loader.config
+        weights = {} if config.publishes_adapter and not loader.teacher_follows else student.full_weights()
+        served = None
+        if config.publishes_adapter:
+            served = student.adapter_weights()
+        elif config.rollout.backend == "vllm":
+            served = student.loader_weights(weights)
+        loader.publish(weights, version, served)
         distributed.barrier()
         module.row["time/publish"] = time.perf_counter() - started
 
