@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -151,8 +152,10 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         # Else the root would cast log-probs and advantages of the batch to bf16 on the way in.
         cast_forward_inputs=False,
     )
+    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
     for module in blocks(hf):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        if all(uses[parameter] == 1 for parameter in module.parameters()):  # Zamba's blocks share: the root has those
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     return student
 

@@ -1,8 +1,13 @@
 """Tiny random models of the decoder families of transformers, written to folders as real ones are."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from rlkd.tiny import resolve
 
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 97
@@ -51,14 +56,23 @@ _EXCEPTIONS: dict[str, dict] = {
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48}},
     "diffllama": {"attention_dropout": 0.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "falcon_h1": {
+        "lm_head_multiplier": 0.4,
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+    },
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "gptj": {"rotary_dim": 4},
+    "granite": {"logits_scaling": 4.0},
     "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "hyperclovax": {"logits_scaling": 0.3},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8},
     "kimi_linear": {"layer_types": _HYBRID, "num_experts_per_token": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 16},
@@ -98,7 +112,7 @@ def _shrunk(config, dropout: float) -> dict:
 
 
 def write(family: str, folder, dropout: float = 0.0) -> None:
-    """Write a tiny random model of `family`, with `dropout`.
+    """Write a tiny random model of `family`, with `dropout`, and the built-in student's tokenizer.
 
     Weights are spread wider than at the start of a training, so that a wrong mask, position or scale shows.
 
@@ -117,3 +131,5 @@ def write(family: str, folder, dropout: float = 0.0) -> None:
             else:
                 parameter += 0.1 * torch.randn_like(parameter)
     hf.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(Path(resolve("builtin:student"), file), folder)
