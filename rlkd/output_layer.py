@@ -10,6 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma, RecurrentGemma, xLSTM
+_SCALES = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}
+
+
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     """(scale, soft cap) that the architecture applies to its raw logits; (1, None) for most.
 
@@ -17,12 +21,14 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     """
     text = config.get_text_config()
     known = text.to_dict()
-    softcap = known.get("final_logit_softcapping")
+    softcap = next((known[key] for key in _SOFTCAPS if known.get(key) is not None), None)
     scale = 1.0
     if known.get("logit_scale") is not None:  # Cohere
         scale = float(known["logit_scale"])
     elif known.get("logits_scaling") is not None and text.model_type.startswith("granite"):
         scale = 1.0 / float(known["logits_scaling"])
+    elif text.model_type in _SCALES:
+        scale = float(known[_SCALES[text.model_type]])
     elif any(known.get(key) is not None for key in ("logits_scaling", "lm_head_multiplier", "output_multiplier")):
         raise ValueError(f"model.path: the logits of {text.model_type} are scaled in a way that rlkd does not know")
     return scale, softcap

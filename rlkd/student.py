@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlkd import distributed, lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
+from rlkd.distributed import RunStopped
 from rlkd.losses import token_ratios
+from rlkd.output_check import check_output
 from rlkd.output_layer import OutputLayer
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
@@ -110,10 +114,31 @@ def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model at `path` (folder, hub id, builtin:…) in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        resolve(path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+    """The model at `path` (folder, hub id, builtin:…) in evaluation mode, without dropout even in training mode.
+
+    Raises: RunStopped, one line, for a model whose log-probs rlkd would compute wrongly.
+    """
+    folder = resolve(path)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    _without_dropout(config)
+    hf: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
     )
+    check_output(hf, path)
+    return hf
+
+
+def _without_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout rate of `config` to 0, those of the configs in it too.
+
+    Evaluation mode is not enough: gradient checkpointing wants the blocks in training mode, and some families (OPT,
+    Falcon, Bloom) call functional dropout in the block itself.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            _without_dropout(value)
+        elif "drop" in name and type(value) in (int, float):  # not bool: that is a switch of something else
+            setattr(config, name, type(value)(0))
 
 
 def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, seed: int) -> Student:
@@ -130,8 +155,12 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
             print(f"model.lora: no linear layers, so without adapters and frozen: {', '.join(frozen)}", flush=True)
         lora.inject(hf, model.lora, seed)
-    hf.eval()  # no dropout of any kind: the trained distribution must be the sampled one
+    hf.eval()  # the trained distribution must be the sampled one
     if model.gradient_checkpointing:
+        if not hf.supports_gradient_checkpointing:
+            raise RunStopped(
+                f"model.gradient_checkpointing: is true, but {type(hf).__name__} of transformers cannot; set it to false"
+            )
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode
             module.training = True
@@ -142,13 +171,25 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         # Else the root would cast log-probs and advantages of the batch to bf16 on the way in.
         cast_forward_inputs=False,
     )
+    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
     for module in blocks(hf):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
+        if all(uses[parameter] == 1 for parameter in module.parameters()):  # Zamba's blocks share: the root has those
+            fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     return student
 
 
 def blocks(hf: PreTrainedModel) -> list[nn.Module]:
-    """The repeated layers of the model, by the class names that it declares as not to be split."""
+    """The repeated layers of the model, none inside another: the classes that it declares as not to be split, or, where
+    it declares none, the layers that transformers can checkpoint."""
     names = set(hf._no_split_modules or ())
-    return [module for module in hf.modules() if type(module).__name__ in names]
+    declared = _outermost(hf, lambda module: type(module).__name__ in names)
+    return declared or _outermost(hf, lambda module: isinstance(module, GradientCheckpointingLayer))
+
+
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules under `module` that are `wanted`, each once, without what is inside of one."""
+    found: dict[nn.Module, None] = {}  # ordered
+    for child in module.children():
+        found |= dict.fromkeys([child] if wanted(child) else _outermost(child, wanted))
+    return list(found)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
 
+from rlkd.data.chat import load_tokenizer
 from rlkd.tiny import resolve
 from rlkd.types import Prompt, Rollout
 
@@ -70,12 +74,28 @@ class Sampler(Protocol):
 
 
 def end_ids(path: str) -> tuple[int, ...]:
-    """The token ids that end a completion, from the generation config of the model at `path`.
+    """The token ids that end a completion: `eos_token_id` of the first that has one of the model's generation_config.json
+    (which may be missing), its config.json, and its tokenizer.
 
-    Raises: ValueError when it names none: completions would never stop.
+    Raises: ValueError, one line, when none has one, or it names no token of the vocabulary: completions would never
+        stop.
     """
-    generation = GenerationConfig.from_pretrained(resolve(path))
-    ids = generation.eos_token_id
-    if ids is None:
-        raise ValueError(f"{path} has no eos_token_id in its generation_config.json; add one")
-    return tuple(ids) if isinstance(ids, list) else (int(ids),)
+    folder = resolve(path)
+    config, _ = PreTrainedConfig.get_config_dict(folder)
+    text = config.get("text_config") or {}
+    file = cached_file(folder, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    generation = {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+    found = [(GENERATION_CONFIG_NAME, generation), (CONFIG_NAME, config), (CONFIG_NAME, text)]
+    where, value = next(
+        ((name, keys["eos_token_id"]) for name, keys in found if keys.get("eos_token_id") is not None), (None, None)
+    )
+    if where is None:
+        where, value = "its tokenizer", load_tokenizer(path).eos_token_id
+    ids = value if isinstance(value, list) else [value]
+    vocabulary = config.get("vocab_size") or text.get("vocab_size")
+    if not ids or not all(type(i) is int and 0 <= i < (vocabulary or i + 1) for i in ids):
+        raise ValueError(
+            f"{path}: eos_token_id of {where} is {value}, wants the tokens that end a completion, else none ever stops"
+            f"{f' (ids below {vocabulary})' if vocabulary else ''}; give them in {GENERATION_CONFIG_NAME}"
+        )
+    return tuple(ids)

@@ -52,7 +52,8 @@ def server_command(
     command += ["--max-model-len", str(config.max_model_len or role.max_model_len)]
     command += ["--generation-config", "vllm"]  # a model's own top-p or top-k must not slip into a request
     if on_cpu:
-        command += ["--enforce-eager"]
+        # In bytes: vLLM's own variable, VLLM_CPU_KVCACHE_SPACE, knows whole GiB only, and wins where it is set.
+        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(round(config.kv_cache_gb * 2**30))]
     else:
         command += ["--gpu-memory-utilization", str(config.memory)]
     if tensor_parallel > 1:
@@ -83,7 +84,7 @@ def server_environment(
     if os.path.isdir(role.model):
         variables["HF_HUB_OFFLINE"] = "1"
     if not torch.cuda.is_available():
-        variables["VLLM_CPU_KVCACHE_SPACE"] = f"{config.kv_cache_gb:g}"
+        variables.pop("VLLM_CPU_KVCACHE_SPACE", None)
         if cores is not None:
             variables["VLLM_CPU_OMP_THREADS_BIND"] = cores
     return variables | dict(role.environment)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rlkd.distributed import local_device
 from rlkd.output_layer import OutputLayer
 from rlkd.policy_head import CHUNK_LOGITS, token_logprobs
-from rlkd.rollout.hf import decode, uniform
+from rlkd.rollout.hf import check_decode, decode, uniform
 from rlkd.rollout.sampler import Sampling, end_ids
 from rlkd.student import load_causal_lm
 from rlkd.teachers.teacher import Question, check_scorable
@@ -53,6 +53,7 @@ class LocalScorer:
         self.attention = attention
         self.trust_remote_code = trust_remote_code
         self._hf: PreTrainedModel | None = None
+        self._writes = False  # whether it is known that it can; one that only scores need not
 
     def start(self) -> None:
         pass
@@ -98,6 +99,9 @@ class LocalScorer:
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
         ends = end_ids(self.path)
+        if not self._writes:
+            check_decode(self.hf, self.path)
+            self._writes = True
         completions: list[Completion] = []
         longest = max((len(q.prompt) for q in questions), default=1) + sampling.max_tokens
         rows = max(1, self.batch_tokens // longest)
