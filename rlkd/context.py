@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import DataConfig, Section
-from rlkd.data.chat import encode_prompt, filled
+from rlkd.data.chat import filled, read_as_configured
 from rlkd.types import Prompt
 
 
@@ -81,12 +81,5 @@ def privileged_prompt(
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
     told = {"prompt": messages[asked]["content"] or "", "context": "".join(parts)}
     messages[asked] = {**messages[asked], "content": filled(template, told)}
-    return encode_prompt(
-        tokenizer,
-        messages if data.chat_template else messages[asked]["content"],
-        None,
-        data.chat_template,
-        variables=prompt.variables,
-        continue_final=data.continue_final_message,
-        spelled_tokens=data.special_tokens == "tokens",
-    )[1]
+    shown = messages if data.chat_template else messages[asked]["content"]
+    return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids

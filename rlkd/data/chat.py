@@ -11,6 +11,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlkd.config import DataConfig
 from rlkd.data import control
 
 Messages = tuple[Mapping[str, Any], ...]
@@ -123,6 +124,25 @@ def read_prompt(
         ids = _plain(tokenizer, text)
     return Reading(
         messages=messages, token_ids=ids, text=text, shown=shown, variables=told, chat_template=chat_template
+    )
+
+
+def read_as_configured(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    system: str | None = None,
+) -> Reading:
+    """`read_prompt` as the section `data` says. `variables`: data.template_variables, and the prompt's tools."""
+    return read_prompt(
+        tokenizer,
+        prompt,
+        system,
+        data.chat_template,
+        variables=variables,
+        continue_final=data.continue_final_message,
+        spelled_tokens=data.special_tokens == "tokens",
     )
 
 

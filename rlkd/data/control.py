@@ -1,6 +1,6 @@
 """Text that spells a control token, such as <|im_end|>, stays text.
 
-Control tokens are those that the tokenizer marks as special. A chat template writes them as text too, so a rendered
+Control tokens are those that the tokenizer takes for special. A chat template writes them as text too, so a rendered
 conversation no longer shows who wrote them. Therefore `marked` replaces, before rendering, the first character of every
 place in the data's text that spells one, and `encode` puts it back: what is spelled without a mark is the template's.
 Text that spells none is not changed at all, and is encoded as the tokenizer always does.
@@ -8,14 +8,14 @@ Text that spells none is not changed at all, and is encoded as the tokenizer alw
 
 from __future__ import annotations
 
-import copy
 import functools
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Two of Unicode's noncharacters: no text has them by rights, and trimming, changing case and dumping as JSON keep them.
@@ -60,11 +60,13 @@ class _Special:
 def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> _Special:
     """`size`: of the vocabulary, so that a tokenizer that has got more tokens is looked at anew."""
     added = tokenizer.added_tokens_decoder
-    ids = {token.content: index for index, token in added.items() if token.special and token.content}
+    named = set(tokenizer.all_special_tokens)
+    ids = {t.content: index for index, t in added.items() if t.content and (t.special or t.content in named)}
     clear = [
         name
         for name, index in ids.items()
-        if index not in tokenizer.encode(name, add_special_tokens=False, split_special_tokens=True)
+        if not added[index].special
+        or index not in tokenizer.encode(name, add_special_tokens=False, split_special_tokens=True)
     ]
     names = sorted((token.content for token in added.values() if token.content), key=len, reverse=True)
     return _Special(
@@ -77,22 +79,21 @@ def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> _Special:
 
 @functools.lru_cache(maxsize=8)
 def _reader(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-    """A copy that takes special tokens for text, and knows each of them by a stand-in.
+    """A copy of the tokenizer that knows each special token by a stand-in alone.
 
-    Returns: the copy, special token → its stand-in, the stand-in's id → the special token's.
+    Returns: the copy, special token → its stand-in, the copy's id of an added token → the tokenizer's.
     """
-    reader = copy.deepcopy(tokenizer.backend_tokenizer)
-    reader.no_truncation()
-    reader.no_padding()
-    stand_ins, back = {}, {}
-    for index, token in tokenizer.added_tokens_decoder.items():
-        if token.special and token.content:
-            name = f"{_STAND_IN}{index}{_STAND_IN}"
-            flags = {key: getattr(token, key) for key in ("single_word", "lstrip", "rstrip", "normalized")}
-            reader.add_tokens([AddedToken(name, special=False, **flags)])
-            stand_ins[token.content] = name
-            back[reader.token_to_id(name)] = index
-    reader.encode_special_tokens = True
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described |= {"post_processor": None, "truncation": None, "padding": None}
+    stand_ins = {name: f"{_STAND_IN}{index}{_STAND_IN}" for name, index in _special(tokenizer, size).ids.items()}
+    for token in described["added_tokens"]:
+        token["content"] = stand_ins.get(token["content"], token["content"])
+    reader = Tokenizer.from_str(json.dumps(described))
+    back = {}
+    for index, added in tokenizer.added_tokens_decoder.items():
+        there = reader.token_to_id(stand_ins.get(added.content, added.content))
+        assert there is not None, f"{added.content!r} is lost in the copy"
+        back[there] = index
     return reader, stand_ins, back
 
 

@@ -22,21 +22,26 @@ class Faults:
     def __init__(self, path: str) -> None:
         self._path = path
         self._rows = 0
-        self._counts: Counter[str | None] = Counter()
-        self._kept: dict[str | None, list[tuple[int, str]]] = {}
+        self._reached: Counter[str] = Counter()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._kept: dict[tuple[str, str], list[tuple[int, str]]] = {}
 
     def next_row(self) -> None:
         """Another row begins: what is added from now on is about it."""
         self._rows += 1
 
-    def add(self, line: str, setting: str | None = None) -> None:
+    def reached(self, step: str) -> None:
+        """The present row has come to a step of reading, in which a setting may be at fault rather than the row."""
+        self._reached[step] += 1
+
+    def add(self, line: str, step: str = "", setting: str = "") -> None:
         """One fault of the present row.
 
-        `setting`: what else than the row may be at fault, such as the key of a missing column. A fault with the same
-        `setting` in every row of the data is said once.
+        `setting`: what may be at fault in the row's stead in a `step`, such as the key of a missing column. What every
+        row that reached the step has is said once.
         """
-        self._counts[setting] += 1
-        kept = self._kept.setdefault(setting, [])
+        self._counts[step, setting] += 1
+        kept = self._kept.setdefault((step, setting), [])
         if len(kept) < SHOWN:
             kept.append((self._rows, line))
 
@@ -44,10 +49,11 @@ class Faults:
         """One line a fault, at most SHOWN, and one that counts the others; empty: there is none."""
         found: list[tuple[int, str]] = []
         total = 0
-        for setting, kept in self._kept.items():
-            once = setting is not None and self._counts[setting] == self._rows
+        for (step, setting), kept in self._kept.items():
+            count = self._counts[step, setting]
+            once = bool(step) and count == self._reached[step]
             found += kept[:1] if once else kept
-            total += 1 if once else self._counts[setting]
+            total += 1 if once else count
         shown = [line for _, line in sorted(found, key=lambda fault: fault[0])[:SHOWN]]
         return shown + ([f"{self._path}: and {total - len(shown)} more"] if total > len(shown) else [])
 

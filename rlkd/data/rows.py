@@ -43,10 +43,10 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is wrong with a row; `setting`, where a key of the configuration may be what is wrong."""
+    """What is wrong with a row; `setting`: the key of the configuration that may be wrong instead."""
 
     line: str
-    setting: str | None = None
+    setting: str = ""
 
 
 class _Missing(ValueError):
@@ -83,8 +83,8 @@ def read(data: DataConfig, columns: Mapping[str, Any], where: str, number: int, 
     if faults:
         return faults
     assert prompt is not None
-    name = texts.pop("id")
-    return Row(where=where, id=str(number) if name is None else name, prompt=prompt, tools=tools, meta=meta, **texts)
+    named = texts.pop("id")
+    return Row(where=where, id=str(number) if named is None else named, prompt=prompt, tools=tools, meta=meta, **texts)
 
 
 def column(columns: Mapping[str, Any], name: str, key: str) -> Any:
@@ -151,7 +151,7 @@ def _message(keys: MessageKeys, message: Any, what: str) -> Mapping[str, Any]:
             f"data.messages.roles, e.g. {{human: user, gpt: assistant}}"
         )
     others = {n: v for n, v in message.items() if n not in (keys.role, keys.content) and v is not None}
-    return {"role": mapped, "content": content, **others}
+    return {**others, "role": mapped, "content": content}
 
 
 def _tools(value: Any, what: str, nulls: bool) -> tuple[Mapping[str, Any], ...] | None:

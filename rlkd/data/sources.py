@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from typing import Any, cast, overload
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import DataConfig
-from rlkd.data import control, rows
-from rlkd.data.chat import Reading, encode_completion, mentions, read_prompt
+from rlkd.data import rows
+from rlkd.data.chat import Reading, encode_completion, read_as_configured
 from rlkd.data.faults import DataError, Faults
 from rlkd.data.jsonl import read_jsonl
+from rlkd.data.notes import Notes
 from rlkd.data.rows import LEAVE_OUT, Row
 from rlkd.types import Prompt
 
@@ -75,15 +75,16 @@ def load_source(
     """
     path = data.path if path is None else path
     faults, prompts, skipped, digest = Faults(path), [], 0, _Digest()
-    notes = _Notes(data, tokenizer)
+    notes = Notes(data, tokenizer)
     if not ends and tokenizer.eos_token_id is not None:
         ends = (int(tokenizer.eos_token_id),)
     for row in _rows(data, path, faults):
         digest.add(row)
+        faults.reached("tokenizer")
         try:
             prompt = _encoded(data, tokenizer, row, ends)
         except _Refused as error:
-            faults.add(f"{row.where}: {error}", setting=str(error))
+            faults.add(f"{row.where}: {error}", "tokenizer", str(error))
             continue
         except ValueError as error:
             faults.add(f"{row.where}: {error}")
@@ -91,7 +92,7 @@ def load_source(
         if prompt is None:
             skipped += 1
         else:
-            notes.look(row)
+            notes.look(row, prompt)
             prompts.append(prompt)
     faults.check()
     if not prompts:
@@ -115,15 +116,7 @@ def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, end
     """The row as the student reads it; None where it is to be skipped. Raises: ValueError, one line."""
     variables = dict(data.template_variables) | ({} if row.tools is None else {"tools": list(row.tools)})
     try:
-        reading = read_prompt(
-            tokenizer,
-            row.prompt,
-            data.system,
-            data.chat_template,
-            variables=variables,
-            continue_final=data.continue_final_message,
-            spelled_tokens=data.special_tokens == "tokens",
-        )
+        reading = read_as_configured(data, tokenizer, row.prompt, variables, data.system)
     except ValueError as error:
         raise _Refused(str(error)) from error
     count = len(reading.token_ids)
@@ -175,48 +168,6 @@ def _completion(
     return token_ids
 
 
-class _Notes:
-    """Counts what is no fault, but should be known."""
-
-    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._data, self._tokenizer = data, tokenizer
-        self._counts: Counter[str] = Counter()
-        self._examples: dict[str, str] = {}
-
-    def look(self, row: Row) -> None:
-        texts = [row.prompt, row.tools]
-        for kind, token in zip(("spelled", "ambiguous"), control.spelled(self._tokenizer, texts), strict=True):
-            if token is not None:
-                self._counts[kind] += 1
-                self._examples.setdefault(kind, token)
-        fields = {name for m in row.prompt for name in m} if not isinstance(row.prompt, str) else set()
-        self._counts.update(f"field {name}" for name in fields - {"role", "content"})
-        self._counts["tools"] += row.tools is not None
-
-    def lines(self, total: int) -> list[str]:
-        lines = []
-        if self._counts["spelled"]:
-            read = "text" if self._data.special_tokens == "text" else "that token"
-            lines.append(
-                f"{self._counts['spelled']} of {total} prompts spell a special token of the tokenizer, such as "
-                f"{self._examples['spelled']!r}, which is read as {read} (data.special_tokens)"
-            )
-        if self._counts["ambiguous"]:
-            lines.append(
-                f"{self._counts['ambiguous']} of {total} prompts hold {self._examples['ambiguous']!r}, a special token "
-                "that the tokenizer cannot tell from text: it is read as the token"
-            )
-        unread = {kind.removeprefix("field "): n for kind, n in self._counts.items() if kind.startswith("field ")}
-        for name, count in sorted(unread.items()):
-            if not self._data.chat_template or not mentions(self._tokenizer, name, tools=bool(self._counts["tools"])):
-                lines.append(
-                    f"{count} of {total} prompts have messages with {name!r}, which the chat template never reads"
-                )
-        if self._counts["tools"] and not (self._data.chat_template and mentions(self._tokenizer, "tools", tools=True)):
-            lines.append(f"{self._counts['tools']} of {total} prompts have tools, which the chat template never reads")
-        return lines
-
-
 class _Digest:
     """Makes an `Identity` row by row."""
 
@@ -266,10 +217,11 @@ def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
                 faults.add(f"{where}: {columns}")
                 continue
             nulls = not path.startswith("builtin:") and not path.endswith(".jsonl")
+            faults.reached("columns")
             row = rows.read(data, columns, where, number, nulls)
             if isinstance(row, list):
                 for fault in row:
-                    faults.add(fault.line, fault.setting)
+                    faults.add(fault.line, "columns" if fault.setting else "", fault.setting)
             elif row.id in seen:
                 faults.add(f"{where}: id {row.id[:80]!r} was already used at {seen[row.id]}; ids must be unique")
             else:
