@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from rlkd.config import Section
-from rlkd.data.chat import encode_prompt, filled
+from rlkd.config import DataConfig, Section
+from rlkd.data.chat import filled, read_as_configured
 from rlkd.types import Prompt
 
 
@@ -76,10 +76,15 @@ class ContextConfig(Section):
 
 
 def privileged_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str, parts: Sequence[str], chat_template: bool
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str, parts: Sequence[str], data: DataConfig
 ) -> tuple[int, ...]:
-    """Token ids of `prompt` with its last message put into `template`, beside the `parts`."""
-    *before, last = prompt.messages
-    content = filled(template, {"prompt": last["content"], "context": "".join(parts)})
-    shown = [*before, {"role": last["role"], "content": content}] if chat_template else content
-    return encode_prompt(tokenizer, shown, None, chat_template)[1]
+    """Token ids of `prompt` with what the user said last put into `template`, beside the `parts`.
+
+    All else stays: tools, what tools returned since, and an answer that the student goes on with.
+    """
+    messages = list(prompt.messages)
+    asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+    told = {"prompt": messages[asked]["content"] or "", "context": "".join(parts)}
+    messages[asked] = {**messages[asked], "content": filled(template, told)}
+    shown = messages if data.chat_template else messages[asked]["content"]
+    return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids

@@ -39,7 +39,13 @@ def heldout(config: Config) -> DataConfig | None:
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The first `eval.prompts` held-out prompts; none when the run has no held-out data."""
     data = heldout(config)
-    return [] if data is None else list(load_source(data, tokenizer))
+    if data is None:
+        return []
+    source = load_source(data, tokenizer)
+    if distributed.rank() == 0:
+        for note in source.notes:
+            print(f"eval: {note}", file=sys.stderr, flush=True)
+    return list(source)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

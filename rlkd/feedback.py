@@ -11,11 +11,15 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import Section
-from rlkd.data.chat import decode, encode_prompt, filled
+from rlkd.data.chat import decode, encode_after, encode_prompt, filled
+from rlkd.data.control import spelled
 from rlkd.types import Author, Completion, Prompt, Rollout, Segment
 
 Failure = Literal["format", "budget"]
 """Why a teacher's answer is not appended: another form than wanted, or too long."""
+
+_NEIGHBOURHOOD = 64
+"""Characters of a response that decide how what follows is encoded; all of a long one would cost time."""
 
 SYSTEM = r"""You are a teacher who shows a student how to reflect. You get a question and the student's response. Go on
 as if you were the student, who now looks back at the response, and keep to this form:
@@ -139,7 +143,7 @@ class Feedback:
 
 def question_text(prompt: Prompt) -> str:
     """What the student was asked: its messages without a system message."""
-    return "\n\n".join(m["content"] for m in prompt.messages if m["role"] != "system")
+    return "\n\n".join(m["content"] for m in prompt.messages if m["role"] != "system" and m["content"])
 
 
 def _asked(options: FeedbackConfig, question: str, response: str) -> str:
@@ -169,7 +173,8 @@ def question_ids(options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, ro
     response = decode(tokenizer, rollout.token_ids)
     messages = chat(options, question_text(rollout.prompt), response)
     if options.chat_template:
-        return encode_prompt(tokenizer, messages)[1]
+        variables = {name: value for name, value in rollout.prompt.variables.items() if name != "tools"}
+        return encode_prompt(tokenizer, messages, variables=variables)[1]
     return encode_prompt(tokenizer, messages[0]["content"], chat_template=False)[1]
 
 
@@ -180,14 +185,19 @@ def answered(
     found = parse(options.pattern, decode(tokenizer, answer.token_ids))
     if answer.finish_reason != "stop" or found is None:
         return "format"
-    glue, reason, phrase = (
-        list(tokenizer.encode(text, add_special_tokens=False)) for text in (options.glue, found.reason, found.phrase)
-    )
-    if set(reason + phrase) & set(tokenizer.all_special_ids):  # a text that spells an end of sequence ends nothing
+    if spelled(tokenizer, [found.reason, found.phrase])[0]:  # a text that spells an end of sequence ends nothing
         return "format"
-    if len(rollout.token_ids) + 2 * len(glue) + len(reason) + len(phrase) > budget:
+    said = decode(tokenizer, rollout.token_ids)
+    texts: list[tuple[Author, str]] = [
+        ("glue", options.glue),
+        ("teacher", found.reason),
+        ("glue", options.glue),
+        ("teacher", found.phrase),
+    ]
+    ids = encode_after(tokenizer, said[-_NEIGHBOURHOOD:], [text for _, text in texts])
+    if len(rollout.token_ids) + sum(map(len, ids)) > budget:
         return "budget"
-    return append(rollout, [("glue", glue), ("teacher", reason), ("glue", glue), ("teacher", phrase)])
+    return append(rollout, [(author, part) for (author, _), part in zip(texts, ids, strict=True)])
 
 
 def append(rollout: Rollout, parts: Sequence[tuple[Author, Sequence[int]]]) -> Rollout:

@@ -17,7 +17,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlkd import lora
 from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
-from rlkd.data.chat import first_difference, load_tokenizer
+from rlkd.data.chat import first_difference, load_tokenizer, mentions
+from rlkd.data.faults import DataError
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.evaluate import heldout
@@ -200,14 +201,22 @@ def _positions(model: Any) -> int | None:
 
 
 def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    problems = []
+    problems = _template(config, tokenizer)
     sources: list[tuple[str, DataConfig]] = [("data.path", config.data)]
     held_out = heldout(config)
     if held_out is not None and config.eval.every > 0:
         sources.append(("eval.path", held_out))
+    try:
+        ends = end_ids(config.model.path)
+    except (ValueError, OSError):
+        ends = ()  # said by _generation
     for key, source in sources:
         try:
-            prompts = load_source(source, tokenizer)
+            prompts = load_source(source, tokenizer, ends=ends)
+        except DataError as error:
+            problems += [f"{key}: {line}" for line in error.lines]
+            continue
+        try:
             if key == "data.path":
                 blocks = config.algorithm.sampling_rounds
                 PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # enough of them?
@@ -231,6 +240,23 @@ def _check_embedded(prompts: Sequence[Prompt], vocabulary: int, tokenizer: PreTr
             f"embeddings for {vocabulary} tokens only; resize its embeddings, or take the tokenizer that belongs to it "
             f"({len(beyond)} prompts have such tokens)"
         )
+
+
+def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The chat template must have the variables that the config gives it."""
+    names = config.data.template_variables
+    if not names:
+        return []
+    if not config.data.chat_template:
+        return ["data.template_variables: has values, but data.chat_template is false; drop one of the two"]
+    if tokenizer.chat_template is None:
+        return []  # said by load_source
+    return [
+        f"data.template_variables: has {name}, which the chat template of {config.model.path} never reads; correct or "
+        "remove it"
+        for name in names
+        if not mentions(tokenizer, name, tools=config.data.tools_column is not None)
+    ]
 
 
 def _servers(config: Config) -> list[str]:

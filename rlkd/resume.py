@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlkd.config import Config, Section
+
+if TYPE_CHECKING:
+    from rlkd.data.sources import Identity
 
 NAME = re.compile(r"iteration-(\d{6,})")
 FILE = "config.json"
 """In a checkpoint's folder: the configuration that it was trained under."""
+DATA_FILE = "data.json"
+"""Beside it: how many rows of data it was trained on, and their digest. Older checkpoints have none."""
 EXPORT_RECORD = "rlkd.json"
 """In `<run>/hf`: what transformers does not ask for."""
 
@@ -56,8 +62,15 @@ def save_config(config: Config, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1), encoding="utf-8")
 
 
+def save_data(data: Identity, folder: Path) -> None:
+    """Keep in a checkpoint's folder what the data is that the run reads."""
+    (folder / DATA_FILE).write_text(json.dumps(asdict(data)), encoding="utf-8")
+
+
 def changes(config: Config) -> list[str]:
     """What stands in the way of resuming, one line a key; empty: nothing, or there is no checkpoint yet.
+
+    Data that is another under the same `data.path` counts as a change of this key.
 
     A run that goes on under another learning rate, say, is no longer the run that its directory and its plots say it
     is: such a key must be named in `run.accept_changes`. A key that the checkpoint does not know is a newer one: it is
@@ -72,18 +85,48 @@ def changes(config: Config) -> list[str]:
         return [f"run.resume: {checkpoint} has no readable {FILE}: {error}; choose another checkpoint"]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
     unsaid = tuple(_unsaid(config))
-    accepted = tuple(config.run.accept_changes)
-    lines = []
+    lines, changed = [], []
     for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key, "absent"), now.get(key, "absent")
-        named = key in accepted or key.startswith(tuple(f"{name}." for name in accepted))
         newer = key not in before and (key in unsaid or key.startswith(tuple(f"{name}." for name in unsaid)))
-        if old != new and not newer and not named and not FREE.fullmatch(key):
+        if newer or before.get(key, _ABSENT) == now.get(key, _ABSENT):
+            continue
+        changed.append(key)
+        if not _accepted(config, key) and not FREE.fullmatch(key):
             lines.append(
-                f"{key}: is {new}, but {checkpoint.name} was trained with {old}; put it back, or accept it by "
-                f"run.accept_changes=[{key}]"
+                f"{key}: is {now.get(key, 'absent')}, but {checkpoint.name} was trained with "
+                f"{before.get(key, 'absent')}; put it back, or accept it by run.accept_changes=[{key}]"
             )
+    if not any(key.startswith("data.") for key in changed) and not _accepted(config, "data.path"):
+        lines += _changed_data(config, checkpoint)
     return lines
+
+
+_ABSENT = object()
+
+
+def _accepted(config: Config, key: str) -> bool:
+    """Whether `run.accept_changes` names a key, or the section that it is in."""
+    return any(key == name or key.startswith(f"{name}.") for name in config.run.accept_changes)
+
+
+def _changed_data(config: Config, checkpoint: Path) -> list[str]:
+    """One line where the data is no longer what it was, though the configuration of it is the same."""
+    from rlkd.data.sources import identity  # transformers, which takes seconds
+
+    try:
+        saved = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        return [f"run.resume: {checkpoint} has no readable {DATA_FILE}: {error}; choose another checkpoint"]
+    found = asdict(identity(config.data))
+    if found == saved:
+        return []
+    old, new = (f"{data['rows']} rows (SHA-256 {data['digest'][:12]}…)" for data in (saved, found))
+    return [
+        f"data.path: {config.data.path} now holds {new}, but {checkpoint.name} was trained on {old}; put the data "
+        "back, or accept it by run.accept_changes=[data.path]"
+    ]
 
 
 def _unsaid(section: Section, place: Any = None, above: str = "") -> Iterator[str]:

@@ -40,9 +40,12 @@ class Prompt:
 
     id: str
     """Stable name; sampling noise is a function of it."""
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, Any], ...]
+    """Each with `role`, `content` (null beside tool calls), and what else the data gives it."""
     token_ids: tuple[int, ...]
     """The prompt as the student reads it, chat template applied."""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template gets beside the messages: `tools`, and data.template_variables."""
     answer: str | None = None
     """What rewards compare with."""
     privileged: str | None = None

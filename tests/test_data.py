@@ -77,8 +77,9 @@ def test_template_ids_have_one_bos_and_end_with_the_generation_prompt(tokenizer)
 @pytest.mark.parametrize("text", ["hi", "<s>hi"])
 @pytest.mark.parametrize("ends", ["", "</s>"])
 def test_plain_text_has_one_bos_and_no_end_of_sequence(text, ends):
+    """`<s>hi`: as data that was rendered beforehand has it (data.special_tokens: tokens)."""
     tokenizer = make_tokenizer(template=None, ends=ends)
-    messages, ids = encode_prompt(tokenizer, text, chat_template=False)
+    messages, ids = encode_prompt(tokenizer, text, chat_template=False, spelled_tokens=True)
     assert ids == (1, *tokenizer.convert_tokens_to_ids(["h", "i"]))
     assert messages == ({"role": "user", "content": text},)
 
@@ -168,7 +169,7 @@ GOOD = {"prompt": "p", "answer": "a", "id": "same"}
             {},
             r"data.jsonl:2: column 1: is a JSON list, wants one object with columns, such as .*; mend or",
         ),
-        ([{"question": "p", "gold": "a"}], {}, r":1: no column 'prompt' \(data.prompt_column\); it has: question"),
+        ([{"question": "p", "answer": "a"}], {}, r":1: no column 'prompt' \(data.prompt_column\); it has: question"),
         ([{"prompt": "p", "gold": "a"}], {}, r"no column 'answer' \(data.answer_column\); it has: prompt, gold"),
         ([GOOD], {"privileged_column": "solution"}, r"no column 'solution' \(data.privileged_column\)"),
         ([GOOD, {**GOOD, "answer": None}], {}, r"data.jsonl:2: column 'answer' .* is null, wants a text"),
@@ -179,7 +180,11 @@ GOOD = {"prompt": "p", "answer": "a", "id": "same"}
         ([{**GOOD, "prompt": []}], {}, r"column 'prompt' .* is empty"),
         ([{**GOOD, "prompt": [{"role": "user"}]}], {}, r"a text 'role' and a text 'content'"),
         ([{**GOOD, "prompt": [{"role": "user", "content": " "}]}], {}, r"every message is empty, wants a text in one"),
-        ([{"a\nb" * 99: 1}], {}, r"no column 'prompt' \(data.prompt_column\); it has: a ba b.{180,220}…$"),
+        (
+            [{"a\nb" * 99: 1}],
+            {"answer_column": None},
+            r"no column 'prompt' \(data.prompt_column\); it has: a ba b.{180,220}…$",
+        ),
         ([GOOD, GOOD], {"id_column": "id"}, r"data.jsonl:2: id 'same' was already used at .*data.jsonl:1"),
         ([], {}, r"the data set is empty"),
     ],

@@ -6,8 +6,12 @@ import json
 import pytest
 from builders import config
 
+from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config
-from rlkd.resume import FILE, FREE, changes, save_config
+from rlkd.data.chat import load_tokenizer
+from rlkd.data.sources import load_source
+from rlkd.resume import FILE, FREE, changes, save_config, save_data
+from rlkd.rollout.loader import RolloutLoader
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 
@@ -91,6 +95,88 @@ def test_each_changed_key_is_a_line_and_a_section_may_be_named_whole(resumed):
     keys = {line.split(":")[0] for line in resumed(change)}
     assert {"algorithm.name", "teacher.backend", "teacher.path"} <= keys
     assert resumed((*change, "run.accept_changes=[algorithm, teacher]")) == []
+
+
+@pytest.fixture
+def with_data(tmp_path):
+    """(what stands in the way of going on with these rows, for a run that was trained on ROWS)."""
+    path = tmp_path / "train.jsonl"
+
+    def lines(rows, *overrides):
+        where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", f"data.path={path}", *overrides)
+        folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+        old = config(*where[:4])
+        save_config(old, folder)
+        save_data(load_source(old.data, load_tokenizer("builtin:student")).identity, folder)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return changes(config(*where))
+
+    return lines
+
+
+ROWS = [{"prompt": f"reverse: {word}", "answer": word[::-1], "level": 1} for word in ("abc", "de", "fgh")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "count"),
+    [
+        (ROWS[:2], 2),
+        ([*ROWS, ROWS[0]], 4),
+        ([*ROWS[:2], ROWS[2] | {"answer": "hgh"}], 3),
+        ([*ROWS[:2], ROWS[2] | {"level": 2}], 3),
+        (ROWS[::-1], 3),
+    ],
+)
+def test_other_data_under_the_same_path_is_refused_until_it_is_named(with_data, tmp_path, rows, count):
+    (line,) = with_data(rows)
+    assert line.startswith(f"data.path: {tmp_path}/train.jsonl now holds {count} rows (SHA-256 ")
+    assert "but iteration-000003 was trained on 3 rows (SHA-256 " in line
+    assert line.endswith("put the data back, or accept it by run.accept_changes=[data.path]")
+    assert with_data(rows, "run.accept_changes=[data.path]") == [] == with_data(rows, "run.accept_changes=[data]")
+
+
+def test_the_same_data_goes_on_however_it_is_written(with_data):
+    assert with_data(ROWS) == []
+    assert with_data([dict(reversed(row.items())) for row in ROWS]) == []
+
+
+def test_another_key_of_data_is_said_by_itself(with_data):
+    (line,) = with_data(ROWS, "data.limit=2")
+    assert line.startswith("data.limit: is 2, but ")
+    assert with_data(ROWS, "data.limit=2", "run.accept_changes=[data.limit]") == []
+
+
+def test_a_checkpoint_from_before_there_was_a_digest_goes_on(resumed):
+    assert resumed(()) == []
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_was_its_default(resumed, tmp_path):
+    assert resumed(()) == []
+    file = tmp_path / "r" / "checkpoints" / "iteration-000003" / "config.json"
+    saved = json.loads(file.read_text())
+    for key in ("special_tokens", "messages", "template_variables", "tools_column"):
+        del saved["data"][key]
+    file.write_text(json.dumps(saved))
+    where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
+    assert changes(config(*where)) == []
+    (line,) = changes(config(*where, "data.special_tokens=tokens"))
+    assert line.startswith("data.special_tokens: is tokens, but iteration-000003 was trained with ")
+    (line,) = changes(config(*where, "data.template_variables={thinking: true}"))
+    assert line.startswith("data.template_variables.thinking: is True")
+
+
+def test_a_checkpoint_of_a_run_knows_its_data(tmp_path):
+    """What the loader keeps is what a resumed run compares."""
+    settings = config(f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "data.limit=64")
+    loader = RolloutLoader(settings, ALGORITHMS[settings.algorithm.name](settings))
+    folder = tmp_path / "r" / "checkpoints" / "iteration-000001"
+    folder.mkdir(parents=True)
+    loader.save(folder)
+    save_config(settings, folder)
+    assert json.loads((folder / "data.json").read_text())["rows"] == 64
+    assert changes(settings) == []
 
 
 def test_without_a_checkpoint_nothing_is_compared(tmp_path):

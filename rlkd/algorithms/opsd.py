@@ -101,7 +101,7 @@ class OPSD(OPD):
         context = self.algorithm.context
         if "{context}" in context.template and not parts:
             return None
-        ids = privileged_prompt(self.tokenizer, prompt, context.template, parts, self.config.data.chat_template)
+        ids = privileged_prompt(self.tokenizer, prompt, context.template, parts, self.config.data)
         return ids if len(ids) <= context.max_tokens else None
 
     def diagnose(

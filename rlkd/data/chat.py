@@ -4,11 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-Messages = tuple[Mapping[str, str], ...]
+from rlkd.config import DataConfig
+from rlkd.data import control
+
+Messages = tuple[Mapping[str, Any], ...]
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+LAST_BY_ASSISTANT = (
+    "the last message is the assistant's, so there is nothing to answer; take it out (data.completion_column is for "
+    "completions), or let the student go on with it by data.continue_final_message: true"
+)
+_PLACE = "rlkd-place-of-the-text"
+_ASKS_FOR_NONE = re.compile(r"content['\"\]]*\s+is\s+(not\s+)?none", re.IGNORECASE)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -26,41 +40,172 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     return tokenizer
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A prompt as the student reads it."""
+
+    messages: Messages
+    token_ids: tuple[int, ...]
+    text: str
+    """What `token_ids` are of, with the marks of `control.marked`; without a beginning of sequence that was added."""
+    shown: Messages
+    """`messages`, marked."""
+    variables: Mapping[str, Any]
+    """Beside them in the chat template, marked."""
+    chat_template: bool
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[Mapping[str, str]],
+    prompt: str | Sequence[Mapping[str, Any]],
     system: str | None = None,
     chat_template: bool = True,
+    *,
+    variables: Mapping[str, Any] = NOTHING,
+    continue_final: bool = False,
+    spelled_tokens: bool = False,
 ) -> tuple[Messages, tuple[int, ...]]:
-    """(messages, token ids), ending where the model is to go on writing.
+    """(messages, token ids) of `read_prompt`."""
+    reading = read_prompt(
+        tokenizer,
+        prompt,
+        system,
+        chat_template,
+        variables=variables,
+        continue_final=continue_final,
+        spelled_tokens=spelled_tokens,
+    )
+    return reading.messages, reading.token_ids
+
+
+def read_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, Any]],
+    system: str | None = None,
+    chat_template: bool = True,
+    *,
+    variables: Mapping[str, Any] = NOTHING,
+    continue_final: bool = False,
+    spelled_tokens: bool = False,
+) -> Reading:
+    """The prompt, ending where the model is to go on writing.
 
     A text becomes the user's message, after `system` if there is one. With a chat template the ids are the template's,
     which writes its own special tokens. Without one they are the plain text's, after one beginning-of-sequence token
     where the tokenizer puts one before a text.
 
-    Example: encode_prompt(tokenizer, "reverse: abc", chat_template=False).
+    Args:
+        variables: what the chat template gets beside the messages: tools, and variables of its own.
+        continue_final: the model goes on with a last message by the assistant; else there may be none.
+        spelled_tokens: what spells a control token is that token; else it stays text.
+
+    Example: read_prompt(tokenizer, "reverse: abc", chat_template=False).token_ids.
     Raises: ValueError, one line.
     """
     messages = _messages(prompt, system)
-    if not chat_template:
-        if len(messages) != 1 or not isinstance(prompt, str):
-            raise ValueError(
-                "without a chat template a prompt is one text: a list of messages, or data.system, needs "
-                "data.chat_template: true"
-            )
-        return messages, _plain(tokenizer, prompt)
-    if tokenizer.chat_template is None:
+    shown, told = messages, variables
+    if not spelled_tokens:
+        shown = tuple(control.marked(tokenizer, messages))
+        if "tools" in variables:  # the others stand in the config
+            told = {**variables, "tools": control.marked(tokenizer, variables["tools"])}
+    if chat_template:
+        if messages[-1]["role"] == "assistant" and not continue_final:
+            raise ValueError(LAST_BY_ASSISTANT)
+        text = _rendered(tokenizer, shown, told)
+        # The template has written the special tokens, a beginning of sequence among them: none are added.
+        ids = tuple(control.encode(tokenizer, text))
+    elif len(messages) != 1 or not isinstance(prompt, str):
         raise ValueError(
-            "the tokenizer has no chat template, but data.chat_template is true; set data.chat_template: false to "
-            "use prompts as plain text"
+            "without a chat template a prompt is one text: a list of messages, or data.system, needs "
+            "data.chat_template: true"
         )
-    try:
-        text = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses a prompt: {' '.join(str(error).split())[:300]}") from error
-    assert isinstance(text, str)
-    # The template has written the special tokens, a beginning of sequence among them: none are added.
-    return messages, tuple(tokenizer.encode(text, add_special_tokens=False))
+    else:
+        text = shown[0]["content"]
+        ids = _plain(tokenizer, text)
+    return Reading(
+        messages=messages, token_ids=ids, text=text, shown=shown, variables=told, chat_template=chat_template
+    )
+
+
+def read_as_configured(
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Mapping[str, Any]],
+    variables: Mapping[str, Any],
+    system: str | None = None,
+) -> Reading:
+    """`read_prompt` as the section `data` says. `variables`: data.template_variables, and the prompt's tools."""
+    return read_prompt(
+        tokenizer,
+        prompt,
+        system,
+        data.chat_template,
+        variables=variables,
+        continue_final=data.continue_final_message,
+        spelled_tokens=data.special_tokens == "tokens",
+    )
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, prompt: Reading, text: str, ends: Sequence[int]
+) -> tuple[int, ...]:
+    """The ids of a completion of `prompt`, as the student would have to write them: up to one token of `ends`.
+
+    With a chat template they are the template's own for an assistant's turn with this `text`, cut where the prompt
+    ends, and after the first token of `ends`. Where the template ends a turn with none of them, the first of `ends` is
+    put in place of what it writes there. Special tokens that `text` spells are those tokens, but for `ends`: one at the
+    very end is not doubled, and others end nothing and stay text.
+
+    Raises: ValueError, one line.
+    """
+    names = [name for name in map(tokenizer.convert_ids_to_tokens, ends) if isinstance(name, str)]
+    said = next((text.removesuffix(name) for name in names if text.endswith(name)), text)
+    said = control.marked(tokenizer, said, only=names)
+    closing, rest = "", said
+    if prompt.chat_template:
+        before, opened = _turn(prompt.shown)
+        whole = _rendered(
+            tokenizer, (*before, opened | {"content": f"{opened['content']}{said}"}), prompt.variables, False
+        )
+        other = _rendered(tokenizer, (*before, opened | {"content": _PLACE}), prompt.variables, False)
+        closing = other.rpartition(_PLACE)[2] if _PLACE in other else ""
+        # A template may open a turn to be written otherwise than one that is there, by a <think> of its own, say.
+        rest = whole[len(prompt.text) :] if whole.startswith(prompt.text) else said + closing
+    (ids,) = encode_after(tokenizer, prompt.text, [rest])
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    if end is not None:
+        return tuple(ids[: end + 1])
+    (ids,) = encode_after(tokenizer, prompt.text, [rest.removesuffix(closing)])
+    return (*ids, tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0])
+
+
+def encode_after(tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of `texts` as they stand one after another behind `before`, whose own ids stay as they are.
+
+    A tokenizer may put a blank before a text that is encoded alone, or join letters of two texts in one token; such a
+    token is the later text's.
+    """
+    joined = "".join(texts)
+    for anchor in filter(None, (before, "\n", "a", ".")):
+        head, whole = control.encode(tokenizer, anchor), control.encode(tokenizer, anchor + joined)
+        if whole[: len(head)] == head:
+            break
+    else:  # no text leaves its neighbour's tokens alone: there is no better reading than by itself
+        anchor, head, whole = "", [], control.encode(tokenizer, joined)
+    cuts = [len(head)]
+    for last in range(1, len(texts)):
+        part = control.encode(tokenizer, anchor + "".join(texts[:last]))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(part, whole, strict=False)) if a != b), min(len(part), len(whole))
+        )
+        cuts.append(max(cuts[-1], same))
+    return [whole[start:end] for start, end in zip(cuts, [*cuts[1:], len(whole)], strict=True)]
+
+
+def mentions(tokenizer: PreTrainedTokenizerBase, name: str, tools: bool = False) -> bool:
+    """Whether the chat template has `name` in it: a variable, or a field of the messages."""
+    template = tokenizer.get_chat_template(None, [{}] if tools else None)
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool = False) -> str:
@@ -80,17 +225,54 @@ def filled(template: str, values: Mapping[str, str]) -> str:
     return re.sub(rf"\{{({names})\}}", lambda found: values[found[1]], template)
 
 
-def _messages(prompt: str | Sequence[Mapping[str, str]], system: str | None) -> Messages:
+def _messages(prompt: str | Sequence[Mapping[str, Any]], system: str | None) -> Messages:
     if isinstance(prompt, str):
         before = () if system is None else ({"role": "system", "content": system},)
         return (*before, {"role": "user", "content": prompt})
     if system is not None:
         raise ValueError("data.system is for text prompts; this one is a list of messages: put a system message in it")
-    return tuple({"role": message["role"], "content": message["content"]} for message in prompt)
+    return tuple(prompt)
+
+
+def _turn(messages: Messages) -> tuple[Messages, dict[str, Any]]:
+    """The messages before the assistant's turn that a completion belongs to, and what of this turn is there already."""
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], {**messages[-1], "content": messages[-1].get("content") or ""}
+    return messages, {"role": "assistant", "content": ""}
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any], to_be_continued: bool = True
+) -> str:
+    """The conversation in the chat template, ending where the model is to go on, or after the last message."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template, but data.chat_template is true; set data.chat_template: false to "
+            "use prompts as plain text"
+        )
+    # Beside tool calls the content may be null. Most templates would write the word None.
+    template = tokenizer.get_chat_template(None, variables.get("tools"))
+    nothing = None if _ASKS_FOR_NONE.search(template) else ""
+    shown = [{**m, "content": nothing} if m.get("content") is None else dict(m) for m in messages]
+    begun = to_be_continued and shown[-1]["role"] == "assistant"
+    if begun:
+        shown[-1]["content"] = shown[-1]["content"] or ""
+    try:
+        text = tokenizer.apply_chat_template(
+            shown,
+            add_generation_prompt=to_be_continued and not begun,
+            continue_final_message=begun,
+            tokenize=False,
+            **variables,
+        )
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(f"the chat template refuses a prompt: {' '.join(str(error).split())[:300]}") from error
+    assert isinstance(text, str)
+    return text
 
 
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = control.encode(tokenizer, text)
     bos = tokenizer.bos_token_id
     # Asked of the empty text: encoding `text` with special tokens might add an end of sequence too.
     wanted = bos is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [bos]

@@ -23,21 +23,17 @@ _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F
 _SHOWN = 20
 
 
-def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(`file:line`, object) of every line that is not blank. A byte order mark may stand before the first.
+def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
+    """(`file:line`, object) of every line that is not blank, or why it is not one JSON object.
 
-    Raises: ValueError, one line, where the file cannot be read or a line is not one JSON object.
+    A byte order mark may stand before the first. Raises: ValueError, one line, where the file cannot be read.
     """
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
                 line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 if line.strip():
-                    where = f"{path}:{number}"
-                    try:
-                        yield where, parse(line)
-                    except ValueError as error:
-                        raise ValueError(f"{where}: {error}") from error
+                    yield f"{path}:{number}", _parsed(line)
     except OSError as error:
         hint = (
             "; to read the files in a folder, name it without .jsonl at its end"
@@ -45,6 +41,13 @@ def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             else ""
         )
         raise ValueError(f"{path}: cannot be read: {error.strerror}{hint}") from error
+
+
+def _parsed(line: bytes) -> dict[str, Any] | ValueError:
+    try:
+        return parse(line)
+    except ValueError as error:
+        return error
 
 
 def parse(line: bytes) -> dict[str, Any]:

@@ -6,49 +6,49 @@ stands; `load_source` turns the rows into prompts.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, overload
+from typing import Any, cast, overload
 
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import DataConfig
-from rlkd.data.chat import encode_prompt
+from rlkd.data import rows
+from rlkd.data.chat import Reading, encode_completion, read_as_configured
+from rlkd.data.faults import DataError, Faults
 from rlkd.data.jsonl import read_jsonl
+from rlkd.data.notes import Notes
+from rlkd.data.rows import LEAVE_OUT, Row
 from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
-_LEAVE_OUT = "leave the row out of the data"
 BUILTIN_COLUMNS = {f"{column}_column": column for column in ("id", "prompt", "answer", "privileged")}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One example, checked, not yet tokenized."""
+@dataclass(frozen=True)
+class Identity:
+    """Tells whether data is still the same, wherever it is read from."""
 
-    where: str
-    """For messages: file and line, or data set and row."""
-    id: str
-    prompt: str | tuple[Mapping[str, str], ...]
-    answer: str | None
-    privileged: str | None
-    completion: str | None
-    rejected: str | None
-    meta: Mapping[str, Any]
-    """All other columns. Rewards get them."""
+    rows: int
+    digest: str
+    """SHA-256 of what the rows hold, in order."""
 
 
 class PromptList(Sequence[Prompt]):
     """Prompts in memory, in the order of the data."""
 
-    def __init__(self, prompts: Sequence[Prompt], skipped: int = 0) -> None:
+    def __init__(self, prompts: Sequence[Prompt], skipped: int, identity: Identity, notes: Sequence[str]) -> None:
         self._prompts = tuple(prompts)
         self.skipped = skipped
         """Rows left out because their prompt is longer than data.max_prompt_tokens."""
+        self.identity = identity
+        """Of all rows, the skipped ones too."""
+        self.notes = tuple(notes)
+        """What is no fault, but should be known, one line each."""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -63,90 +63,180 @@ class PromptList(Sequence[Prompt]):
         return self._prompts[index]
 
 
-def load_source(data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PromptList:
+def load_source(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None, ends: Sequence[int] = ()
+) -> PromptList:
     """All prompts of `path` (default: data.path), as the student of `tokenizer` reads them.
 
-    Raises: ValueError, one line, for whatever is wrong with the data.
+    `ends`: the tokens that end a completion (`sampler.end_ids`), for data with completions; without them, the
+    tokenizer's end of sequence.
+
+    Raises: DataError with a line for each thing that is wrong with the data.
     """
-    prompts = []
-    skipped = 0
-    for row in read_rows(data, path):
+    path = data.path if path is None else path
+    faults, prompts, skipped, digest = Faults(path), [], 0, _Digest()
+    notes = Notes(data, tokenizer)
+    if not ends and tokenizer.eos_token_id is not None:
+        ends = (int(tokenizer.eos_token_id),)
+    for row in _rows(data, path, faults):
+        digest.add(row)
+        faults.reached("tokenizer")
         try:
-            messages, token_ids = encode_prompt(tokenizer, row.prompt, data.system, data.chat_template)
-        except ValueError as error:
-            raise ValueError(f"{row.where}: {error}") from error
-        if not token_ids:
-            raise ValueError(f"{row.where}: prompt {row.id[:80]!r} has no tokens for this tokenizer; {_LEAVE_OUT}")
-        if len(token_ids) > data.max_prompt_tokens:
-            if data.too_long == "error":
-                raise ValueError(
-                    f"{row.where}: prompt {row.id[:80]!r} has {len(token_ids)} tokens, more than "
-                    f"data.max_prompt_tokens = {data.max_prompt_tokens}; raise it, or leave such prompts out by "
-                    "data.too_long: skip"
-                )
-            skipped += 1
+            prompt = _encoded(data, tokenizer, row, ends)
+        except _Refused as error:
+            faults.add(f"{row.where}: {error}", "tokenizer", str(error))
             continue
-        prompts.append(
-            Prompt(
-                id=row.id,
-                messages=messages,
-                token_ids=token_ids,
-                answer=row.answer,
-                privileged=row.privileged,
-                completion=_completion(data, tokenizer, row, "completion"),
-                rejected=_completion(data, tokenizer, row, "rejected"),
-                meta=row.meta,
-            )
-        )
+        except ValueError as error:
+            faults.add(f"{row.where}: {error}")
+            continue
+        if prompt is None:
+            skipped += 1
+        else:
+            notes.look(row, prompt)
+            prompts.append(prompt)
+    faults.check()
     if not prompts:
-        raise ValueError(
-            f"{path or data.path}: all {skipped} prompts are longer than data.max_prompt_tokens = "
-            f"{data.max_prompt_tokens}; raise it"
+        raise DataError(
+            [
+                f"{path}: all {skipped} prompts are longer than data.max_prompt_tokens = {data.max_prompt_tokens}; "
+                "raise it"
+            ]
         )
-    return PromptList(prompts, skipped)
+    lines = notes.lines(len(prompts))
+    if skipped:
+        lines.append(f"{skipped} prompts over data.max_prompt_tokens were skipped")
+    return PromptList(prompts, skipped, digest.identity(), lines)
+
+
+class _Refused(ValueError):
+    """What the tokenizer or its template says to a row; where it says so to all, a setting is wrong."""
+
+
+def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int]) -> Prompt | None:
+    """The row as the student reads it; None where it is to be skipped. Raises: ValueError, one line."""
+    variables = dict(data.template_variables) | ({} if row.tools is None else {"tools": list(row.tools)})
+    try:
+        reading = read_as_configured(data, tokenizer, row.prompt, variables, data.system)
+    except ValueError as error:
+        raise _Refused(str(error)) from error
+    count = len(reading.token_ids)
+    if not count:
+        raise ValueError(f"prompt {row.id[:80]!r} has no tokens for this tokenizer; {LEAVE_OUT}")
+    if count > data.max_prompt_tokens:
+        if data.too_long == "skip":
+            return None
+        raise ValueError(
+            f"prompt {row.id[:80]!r} has {count} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}; "
+            "raise it, or leave such prompts out by data.too_long: skip"
+        )
+    return Prompt(
+        id=row.id,
+        messages=reading.messages,
+        token_ids=reading.token_ids,
+        variables=variables,
+        answer=row.answer,
+        privileged=row.privileged,
+        completion=_completion(data, tokenizer, row, reading, "completion", row.completion, ends),
+        rejected=_completion(data, tokenizer, row, reading, "rejected", row.rejected, ends),
+        meta=row.meta,
+    )
 
 
 def _completion(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, name: Literal["completion", "rejected"]
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    row: Row,
+    prompt: Reading,
+    name: str,
+    text: str | None,
+    ends: Sequence[int],
 ) -> tuple[int, ...] | None:
-    """The ids of a completion that the data has, end of sequence included; None where it has none."""
-    text = row.completion if name == "completion" else row.rejected
+    """The ids of a completion that the data has, a token of `ends` at its end; None where it has none."""
     if text is None:
         return None
-    assert isinstance(tokenizer.eos_token_id, int)
-    token_ids = (*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
+    if not ends:
+        raise _Refused(
+            "nothing ends a completion: the tokenizer has no EOS token, and the model's generation_config.json no "
+            "eos_token_id; add one"
+        )
+    token_ids = encode_completion(tokenizer, prompt, text, ends)
     if len(token_ids) > data.max_completion_tokens:
         raise ValueError(
-            f"{row.where}: the {name} of {row.id[:80]!r} has {len(token_ids)} tokens, more than "
+            f"the {name} of {row.id[:80]!r} has {len(token_ids)} tokens, more than "
             f"data.max_completion_tokens = {data.max_completion_tokens}; raise it, or leave such rows out of the data"
         )
     return token_ids
 
 
+class _Digest:
+    """Makes an `Identity` row by row."""
+
+    def __init__(self) -> None:
+        self._rows, self._hash = 0, hashlib.sha256()
+
+    def add(self, row: Row) -> None:
+        self._rows += 1
+        self._hash.update(row.canonical() + b"\n")
+
+    def identity(self) -> Identity:
+        return Identity(self._rows, self._hash.hexdigest())
+
+
+def identity(data: DataConfig) -> Identity:
+    """Of the data that is there now. Raises: DataError."""
+    digest = _Digest()
+    for row in read_rows(data):
+        digest.add(row)
+    return digest.identity()
+
+
 def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
     """The rows of `path` (default: data.path), at most data.limit of them.
 
-    Raises: ValueError, one line: no such data, a broken line, a missing column, a wrong type, an empty prompt, an id
-    that comes twice, no rows at all.
+    Raises: DataError, after the last row, with a line for each thing that is wrong: no such data, a broken line, a
+    missing column, a wrong type, an empty prompt, an id that comes twice, no rows at all.
     """
     path = data.path if path is None else path
+    faults = Faults(path)
+    yield from _rows(data, path, faults)
+    faults.check()
+
+
+def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
+    """The rows that are right; what is wrong with the others goes to `faults`."""
     if not path.strip():
-        raise ValueError(f"got the empty path {path!r}; wants a .jsonl file, a data set, or {BUILTIN_TASK}")
+        raise DataError([f"got the empty path {path!r}; wants a .jsonl file, a data set, or {BUILTIN_TASK}"])
     if path.startswith("builtin:"):
         data = data.model_copy(update=BUILTIN_COLUMNS)  # the built-in task has columns of its own
     seen: dict[str, str] = {}
-    for number, (where, columns) in enumerate(itertools.islice(_tables(data, path), data.limit)):
-        row = _row(data, columns, where, number)
-        if row.id in seen:
-            raise ValueError(f"{where}: id {row.id[:80]!r} was already used at {seen[row.id]}; ids must be unique")
-        seen[row.id] = where
-        yield row
-    if not seen:
-        raise ValueError(f"{path}: the data set is empty")
+    number = -1
+    try:
+        for number, (where, columns) in enumerate(itertools.islice(_tables(data, path), data.limit)):
+            faults.next_row()
+            if isinstance(columns, ValueError):
+                faults.add(f"{where}: {columns}")
+                continue
+            nulls = not path.startswith("builtin:") and not path.endswith(".jsonl")
+            faults.reached("columns")
+            row = rows.read(data, columns, where, number, nulls)
+            if isinstance(row, list):
+                for fault in row:
+                    faults.add(fault.line, "columns" if fault.setting else "", fault.setting)
+            elif row.id in seen:
+                faults.add(f"{where}: id {row.id[:80]!r} was already used at {seen[row.id]}; ids must be unique")
+            else:
+                seen[row.id] = where
+                yield row
+    except DataError:
+        raise
+    except ValueError as error:
+        raise DataError([*faults.lines(), str(error)]) from error
+    if number < 0:
+        raise DataError([f"{path}: the data set is empty"])
 
 
-def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, columns) of every row."""
+def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
+    """(where, columns) of every row, or what is wrong with its line."""
     if path == BUILTIN_TASK:
         from rlkd.tiny import task
 
@@ -184,77 +274,3 @@ def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any
     assert isinstance(table, datasets.Dataset)
     for number, row in enumerate(table):
         yield f"{path}[{split}] row {number}", row
-
-
-def _row(data: DataConfig, columns: Mapping[str, Any], where: str, number: int) -> Row:
-    used = {
-        "data.prompt_column": data.prompt_column,
-        "data.answer_column": data.answer_column,
-        "data.privileged_column": data.privileged_column,
-        "data.completion_column": data.completion_column,
-        "data.rejected_column": data.rejected_column,
-        "data.id_column": data.id_column,
-    }
-    for key, column in used.items():
-        if column is not None and column not in columns:
-            has = " ".join(", ".join(columns).split())
-            raise ValueError(
-                f"{where}: no column {column!r} ({key}); it has: {has[:200]}{'…' if len(has) > 200 else ''}"
-            )
-
-    def text(column: str | None, key: str) -> str | None:
-        if column is None:
-            return None
-        value = columns[column]
-        if isinstance(value, int) and not isinstance(value, bool):
-            return str(value)
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: column {column!r} ({key}) is {_kind(value)}, wants a text{_as_text(value)}")
-        return value
-
-    meta = {key: value for key, value in columns.items() if key not in used.values()}
-    for column, value in meta.items():
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: column {column!r} is not JSON ({error}); drop it from the data") from error
-    name = text(data.id_column, "data.id_column")
-    return Row(
-        where=where,
-        id=str(number) if name is None else name,
-        prompt=_prompt(columns[data.prompt_column], f"{where}: column {data.prompt_column!r} (data.prompt_column)"),
-        answer=text(data.answer_column, "data.answer_column"),
-        privileged=text(data.privileged_column, "data.privileged_column"),
-        completion=text(data.completion_column, "data.completion_column"),
-        rejected=text(data.rejected_column, "data.rejected_column"),
-        meta=meta,
-    )
-
-
-def _prompt(value: Any, where: str) -> str | tuple[Mapping[str, str], ...]:
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError(f"{where} is empty, wants a text; {_LEAVE_OUT}")
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"{where} is {_kind(value)}, wants a text or a list of messages")
-    if not value:
-        raise ValueError(f"{where} is empty, wants messages; {_LEAVE_OUT}")
-    for message in value:
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("role"), str)
-            or not isinstance(message.get("content"), str)
-        ):
-            raise ValueError(f"{where}: each message wants a text 'role' and a text 'content', got {str(message)[:80]}")
-    if not any(message["content"].strip() for message in value):
-        raise ValueError(f"{where}: every message is empty, wants a text in one; {_LEAVE_OUT}")
-    return tuple(value)
-
-
-def _as_text(value: Any) -> str:
-    return f'; write it in quotes: "{value}"' if isinstance(value, float) else ""
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else f"{type(value).__name__} {str(value)[:40]!r}"

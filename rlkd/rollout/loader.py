@@ -19,10 +19,12 @@ from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
 from rlkd.metrics import Meter
 from rlkd.module import PolicyModule
+from rlkd.resume import save_data
 from rlkd.rewards.pool import RewardItem, RewardPool
 from rlkd.rollout.client import ServerLost
 from rlkd.rollout.collate import collate, describe
 from rlkd.rollout.parts import build_reference, build_sampler, build_teacher
+from rlkd.rollout.sampler import end_ids
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Question
@@ -54,9 +56,11 @@ class RolloutLoader:
         self.algorithm = algorithm
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
-        source = load_source(config.data, self.tokenizer)
-        if source.skipped and distributed.rank() == 0:
-            print(f"data: {source.skipped} prompts over data.max_prompt_tokens were skipped", flush=True)
+        source = load_source(config.data, self.tokenizer, ends=end_ids(config.model.path))
+        self.data = source.identity
+        if distributed.rank() == 0:
+            for note in source.notes:
+                print(f"data: {note}", flush=True)
         self.prompts = PromptStream(source, seed=config.run.seed)
         self.policy = build_sampler(config)
         self.teacher = build_teacher(config, self.policy) if algorithm.uses_teacher else None
@@ -114,6 +118,7 @@ class RolloutLoader:
 
     def save(self, folder: Path) -> None:
         """Keep in a checkpoint's folder what a resumed run cannot recompute."""
+        save_data(self.data, folder)
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.save(folder)
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from rlkd.config import DataConfig
 from rlkd.data.chat import load_tokenizer
+from rlkd.data.faults import DataError
 from rlkd.data.jsonl import parse
 from rlkd.data.sources import load_source
 
@@ -119,9 +120,9 @@ def test_a_file_is_its_rows_or_one_line(path, tokenizer, written, end, start, id
     data = DataConfig(path=str(path), id_column=id_column, max_prompt_tokens=48, too_long=too_long)
     try:
         prompts = load_source(data, tokenizer)
-    except ValueError as error:
-        line = str(error)
-        assert line == " ".join(line.splitlines()) and line.startswith(f"{path}:") and len(line) < 700
+    except DataError as error:
+        for line in error.lines:
+            assert line == " ".join(line.splitlines()) and line.startswith(f"{path}:") and len(line) < 700
         return
     rows = [json.loads(line) for line in written if line.strip()]
     assert len(prompts) + prompts.skipped == len(rows)

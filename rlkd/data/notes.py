@@ -1,0 +1,85 @@
+"""What of a data set is no fault, but should be known: text that spells special tokens, fields that nobody reads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlkd.config import DataConfig
+from rlkd.data import control
+from rlkd.data.chat import read_as_configured
+from rlkd.data.rows import Row
+from rlkd.types import Prompt
+
+_LOOKED_AT = 32
+"""Prompts that tell whether the chat template uses a field."""
+
+
+class Notes:
+    """Counts what is no fault, but should be known."""
+
+    def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._data, self._tokenizer = data, tokenizer
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
+        self._unread: Counter[str] = Counter()
+        self._looked: Counter[str] = Counter()
+
+    def look(self, row: Row, prompt: Prompt) -> None:
+        """Another row, and how the student reads it."""
+        for kind, token in zip(
+            ("spelled", "ambiguous"), control.spelled(self._tokenizer, [row.prompt, row.tools]), strict=True
+        ):
+            if token is not None:
+                self._counts[kind] += 1
+                self._examples.setdefault(kind, token)
+        if isinstance(row.prompt, str) and row.tools is None:
+            return
+        fields = {name for message in prompt.messages for name in message} - {"role", "content"}
+        for name in sorted(fields):
+            others = [{key: value for key, value in m.items() if key != name} for m in prompt.messages]
+            self._compare(f"messages with {name!r}", prompt, others, prompt.variables)
+        if row.tools is not None:
+            variables = {key: value for key, value in prompt.variables.items() if key != "tools"}
+            self._compare("tools", prompt, prompt.messages, variables)
+
+    def _compare(
+        self, what: str, prompt: Prompt, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> None:
+        """Whether the student would read anything else without something: asked of the first prompts that have it."""
+        self._counts[what] += 1
+        if self._looked[what] == _LOOKED_AT or self._unread[what] < self._looked[what]:
+            return
+        self._looked[what] += 1
+        if not self._data.chat_template:
+            self._unread[what] += 1
+            return
+        try:
+            same = read_as_configured(self._data, self._tokenizer, messages, variables).token_ids == prompt.token_ids
+        except ValueError:  # the template does not do without it
+            same = False
+        self._unread[what] += same
+
+    def lines(self, total: int) -> list[str]:
+        """One line a matter. `total`: how many prompts there are."""
+        lines = []
+        if self._counts["spelled"]:
+            read = "text" if self._data.special_tokens == "text" else "that token"
+            lines.append(
+                f"{self._counts['spelled']} of {total} prompts spell a special token of the tokenizer, such as "
+                f"{self._examples['spelled']!r}, which is read as {read} (data.special_tokens)"
+            )
+        if self._counts["ambiguous"]:
+            lines.append(
+                f"{self._counts['ambiguous']} of {total} prompts hold {self._examples['ambiguous']!r}, a special token "
+                "that the tokenizer cannot tell from text: it is read as the token"
+            )
+        for what, looked in sorted(self._looked.items()):
+            if self._unread[what] == looked:
+                lines.append(
+                    f"{self._counts[what]} of {total} prompts have {what}, which the chat template does not use"
+                )
+        return lines
