@@ -134,6 +134,11 @@ def on_top(under: Node, over: Node) -> Node:
     return merge(under, over, _TAGS)
 
 
+def set_by(under: Node, over: Node, path: Path) -> str:
+    """The file that says what the key at `path` is, or the section around it; COMMAND_LINE where no file does."""
+    return at(on_top(under, over), path)[0].origin.rpartition(":")[0] or COMMAND_LINE
+
+
 def checked(root: Node, problems: Sequence[str], algorithms: Algorithms | None = None) -> Loaded:
     """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
     unknown = _learn_outside(root) if algorithms is None else None

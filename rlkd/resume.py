@@ -47,7 +47,12 @@ def resume_path(config: Config) -> Path | None:
 
 def exported(run_dir: str | Path) -> int:
     """How many iterations the student in `<run>/hf` has seen; 0 where none was exported."""
-    record = Path(run_dir, "hf", EXPORT_RECORD)
+    return seen_by(Path(run_dir, "hf"))
+
+
+def seen_by(student: str | Path) -> int:
+    """How many iterations an exported student, in the folder `student`, has seen; 0 for any other model."""
+    record = Path(student, EXPORT_RECORD)
     return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.exists() else 0
 
 

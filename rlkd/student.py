@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rlkd import lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
+from rlkd.loading import check_whole, loading
 from rlkd.policy_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.tiny import resolve
 from rlkd.types import Batch
@@ -94,10 +95,21 @@ def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
-    """The model at `path` (folder, hub id, builtin:…) in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        resolve(path), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
+    """The model at `path` (folder, hub id, builtin:…) in evaluation mode.
+
+    Raises: RunStopped, one line, when it cannot be loaded whole.
+    """
+    with loading(path):
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            resolve(path),
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+            output_loading_info=True,
+        )
+    check_whole(hf, path, report)
+    return hf  # type: ignore[no-any-return]
 
 
 def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, seed: int) -> Student:

@@ -178,7 +178,7 @@ def test_as_a_stage_on_two_ranks(here):
     file = config_file("sft", "short_d")
     Path(file).write_text(Path(file).read_text().replace("  scale: 2.0\n", ""))
     stages = "stages={first: {}, own: {algorithm: {name: 'short_d:Shortest'}}}"
-    few = ["trainer.devices=2", "run.iterations=1", "data.completion_column=answer"]
+    few = ["trainer.devices=2", "run.iterations=1", "data.completion_column=answer", "data.max_completion_tokens=16"]
     train_ranks(2, ["--config", file, stages, *few], here / "logs")
     student = Path("runs/own/own/config.yaml").read_text()
     assert yaml.safe_load(student)["algorithm"]["name"] == "short_d:Shortest"
