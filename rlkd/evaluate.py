@@ -113,6 +113,12 @@ class Evaluate(IterationCallback):
         self.prompts = heldout_prompts(config, loader.tokenizer) if config.eval.every else []
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        if self.config.eval.every and not self.prompts and distributed.rank() == 0:
+            print(
+                "eval.path: not set, so this run has no held-out accuracy; set it to held-out data of your own (as "
+                "data.path is), or eval.every to 0",
+                flush=True,
+            )
         if self.prompts and self.loader.iteration == 0:
             self._evaluate(module)
 

@@ -36,9 +36,9 @@ GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     (
         "Losses",
         (
-            Panel("Loss", ("loss",), "what was minimised", smooth=True),
-            Panel("Policy gradient", ("loss/pg",), "its reinforcement-learning term", smooth=True),
-            Panel("Distillation", ("loss/kd",), "its teacher term", smooth=True),
+            Panel("Loss", ("loss",), "what was minimised", smooth=True, rounding=1e-7),
+            Panel("Policy gradient", ("loss/pg",), "its reinforcement-learning term", smooth=True, rounding=1e-7),
+            Panel("Distillation", ("loss/kd",), "its teacher term", smooth=True, rounding=1e-7),
             Panel("KL to the teacher", ("kd/kl",), "nats per token", smooth=True),
             Panel("Weight of distillation", ("kd/coef",), "β of the teacher term"),
             Panel("Reward against teacher", ("kd/sign_conflict",), "share of tokens they pull apart", smooth=True),

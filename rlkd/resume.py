@@ -74,6 +74,10 @@ def changes(config: Config) -> list[str]:
         saved = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"run.resume: {checkpoint} has no readable {FILE}: {error}; choose another checkpoint"]
+    if "run" not in saved:  # a model's folder, say, which has a config.json too
+        return [
+            f"run.resume: {checkpoint} is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…"
+        ]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
     accepted = tuple(config.run.accept_changes)
     lines = []

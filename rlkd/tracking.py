@@ -33,10 +33,11 @@ def tracking_problems(config: Config) -> list[str]:
     try:
         wandb.Settings().update_from_env_vars(dict(os.environ))
     except ValidationError as error:
+        names = [(f"WANDB_{str(fault['loc'][0]).upper()}", fault) for fault in error.errors()]
+        shown = {name: "" if "KEY" in name else f"got {fault['input']!r}; " for name, fault in names}
         return [
-            f"WANDB_{str(fault['loc'][0]).upper()}: got {fault['input']!r}, which log.wandb: {config.log.wandb} cannot use: "
-            f"{fault['msg']}; correct or unset it"
-            for fault in error.errors()
+            f"{name}: {shown[name]}W&B says: {fault['msg']}; correct the variable or unset it, or set log.wandb: off"
+            for name, fault in names
         ]
     return []
 
