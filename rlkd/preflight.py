@@ -155,9 +155,6 @@ def _server_devices(config: Config, teacher: bool = True) -> list[str]:
             continue
         if importlib.util.find_spec("vllm") is None:
             problems.append(f"{key}.launch: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
-        unusable = _cannot_listen(server.host)
-        if unusable is not None:
-            problems.append(f"{key}.host: {server.host}: {unusable}; wants an address of this machine")
         for devices in server.devices:
             absent = [gpu for gpu in devices if not 0 <= gpu < gpus]
             if absent:
@@ -174,16 +171,6 @@ def _server_devices(config: Config, teacher: bool = True) -> list[str]:
             "memory together; lower rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
         )
     return problems
-
-
-def _cannot_listen(host: str) -> str | None:
-    """Why no server of this machine can listen on `host`; None: one can."""
-    try:
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-    except OSError as error:
-        return str(error.strerror)
-    return None
 
 
 def _model(

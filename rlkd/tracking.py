@@ -32,6 +32,8 @@ def tracking_problems(config: Config) -> list[str]:
 
     try:
         wandb.Settings().update_from_env_vars(dict(os.environ))
+    except wandb.errors.UsageError as error:
+        return [f"log.wandb: W&B says: {' '.join(str(error).split())}; correct its environment variable or unset it"]
     except ValidationError as error:
         names = [(f"WANDB_{str(fault['loc'][0]).upper()}", fault) for fault in error.errors()]
         shown = {name: "" if "KEY" in name else f"got {fault['input']!r}; " for name, fault in names}

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import config
 from safetensors.torch import load_file, save_file
 
 from rlkd.config_file import load
@@ -15,6 +14,7 @@ from rlkd.preflight import check
 from rlkd.student import load_causal_lm
 from rlkd.tiny import resolve
 
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
@@ -23,6 +23,10 @@ def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(resolve("builtin:student"), "m")
     return Path("m")
+
+
+def config(*overrides):
+    return load([QUICKSTART], ["eval.every=0", "teacher=null", "algorithm={name: grpo}", *overrides]).config
 
 
 def loaded(path="m", attention=None):
@@ -91,7 +95,7 @@ def test_an_attention_that_is_not_there(folder):
 @pytest.mark.parametrize("kind", ["t5", "clip"])
 def test_an_architecture_that_writes_no_text_is_known_before_anything_is_loaded(folder, kind):
     edit(folder, model_type=kind)
-    assert check(config("model.path=m", "eval.every=0", "teacher=null", "algorithm={name: grpo}")) == [
+    assert check(config("model.path=m")) == [
         f"model.path: m is of type {kind}, which transformers has no causal language model for; wants one that writes "
         "text from left to right"
     ]
@@ -99,10 +103,10 @@ def test_an_architecture_that_writes_no_text_is_known_before_anything_is_loaded(
 
 def test_a_config_json_of_wrong_types(folder):
     edit(folder, hidden_size="big")
-    (line,) = check(config("model.path=m", "eval.every=0"))
+    (line,) = check(config("model.path=m"))
     assert line.startswith("model.path: m: ") and "'hidden_size' expected int, got str" in line
 
 
 def test_betas_are_below_one():
     with pytest.raises(ValueError, match=r"optim.betas\[0\]: got 1.5, wants a number ≥ 0 and < 1"):
-        load([str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")], ["optim.betas=[1.5, 0.9]"])
+        config("optim.betas=[1.5, 0.9]")

@@ -191,6 +191,7 @@ def test_where_a_run_cannot_be_written():
     assert check(config("run.dir=file")) == [line.format("file", "file/quickstart")]
     assert check(config("run.dir=file/deeper")) == [line.format("file", "file/deeper/quickstart")]
     assert check(config("run.dir=/dev/null")) == [line.format("/dev/null", "/dev/null/quickstart")]
+    Path("runs").mkdir()
     (line,) = check(config(f"run.name={'n' * 300}"))
     assert line.startswith("run.dir: runs/nnn") and line.endswith(
         "File name too long; choose another run.dir or run.name"
@@ -236,14 +237,6 @@ def test_gpus_of_servers(monkeypatch):
     assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[3]]", "rollout.server.memory=0.5")) == []
     monkeypatch.setenv("RANK", "1")  # of another node, which starts none
     assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == []
-
-
-def test_servers_listen_on_an_address_of_this_machine():
-    assert check(config(*LAUNCHED, "rollout.server.host=192.0.2.1")) == [
-        "rollout.server.host: 192.0.2.1: Cannot assign requested address; wants an address of this machine"
-    ]
-    (line,) = check(config(*LAUNCHED, "rollout.server.host=nowhere.invalid"))
-    assert line.startswith("rollout.server.host: nowhere.invalid: ")
 
 
 def test_a_checkpoint_to_resume_from_must_exist():
