@@ -77,7 +77,8 @@ class Report:
         path = (*path, place.tag)
         tag, exact = at(self.root, path)
         got = f"got {shown(tag)}" if exact else "missing"
-        self.say(path, f"{got}, wants {' | '.join(kinds)}{_near(tag.value, kinds) if exact else ''}")
+        own = " | module:Class of your own" if self.schema.others and place is self.schema.algorithm else ""
+        self.say(path, f"{got}, wants {' | '.join(kinds)}{own}{_near(tag.value, kinds) if exact else ''}")
 
     def pydantic(self, errors: Sequence[ErrorDetails], above: Path, place: Slot) -> None:
         """One line for each of pydantic's errors about the value at `above`, a place of type `place`."""

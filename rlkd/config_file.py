@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 from rlkd.config import AlgorithmConfig, Config
 from rlkd.config_errors import ConfigError, Report, shown
 from rlkd.config_schema import Algorithms, Path, Schema, Slot, default
-from rlkd.config_yaml import COMMAND_LINE, MISSING, Node, merge, read_file, read_override
+from rlkd.config_yaml import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
 
 __all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
 
@@ -95,7 +95,7 @@ def parse_args(argv: Sequence[str]) -> Args:
 
 def help_text(algorithms: Algorithms | None = None) -> str:
     """Every dotted key with its type, default and help, in 100 columns."""
-    return Schema(_registered() if algorithms is None else algorithms).help_text()
+    return (Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)).help_text()
 
 
 def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algorithms | None = None) -> Loaded:
@@ -134,10 +134,39 @@ def on_top(under: Node, over: Node) -> Node:
     return merge(under, over, _TAGS)
 
 
+def set_by(under: Node, over: Node, path: Path) -> str:
+    """The file that says what the key at `path` is, or the section around it; COMMAND_LINE where no file does."""
+    return at(on_top(under, over), path)[0].origin.rpartition(":")[0] or COMMAND_LINE
+
+
 def checked(root: Node, problems: Sequence[str], algorithms: Algorithms | None = None) -> Loaded:
     """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
-    schema = Schema(_registered() if algorithms is None else algorithms)
-    return _Loading(root, schema, Report(root, schema, list(problems))).run()
+    unknown = _learn_outside(root) if algorithms is None else None
+    schema = Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)
+    report = Report(root, schema, list(problems))
+    if unknown is not None:
+        report.say(("algorithm", "name"), unknown)
+    return _Loading(root, schema, report).run()
+
+
+def _learn_outside(root: Node) -> str | None:
+    """Make an algorithm that is called module:Class known, before its section is read; else what is wrong with it."""
+    node, exact = at(root, ("algorithm", "name"))
+    name = node.value if exact else None
+    if isinstance(name, str) and "${" in name:
+        try:
+            name = OmegaConf.select(OmegaConf.create(_plain(root)), "algorithm.name")
+        except OmegaConfBaseException:
+            return None  # reported where references are resolved
+    if not isinstance(name, str) or ":" not in name:
+        return None
+    from rlkd.algorithms import outside  # late: torch and Lightning take seconds
+
+    try:
+        outside.learn(name)
+    except ValueError as error:
+        return f"got {shown(node)}; {error}"
+    return None
 
 
 def _registered() -> Algorithms:

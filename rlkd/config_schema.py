@@ -116,8 +116,10 @@ def wants(place: Slot) -> str:
 class Schema:
     """The whole tree with one set of algorithms."""
 
-    def __init__(self, algorithms: Algorithms) -> None:
+    def __init__(self, algorithms: Algorithms, others: bool = False) -> None:
+        """`others`: whether an algorithm outside the package may be named, as module:Class."""
         self.config = Config
+        self.others = others
         self.root = Slot((Config,))
         self.algorithm = Slot(tuple(algorithms.values()), tag="name")
         assert list(self.algorithm.variants) == list(algorithms), "the names of ALGORITHMS and of their Config differ"
@@ -137,6 +139,9 @@ class Schema:
         lines = [*_USAGE]
         for name, place in self.fields(Config).items():
             if place.tag is not None:
+                if place is self.algorithm and self.others:
+                    about = "algorithm.name: module:Class - an algorithm of your own, with the keys of its Options"
+                    lines += ["", *_wrapped(about, 0)]
                 for tag, model in place.variants.items():
                     lines += _section_help(f"{name}.{place.tag}: {tag}", name, model)
             else:

@@ -27,9 +27,12 @@ class Panel:
     """The axis spans 0 to 1, so that plots of shares compare at a glance."""
     smooth: bool = False
     """With enough points, a running mean is drawn over the curve (and said to be one)."""
+    rounding: float = 0.0
+    """Values that differ by less are equal but for rounding: a loss of about 1 that is 1e-9 here and -1e-9 there."""
 
 
 _WINDOW = 10  # points of the running mean
+_SINGLE = 1e-6  # relative: figures in single precision that were summed in another order differ by less
 _COLOURS = 6
 
 # The plot's own coordinates; the page scales them to the column.
@@ -63,9 +66,10 @@ def _svg(panel: Panel, series: dict[str, list[Point]], iterations: Sequence[int]
     if panel.share:
         finite += [0.0, 1.0]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # a constant: give it room
-        room = 0.1 * abs(high)
-        low, high = (low - room, high + room) if low else (0.0, 1.0)
+    largest = max(abs(low), abs(high))
+    if high - low <= max(_SINGLE * largest, panel.rounding):  # a constant: give it room, so that it looks like one
+        room = 0.1 * largest
+        low, high = (low - room, high + room) if largest > panel.rounding else (0.0, 1.0)
     first, last = min(iterations), max(max(iterations), min(iterations) + 1)
 
     def x(iteration: float) -> float:

@@ -81,9 +81,9 @@ class PolicyModule(lightning.LightningModule):
         super().__init_subclass__()
         if "Options" not in cls.__dict__:
             return  # a variant for use from Python, without a name of its own
-        (name,) = get_args(cls.Options.model_fields["name"].annotation)
-        assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
-        ALGORITHMS[name] = cls
+        for name in get_args(cls.Options.model_fields["name"].annotation):  # none where it is left a plain text
+            assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
+            ALGORITHMS[name] = cls
 
     def __init__(self, config: Config):
         super().__init__()

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from rlkd import lora
 from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
@@ -32,6 +32,7 @@ from rlkd.rollout.server import server_key
 from rlkd.rollout.vllm import longest
 from rlkd.teachers.served import teacher_longest
 from rlkd.tiny import resolve
+from rlkd.tracking import tracking_problems
 from rlkd.types import Prompt
 from rlkd.vocabulary import embedding_rows, vocabulary_size
 
@@ -44,7 +45,7 @@ def check(config: Config) -> list[str]:
 
     Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
     """
-    problems = _run_directory(config) + _devices(config)
+    problems = _run_directory(config) + _devices(config) + tracking_problems(config)
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     lengths = config.algorithm.teacher_lengths(config)
@@ -67,14 +68,15 @@ def check(config: Config) -> list[str]:
 def check_evaluation(config: Config) -> list[str]:
     """What would stop `rlkd.evaluate`, one line each; empty: nothing that is known beforehand."""
     if heldout(config) is None:
-        return ["eval.path: got nothing, wants held-out data"]
-    problems: list[str] = []
+        return ["eval.path: got nothing, wants held-out data; give it by eval.path=FILE"]
+    problems = _server_devices(config, teacher=False)
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     if student is not None:
-        problems += _data(config, student)
+        problems += _generation(config) + _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
-    return problems + _servers(config)
+    own = "for a server of the evaluation's own: rollout.server.urls=[] rollout.server.launch=true"
+    return problems + [f"{line}; {own}" if "rollout.server.urls" in line else line for line in _servers(config)]
 
 
 def _fewer_rows(config: Config, key: str, path: str) -> list[str]:
@@ -117,6 +119,14 @@ def _export(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _run_directory(config: Config) -> list[str]:
     """Only what a training run writes counts: another rank of this run may just have made the directory."""
     resume, folder = config.run.resume, Path(config.run_dir)
+    try:
+        above = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    except OSError as error:  # a name that is too long
+        return [f"run.dir: {str(folder)[:80]}…: {error.strerror}; choose another run.dir or run.name"]
+    if not above.is_dir():
+        return [f"run.dir: {above} is a file, where the run's directory {folder} should be; choose another run.dir"]
+    if not os.access(above, os.W_OK | os.X_OK):
+        return [f"run.dir: {above} cannot be written to; choose another run.dir, or mend its permissions"]
     if resume == "never":
         if Path(folder, "metrics.jsonl").exists() or checkpoints(folder):
             return [
@@ -143,18 +153,52 @@ def _devices(config: Config) -> list[str]:
             f"trainer.devices: is {config.trainer.devices} with trainer.accelerator gpu, but this node has {gpus}; "
             "lower it, or set trainer.accelerator: cpu"
         )
-    launches: dict[str, ServerConfig] = {"rollout.server.launch": config.rollout.server}
-    if isinstance(config.teacher, ServedTeacher):
-        launches["teacher.server.launch"] = config.teacher.server
-    for key, launch in launches.items():
-        if launch.launch and config.trainer.num_nodes > 1 and _is_loopback(launch.host):
+    for key, launch in _launched(config).items():
+        if config.trainer.num_nodes > 1 and _is_loopback(launch.host):
             problems.append(
-                f"{key.replace('launch', 'host')}: is {launch.host}, which the other nodes of trainer.num_nodes = "
+                f"{key}.host: is {launch.host}, which the other nodes of trainer.num_nodes = "
                 f"{config.trainer.num_nodes} cannot reach; give an address of the first node, or start servers by "
                 "python -m rlkd.serve and give their urls"
             )
-        if launch.launch and importlib.util.find_spec("vllm") is None:
-            problems.append(f"{key}: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
+    first_node = int(os.environ.get("RANK", "0")) < config.trainer.devices  # which starts the servers
+    return problems + (_server_devices(config) if first_node else [])
+
+
+def _launched(config: Config) -> dict[str, ServerConfig]:
+    """section → settings of the servers that the run starts."""
+    servers: dict[str, ServerConfig] = {"rollout.server": config.rollout.server}
+    if isinstance(config.teacher, ServedTeacher):
+        servers["teacher.server"] = config.teacher.server
+    return {key: server for key, server in servers.items() if server.launch}
+
+
+def _server_devices(config: Config, teacher: bool = True) -> list[str]:
+    """Servers that this machine cannot start, or not all at once."""
+    problems = []
+    gpus = torch.cuda.device_count()
+    have = f"this machine shows {gpus} of them" + (f", 0 to {gpus - 1}" if gpus else "")
+    memory: dict[int, float] = {}
+    """GPU → the share of its memory that the servers so far take."""
+    for key, server in _launched(config).items():
+        if key == "teacher.server" and not teacher:
+            continue
+        if importlib.util.find_spec("vllm") is None:
+            problems.append(f"{key}.launch: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
+        for devices in server.devices:
+            absent = [gpu for gpu in devices if not 0 <= gpu < gpus]
+            if absent:
+                hint = "[[]] is one server on the CPU" if gpus == 0 else "name others"
+                problems.append(f"{key}.devices: names GPU {absent[0]}, but {have}; {hint}")
+            if len(set(devices)) < len(devices):
+                problems.append(f"{key}.devices: {devices} names a GPU twice; each GPU of a server is another one")
+            for gpu in set(devices) or ({0} if gpus else set()):
+                memory[gpu] = memory.get(gpu, 0.0) + server.memory
+    crowded = [gpu for gpu, share in memory.items() if share > 1 and gpu < gpus]
+    if crowded:
+        problems.append(
+            f"rollout.server.devices: the servers on GPU {crowded[0]} may take {memory[crowded[0]]:.3g} times its "
+            "memory together; lower rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
+        )
     return problems
 
 
@@ -180,9 +224,15 @@ def _model(
     try:
         model = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a model's files, and code that comes with it, raise anything
         what = path if Path(folder).is_dir() else f"{path} is no folder here, and as a hub id"
         problems.append(f"{key}: {what}: {' '.join(str(error).split())[:300]}")
+        return None
+    if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(model, "auto_map"):
+        problems.append(
+            f"{key}: {path} is of type {model.model_type}, which transformers has no causal language model for; wants "
+            "one that writes text from left to right"
+        )
         return None
     limit = _positions(model)
     longest = sum(lengths.values())

@@ -36,9 +36,9 @@ GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     (
         "Losses",
         (
-            Panel("Loss", ("loss",), "what was minimised", smooth=True),
-            Panel("Policy gradient", ("loss/pg",), "its reinforcement-learning term", smooth=True),
-            Panel("Distillation", ("loss/kd",), "its teacher term", smooth=True),
+            Panel("Loss", ("loss",), "what was minimised", smooth=True, rounding=1e-7),
+            Panel("Policy gradient", ("loss/pg",), "its reinforcement-learning term", smooth=True, rounding=1e-7),
+            Panel("Distillation", ("loss/kd",), "its teacher term", smooth=True, rounding=1e-7),
             Panel("KL to the teacher", ("kd/kl",), "nats per token", smooth=True),
             Panel("Weight of distillation", ("kd/coef",), "β of the teacher term"),
             Panel("Teacher over reward", ("kd/flipped",), "share of tokens whose advantage it reverses", smooth=True),
@@ -237,24 +237,32 @@ def _curves(series: dict[str, list[Point]]) -> list[str]:
 # Samples ---------------------------------------------------------------------------------------------------------
 
 
-def _samples(folder: Path) -> list[str]:
-    """A table of rollouts of the last iteration that was written, spread evenly over it; empty without rollouts."""
+def newest_rollouts(folder: Path) -> tuple[list[dict[str, Any]], str]:
+    """A few rollouts of the last iteration that was written to `folder`, spread evenly over it, and which they are.
+
+    Empty without rollouts.
+    """
     files = sorted(folder.glob("*.jsonl"), key=lambda path: [int(digits) for digits in re.findall(r"\d+", path.name)])
-    if not files:
-        return []
-    objects = [rollout for _, rollout in _read_jsonl(files[-1])[0]]
+    objects = [rollout for _, rollout in _read_jsonl(files[-1])[0]] if files else []
     if not objects:
-        return []
+        return [], ""
     newest = [rollout for rollout in objects if rollout.get("iteration") == objects[-1].get("iteration")]
     count = min(_SAMPLES, len(newest))
-    chosen = [newest[i * len(newest) // count] for i in range(count)]
+    what = f"{count} of the {len(newest):,} rollouts in {files[-1].name}"
+    if "iteration" in newest[0]:
+        what += f" of iteration {newest[0]['iteration']}"
+    return [newest[i * len(newest) // count] for i in range(count)], what
+
+
+def _samples(folder: Path) -> list[str]:
+    """A table of them; empty without rollouts."""
+    chosen, what = newest_rollouts(folder)
+    if not chosen:
+        return []
     columns = ("prompt", "completion", "answer", "reward", "advantage", "finish_reason", "weight_version")
     shown = [column for column in columns if any(column in rollout for rollout in chosen)]
     head = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in shown)
     body = "".join(f"<tr>{''.join(_cell(rollout, column) for column in shown)}</tr>" for rollout in chosen)
-    what = f"{count} of the {len(newest):,} rollouts in {files[-1].name}"
-    if "iteration" in newest[0]:
-        what += f" of iteration {newest[0]['iteration']}"
     return [
         f'<h2>Samples</h2><p class="soft">{escape(what)}, evenly spaced.</p>'
         f'<div class="wide"><table class="samples"><tr>{head}</tr>{body}</table></div>'

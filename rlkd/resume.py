@@ -53,7 +53,12 @@ def resume_path(config: Config) -> Path | None:
 
 def exported(run_dir: str | Path) -> int:
     """How many iterations the student in `<run>/hf` has seen; 0 where none was exported."""
-    record = Path(run_dir, "hf", EXPORT_RECORD)
+    return seen_by(Path(run_dir, "hf"))
+
+
+def seen_by(student: str | Path) -> int:
+    """How many iterations an exported student, in the folder `student`, has seen; 0 for any other model."""
+    record = Path(student, EXPORT_RECORD)
     return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.exists() else 0
 
 
@@ -83,6 +88,10 @@ def changes(config: Config) -> list[str]:
         saved = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"run.resume: {checkpoint} has no readable {FILE}: {error}; choose another checkpoint"]
+    if "run" not in saved:  # a model's folder, say, which has a config.json too
+        return [
+            f"run.resume: {checkpoint} is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…"
+        ]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
     unsaid = tuple(_unsaid(config))
     lines, changed = [], []

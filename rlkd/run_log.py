@@ -60,7 +60,8 @@ class RunLog(IterationCallback):
         now = time.perf_counter()
         row = module.row
         row["time/total"] = now - self._last
-        row["tokens_per_s"] = row["tokens/generated"] / row["time/total"]
+        # An algorithm that learns from given completions, such as SFT, generates none.
+        row["tokens_per_s"] = (row["tokens/generated"] or row["tokens/trained"]) / row["time/total"]
         self._last = now
         self._written = int(row["iteration"])
         self._write(trainer, row)
@@ -86,7 +87,12 @@ class RunLog(IterationCallback):
         whole.write(self.path, "".join(kept).encode())
 
 
-SHOWN = ("reward/mean", "accuracy", "tokens_per_s", "eval/greedy")
+SHOWN = ("reward/mean", "accuracy", "loss", "kd/kl", "tokens_per_s", "eval/greedy")
+
+
+def shown(row: dict[str, float]) -> dict[str, str]:
+    """The figures for the console: those of SHOWN that the algorithm has."""
+    return {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
 
 
 class IterationBar(RichProgressBar):
@@ -102,7 +108,11 @@ class IterationBar(RichProgressBar):
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         assert isinstance(pl_module, PolicyModule)
-        return {name: f"{pl_module.row[name]:.3g}" for name in SHOWN if name in pl_module.row}
+        return dict(shown(pl_module.row))
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Lightning counts epochs, of which a run has one without an end."""
+        return "iteration"
 
 
 class IterationLines(IterationCallback):
@@ -113,8 +123,8 @@ class IterationLines(IterationCallback):
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         if distributed.rank() == 0:
-            shown = "  ".join(f"{name} {module.row[name]:.3g}" for name in SHOWN if name in module.row)
-            print(f"iteration {batch.iteration + 1}/{self.iterations}  {shown}", flush=True)
+            figures = "  ".join(f"{name} {value}" for name, value in shown(module.row).items())
+            print(f"iteration {batch.iteration + 1}/{self.iterations}  {figures}", flush=True)
 
 
 def progress(config: Config) -> list[lightning.Callback]:

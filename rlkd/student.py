@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlkd import distributed, lora
 from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.distributed import RunStopped
+from rlkd.loading import check_whole, loading
 from rlkd.losses import token_ratios
 from rlkd.output_check import check_output
 from rlkd.output_layer import OutputLayer
@@ -116,16 +117,24 @@ def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
 def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """The model at `path` (folder, hub id, builtin:…) in evaluation mode, without dropout even in training mode.
 
-    Raises: RunStopped, one line, for a model whose log-probs rlkd would compute wrongly.
+    Raises: RunStopped, one line, when it cannot be loaded whole, or rlkd would compute its log-probs wrongly.
     """
     folder = resolve(path)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _without_dropout(config)
-    hf: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
-    )
+    with loading(path):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _without_dropout(config)
+        hf, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+            output_loading_info=True,
+        )
+    check_whole(hf, path, report)
     check_output(hf, path)
-    return hf
+    return hf  # type: ignore[no-any-return]
 
 
 def _without_dropout(config: PreTrainedConfig) -> None:

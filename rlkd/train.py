@@ -40,6 +40,7 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
     from rlkd.checkpoint import Checkpoint, Signals
     from rlkd.evaluate import Evaluate
     from rlkd.run_log import RunLog, progress
+    from rlkd.tracking import Samples
     from rlkd.weight_sync.publish import Publish
 
     signals = Signals()
@@ -49,6 +50,7 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
         Evaluate(config, loader),
         RunLog(config, loader),
         *progress(config),
+        *([] if config.log.wandb == "off" else [Samples(config)]),
         Checkpoint(config, loader, signals),
     ]
 
@@ -87,11 +89,13 @@ def run(config: Config, text: str) -> None:
     from rlkd.resume import resume_path
     from rlkd.rollout.loader import RolloutLoader
     from rlkd.tracking import finish
+    from rlkd.writing import writing
 
     checkpoint = resume_path(config)
     if int(os.environ.get("RANK", "0")) == 0:
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        whole.write(Path(config.run_dir, "config.yaml"), text.encode())
+        with writing(f"run.dir: {config.run_dir}/config.yaml"):
+            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+            whole.write(Path(config.run_dir, "config.yaml"), text.encode())
     module = ALGORITHMS[config.algorithm.name](config)
     loader = RolloutLoader(config, module)
     try:

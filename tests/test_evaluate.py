@@ -1,13 +1,19 @@
 import itertools
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from builders import config, opened
 
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import load_tokenizer
-from rlkd.evaluate import evaluate, heldout, heldout_prompts, pass_at_k
+from rlkd.evaluate import asked_for, check_sampler, evaluate, heldout, heldout_prompts, main, measured, pass_at_k
+from rlkd.rollout.hf import HFSampler
 from rlkd.rollout.sampler import Sampling
+from rlkd.tiny import resolve
 
 
 @pytest.mark.parametrize("correct", range(6))
@@ -85,5 +91,95 @@ def test_an_evaluation_whose_rewards_fail_says_so():
     try:
         with pytest.raises(RuntimeError, match="evaluation: 12 of 12 rewards failed.*needs an answer"):
             evaluate(settings, loader, prompts)
+    finally:
+        loader.close()
+
+
+QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+FEW = ("eval.prompts=8", "eval.samples=2")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The files of a run of 200 iterations that has exported its student; its config began with builtin:student."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x")
+    shutil.copytree(resolve("builtin:teacher"), folder / "hf")
+    (folder / "hf" / "rlkd.json").write_text('{"iteration": 200}')
+    (folder / "config.yaml").write_text(load([QUICKSTART], ["run.name=x"]).text)
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+def test_a_run_is_evaluated_by_its_own_student(run):
+    for words in (["runs/x"], ["--config", "runs/x/config.yaml"], ["--config=./runs/x/config.yaml", *FEW], ["runs/x/"]):
+        assert Path(asked_for(words).model.path) == run / "hf"
+    assert asked_for(["runs/x", "eval.prompts=9"]).eval.prompts == 9
+
+
+def test_a_model_that_is_named_wins_over_the_runs_own_student(run):
+    Path("other.yaml").write_text("model: {path: somewhere}")
+    assert asked_for(["runs/x", "model.path=builtin:student"]).model.path == "builtin:student"
+    assert asked_for(["runs/x", "--config", "other.yaml"]).model.path == "somewhere"
+    assert Path(asked_for(["--config", "other.yaml", "runs/x"]).model.path) == run / "hf"
+    assert asked_for(["--config", QUICKSTART]).model.path == "builtin:student", "no file of a run"
+    Path("config.yaml").write_text(Path(QUICKSTART).read_text())
+    assert asked_for(["--config", "config.yaml"]).model.path == "builtin:student", "nor is this one"
+
+
+def test_a_run_without_a_student_yet_is_one_line_and_never_its_start(run, capsys):
+    shutil.rmtree(run / "hf")
+    Path(run, "checkpoints", "iteration-000050").mkdir(parents=True)
+    assert main(["runs/x"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == (
+        "runs/x has no exported student (runs/x/hf) yet; its last checkpoint is of iteration 50 of 200: train it to "
+        "its end, by run.resume=auto, or name the model to evaluate by model.path=FOLDER"
+    )
+    with pytest.raises(ConfigError, match="run.resume=auto and checkpoint.export=true"):
+        asked_for(["runs/x", "checkpoint.export=false"])
+
+
+def test_what_is_measured_is_said_and_is_the_student(run, capsys):
+    assert main(["runs/x", *FEW]) == 0
+    said = capsys.readouterr()
+    assert said.err == (
+        "evaluating runs/x/hf, after 200 iterations; data builtin:reverse, split heldout: 8 prompts, greedy and 2 "
+        "samples each at temperature 1\n"
+    )
+    assert json.loads(said.out)["eval/greedy"] > 0.8, "the teacher's weights, which stand for the student's"
+    assert main(["--config", QUICKSTART, *FEW]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("evaluating builtin:student, which is no student that a run has exported; data")
+    assert json.loads(said.out)["eval/greedy"] < 0.5
+
+
+def test_other_mistakes_are_one_line_each(run, capsys):
+    Path("own.jsonl").write_text('{"prompt": "reverse: abc", "answer": "cba"}\n' * 20)
+    assert main(["runs/x", "data.path=own.jsonl"]) == 2
+    assert main(["runs/x", "eval.path=none.jsonl", "eval.every=0"]) == 2
+    assert main(["--config", QUICKSTART, "stages={a: {}}"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "eval.path: got nothing, wants held-out data; give it by eval.path=FILE"
+    assert lines[1].startswith("eval.path: none.jsonl: cannot be read: ")
+    assert lines[2].startswith("stages: evaluate one stage")
+    assert len(lines) == 3
+
+
+def test_nothing_is_published_by_an_evaluation(monkeypatch):
+    monkeypatch.delattr(HFSampler, "publish")
+    assert measured(config(*FEW))["eval/errors"] == 0
+
+
+def test_a_sampler_of_other_weights_is_not_measured():
+    settings = config(*FEW, "rollout.max_mismatch=0.001")
+    loader = opened(settings)
+    prompts = heldout_prompts(settings, loader.tokenizer)
+    try:
+        check_sampler(settings, loader, prompts)
+        with torch.no_grad():
+            loader.policy._model.get_output_embeddings().weight.mul_(1.05)
+        with pytest.raises(RuntimeError, match="the sampler and builtin:student disagree by .* nothing was measured"):
+            check_sampler(settings, loader, prompts)
     finally:
         loader.close()

@@ -251,7 +251,10 @@ def test_kubernetes(environment, monkeypatch):
             ("--role", "teacher", "teacher=null", "algorithm={name: grpo}"),
             "teacher.backend: is none; set it to served to serve the teacher",
         ),
-        (("stages.a.model.path=builtin:student", "stages.b.model.path=builtin:mentor"), "stages: want different policy servers; set launch: true"),
+        (
+            ("stages.a.model.path=builtin:student", "stages.b.model.path=builtin:mentor"),
+            "stages: want different policy servers; set launch: true",
+        ),
         (("rollout.nonsense=1",), "command line: rollout.nonsense: unknown key"),
         ((), "RLKD_SERVER_KEY: not set; the server asks every caller for a key: choose one, e.g. by openssl"),
     ],

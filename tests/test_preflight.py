@@ -1,6 +1,7 @@
 """What is found out before any model is loaded: the exact line for each thing that is wrong."""
 
 import json
+import os
 import shutil
 import socket
 import threading
@@ -18,6 +19,7 @@ from rlkd.config_file import load
 from rlkd.data.chat import load_tokenizer
 from rlkd.preflight import check
 from rlkd.tiny import resolve
+from rlkd.train import main
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 ROWS = [{"id": f"q{i}", "prompt": f"abc{i}", "answer": "x"} for i in range(20)]
@@ -181,6 +183,60 @@ def test_a_directory_that_holds_a_run_is_not_overwritten():
     ]
     assert check(config("run.resume=auto")) == []
     assert check(config("run.name=other")) == []
+
+
+def test_where_a_run_cannot_be_written():
+    Path("file").touch()
+    line = "run.dir: {} is a file, where the run's directory {} should be; choose another run.dir"
+    assert check(config("run.dir=file")) == [line.format("file", "file/quickstart")]
+    assert check(config("run.dir=file/deeper")) == [line.format("file", "file/deeper/quickstart")]
+    assert check(config("run.dir=/dev/null")) == [line.format("/dev/null", "/dev/null/quickstart")]
+    Path("runs").mkdir()
+    (line,) = check(config(f"run.name={'n' * 300}"))
+    assert line.startswith("run.dir: runs/nnn") and line.endswith(
+        "File name too long; choose another run.dir or run.name"
+    )
+    if os.geteuid() != 0:  # root may write everywhere
+        Path("locked").mkdir(mode=0o500)
+        assert check(config("run.dir=locked/runs"))[0].startswith("run.dir: locked cannot be written to; ")
+
+
+def test_what_only_writing_finds_out_is_one_line_too(capsys):
+    assert main(["--config", QUICKSTART, "run.dir=/proc/runs"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: run.dir: /proc/runs/quickstart/config.yaml could not be written: ")
+
+
+LAUNCHED = ("rollout.backend=vllm", "rollout.server.launch=true")
+
+
+def test_gpus_of_servers(monkeypatch):
+    """What the machine has is what torch says of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert check(config(*LAUNCHED)) == []
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == [
+        "rollout.server.devices: names GPU 5, but this machine shows 0 of them; [[]] is one server on the CPU"
+    ]
+    teacher = "teacher={backend: served, path: 'builtin:teacher', server: {launch: true, devices: [[3]], memory: 0.5}}"
+    assert check(config(teacher)) == [
+        "teacher.server.devices: names GPU 3, but this machine shows 0 of them; [[]] is one server on the CPU"
+    ]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[1, 4], [-1]]")) == [
+        "rollout.server.devices: names GPU 4, but this machine shows 4 of them, 0 to 3; name others",
+        "rollout.server.devices: names GPU -1, but this machine shows 4 of them, 0 to 3; name others",
+    ]
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[1, 1]]")) == [
+        "rollout.server.devices: [1, 1] names a GPU twice; each GPU of a server is another one"
+    ]
+    assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[1], [2]]")) == []
+    assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[1], [3]]")) == [
+        "rollout.server.devices: the servers on GPU 3 may take 1.35 times its memory together; lower "
+        "rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
+    ]
+    assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[3]]", "rollout.server.memory=0.5")) == []
+    monkeypatch.setenv("RANK", "1")  # of another node, which starts none
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == []
 
 
 def test_a_checkpoint_to_resume_from_must_exist():

@@ -113,6 +113,27 @@ def test_the_page_is_well_formed_and_every_plot_parses(run_dir: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("metric", "values"),
+    [
+        ("kd/coef", [0.2] * 30),
+        ("kd/coef", [0.2, 0.20000000298, 0.19999999] * 10),  # in single precision, summed in different orders
+        ("loss/pg", [1e-9, -2e-9, 3e-10] * 10),  # zero but for rounding
+        ("entropy", [0.0] * 30),
+    ],
+)
+def test_equal_values_are_a_flat_line(run_dir: Path, metric: str, values: list[float]) -> None:
+    write_lines(run_dir / "metrics.jsonl", [{"iteration": i + 1, metric: value} for i, value in enumerate(values)])
+    (points,) = curve(Page(write_report(run_dir)).plot(metric))
+    assert len(points) == 30 and len({y for _, y in points}) == 1
+
+
+def test_small_values_that_do_change_are_no_flat_line(run_dir: Path) -> None:
+    write_lines(run_dir / "metrics.jsonl", [{"iteration": i + 1, "lr": 1e-9 * i} for i in range(10)])
+    (points,) = curve(Page(write_report(run_dir)).plot("lr"))
+    assert len({y for _, y in points}) == 10
+
+
 def test_the_headline_says_before_and_after(run_dir: Path) -> None:
     text = Page(write_report(run_dir)).text
     for figure in ("tiny-kdrl", "kdrl on builtin:student", "6.2% → 75.0%", "+68.8 points, iteration 0 → 4"):

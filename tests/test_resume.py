@@ -12,6 +12,7 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.data.sources import load_source
 from rlkd.resume import FILE, FREE, changes, save_config, save_data
 from rlkd.rollout.loader import RolloutLoader
+from rlkd.tiny import resolve
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 
@@ -187,6 +188,12 @@ def test_a_checkpoint_without_its_configuration_is_refused(tmp_path):
     (tmp_path / "iteration-000001").mkdir()
     (line,) = changes(config(f"run.resume={tmp_path / 'iteration-000001'}"))
     assert line.startswith("run.resume: ") and "has no readable config.json" in line
+
+
+def test_a_folder_of_something_else_is_no_checkpoint():
+    """A model's folder has a config.json too."""
+    (line,) = changes(config(f"run.resume={resolve('builtin:student')}"))
+    assert line.endswith(" is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…")
 
 
 def test_what_is_free_are_keys_that_exist():

@@ -60,6 +60,14 @@ def test_policy_and_teacher_on_servers_agree_with_the_trainer(tmp_path):
         assert all(line["teacher_logprobs"] for line in lines)
     assert {log.stem for log in (folder / "server").iterdir()} == {"policy", "teacher"}
     assert not servers_of(folder)
+    evaluated = subprocess.run(
+        [sys.executable, "-m", "rlkd.evaluate", str(folder)], env=ENV, capture_output=True, text=True, timeout=400
+    )
+    assert evaluated.returncode == 0, evaluated.stderr[-3000:]
+    assert f"evaluating {folder}/hf, after 4 iterations" in evaluated.stderr
+    # The last weights that were published, now loaded by a server itself, which still says that it holds its own.
+    assert json.loads(evaluated.stdout)["eval/greedy"] == trained[-1]["eval/greedy"]
+    assert not servers_of(folder)
 
 
 def test_a_stale_tied_head_stops_the_run_instead_of_training_on(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
 
+from rlkd.rollout.client import ServerError
 from rlkd.rollout.guardian import shared_memory
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer, cpu_cores
@@ -54,6 +55,15 @@ sampler.start(); sampler.open()
 print(server.pid, server.guardian_pid, server.url, sampler._file.write({}, 0), sampler._file.directory, flush=True)
 sys.stdin.read()
 """
+
+
+def test_a_host_that_is_not_this_machine_is_one_line(tmp_path: Path) -> None:
+    for host, why in (("192.0.2.1", "Cannot assign requested address"), ("nowhere.invalid", "not known|failure")):
+        with pytest.raises(
+            ServerError, match=f"'policy' cannot listen on server.host = {host}: .*({why}).*; wants an"
+        ) as e:
+            start_server("policy", "unused", tmp_path, host=host)
+        assert "\n" not in str(e.value)
 
 
 @pytest.mark.server

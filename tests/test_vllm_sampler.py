@@ -53,6 +53,15 @@ def tokens(groups: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
 
 
 @pytest.mark.server
+def test_a_server_that_a_run_has_used_is_not_taken_for_its_start(sampler: VLLMSampler, policy_path: str) -> None:
+    other = VLLMSampler(run_config(policy_path, sampler.pool.clients[0].url), eos_ids=[EOS])
+    other.open()
+    with pytest.raises(ServerError, match="holds weight version 3, which a run has given it.* start that server again"):
+        other.keep_loaded()
+    other.close()
+
+
+@pytest.mark.server
 def test_sampled_logprobs_are_the_models_at_the_temperature(sampler: VLLMSampler, model: LlamaForCausalLM) -> None:
     groups = sampler.sample(prompts(6), n=4, iteration=0, sampling=HOT)
     assert [len(group) for group in groups] == [4] * 6

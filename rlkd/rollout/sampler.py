@@ -33,7 +33,7 @@ class Sampler(Protocol):
     """Generates with the weights that it was last given, and says which those were.
 
     Life: `start` and `open` once, then `publish` (a collective: every rank calls it) and `sample` (each rank for its
-    own prompts), then `close`.
+    own prompts), then `close`. Where nothing is trained, `keep_loaded` stands in place of every `publish`.
     """
 
     def start(self) -> None:
@@ -50,6 +50,13 @@ class Sampler(Protocol):
         Their names: those in memory for a sampler in this process, those of a checkpoint's files for a server.
 
         Raises: RunStopped when a server refuses them. One that does not answer is left out until it is back.
+        """
+        ...
+
+    def keep_loaded(self) -> None:
+        """In place of a first `publish`, after `open`: the weights that it has loaded, or found, are version 0.
+
+        Raises: RunStopped when a server holds others than it was started with.
         """
         ...
 

@@ -48,7 +48,13 @@ class VLLMServer:
         self.log = Path(log_dir) / f"{role.name}.log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
-            probe.bind((config.host, 0))
+            try:
+                probe.bind((config.host, 0))
+            except OSError as error:
+                raise ServerError(
+                    f"the vLLM server {role.name!r} cannot listen on server.host = {config.host}: {error.strerror}; "
+                    "wants an address of this machine"
+                ) from error
             port = probe.getsockname()[1]
         self.url = f"http://{config.host}:{port}"
         self._timeout_s = config.start_timeout_s

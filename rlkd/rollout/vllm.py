@@ -118,6 +118,8 @@ class VLLMSampler:
         """The file (or adapter) of that version, from which a server that lost its weights gets them again."""
         self._holds: dict[str, int] = {}
         """url → the version that this process has given the server. What it says itself may be another run's."""
+        self._as_started = False
+        """Whether the servers are to hold what they were started with, and nothing is published."""
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
@@ -212,6 +214,20 @@ class VLLMSampler:
             if failure is not None and not isinstance(failure, ServerLost):
                 raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
 
+    def keep_loaded(self) -> None:
+        """See `Sampler.keep_loaded`. `open` has asked each server for its model, but a run may have used it since."""
+        self._version, self._as_started = 0, True
+        for client in self.pool.clients:
+            self._check_start_weights(client)
+
+    def _check_start_weights(self, client: VLLMClient) -> None:
+        held = client.weight_version()
+        if held is not None:
+            raise ServerError(
+                f"{client.url} holds weight version {held}, which a run has given it, in place of those that it was "
+                "started with; start that server again"
+            )
+
     def recover(self) -> None:
         """See `Sampler.recover`. Raises: RunStopped on every rank when no server comes back within `retry_s`."""
         if self._direct is not None:
@@ -233,7 +249,9 @@ class VLLMSampler:
     def _restore(self, client: VLLMClient) -> None:
         """Bring one server to the published version, if it has lost it."""
         assert self._version is not None
-        if client.weight_version() == self._version == self._holds.get(client.url):
+        if self._as_started:
+            self._check_start_weights(client)
+        elif client.weight_version() == self._version == self._holds.get(client.url):
             _resume(client, self._version)
         else:
             self._update(client)
@@ -328,6 +346,10 @@ class VLLMSampler:
         )
 
     def _span(self, span: Span, where: str) -> VersionSpan:
+        if self._as_started:
+            if span.version != "default":
+                raise ServerError(f"{where} was given other weights meanwhile: version {span.version[:40]!r}")
+            return VersionSpan(start=span.start, end=span.end, version=0)
         return VersionSpan(start=span.start, end=span.end, version=parse_version(span.version, where))
 
     def close(self) -> None:

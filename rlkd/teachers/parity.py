@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rlkd import distributed
 from rlkd.config import Config, ServedTeacher
+from rlkd.distributed import RunStopped
 from rlkd.rollout.sampler import Sampler, Sampling
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import Question, Teacher
@@ -30,19 +31,10 @@ def check_parity(
         reference: the student's start, opened.
         teacher: the run's teacher, opened.
 
-    Returns: the mean gap a token in nats, of the worst rank. Raises: RuntimeError above `rollout.max_mismatch`.
+    Returns: the mean gap a token in nats, of the worst rank. Raises: RunStopped above `rollout.max_mismatch`.
     """
-    sampling = Sampling(
-        temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed
-    )
-    rollouts = [group[0] for group in policy.sample(prompts[:PROMPTS], n=1, iteration=0, sampling=sampling)]
-    questions = [Question(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
-    gaps = {
-        "student as teacher": _gap(
-            [s.logprobs for s in reference.score(questions, Signal())],
-            [[p or 0.0 for p in r.logprobs] for r in rollouts],
-        )
-    }
+    questions, gap = sampler_gap(config, prompts, policy, reference)
+    gaps = {"student as teacher": gap}
     if isinstance(config.teacher, ServedTeacher) and teacher is not None:
         local = LocalScorer(
             config.teacher.path,
@@ -63,12 +55,26 @@ def check_parity(
     worst = dict(zip(gaps, distributed.all_reduce(list(gaps.values()), "max"), strict=True))
     for name, gap in worst.items():
         if not gap <= config.rollout.max_mismatch:
-            raise RuntimeError(
+            raise RunStopped(
                 f"teacher.check_parity: {name} differ by {gap:.3g} nats a token on average, more than "
                 f"rollout.max_mismatch = {config.rollout.max_mismatch}; check the model folders, dtypes and "
                 "temperatures of both sides"
             )
     return worst
+
+
+def sampler_gap(
+    config: Config, prompts: Sequence[Prompt], policy: Sampler, same: LocalScorer
+) -> tuple[list[Question], float]:
+    """A fresh sample of each of the first few prompts, and the mean gap a token, in nats, between its log-probs by the
+    sampler and by the `same` model in this process, which is open."""
+    sampling = Sampling(
+        temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed
+    )
+    rollouts = [group[0] for group in policy.sample(prompts[:PROMPTS], n=1, iteration=0, sampling=sampling)]
+    questions = [Question(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
+    scores = [s.logprobs for s in same.score(questions, Signal())]
+    return questions, _gap(scores, [[p or 0.0 for p in r.logprobs] for r in rollouts])
 
 
 def _gap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
