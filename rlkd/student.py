@@ -123,7 +123,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
     with loading(path):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         _without_dropout(config)
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -132,9 +132,11 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
         )
+    hf: PreTrainedModel
+    hf, report = loaded
     check_whole(hf, path, report)
     check_output(hf, path)
-    return hf  # type: ignore[no-any-return]
+    return hf
 
 
 def _without_dropout(config: PreTrainedConfig) -> None:

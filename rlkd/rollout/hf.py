@@ -190,15 +190,15 @@ def check_decode(hf: PreTrainedModel, path: str) -> None:
     def refuse(why: str) -> RunStopped:
         return RunStopped(
             f"{path}: rlkd cannot sample from {type(hf).__name__} in process: {' '.join(why.split())[:300]}; let vLLM "
-            "sample (rollout.backend: vllm, teacher.backend: vllm)"
+            "sample (rollout.backend: vllm, teacher.backend: served)"
         )
 
     vocabulary = hf.get_output_embeddings().weight.shape[0]
     prompts = [[(7 * row + 3 * t + 1) % vocabulary for t in range(length)] for row, length in enumerate(_PROBED)]
     noise = np.random.Generator(np.random.Philox(0)).random((len(prompts), 6))
     try:
-        straight = decode(hf, prompts, noise, 1.0, ends=())
-        completions = decode(hf, prompts, noise, 1.0, ends=straight[0].token_ids[1:2])
+        straight = decode(hf, vocabulary, prompts, noise, 1.0, ends=())
+        completions = decode(hf, vocabulary, prompts, noise, 1.0, ends=straight[0].token_ids[1:2])
     except Exception as error:  # whatever an unknown cache answers, the user is told
         raise refuse(f"{type(error).__name__}: {error}") from error
     gaps = []
