@@ -69,7 +69,9 @@ def test_an_algorithm_that_asks_for_no_rewards_is_evaluated_all_the_same():
 def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
     """pass@3 is no pass@4: such a prompt counts for avg@k alone."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
-    some = "reward.functions=[{name: 'reward_that_raises:on_some_completions'}]"
+    some = (
+        "reward.functions=[{name: 'reward_that_raises:on_some_completions'}, {name: format, options: {pattern: .*a.*}}]"
+    )
     settings = config(some, "reward.max_error_rate=1.0", "eval.prompts=16", "eval.samples=4", "eval.temperature=1.5")
     loader = opened(settings)
     try:
@@ -79,9 +81,12 @@ def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
         groups = loader.reward(loader.policy.sample(prompts, n=4, iteration=0, sampling=sampling))
     finally:
         loader.close()
-    whole = [[s.reward for s in group] for group in groups if all(s.error is None for s in group)]
+    right = [[s.is_correct(1.0) for s in group] for group in groups]
+    whole = [any(group) for group in right if None not in group]
     assert 0 < len(whole) < 16
-    assert figures["eval/pass@k"] == pytest.approx(sum(max(rewards) for rewards in whole) / len(whole))
+    assert figures["eval/pass@k"] == pytest.approx(sum(whole) / len(whole))
+    some = [True in group for group in right if any(one is not None for one in group)]
+    assert figures["eval/pass@k"] != pytest.approx(sum(some) / len(some))
 
 
 def test_an_evaluation_whose_rewards_fail_says_so():

@@ -221,6 +221,10 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
     ("overrides", "line"),
     [
         (("teacher=null",), "teacher.backend: is none, but algorithm.name opsd imitates one"),
+        (
+            ("teacher=null", "algorithm.leakage_every=1"),
+            "teacher.backend: is none, but algorithm.name opsd imitates one",
+        ),
         (("teacher={backend: self, weights: ema, scorer: policy_server}",), "set teacher.weights: live"),
         (
             (

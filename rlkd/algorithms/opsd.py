@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.opd_options import OPDConfig
-from rlkd.config import AlgorithmConfig, Config
+from rlkd.config import AlgorithmConfig, Config, NoTeacher
 from rlkd.context import ContextConfig, privileged_prompt
 from rlkd.divergence_config import DivergenceConfig
 from rlkd.losses import Reduction
@@ -55,11 +55,12 @@ class OPSDConfig(OPDConfig):
         if self.leakage_every and self.context.reference is None:
             why = f"is {self.leakage_every}, but algorithm.context.reference is null: there is no hint; set one"
             found.append(("algorithm.leakage_every", why))
-        if self.leakage_every and config.teacher.temperature != config.rollout.temperature:
+        teacher, temperature = config.teacher, config.rollout.temperature
+        if self.leakage_every and not isinstance(teacher, NoTeacher) and teacher.temperature != temperature:
             why = (
-                f"is {self.leakage_every}, but teacher.temperature is {config.teacher.temperature} and "
-                f"rollout.temperature {config.rollout.temperature}: log π − log T estimates a KL at one temperature "
-                "only; make them equal, or set algorithm.leakage_every: 0"
+                f"is {self.leakage_every}, but teacher.temperature is {teacher.temperature} and rollout.temperature "
+                f"{temperature}: log π − log T estimates a KL at one temperature only; make them equal, or set "
+                "algorithm.leakage_every: 0"
             )
             found.append(("algorithm.leakage_every", why))
         return found
