@@ -26,6 +26,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
+_EXPERTS = ("w13_weight", "w13_bias", "w2_weight", "w2_bias")
+"""What vLLM calls the fused tensors of a layer's experts."""
 
 
 @dataclass
@@ -102,8 +106,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, RoutedExperts):
-                info = get_layerwise_info(module)
-                if info.can_load() and info.load_numel < (info.load_numel_total or 0):
+                info, own = get_layerwise_info(module), module.named_parameters(recurse=False)
+                # Not `info.load_numel_total`: a router's bias may be registered here, and is loaded there.
+                wanted = sum(get_tensor_load_numel(value) for key, value in own if key in _EXPERTS)
+                if info.can_load() and info.load_numel < wanted:
                     found.append(name)
         return found
 
