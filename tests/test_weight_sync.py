@@ -196,7 +196,8 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
 def test_the_source_of_the_gpu_engines_says_what_it_yields() -> None:
     source = CurrentWeights()
     torch.manual_seed(0)
-    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1))
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=8, num_hidden_layers=1, head_dim=4, **size))
     named = loader_names(mixture, mixture.state_dict())
     assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in named
     for weights in (tiny_model(0).state_dict(), tiny_model(1).state_dict(), named):
