@@ -75,6 +75,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
 
     def start_weight_update(self) -> None:
         self._forget_packed_experts()
+        self._forget_half_loaded()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
@@ -131,6 +132,17 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         for module in self.model.modules():
             if isinstance(module, RoutedExperts):
                 module.quant_method.moe_kernel = None
+
+    def _forget_half_loaded(self) -> None:
+        """Begin anew with layers that an update which failed has left with some of their weights.
+
+        vLLM counts what a layer was given and lays it out when it has got enough; it would count these too, and pass
+        over as many that come.
+        """
+        for module in self.model.modules():
+            info = get_layerwise_info(module)
+            if info.can_load():
+                info.load_numel, info.loaded_weights = 0, []
 
     def _refresh_tied_head(self) -> None:
         """Lay out the output layer anew from the weights just loaded (CPU).
