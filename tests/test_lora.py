@@ -1,6 +1,7 @@
 """LoRA: what is trained, what the adapters compute, and that they leave the run as they were."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -9,10 +10,10 @@ import torch
 from builders import GRPO, Captured, assert_same, config, groups
 from safetensors.torch import load_file
 from test_run import arguments, rows, train
-from test_served_families import FAMILIES
+from test_served_families import EXPERTS, FAMILIES, SIZES
 from test_stages import RECIPE
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from vllm_fixtures import save_model
 
 from rlkd import lora
@@ -221,6 +222,25 @@ def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_pa
     torch.testing.assert_close(logits(merged), logits(hf), atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(adapted), logits(hf), atol=1e-4, rtol=0)
     assert (logits(hf) - before).abs().max() > 0.5, "else a lost adapter would not show"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("adapters", [(LORA,), ()])
+def test_a_mixture_of_experts_is_trained_published_and_exported(tmp_path, adapters):
+    """With the sampler in this process, whose names are those in memory. With adapters it used to end at once."""
+    path = tmp_path / "model"
+    shutil.copytree(resolve("builtin:student"), path)
+    size = {"vocab_size": start().config.vocab_size, "max_position_embeddings": 512, "dtype": "bfloat16"}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**{**SIZES, **EXPERTS, **size, "head_dim": 32})).save_pretrained(
+        path
+    )
+    where = (f"run.dir={tmp_path}", "run.name=r", "run.iterations=2", "eval.every=0", "log.rollouts_every=0")
+    small = (*GRPO, "rollout.prompts=4", "rollout.max_tokens=8", "data.limit=16", "rollout.max_mismatch=1.0e-4")
+    assert run_stages(load_stages(["configs/quickstart.yaml"], [f"model.path={path}", *adapters, *where, *small])) == 0
+    assert all(row["mismatch/mean"] < 1e-5 for row in rows(tmp_path / "r"))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "r" / "hf")
+    assert exported.dtype == torch.bfloat16 and (tmp_path / "r" / "adapter").exists() == bool(adapters)
 
 
 def test_what_has_no_adapter_is_named(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from vllm_fixtures import EOS, KEY, prompts, run_config, tiny_model, true_logprobs
 
 from rlkd.distributed import RunStopped
@@ -25,6 +25,7 @@ from rlkd.rollout.vllm import VLLMSampler
 from rlkd.teachers.served import PolicyServerTeacher
 from rlkd.teachers.teacher import Question
 from rlkd.types import Signal
+from rlkd.weight_sync.loader_names import loader_names
 from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
 from rlkd.weight_sync.weight_file import WeightFile
 
@@ -65,7 +66,8 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
 ) -> None:
     sampler, model = opened(policy_path, policy_server), tiny_model(31)
     weights: Mapping[str, Tensor] = model.state_dict()
-    partial = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
+    missing = ("layers.1.mlp", "layers.0.self_attn.k_proj")  # a whole layer, and a third of one
+    partial = {name: tensor for name, tensor in weights.items() if not any(part in name for part in missing)}
     with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights") as caught:
         sampler.publish(partial, 14)
     assert "\n" not in str(caught.value)
@@ -194,7 +196,12 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
 
 def test_the_source_of_the_gpu_engines_says_what_it_yields() -> None:
     source = CurrentWeights()
-    for seed in (0, 1):
-        source.weights = tiny_model(seed).state_dict()
+    torch.manual_seed(0)
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=8, num_hidden_layers=1, head_dim=4, **size))
+    named = loader_names(mixture, mixture.state_dict())
+    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in named
+    for weights in (tiny_model(0).state_dict(), tiny_model(1).state_dict(), named):
+        source.weights = weights
         told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
         assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]

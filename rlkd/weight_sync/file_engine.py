@@ -26,6 +26,10 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+
+_EXPERTS = ("w13_weight", "w13_bias", "w2_weight", "w2_bias")
+"""What vLLM calls the fused tensors of a layer's experts."""
 
 
 @dataclass
@@ -71,6 +75,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
 
     def start_weight_update(self) -> None:
         self._forget_packed_experts()
+        self._forget_half_loaded()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
@@ -102,8 +107,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, RoutedExperts):
-                info = get_layerwise_info(module)
-                if info.can_load() and info.load_numel < (info.load_numel_total or 0):
+                info, own = get_layerwise_info(module), module.named_parameters(recurse=False)
+                # Not `info.load_numel_total`: a router's bias may be registered here, and is loaded there.
+                wanted = sum(get_tensor_load_numel(value) for key, value in own if key in _EXPERTS)
+                if info.can_load() and info.load_numel < wanted:
                     found.append(name)
         return found
 
@@ -125,6 +132,17 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         for module in self.model.modules():
             if isinstance(module, RoutedExperts):
                 module.quant_method.moe_kernel = None
+
+    def _forget_half_loaded(self) -> None:
+        """Begin anew with layers that an update which failed has left with some of their weights.
+
+        vLLM counts what a layer was given and lays it out when it has got enough; it would count these too, and pass
+        over as many that come.
+        """
+        for module in self.model.modules():
+            info = get_layerwise_info(module)
+            if info.can_load():
+                info.load_numel, info.loaded_weights = 0, []
 
     def _refresh_tied_head(self) -> None:
         """Lay out the output layer anew from the weights just loaded (CPU).
