@@ -36,7 +36,8 @@ def check_output(hf: PreTrainedModel, path: str) -> None:
     def refuse(why: str, cause: Exception | None = None) -> RunStopped:
         stopped = RunStopped(
             f"{path}: rlkd computes log-probs from the trunk's last hidden state and the output layer, which is not "
-            f"what {type(hf).__name__} does: {' '.join(why.split())[:300]}; use a model of another architecture"
+            f"what {type(hf).__name__} does: {' '.join(why.split())[:300]}; use a model of another architecture "
+            "(a teacher of this one can be served: teacher.backend: served)"
         )
         stopped.__cause__ = cause
         return stopped

@@ -51,6 +51,11 @@ def check(config: Config) -> list[str]:
     lengths = config.algorithm.teacher_lengths(config)
     for key, settings in config.teachers:
         teacher = _model(f"{key}.path", settings.path, config.model.trust_remote_code, lengths, problems)
+        if teacher is not None and isinstance(settings, ServedTeacher):  # which may write
+            try:
+                end_ids(settings.path)
+            except (ValueError, OSError) as error:
+                problems.append(f"{key}.path: {' '.join(str(error).split())}")
         difference = first_difference(student, teacher) if student is not None and teacher is not None else None
         if difference is not None:
             problems.append(
@@ -91,10 +96,15 @@ def _fewer_rows(config: Config, key: str, path: str) -> list[str]:
 
 
 def _generation(config: Config) -> list[str]:
-    """The student must say how completions end and how its logits are made, and have the layers to be adapted."""
+    """The student must be a causal language model, say how completions end and how its logits are made, and have the
+    layers to be adapted."""
+    model = config.model
     try:
-        end_ids(config.model.path)
-        known = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
+        end_ids(model.path)
+        known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
+        its_own = model.trust_remote_code and "AutoModelForCausalLM" in getattr(known, "auto_map", {})
+        if type(known) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
+            raise ValueError(f"{model.path} is a {known.model_type}, which transformers has no causal language model of")
         logit_transform(known)
         if config.model.lora is not None:
             lora.layer_names(lora.skeleton(config.model), config.model.lora)

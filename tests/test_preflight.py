@@ -17,7 +17,8 @@ import torch
 from rlkd.config import Config
 from rlkd.config_file import load
 from rlkd.data.chat import load_tokenizer
-from rlkd.preflight import check
+from rlkd.preflight import check, check_evaluation
+from rlkd.rollout.sampler import end_ids
 from rlkd.tiny import resolve
 from rlkd.train import main
 
@@ -107,6 +108,59 @@ def test_model_paths():
     shutil.copy(Path(resolve("builtin:student")) / "config.json", "empty")
     (line,) = check(config("teacher.path=empty"))
     assert line.startswith("teacher.path: empty: no tokenizer in 'empty': ") and "\n" not in line
+
+
+def with_ends(name: str, generation: dict[str, Any] | None, **changes: Any) -> str:
+    """A model whose generation_config.json is `generation` (None: it has none), with changes to its config.json."""
+    folder = Path(model_folder(name))
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(settings))
+    return name
+
+
+def test_the_ends_of_completions_are_found_wherever_a_model_names_them():
+    eos = load_tokenizer("builtin:student").eos_token_id
+    assert end_ids(with_ends("several", {"eos_token_id": [eos, 5]})) == (eos, 5)
+    assert end_ids(with_ends("in_config", None, eos_token_id=7)) == (7,)
+    assert end_ids(with_ends("in_both", {"pad_token_id": 0}, eos_token_id=7)) == (7,)
+    assert end_ids(with_ends("of_text", {}, eos_token_id=None, text_config={"eos_token_id": 6})) == (6,)
+    assert end_ids(with_ends("in_tokenizer", None, eos_token_id=None)) == (eos,)
+    assert check(config("model.path=in_tokenizer", "teacher.path=in_config")) == []
+
+
+@pytest.mark.parametrize("value", [[], [1, 56], -1, "</s>"])
+def test_completions_that_never_end_are_refused(value):
+    with_ends("endless", {"eos_token_id": value})
+    line = (
+        f"{{}}: endless: eos_token_id of generation_config.json is {value}, wants the tokens that end a completion, else "
+        "none ever stops (ids below 56); give them in generation_config.json"
+    )
+    assert check(config("model.path=endless")) == [line.format("model.path")]
+    assert check_evaluation(load([QUICKSTART], ["model.path=endless"]).config) == [line.format("model.path")]
+    with server("teacher") as url:
+        served = config(f"teacher={{backend: served, path: endless, urls: [{url}]}}")
+        assert line.format("teacher.path") in check(served)
+
+
+def test_a_model_without_an_end_anywhere_is_refused():
+    folder = Path(with_ends("endless", None, eos_token_id=None))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (line,) = check(config("model.path=endless"))
+    assert line.startswith("model.path: endless: eos_token_id of its tokenizer is None, wants the tokens that end")
+
+
+def test_a_model_that_is_no_causal_one():
+    model_folder("encoder")
+    settings = json.loads(Path("encoder", "config.json").read_text())
+    Path("encoder", "config.json").write_text(json.dumps(settings | {"model_type": "t5", "architectures": ["T5"]}))
+    assert check(config("model.path=encoder")) == [
+        "model.path: encoder is a t5, which transformers has no causal language model of"
+    ]
 
 
 def test_teacher_and_student_must_share_a_vocabulary():

@@ -1,0 +1,75 @@
+"""What is found out about a model when it is loaded: that its log-probs are those that rlkd computes."""
+
+import pytest
+import torch
+from families import write
+from transformers import AutoModelForCausalLM
+
+from rlkd.distributed import RunStopped
+from rlkd.output_check import check_output
+from rlkd.rollout.hf import check_decode
+from rlkd.student import blocks, load_causal_lm
+from rlkd.tiny import resolve
+
+
+def load(path, dtype=torch.float32, attention=None):
+    return load_causal_lm(str(path), dtype, attention=attention, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_built_in_models_pass_in_every_type(dtype):
+    hf = load("builtin:teacher", dtype)
+    assert hf.dtype == dtype and not hf.training
+    check_decode(hf, "builtin:teacher")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "granite", "cohere", "falcon_h1"])
+def test_a_scale_or_soft_cap_rounds_as_in_the_model_itself(family, tmp_path):
+    write(family, tmp_path)
+    load(tmp_path, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_output_than_the_config_names_is_refused_in_one_line(dtype):
+    hf = load("builtin:student", dtype)
+    hf.config.logit_scale = 0.9  # a Llama takes no notice
+    with pytest.raises(RunStopped) as caught:
+        check_output(hf, "builtin:student")
+    line = str(caught.value)
+    assert "\n" not in line and line.startswith("builtin:student: rlkd computes log-probs from the trunk's last hidden")
+    assert "LlamaForCausalLM" in line and "nats" in line
+
+
+def test_noise_that_is_left_in_a_model_is_refused(tmp_path):
+    write("opt", tmp_path, dropout=0.1)
+    noisy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).train()
+    with pytest.raises(RunStopped, match="differ by up to"):
+        check_output(noisy, "noisy")
+    check_output(load(tmp_path).train(), "rates are 0")
+
+
+def test_the_check_leaves_the_chosen_attention():
+    """Flash attention would not run where the check does, on the CPU in fp32: it runs eager attention meanwhile."""
+    assert load("builtin:student", attention="flex_attention").config._attn_implementation == "flex_attention"
+
+
+def test_loading_changes_no_weight_and_no_dropout_free_config():
+    ours, plain = load("builtin:student"), AutoModelForCausalLM.from_pretrained(resolve("builtin:student"))
+    assert ours.config.to_dict() == plain.config.to_dict()
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), plain.parameters(), strict=True))
+
+
+def test_dropout_is_zero_wherever_a_config_has_it(tmp_path):
+    write("mpt", tmp_path, dropout=0.1)
+    found = load(tmp_path).config.to_dict()
+    assert found["resid_pdrop"] == found["emb_pdrop"] == found["attn_config"]["attn_pdrop"] == 0
+
+
+@pytest.mark.parametrize(("family", "each"), [("mbart", 4), ("zamba", 6), ("biogpt", 4), ("gemma2", 4)])
+def test_blocks_are_the_layers_none_inside_another(family, each, tmp_path):
+    """MBart names attention beside the layers that hold it; Zamba's hybrid layers hold Mamba's; BioGPT names none."""
+    write(family, tmp_path)
+    hf = load(tmp_path)
+    found = blocks(hf)
+    inside = {id(module) for block in found for module in block.modules() if module is not block}
+    assert len(found) == each and not inside & {id(block) for block in found}
