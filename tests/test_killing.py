@@ -104,7 +104,13 @@ def newest(folder: Path) -> int:
 def assert_sound(folder: Path, run: Run, before: int) -> None:
     """What must hold of a run directory at any moment. `before`: the checkpoint that the run went on from."""
     for path in checkpoints(folder):
-        assert {file.name for file in path.iterdir()} == {".metadata", "__0_0.distcp", "config.json", "meta.pt"}, path
+        assert {file.name for file in path.iterdir()} == {
+            ".metadata",
+            "__0_0.distcp",
+            "config.json",
+            "data.json",
+            "meta.pt",
+        }, path
     words = [line.split() for line in run.out.read_text().splitlines()]
     did = [int(line[1].split("/")[0]) for line in words if line[:1] == ["iteration"]]
     assert did == list(range(before + 1, before + 1 + len(did))), "it went on from another iteration"
