@@ -100,7 +100,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
     Raises: RunStopped, one line, when it cannot be loaded whole.
     """
     with loading(path):
-        hf, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             resolve(path),
             dtype=dtype,
             attn_implementation=attention,
@@ -108,8 +108,9 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
             ignore_mismatched_sizes=True,  # they are in the report, by name
             output_loading_info=True,
         )
-    check_whole(hf, path, report)
-    return hf  # type: ignore[no-any-return]
+    hf: PreTrainedModel = loaded[0]
+    check_whole(hf, path, loaded[1])
+    return hf
 
 
 def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, seed: int) -> Student:
