@@ -151,6 +151,9 @@ def main(argv: list[str]) -> int:
     from rlkd.preflight import check_evaluation
     from rlkd.train import quiet
 
+    if {"--help", "-h"} & set(argv):
+        print(f"{__doc__}\nKeys are those of rlkd.train; python -m rlkd.train --help lists them.")
+        return 0
     try:
         config = asked_for(argv)
     except ConfigError as error:
@@ -179,7 +182,10 @@ def asked_for(argv: Sequence[str]) -> Config:
     """
     from rlkd.config_file import ConfigError, load, on_top, parse_args, read, set_by
 
-    words = [f"--config={Path(word, 'config.yaml')}" if Path(word).is_dir() else word for word in argv]
+    words = []
+    for before, word in zip(["", *argv], argv, strict=False):
+        file = str(Path(word, "config.yaml")) if Path(word).is_dir() else None
+        words.append(word if file is None else file if before == "--config" else f"--config={file}")
     args = parse_args(words)
     under, over, problems = read(args.files, args.overrides)
     if "stages" in on_top(under, over).value and not problems:

@@ -75,15 +75,18 @@ class SafeModelParallelStrategy(ModelParallelStrategy):
     """Lightning's strategy, whose checkpoints hold data only."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises: RunStopped when the checkpoint names code to run."""
+        """Raises: RunStopped when the checkpoint names code to run, is cut off, or lacks a file."""
         check_index(Path(checkpoint_path))
         with _data_only():
             try:
                 return super().load_checkpoint(checkpoint_path, weights_only=True)
-            except (pickle.UnpicklingError, CheckpointException) as error:
+            except (pickle.UnpicklingError, CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
                 named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
                 if named is None:
-                    raise
+                    said = " ".join(f"{type(error).__name__}: {error}".split())
+                    raise RunStopped(
+                        f"run.resume: {checkpoint_path} cannot be read: {said[:300]}; choose another checkpoint"
+                    ) from error
                 raise RunStopped(
                     f"run.resume: {checkpoint_path} names {named[1]}, code that loading it would run; choose another "
                     "checkpoint"

@@ -197,6 +197,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
 
     Returns: the exit code; 2 where a stage cannot be resumed, since its configuration has changed.
     """
+    from rlkd import distributed
     from rlkd.resume import changes
     from rlkd.stages import finished, with_values
 
@@ -212,7 +213,8 @@ def run_stages(stages: Sequence[Stage]) -> int:
                 print("\n".join(changed), file=sys.stderr)
             return 2
         run(loaded.config, loaded.text)
-        if stage.name is not None and not finished(loaded.config):
+        # Rank 0's word: it writes the report last, and another rank may look for it before that.
+        if stage.name is not None and not distributed.broadcast(finished(loaded.config)):
             return 0  # a signal came: run.resume=auto goes on here
     return 0
 

@@ -117,7 +117,13 @@ def run(tmp_path, monkeypatch):
 
 
 def test_a_run_is_evaluated_by_its_own_student(run):
-    for words in (["runs/x"], ["--config", "runs/x/config.yaml"], ["--config=./runs/x/config.yaml", *FEW], ["runs/x/"]):
+    for words in (
+        ["runs/x"],
+        ["--config", "runs/x"],
+        ["--config", "runs/x/config.yaml"],
+        ["--config=./runs/x/config.yaml", *FEW],
+        ["runs/x/"],
+    ):
         assert Path(asked_for(words).model.path) == run / "hf"
     assert asked_for(["runs/x", "eval.prompts=9"]).eval.prompts == 9
 
@@ -157,6 +163,11 @@ def test_what_is_measured_is_said_and_is_the_student(run, capsys):
     said = capsys.readouterr()
     assert said.err.startswith("evaluating builtin:student, which is no student that a run has exported; data")
     assert json.loads(said.out)["eval/greedy"] < 0.5
+
+
+def test_its_help_says_how_to_call_it(capsys):
+    assert main(["--help"]) == 0
+    assert "python -m rlkd.evaluate runs/x [key=value" in capsys.readouterr().out
 
 
 def test_other_mistakes_are_one_line_each(run, capsys):

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import sys
 
 import pytest
 from builders import config
@@ -47,8 +48,11 @@ def test_the_bar_on_a_terminal_counts_iterations(tmp_path):
     """Lightning's own says "Epoch 0/-2"."""
     pid, terminal = pty.fork()
     if pid == 0:
-        python = "/proc/self/exe"
-        os.execve(os.readlink(python), ["python", "-m", "rlkd.train", *arguments(tmp_path)], ENV | {"TERM": "xterm"})
+        os.execve(
+            sys.executable,
+            [sys.executable, "-m", "rlkd.train", *arguments(tmp_path)],
+            ENV | {"TERM": "xterm", "COLUMNS": "160"},
+        )
     said = b""
     try:
         while part := os.read(terminal, 4096):

@@ -56,6 +56,23 @@ def test_a_trap_is_never_sprung(where, trained, tmp_path):
     assert not sprung.exists()
 
 
+@pytest.mark.parametrize("file", ["meta.pt", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_damaged_checkpoint_is_one_line(file, damage, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    path = folder / "checkpoints" / "iteration-000001" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage == "cut off":
+        path.write_bytes(content[: len(content) // 2])
+    run = start(arguments(1, folder, "run.iterations=2", "run.resume=auto"), tmp_path)
+    assert run.wait(120) == 1
+    lines = run.err.read_text().splitlines()
+    assert "Traceback" not in run.err.read_text(), lines
+    assert lines[-1].startswith(f"stopped: run.resume: {path.parent} cannot be read: "), lines
+
+
 def plant_in_shard(checkpoint, sprung):
     """In place of the first entry of a shard that is no tensor, such as a learning rate."""
     with open(checkpoint / METADATA, "rb") as file:
