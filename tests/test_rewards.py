@@ -1,9 +1,12 @@
 """The reward functions' values, and how the registry finds them."""
 
 import re
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from math import factorial
 
 import pytest
 
@@ -12,6 +15,7 @@ from rlkd.rewards import registry
 from rlkd.rewards.exact_match import exact_match
 from rlkd.rewards.format import format
 from rlkd.rewards.math import last_box, math
+from rlkd.rewards.math_bounds import OutOfTime, processor_time
 
 NOTHING = {"prompt": "", "meta": {}}
 
@@ -111,8 +115,141 @@ def test_math_without_a_box_only_where_it_is_allowed():
 
 
 def test_math_names_an_answer_that_it_cannot_read():
-    with pytest.raises(ValueError, match="cannot read the answer '  '"):
+    with pytest.raises(ValueError, match="the answer '  ' is nothing that math-verify reads as mathematics"):
         math(box("1"), answer="  ", **NOTHING)
+
+
+def test_an_answer_that_math_verify_fails_on_is_an_error_and_such_a_completion_is_wrong():
+    with pytest.raises(ValueError, match="the answer '1/0' makes math-verify raise ValueError: Can't evaluate nan"):
+        math(box("7"), answer="1/0", **NOTHING)
+    assert math(box("1/0"), answer="7", **NOTHING) == 0.0
+    from math_verify import parse, verify
+
+    gold, found = parse("$1<x<2$", parsing_timeout=None), parse("$1<x<2<3$", parsing_timeout=None)
+    with pytest.raises(ValueError, match="zip"):  # so it does raise
+        verify(gold, found, timeout_seconds=None, raise_on_error=True)
+    assert math(box("1<x<2<3"), answer="1<x<2", **NOTHING) == 0.0
+
+
+FACTORIAL_100 = str(factorial(100))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("10^{20}", str(10**20)),
+        ("2^{100}", str(2**100)),
+        ("100!", FACTORIAL_100),
+        ("2^{2023}", r"2 \cdot 2^{2022}"),
+        ("3^{2023} - 1", "-1 + 3^{2023}"),
+        (r"\binom{100}{50}", "100891344545564193334812497256"),
+        (r"\frac{10!}{5! 5!}", "252"),
+        ("e^{-50}", r"\frac{1}{e^{50}}"),
+        (r"2 \times 10^{-20}", r"0.2 \times 10^{-19}"),
+        ("0.0000001", "0.00000010"),
+        (r"\frac{1}{3}", "0.333333"),
+        (r"\frac{1}{30}", "0.033333"),
+        ("0", r"\sin(\pi)"),
+        ("0", r"(\sqrt{2} + 1)(\sqrt{2} - 1) - 1"),
+        (r"9.5\%", "0.095"),
+        (r"9\%", "9"),
+        ("0.0000001", "x = 0.0000001"),
+        (r"\{2^{100}, 1\}", r"\{1, 2^{100}\}"),
+        (r"[0, 10^{20}]", "[0, 100000000000000000000]"),
+        (r"1 \frac{1}{2}", "1.5"),
+        (r"1 + \frac{1}{1 + \frac{1}{1 + \frac{1}{2}}}", r"\frac{8}{5}"),
+        (r"\sqrt{2 + \sqrt{3}}", r"\frac{\sqrt{6} + \sqrt{2}}{2}"),
+    ],
+)
+def test_math_equal_whoever_is_the_answer(one, other):
+    assert math(box(other), answer=one, **NOTHING) == 1.0
+    assert math(box(one), answer=other, **NOTHING) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("0.0000001", "0.0000002"),
+        ("0", "0.0000001"),
+        ("10^{-20}", r"2 \times 10^{-20}"),
+        (r"1.602 \times 10^{-19}", r"6.626 \times 10^{-34}"),
+        ("e^{-50}", "e^{-51}"),
+        (r"\{0.0000001, 1\}", r"\{1, 0.0000002\}"),
+        ("(0.0000001, 1)", "(0.0000002, 1)"),
+        ("[0.0000001, 1)", "[0.0000002, 1)"),
+        ("x = 0.0000001", "0.0000002"),
+        ("1234567890.1", "1234567890.2"),
+        (r"\begin{pmatrix} 0.0000001 \\ 1 \end{pmatrix}", r"\begin{pmatrix} 0.0000002 \\ 1 \end{pmatrix}"),
+    ],
+)
+def test_math_tells_small_numbers_apart(one, other):
+    assert math(box(other), answer=one, **NOTHING) == 0.0
+    assert math(box(one), answer=other, **NOTHING) == 0.0
+
+
+TOWERS = [
+    "9^9^9^9",
+    "9^{9^{9^9}}",
+    r"10^{10^{10}}",
+    r"10^{-10^{10}}",
+    r"\frac{10^{10^{10}}}{10^{10^{10}}}",
+    "1000000000!",
+    "10!!!",
+    r"\binom{10^9}{5 \cdot 10^8}",
+    r"\Gamma(100000000)",
+    "e^{e^{e^{e^{e}}}}",
+    r"\sqrt[9999999]{2^{99999999}}",
+    r"\sqrt{7^{3001} + 1}",
+    "(x + 1)^{100000}",
+    "(x + y + z)^{40}",
+    r"5 \mod 10^{10^{10}}",
+    r"\sin(10^{10^{10}})",
+    r"\lfloor 10^{10^{10}} \rfloor",
+    r"\sum_{i=1}^{1000000000} i^i",
+    r"\prod_{i=1}^{1000000} i",
+    r"[0, 10^{10^{10}}]",
+    r"\{10^{10^{10}}, 1\}",
+    r"\operatorname{eye}(100000)",
+    "9" * 100_000,
+    r"\frac{1}{1 + " * 30 + "2" + "}" * 30,
+    "(" * 30 + "1" + ")" * 30,
+    "1 + " * 2000 + "1",
+]
+
+
+@pytest.mark.parametrize("tower", TOWERS, ids=lambda tower: tower[:24])
+def test_math_answers_fast_whatever_the_size(tower):
+    math(box("1 + 1"), answer="2", **NOTHING)  # imports
+    start = time.process_time()
+    assert math(box(tower), answer="7", **NOTHING) == 0.0
+    assert math(box(tower), answer=tower, **NOTHING) == 1.0, "the same text needs no arithmetic"
+    assert math(box("7"), answer=tower, **NOTHING) == 0.0
+    assert time.process_time() - start < 2.5, "below the limit of processor time: the size has stopped it"
+
+
+def test_processor_time_ends_what_no_size_tells():
+    """Also where somebody's code catches it once; and what stood there before comes back."""
+    before = signal.getsignal(signal.SIGVTALRM)
+    start, caught = time.process_time(), 0
+    with pytest.raises(OutOfTime), processor_time(0.2):
+        while True:
+            try:
+                while True:
+                    pass
+            except OutOfTime:
+                caught += 1
+                if caught > 1:
+                    raise
+    assert 0.2 < time.process_time() - start < 1.0
+    assert signal.getsignal(signal.SIGVTALRM) is before and signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.long
+def test_math_gives_up_a_comparison_that_sympy_does_not_end():
+    math(box("1 + 1"), answer="2", **NOTHING)
+    start = time.process_time()
+    assert math(box(",".join(map(str, range(300)))), answer=r"x^2 + \sqrt{2}", **NOTHING) == 0.0
+    assert time.process_time() - start < 5
 
 
 # ---------------------------------------------------------------- registry
