@@ -16,6 +16,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from rlkd import lora
+from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
@@ -26,6 +27,7 @@ from rlkd.export import rehearse
 from rlkd.output_layer import logit_transform
 from rlkd.resume import checkpoints
 from rlkd.rewards import registry
+from rlkd.rewards.answers import check_answers
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import end_ids
 from rlkd.rollout.server import server_key
@@ -104,7 +106,9 @@ def _generation(config: Config) -> list[str]:
         known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
         its_own = model.trust_remote_code and "AutoModelForCausalLM" in getattr(known, "auto_map", {})
         if type(known) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
-            raise ValueError(f"{model.path} is a {known.model_type}, which transformers has no causal language model of")
+            raise ValueError(
+                f"{model.path} is a {known.model_type}, which transformers has no causal language model of"
+            )
         logit_transform(known)
         if config.model.lora is not None:
             lora.layer_names(lora.skeleton(config.model), config.model.lora)
@@ -276,6 +280,7 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         except DataError as error:
             problems += [f"{key}: {line}" for line in error.lines]
             continue
+        problems += _answers(config, key, prompts)
         try:
             if key == "data.path":
                 blocks = config.algorithm.sampling_rounds

@@ -52,7 +52,7 @@ def test_text_keeps_its_characters_and_adds_no_special_token(text):
     messages = [{"role": "system", "content": text}, {"role": "user", "content": f"{text} {text}"}]
     plain = [{"role": m["role"], "content": "x"} for m in messages]
     _, ids = encode_prompt(BYTES, messages)
-    assert decode(BYTES, ids, special=True) == rendered(BYTES, messages)
+    assert decode(BYTES, ids) == rendered(BYTES, messages)
     assert special_ids(BYTES, ids) == special_ids(BYTES, encode_prompt(BYTES, plain)[1])
     for tokenizer in INSTRUCTED.values():
         user = [{"role": "user", "content": text}]
@@ -73,7 +73,7 @@ def test_the_tokens_around_it_are_those_of_one_text():
 def test_what_a_template_does_to_texts_does_not_matter(dump):
     tokenizer = byte_level(f"<|im_start|>{{{{ messages[0].content | {dump} }}}}<|im_end|>")
     _, ids = encode_prompt(tokenizer, ODD)
-    assert decode(tokenizer, ids, special=True) == rendered(tokenizer, [{"role": "user", "content": ODD}])
+    assert decode(tokenizer, ids) == rendered(tokenizer, [{"role": "user", "content": ODD}])
     assert special_ids(tokenizer, ids) == list(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
 
 
@@ -84,7 +84,7 @@ def test_names_and_texts_of_tools_and_calls_stay_text_too():
         {"role": "tool", "content": "b", "name": ODD, "calls": [{ODD: [ODD]}]},
     ]
     _, ids = encode_prompt(tokenizer, messages, variables={"tools": [{"name": ODD, ODD: 1}]})
-    assert decode(tokenizer, ids, special=True) == rendered(tokenizer, messages, tools=[{"name": ODD, ODD: 1}])
+    assert decode(tokenizer, ids) == rendered(tokenizer, messages, tools=[{"name": ODD, ODD: 1}])
     assert len(special_ids(tokenizer, ids)) == 2
 
 

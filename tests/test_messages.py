@@ -58,7 +58,7 @@ def source(tok, path, **changes):
 
 
 def read(tok, prompt):
-    return decode(tok, prompt.token_ids, special=True)
+    return decode(tok, prompt.token_ids)
 
 
 def refusal(tok, path, **changes):
@@ -223,11 +223,11 @@ def test_teachers_read_whole_messages_tools_and_variables_too(tok, tmp_path):
         path=write(tmp_path / "data.jsonl", row), tools_column="tools", template_variables={"brief": "short"}
     )
     (prompt,) = load_source(data, tok)
-    shown = decode(tok, privileged_prompt(tok, prompt, "{prompt} {context}", [" hint"], data), special=True)
+    shown = decode(tok, privileged_prompt(tok, prompt, "{prompt} {context}", [" hint"], data))
     assert shown == READ.replace("<user>two?", "<system>short<user>two?  hint")
     options = FeedbackConfig(system=None, behaviours=[], user="{question} answer: {response}")
     asked = question_ids(options, tok, written(prompt, [*tok.encode("cb"), 1], "data", "stop"))
-    assert decode(tok, asked, special=True) == "<system>short<user>two?\n\n3 answer: cb<assistant>"
+    assert decode(tok, asked) == "<system>short<user>two?\n\n3 answer: cb<assistant>"
 
 
 # ---- a last message by the assistant -----------------------------------------------------------------------------
@@ -244,11 +244,11 @@ def test_a_last_message_by_the_assistant_is_refused_or_gone_on_with(tok, tmp_pat
     first, second = load_source(data, tok)
     assert read(tok, first) == "<user>two?<assistant>so: " and read(tok, second) == "<user>a<assistant>"
     shown = privileged_prompt(tok, first, "{prompt} {context}", ["hint"], data)
-    assert decode(tok, shown, special=True) == "<user>two? hint<assistant>so: "
+    assert decode(tok, shown) == "<user>two? hint<assistant>so: "
 
 
 def test_a_completion_goes_on_with_the_last_message(tok, tmp_path):
     begun = [ASKED, {"role": "assistant", "content": "so: "}]
     path = write(tmp_path / "data.jsonl", {"prompt": begun, "answer": "3"})
     (prompt,) = source(tok, path, continue_final_message=True, completion_column="answer")
-    assert decode(tok, [*prompt.token_ids, *prompt.completion], special=True) == "<user>two?<assistant>so: 3<eos>"
+    assert decode(tok, [*prompt.token_ids, *prompt.completion]) == "<user>two?<assistant>so: 3<eos>"

@@ -5,12 +5,17 @@ math-verify reads a text answer as a product of letters ("abc" equals "cba"): fo
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from rlkd.rewards.math_bounds import SECONDS, OutOfTime, TooLarge, check, check_text, processor_time
+from rlkd.rewards.math_numbers import apart
+
 _BOX = re.compile(r"\\boxed\s*\{")
+_COMPUTED = re.compile(r"binom|Gamma|gamma|gcd|lcm|det|operatorname|\|_|\\choose")
 
 
 def last_box(text: str) -> str | None:
@@ -47,17 +52,78 @@ def _closing_brace(text: str, start: int) -> int | None:
 
 
 def _parse(text: str) -> list[Any]:
-    # Time is limited from outside, by killing the process: math-verify's own limit works by SIGALRM, which only a main
-    # thread may use and which does not interrupt a long C call. It warns about the missing limit once per process.
+    # Time is limited by `processor_time` and from outside: math-verify's own limit works by SIGALRM in whole seconds of
+    # wall-clock time. It warns about the missing limit once per process.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     from math_verify import parse  # takes a second, so only who needs it pays
 
     return list(parse(text, parsing_timeout=None))
 
 
+def _read(content: str) -> list[Any]:
+    """`content` of a box as math-verify reads it; [] where it cannot.
+
+    Raises: TooLarge before anything is computed.
+    """
+    check_text(content)
+    boxed = _boxed(content)
+    if _COMPUTED.search(content):  # math-verify computes some functions while it reads: so first without
+        from latex2sympy2_extended import latex2sympy
+        from math_verify import LatexExtractionConfig
+        from sympy import evaluate
+
+        try:
+            with evaluate(False):
+                unread = latex2sympy(boxed, normalization_config=LatexExtractionConfig().normalization_config)
+        except Exception:  # its parser raises bare Exceptions; what it cannot read this way it may read the other way
+            unread = None
+        check(unread)
+    return _parse(boxed)
+
+
 def _boxed(content: str) -> str:
     """`content` as math-verify reads it best: in one box, on one line, without dollar signs or a full stop."""
     return "\\boxed{" + " ".join(content.split()).strip("$ ").rstrip(". ") + "}"
+
+
+def _content(answer: str) -> str:
+    """What of the data's answer is the answer: the content of its last box, or all of it."""
+    return answer if _BOX.search(answer) is None else last_box(answer) or ""
+
+
+@functools.lru_cache(maxsize=1024)
+def unreadable(answer: str) -> str | None:
+    """Why the data's `answer` cannot be compared with anything; None where it can.
+
+    What is too large to be computed can: with the same text.
+    """
+    import math_verify  # noqa: F401  outside the limit: it takes a second
+
+    try:
+        with processor_time():
+            gold = _read(_content(answer))
+            for expression in gold:
+                check(expression)
+            if not gold:
+                return "is nothing that math-verify reads as mathematics"
+            _equal(gold, gold)
+    except TooLarge:
+        return None
+    except OutOfTime:
+        return f"takes more than {SECONDS:g} s to read"
+    except Exception as error:  # math-verify and sympy raise what they please
+        return f"makes math-verify raise {' '.join(f'{type(error).__name__}: {error}'.split())[:120]}"
+    return None
+
+
+def _equal(gold: list[Any], found: list[Any]) -> bool:
+    from math_verify import verify
+
+    return any(
+        verify(one, other, timeout_seconds=None, raise_on_error=True) and not apart(one, other)
+        for one in gold
+        for other in found
+    )
 
 
 def math(
@@ -66,22 +132,30 @@ def math(
     r"""1.0 where the content of the last \boxed{} equals the answer as mathematics, else 0.0.
 
     Without a box: 0.0, or with `require_box` false whatever math-verify finds in the text. What it cannot read is
-    wrong: 0.0.
+    wrong, 0.0; so is what is too large to be computed (`math_bounds`), unless answer and completion have the same text,
+    and what math-verify fails on or does not decide within SECONDS of processor time. Decimal numbers are equal if
+    math-verify says so (equal when rounded to six decimals) and four digits agree.
 
-    Raises: ValueError without an answer, or where the answer cannot be read; whatever a comparison raises.
+    Raises: ValueError without an answer, or where the answer cannot be read.
     """
     if not isinstance(require_box, bool):
         raise ValueError(f"require_box is {require_box!r}, wants true or false")
     if answer is None:
         raise ValueError("needs an answer, but the data has none; set data.answer_column")
+    wrong = unreadable(answer)
+    if wrong is not None:
+        raise ValueError(f"the answer {answer[:80]!r} {wrong}; correct it")
     box = last_box(completion)
     if box is None and (require_box or _BOX.search(completion)):
         return 0.0
-    gold = _parse(_boxed(answer if _BOX.search(answer) is None else last_box(answer) or ""))
-    if not gold:
-        raise ValueError(f"cannot read the answer {answer!r} as mathematics")
-    found = _parse(completion if box is None else _boxed(box))
-
-    from math_verify import verify
-
-    return float(verify(gold, found, timeout_seconds=None, raise_on_error=True))
+    wanted = _content(answer)
+    if box is not None and _boxed(box) == _boxed(wanted):
+        return 1.0
+    try:
+        with processor_time():
+            gold, found = _read(wanted), _parse(completion) if box is None else _read(box)
+            for expression in (*gold, *found):
+                check(expression)
+            return float(_equal(gold, found))
+    except (Exception, OutOfTime):  # the answer can be compared with itself, so that it comes from the completion
+        return 0.0
