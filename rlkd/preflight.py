@@ -324,6 +324,14 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
+def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Answers of `key` that its rewards could not compare with; none where nothing depends on rewards."""
+    if not ALGORITHMS[config.algorithm.name](config).needs_rewards:
+        return []
+    rows = ((prompt.id, prompt.answer) for prompt in prompts)
+    return [f"{key}: {line}" for line in check_answers(config.reward.functions, rows)]
+
+
 def _servers(config: Config) -> list[str]:
     """Asks servers that should be running already who they are."""
     asked: list[tuple[str, str, ServerConfig, str, int]] = []
