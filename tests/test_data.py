@@ -312,8 +312,18 @@ def test_long_prompts_are_an_error_or_are_counted(tokenizer, tmp_path):
     assert len(load_source(config(path, max_prompt_tokens=length), tokenizer)) == 2
     kept = load_source(config(path, max_prompt_tokens=length - 1, too_long="skip"), tokenizer)
     assert ([p.id for p in kept], kept.skipped) == (["0"], 1)
-    with pytest.raises(ValueError, match="all 2 prompts are longer"):
+    with pytest.raises(ValueError, match="all 2 rows are longer"):
         load_source(config(path, max_prompt_tokens=1, too_long="skip"), tokenizer)
+
+
+def test_long_completions_are_an_error_or_are_counted(tokenizer, tmp_path):
+    rows = [{"prompt": "p", "answer": "a", "good": "x" * n, "bad": "y" * m} for n, m in ((3, 3), (9, 3), (3, 9))]
+    path = write(tmp_path / "data.jsonl", *rows)
+    columns = {"completion_column": "good", "rejected_column": "bad", "max_completion_tokens": 4}  # an end is one more
+    with pytest.raises(ValueError, match=r"the completion of '1' has 10 tokens, more than .* = 4; raise it, or leave"):
+        load_source(config(path, **columns), tokenizer)
+    kept = load_source(config(path, too_long="skip", **columns), tokenizer)
+    assert ([p.id for p in kept], kept.skipped) == (["0"], 2)
 
 
 def test_a_missing_chat_template_is_told_with_the_row(tmp_path):

@@ -44,7 +44,7 @@ class PromptList(Sequence[Prompt]):
     def __init__(self, prompts: Sequence[Prompt], skipped: int, identity: Identity, notes: Sequence[str]) -> None:
         self._prompts = tuple(prompts)
         self.skipped = skipped
-        """Rows left out because their prompt is longer than data.max_prompt_tokens."""
+        """Rows left out since their prompt or a completion is longer than the configuration allows."""
         self.identity = identity
         """Of all rows, the skipped ones too."""
         self.notes = tuple(notes)
@@ -86,25 +86,28 @@ def load_source(
         except _Refused as error:
             faults.add(f"{row.where}: {error}", "tokenizer", str(error))
             continue
+        except _TooLong as error:
+            if data.too_long == "skip":
+                skipped += 1
+            else:
+                faults.add(f"{row.where}: {error}; raise it, or leave such rows out by data.too_long: skip")
+            continue
         except ValueError as error:
             faults.add(f"{row.where}: {error}")
             continue
-        if prompt is None:
-            skipped += 1
-        else:
-            notes.look(row, prompt)
-            prompts.append(prompt)
+        notes.look(row, prompt)
+        prompts.append(prompt)
     faults.check()
     if not prompts:
         raise DataError(
             [
-                f"{path}: all {skipped} prompts are longer than data.max_prompt_tokens = {data.max_prompt_tokens}; "
-                "raise it"
+                f"{path}: all {skipped} rows are longer than data.max_prompt_tokens = {data.max_prompt_tokens} or "
+                f"data.max_completion_tokens = {data.max_completion_tokens}; raise them"
             ]
         )
     lines = notes.lines(len(prompts))
     if skipped:
-        lines.append(f"{skipped} prompts over data.max_prompt_tokens were skipped")
+        lines.append(f"{skipped} rows over data.max_prompt_tokens or data.max_completion_tokens were skipped")
     return PromptList(prompts, skipped, digest.identity(), lines)
 
 
@@ -112,8 +115,12 @@ class _Refused(ValueError):
     """What the tokenizer or its template says to a row; where it says so to all, a setting is wrong."""
 
 
-def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int]) -> Prompt | None:
-    """The row as the student reads it; None where it is to be skipped. Raises: ValueError, one line."""
+class _TooLong(ValueError):
+    """A row that is longer than the configuration allows."""
+
+
+def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int]) -> Prompt:
+    """The row as the student reads it. Raises: ValueError, one line; a _TooLong for its length."""
     variables = dict(data.template_variables) | ({} if row.tools is None else {"tools": list(row.tools)})
     try:
         reading = read_as_configured(data, tokenizer, row.prompt, variables, data.system)
@@ -123,11 +130,8 @@ def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, end
     if not count:
         raise ValueError(f"prompt {row.id[:80]!r} has no tokens for this tokenizer; {LEAVE_OUT}")
     if count > data.max_prompt_tokens:
-        if data.too_long == "skip":
-            return None
-        raise ValueError(
-            f"prompt {row.id[:80]!r} has {count} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}; "
-            "raise it, or leave such prompts out by data.too_long: skip"
+        raise _TooLong(
+            f"prompt {row.id[:80]!r} has {count} tokens, more than data.max_prompt_tokens = {data.max_prompt_tokens}"
         )
     return Prompt(
         id=row.id,
@@ -161,9 +165,9 @@ def _completion(
         )
     token_ids = encode_completion(tokenizer, prompt, text, ends)
     if len(token_ids) > data.max_completion_tokens:
-        raise ValueError(
+        raise _TooLong(
             f"the {name} of {row.id[:80]!r} has {len(token_ids)} tokens, more than "
-            f"data.max_completion_tokens = {data.max_completion_tokens}; raise it, or leave such rows out of the data"
+            f"data.max_completion_tokens = {data.max_completion_tokens}"
         )
     return token_ids
 
