@@ -24,7 +24,7 @@ from learning import mean_sd
 
 from rlkd.config import Config
 from rlkd.config_file import load
-from rlkd.data.chat import load_tokenizer
+from rlkd.data.chat import completion_text, load_tokenizer
 from rlkd.evaluate import heldout_prompts
 from rlkd.rewards.exact_match import exact_match
 from rlkd.rollout.hf import HFSampler
@@ -56,7 +56,7 @@ def unaided(config: Config, folder: Path) -> tuple[float, float, float]:
     groups = sampler.sample(heldout_prompts(config, tokenizer), n=SAMPLES, iteration=0, sampling=sampling)
     marked, right = [], []
     for rollout in (r for group in groups for r in group):
-        text = str(tokenizer.decode(list(rollout.token_ids), skip_special_tokens=True))
+        text = completion_text(tokenizer, rollout.token_ids, rollout.finish_reason)
         marked.append(task.MARKER in text)
         right.append(exact_match(text, answer=rollout.prompt.answer, prompt="", meta={}, after=task.CONCLUSION) == 1.0)
     both = sum(m and r for m, r in zip(marked, right, strict=True))

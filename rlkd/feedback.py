@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config import Section
-from rlkd.data.chat import decode, encode_prompt, filled
+from rlkd.data.chat import completion_text, encode_prompt, filled
 from rlkd.types import Author, Completion, Prompt, Rollout, Segment
 
 Failure = Literal["format", "budget"]
@@ -166,7 +166,7 @@ def parse(pattern: str, text: str) -> Feedback | None:
 
 def question_ids(options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> tuple[int, ...]:
     """What the teacher reads of `rollout`."""
-    response = decode(tokenizer, rollout.token_ids)
+    response = completion_text(tokenizer, rollout.token_ids, rollout.finish_reason)
     messages = chat(options, question_text(rollout.prompt), response)
     if options.chat_template:
         return encode_prompt(tokenizer, messages)[1]
@@ -177,7 +177,7 @@ def answered(
     options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, answer: Completion, budget: int
 ) -> Rollout | Failure:
     """`rollout` with the teacher's `answer`, of at most `budget` tokens; or why there is none."""
-    found = parse(options.pattern, decode(tokenizer, answer.token_ids))
+    found = parse(options.pattern, completion_text(tokenizer, answer.token_ids, answer.finish_reason))
     if answer.finish_reason != "stop" or found is None:
         return "format"
     glue, reason, phrase = (

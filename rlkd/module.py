@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlkd import distributed
 from rlkd.config import AlgorithmConfig, Config, NoTeacher
-from rlkd.data.chat import decode, load_tokenizer
+from rlkd.data.chat import completion_text, decode, load_tokenizer
 from rlkd.distributed import RunStopped
 from rlkd.losses import counts
 from rlkd.metrics import Meter
@@ -98,9 +98,13 @@ class PolicyModule(lightning.LightningModule):
         """The student's."""
         return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
 
-    def decoded(self, token_ids: Sequence[int], *, special: bool = False) -> str:
-        """`token_ids` as text, with or without the special tokens."""
-        return decode(self.tokenizer, token_ids, special=special)
+    def decoded(self, token_ids: Sequence[int]) -> str:
+        """`token_ids` as text, every special token included."""
+        return decode(self.tokenizer, token_ids)
+
+    def text(self, rollout: Rollout) -> str:
+        """The completion as rewards and teachers read it: without the end token that stopped it."""
+        return completion_text(self.tokenizer, rollout.token_ids, rollout.finish_reason)
 
     @property
     def sampling(self) -> Sampling:

@@ -6,7 +6,7 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from rlkd import lora
+from rlkd.algorithms import ALGORITHMS
 from rlkd.config import Config, DataConfig, ServedTeacher, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
@@ -24,12 +25,14 @@ from rlkd.evaluate import heldout
 from rlkd.output_layer import logit_transform
 from rlkd.resume import checkpoints
 from rlkd.rewards import registry
+from rlkd.rewards.answers import check_answers
 from rlkd.rollout.client import ServerError, VLLMClient
 from rlkd.rollout.sampler import end_ids
 from rlkd.rollout.server import server_key
 from rlkd.rollout.vllm import longest
 from rlkd.teachers.served import teacher_longest
 from rlkd.tiny import resolve
+from rlkd.types import Prompt
 
 _ANSWER_S = 5.0
 """Patience with a server that should be running."""
@@ -180,12 +183,21 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     for key, source in sources:
         try:
             prompts = load_source(source, tokenizer)
+            problems += _answers(config, key, prompts)
             if key == "data.path":
                 blocks = config.algorithm.sampling_rounds
                 PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # enough of them?
         except ValueError as error:
             problems.append(f"{key}: {error}")
     return problems
+
+
+def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Answers of `key` that its rewards could not compare with; none where there are none asked for."""
+    if key == "data.path" and not ALGORITHMS[config.algorithm.name].uses_rewards:
+        return []
+    rows = ((prompt.id, prompt.answer) for prompt in prompts)
+    return [f"{key}: {line}" for line in check_answers(config.reward.functions, rows)]
 
 
 def _servers(config: Config) -> list[str]:

@@ -2,15 +2,26 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from builders import config
 
+from rlkd import feedback
 from rlkd.algorithms import GRPO, KDRL
+from rlkd.data.chat import load_tokenizer
+from rlkd.feedback import FeedbackConfig
 from rlkd.rollout.loader import RolloutLoader, check_versions
 from rlkd.student import load_causal_lm
+from rlkd.tiny import resolve
+from rlkd.types import written
+
+CHATS = (
+    (("system", "be brief"), ("user", "ab")),
+    (("user", "ab"), ("assistant", "cd"), ("user", "ef")),
+)
 
 
 def opened(*overrides, version=0, algorithm=KDRL):
@@ -61,7 +72,7 @@ def test_rewards_compare_with_the_answer(loader):
     for row in range(16):
         prompt = prompts[row // 4]
         completion = batch.input_ids[row][batch.completion_mask[row]]
-        text = loader.tokenizer.decode(completion, skip_special_tokens=True)
+        text = loader.tokenizer.decode(completion).removesuffix("<eos>")
         assert batch.rewards[row].item() == float(text == prompt.answer)
 
 
@@ -194,3 +205,56 @@ def test_a_group_that_the_teacher_can_teach_is_never_resampled():
     assert len(drawn) == len(groups) == 4
     assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"
     assert all(all(s.distil) for group in groups for s in group)
+
+
+@pytest.fixture
+def special_letters(tmp_path):
+    """The student's folder with a tokenizer to which letters and the marks of roles are special tokens."""
+    folder = tmp_path / "special_letters"
+    shutil.copytree(resolve("builtin:student"), folder)
+    tokenizer = load_tokenizer(str(folder))
+    names = ["<system>", "<user>", "<assistant>", "a", "e"]
+    tokenizer.add_special_tokens({"additional_special_tokens": names})
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special_letters):
+    settings = config(f"model.path={special_letters}", "rollout.prompts=4", "log.rollouts_every=0")
+    loader = RolloutLoader(settings, KDRL(settings))
+    loader.rewards.open()
+    prompt = dataclasses.replace(loader.prompts.take(0, 4)[0], answer="<user>area")
+    eos = loader.tokenizer.eos_token_id
+    ids = loader.tokenizer.encode("<user>area", add_special_tokens=False)
+    assert set(ids) & set(loader.tokenizer.all_special_ids), "else nothing is tested"
+    stopped, cut = written(prompt, [*ids, eos], "data", "stop"), written(prompt, ids, "data", "length")
+    twice = written(prompt, [*ids, eos, eos], "data", "stop")
+    try:
+        (group,) = loader.reward([[stopped, cut, twice]])
+    finally:
+        loader.rewards.close()
+    assert [s.reward for s in group] == [1.0, 1.0, 0.0]
+    assert [loader.algorithm.text(s.rollout) for s in group] == ["<user>area", "<user>area", "<user>area<eos>"]
+    asked = feedback.question_ids(FeedbackConfig(behaviours=[], system=None), loader.tokenizer, stopped)
+    assert "esponse:\n<user>area<assistant>" in loader.tokenizer.decode(asked)
+
+
+def test_a_reward_is_asked_in_the_users_words_and_gets_all_messages(tmp_path, monkeypatch):
+    (tmp_path / "chat_rewards_x.py").write_text(
+        "def seen(completion, *, answer, prompt, messages, meta):\n"
+        "    return 1.0, prompt + '|' + ' '.join(m['role'] + ':' + m['content'] for m in messages)\n"
+    )
+    rows = [{"prompt": [{"role": r, "content": c} for r, c in chat], "answer": "x"} for chat in CHATS]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = config(
+        *(f"data.path={tmp_path / 'data.jsonl'}", "rollout.prompts=2", "log.rollouts_every=0"),
+        "reward.functions=[{name: 'chat_rewards_x:seen'}]",
+    )
+    loader = RolloutLoader(settings, KDRL(settings))
+    loader.rewards.open()
+    try:
+        groups = loader.reward([[written(prompt, [5], "data", "length")] for prompt in loader.prompts.take(0, 2)])
+    finally:
+        loader.rewards.close()
+    assert sorted(s.feedback for (s,) in groups) == ["ab|system:be brief user:ab", "ef|user:ab assistant:cd user:ef"]

@@ -111,7 +111,7 @@ def attempts(*rewards, feedback=None):
 def test_a_sibling_is_the_first_other_success_and_who_has_none_is_masked():
     sdpo = SDPO(settings(name="sdpo", options="context: {template: '{prompt}{context}', sibling: ' seen: {text}'}"))
     group = attempts(0.0, 1.0, 1.0, None)
-    first, second = (sdpo.decoded(group[i].rollout.token_ids) for i in (1, 2))
+    first, second = (sdpo.text(group[i].rollout) for i in (1, 2))
     told = [sdpo.parts(s, group) for s in group]
     assert told == [[f" seen: {first}"], [f" seen: {second}"], [f" seen: {first}"], [f" seen: {first}"]]
     alone = attempts(0.0, 1.0, 0.0)

@@ -171,6 +171,16 @@ def test_rewards():
     assert line.startswith("reward.functions: ") and "exact_match" in line
 
 
+def test_answers_of_the_data_that_math_cannot_use():
+    rows = [{"prompt": f"abc{i}", "answer": "1/0" if i == 7 else str(i)} for i in range(20)]
+    overrides = (f"data.path={data_file(rows)}", "reward.functions=[{name: math}]")
+    (line,) = check(config(*overrides))
+    assert line.startswith("data.path: reward 'math' cannot use the answers of the data: '7' (answer '1/0' makes math-")
+    (line,) = check(config(overrides[0], "data.answer_column=null"))
+    assert line.startswith("data.path: reward 'exact_match' needs an answer, but rows '0'; '1'; '2'; and 17 more have")
+    assert check(config(*overrides, "algorithm={name: sft}", "data.completion_column=answer", "teacher=null")) == []
+
+
 def test_a_directory_that_holds_a_run_is_not_overwritten():
     Path("runs/quickstart").mkdir(parents=True)
     Path("runs/quickstart/config.yaml").touch()  # another rank of this run may have written it

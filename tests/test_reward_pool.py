@@ -52,11 +52,34 @@ def act(completion, *, answer, prompt, meta):
     if do == "nap":
         time.sleep(float(word))
     if do == "return":
+        import numpy
+        from decimal import Decimal
+        from fractions import Fraction
         return eval(word)
     return float(word or 1)
 
 def double(completion, *, answer, prompt, meta):
     return 2.0
+
+def large(completion, *, answer, prompt, meta):
+    return 1e15
+
+def turns(completion, *, answer, prompt, messages, meta):
+    messages[0]["seen"] = True
+    return sum(len(message["content"]) for message in messages) + 100 * len(messages)
+
+def anything(completion, **given):
+    return len(given["messages"]) + 10 * len(given)
+
+calls = []
+
+async def waiting(completion, *, answer, prompt, meta):
+    """Keeps something that belongs to the event loop from call to call."""
+    import asyncio
+    if not calls:
+        calls.append(asyncio.get_running_loop().create_future())
+    asyncio.get_running_loop().call_later(0.001, lambda: calls[0].done() or calls[0].set_result(3.0))
+    return await calls[0]
 
 def context(completion, *, answer, prompt, meta, factor):
     meta["seen"] = True  # its own copy
@@ -122,9 +145,52 @@ def test_a_reward_gets_prompt_answer_meta_and_options():
         assert [r.reward for r in scorer.score([item, item])] == [25.0, 25.0]
 
 
+@pytest.mark.parametrize(
+    ("value", "reward"),
+    [
+        ("numpy.bool_(True)", 1.0),
+        ("numpy.float32(0.5)", 0.5),
+        ("numpy.int64(3)", 3.0),
+        ("numpy.array(1.5)", 1.5),
+        ("Decimal('0.5')", 0.5),
+        ("Fraction(1, 4)", 0.25),
+        ("True", 1.0),
+        ("(1.0, None)", 1.0),
+        ("(numpy.bool_(True), 'well')", 1.0),
+        ("1e15", 1e15),
+    ],
+)
+def test_what_is_a_number_is_a_reward(value, reward):
+    with pool("act", timeout_s=10.0) as scorer:
+        (result,) = scorer.score(items(f"return {value}"))
+    assert (result.reward, result.error) == (reward, None)
+    assert result.feedback == ("well" if "well" in value else None)
+
+
+def test_a_sum_that_is_too_large_is_no_reward():
+    functions = [RewardFunction(name="pool_rewards_x:large", weight=w) for w in (1.0, 0.5)]
+    with RewardPool(RewardConfig(functions=functions)) as scorer:
+        (result,) = scorer.score(items("a"))
+    assert result.reward is None
+    assert result.error == "the weighted sum of the rewards is 1.5e+15, wants one from -1e+15 to 1e+15"
+
+
+def test_messages_are_given_to_who_takes_them():
+    chat = ({"role": "system", "content": "abc"}, {"role": "user", "content": "de"})
+    item = RewardItem(completion="", answer="a", prompt="de", messages=chat, meta={"tags": []})
+    with pool("turns", "anything") as scorer:
+        results = scorer.score([item, item])
+    assert [list(r.parts.values()) for r in results] == [[205.0, 2.0 + 10 * 4]] * 2
+
+
+def test_a_coroutine_function_is_awaited_on_one_loop():
+    with pool("waiting") as scorer:
+        assert [r.reward for r in scorer.score(items("a", "b", "c"))] == [3.0] * 3
+
+
 def test_meta_that_is_not_json_is_named():
     with pool("double") as scorer:
-        with pytest.raises(ValueError, match="meta of prompt 'p' is not JSON"):
+        with pytest.raises(ValueError, match="meta or messages of prompt 'p' are not JSON"):
             scorer.score([RewardItem(completion="", answer=None, prompt="p", meta={"x": object()})])
         assert scorer.score(items("a"))[0].reward == 2.0
 
@@ -168,10 +234,18 @@ def test_the_limit_is_per_item_not_per_batch():
         ("raise", "raised KeyError: 'no such thing'"),
         ("return float('nan')", "returned nan, wants a finite number"),
         ("return -float('inf')", "returned -inf, wants a finite number"),
-        ("return None", "returned NoneType, wants a finite number"),
-        ("return '1.0'", "returned str, wants a finite number"),
-        ("return 1j", "returned complex, wants a finite number"),
-        ("return 10 ** 400", "raised OverflowError: int too large to convert to float"),
+        ("return None", "returned None, wants a finite number, or (number, text)"),
+        ("return '1.0'", "returned str, wants a finite number, or (number, text)"),
+        ("return 1j", "returned complex, wants a finite number, or (number, text)"),
+        ("return [1.0]", "returned list, wants a finite number, or (number, text)"),
+        ("return {'score': 1.0}", "returned dict, wants a finite number, or (number, text)"),
+        ("return (1.0, 2)", "returned a tuple of float, int, wants a finite number, or (number, text)"),
+        ("return numpy.ones(1)", "returned ndarray, wants a finite number, or (number, text)"),
+        ("return Decimal('NaN')", "returned nan, wants a finite number"),
+        ("return numpy.float32('inf')", "returned inf, wants a finite number"),
+        ("return 10 ** 400", "returned an integer of 1329 bits, wants a number from -1e+15 to 1e+15"),
+        ("return 1e200", "returned 1e+200, wants a number from -1e+15 to 1e+15"),
+        ("return -1e30", "returned -1e+30, wants a number from -1e+15 to 1e+15"),
     ],
 )
 def test_each_failure_is_no_reward_with_its_cause(mine, completion, error):

@@ -12,6 +12,7 @@ import pytest
 
 from rlkd.config import RewardFunction
 from rlkd.rewards import registry
+from rlkd.rewards.answers import check_answers
 from rlkd.rewards.exact_match import exact_match
 from rlkd.rewards.format import format
 from rlkd.rewards.math import last_box, math
@@ -270,6 +271,30 @@ def mine(tmp_path, monkeypatch):
             def narrow(completion, answer):
                 return 1.0
 
+            def trl(prompts, completions, solution, **kwargs):
+                return [1.0 for _ in completions]
+
+            def trl_completions(completions, **kwargs):
+                return [1.0 for _ in completions]
+
+            def verl(data_source, solution_str, ground_truth, extra_info=None):
+                return 1.0
+
+            def batched(completion, *, answer, prompt, meta) -> list[float]:
+                return [1.0]
+
+            def by_column(completion, *, answer, prompt, meta, difficulty):
+                return 1.0
+
+            def chat(completion, *, answer, prompt, messages, meta):
+                return 1.0
+
+            def words(completion, *, answer, prompt, meta) -> tuple[float, str]:
+                return 1.0, "well"
+
+            async def waiting(completion, *, answer, prompt, meta):
+                return 1.0
+
             NUMBER = 3
             """
         )
@@ -287,6 +312,7 @@ def check(name: str, **options: object) -> list[str]:
 
 def test_good_functions_have_no_problems(mine):
     assert check("exact_match") == check("math", require_box=False) == check("format", pattern="a.*") == []
+    assert [check(f"my_rewards_x:{name}") for name in ("chat", "words", "waiting")] == [[]] * 3
     assert check("my_rewards_x:length", scale=2.0) == check("my_rewards_x:anything", whatever=1) == []
 
 
@@ -308,6 +334,24 @@ def test_good_functions_have_no_problems(mine):
         ("format", {"pattern": "(a"}, "missing \\), unterminated subpattern"),
         ("format", {"pattern": 3}, "TypeError"),
         ("math", {"require_box": "yes"}, "require_box is 'yes', wants true or false"),
+        (
+            "my_rewards_x:trl",
+            {},
+            r"takes prompts: it is written for a batch, as TRL's are; wants f\(completion, \*, answer",
+        ),
+        ("my_rewards_x:trl_completions", {}, "takes completions: .* called with one completion; .* in meta"),
+        (
+            "my_rewards_x:verl",
+            {},
+            r"takes solution_str: it is written for verl; wants f\(completion, \*, answer, prompt",
+        ),
+        ("my_rewards_x:batched", {}, r"returns list.*: it is written for a batch; wants f\("),
+        (
+            "my_rewards_x:by_column",
+            {},
+            "missing a required argument: 'difficulty'; other columns of the data are in meta",
+        ),
+        ("my_rewards_x:chat", {"messages": []}, "messages is given by the data"),
         ("__main__:f", {}, "move the function into a module"),
     ],
 )
@@ -330,3 +374,37 @@ def test_a_worker_imports_nothing_heavy():
         f"registry.resolve('math'); print([m for m in '{heavy}'.split() if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# ---------------------------------------------------------------- answers before a run
+
+
+def answers(name: str, *given: str | None) -> list[str]:
+    return check_answers([RewardFunction(name=name)], [(f"q{i}", answer) for i, answer in enumerate(given)])
+
+
+def test_answers_that_math_cannot_use_are_named_before_a_run():
+    assert answers("math", "7", "1,234.5", r"\frac{1}{2}", r"\text{yes}", r"10^{10^{10}}") == []
+    assert answers("exact_match", "1/0", "  ") == answers("format", None) == []
+    (line,) = answers("math", "7", "1/0", " ", "1/0", "1/0", " ")
+    assert line == (
+        "reward 'math' cannot use the answers of the data: "
+        "'q1' (answer '1/0' makes math-verify raise ValueError: Can't evaluate nan or zoo); "
+        "'q3' (answer '1/0' makes math-verify raise ValueError: Can't evaluate nan or zoo); "
+        "'q4' (answer '1/0' makes math-verify raise ValueError: Can't evaluate nan or zoo); and 2 more; "
+        "correct them or drop them"
+    )
+
+
+def test_rows_without_an_answer_are_named_before_a_run():
+    wants = "reward '{}' needs an answer, but row 'q1' has none; set data.answer_column"
+    assert answers("math", "7", None) == [wants.format("math")]
+    assert answers("exact_match", "7", None) == [wants.format("exact_match")]
+    (line,) = answers("math", *[None] * 9)
+    assert line.startswith("reward 'math' needs an answer, but rows 'q0'; 'q1'; 'q2'; and 6 more have none;")
+
+
+def test_a_hundred_thousand_numbers_are_looked_through_in_moments():
+    start = time.process_time()
+    assert answers("math", *map(str, range(100_000))) == []
+    assert time.process_time() - start < 3

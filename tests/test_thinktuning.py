@@ -409,7 +409,7 @@ def test_rewards_are_the_augmented_answers(loader):
     assert len(made) == 4 and not any(loader.algorithm.failures.values())
     assert [s.teacher for s in made] == [None] * 4
     for s in made:
-        text = loader.algorithm.decoded(s.rollout.token_ids)
+        text = loader.algorithm.text(s.rollout)
         assert "wait, " in text
         assert s.reward == float(text.rsplit("so: ", 1)[1] == s.rollout.prompt.answer)
     assert sum(s.reward for s in made) >= 3

@@ -81,7 +81,7 @@ class OPSD(OPD):
         """What the teacher is shown beside the prompt."""
         correct_at = self.config.reward.correct_at
         siblings = [s for s in group if s is not scored and s.is_correct(correct_at)]
-        text = self.decoded(siblings[0].rollout.token_ids) if siblings else None
+        text = self.text(siblings[0].rollout) if siblings else None
         return self.algorithm.context.parts(scored.rollout.prompt.privileged, text, scored.feedback)
 
     def _shown(self, prompt: Prompt, parts: Sequence[str]) -> tuple[int, ...] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -63,11 +64,31 @@ def encode_prompt(
     return messages, tuple(tokenizer.encode(text, add_special_tokens=False))
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, special: bool = False) -> str:
-    """`token_ids` as text, with or without the special tokens."""
-    text = tokenizer.decode(list(token_ids), skip_special_tokens=not special)
+def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
+    """`token_ids` as text, every special token included."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], finish_reason: str) -> str:
+    """A completion as whoever judges it reads it: what was written, without the one end token that stopped it.
+
+    Other special tokens stay: <think> is one in many vocabularies. `finish_reason` as in `Rollout`.
+    """
+    return decode(tokenizer, token_ids[:-1] if finish_reason == "stop" else token_ids)
+
+
+def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What was asked at last: the content of the last message by the user, or of the last one where there is none.
+
+    A content that is no text (a list of parts) is joined from the texts in it.
+    """
+    if not messages:
+        return ""
+    asked = next((m for m in reversed(messages) if m["role"] == "user"), messages[-1])
+    content = asked.get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:

@@ -112,7 +112,7 @@ def unreadable(answer: str) -> str | None:
     except OutOfTime:
         return f"takes more than {SECONDS:g} s to read"
     except Exception as error:  # math-verify and sympy raise what they please
-        return f"makes math-verify raise {type(error).__name__}: {error}"
+        return f"makes math-verify raise {' '.join(f'{type(error).__name__}: {error}'.split())[:120]}"
     return None
 
 
@@ -144,7 +144,7 @@ def math(
         raise ValueError("needs an answer, but the data has none; set data.answer_column")
     wrong = unreadable(answer)
     if wrong is not None:
-        raise ValueError(f"the answer {answer[:80]!r} {wrong}; correct it, or use exact_match for words")
+        raise ValueError(f"the answer {answer[:80]!r} {wrong}; correct it")
     box = last_box(completion)
     if box is None and (require_box or _BOX.search(completion)):
         return 0.0

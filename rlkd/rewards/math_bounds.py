@@ -133,7 +133,7 @@ def _bounded(digits: float) -> float:
 def processor_time(seconds: float = SECONDS) -> Iterator[None]:
     """Raise OutOfTime in the block once this process has worked for `seconds`; in the main thread only.
 
-    Processor time, so that a busy machine gives the same verdict. Repeated, since other people's code may catch it once.
+    Processor time, so that a busy machine gives the same verdict. Repeated, since other code may catch it once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlkd.config import RewardConfig, RewardFunction
-from rlkd.rewards import registry
+from rlkd.rewards import LARGEST, registry
 
 START_TIMEOUT_S = 120.0
 """Limit of a worker's start: the imports of the user's module."""
@@ -37,6 +37,9 @@ class RewardItem:
     completion: str
     answer: str | None
     prompt: str
+    """The last user message."""
+    messages: Sequence[Mapping[str, Any]] = ()
+    """The whole prompt; JSON too."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -201,7 +204,7 @@ class RewardPool:
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """The rewards of `items`, in their order. Each function has `timeout_s` seconds for each item.
 
-        Raises: ValueError where an item's meta is not JSON; RuntimeError where a worker cannot be restarted.
+        Raises: ValueError where meta or messages are not JSON; RuntimeError where a worker cannot be restarted.
         """
         assert self._workers, "the pool is not open"
         payloads = [_payload(item) for item in items]
@@ -267,6 +270,9 @@ class RewardPool:
         total = None
         if not errors:
             total = sum(f.weight * (value or 0.0) for f, (value, _, _) in zip(self._functions, values, strict=True))
+            if not abs(total) <= LARGEST:
+                errors = [f"the weighted sum of the rewards is {total:g}, wants one from -{LARGEST:g} to {LARGEST:g}"]
+                total = None
         return RewardResult(
             reward=total, parts=parts, error="; ".join(errors) or None, feedback="\n".join(words) or None
         )
@@ -280,10 +286,16 @@ def _payload(item: RewardItem) -> bytes:
     """The item as JSON."""
     try:
         return json.dumps(
-            {"completion": item.completion, "answer": item.answer, "prompt": item.prompt, "meta": dict(item.meta)}
+            {
+                "completion": item.completion,
+                "answer": item.answer,
+                "prompt": item.prompt,
+                "messages": [dict(message) for message in item.messages],
+                "meta": dict(item.meta),
+            }
         ).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the meta of prompt {item.prompt[:40]!r} is not JSON: {error}") from error
+        raise ValueError(f"meta or messages of prompt {item.prompt[:40]!r} are not JSON: {error}") from error
 
 
 def _message(job: _Job, payload: bytes) -> bytes:

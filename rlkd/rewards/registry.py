@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,20 @@ BUILTIN: Mapping[str, str] = {
     "math": "rlkd.rewards.math:math",
     "format": "rlkd.rewards.format:format",
 }
+
+SIGNATURE = "f(completion, *, answer, prompt, meta, **options) -> float"
+GIVEN = ("answer", "prompt", "messages", "meta")
+"""What every reward is given by keyword; `messages` only where it takes it."""
+
+_WRITTEN_FOR = {
+    "completions": "for a batch, as TRL's are",
+    "prompts": "for a batch, as TRL's are",
+    "solution_str": "for verl",
+    "solution_strs": "for verl",
+    "ground_truth": "for verl",
+    "ground_truths": "for verl",
+}
+_LISTS = re.compile(r"(?:\w+\.)*(?:list|sequence|iterable)\b", re.IGNORECASE)
 
 
 def search_path() -> list[str]:
@@ -59,6 +74,7 @@ def check(functions: Sequence[RewardFunction]) -> list[str]:
     for function in functions:
         try:
             callable_ = resolve(function.name)
+            takes_messages(callable_)
         except ValueError as error:
             problems.append(str(error))
             continue
@@ -66,30 +82,61 @@ def check(functions: Sequence[RewardFunction]) -> list[str]:
     return problems
 
 
+def takes_messages(function: Callable[..., Any]) -> bool:
+    """Whether `function` has a keyword `messages`, or takes any.
+
+    Raises: ValueError, one line, for one whose signature Python does not know.
+    """
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"reward {function!r}: {error}; wrap it in a function {SIGNATURE}") from error
+    keywords = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(p.kind == p.VAR_KEYWORD or (p.name == "messages" and p.kind in keywords) for p in parameters)
+
+
 def _wrong_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> list[str]:
-    given = {"answer", "prompt", "meta"}
-    parameters = inspect.signature(function).parameters
+    signature = inspect.signature(function)
+    parameters = signature.parameters
     keywords = [p.name for p in parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    foreign = _foreign(signature)
+    if foreign is not None:
+        return [f"reward {name!r} {foreign}; wants {SIGNATURE}, called with one completion; other columns are in meta"]
     problems = []
     for option in options:
-        if option in given:
+        if option in GIVEN:
             problems.append(f"reward {name!r}: {option} is given by the data and cannot be an option")
         elif option not in keywords and not anything:
             problems.append(f"reward {name!r} has no option {option!r}{_did_you_mean(option, keywords)}")
     if problems:
         return problems
     try:
-        inspect.signature(function).bind("", answer="", prompt="", meta={}, **options)
+        given = {key: None for key in GIVEN if key != "messages" or takes_messages(function)}
+        signature.bind("", **given, **options)
     except TypeError as error:
-        wanted = "f(completion, *, answer, prompt, meta, options…)"
-        return [f"reward {name!r} cannot be called as {wanted}: {error}"]
+        return [
+            f"reward {name!r} cannot be called as {SIGNATURE}: {error}; other columns of the data are in meta, and "
+            "options in reward.functions"
+        ]
     if name in BUILTIN:
         try:
             function("", answer="0", prompt="", meta={}, **options)  # ours have no side effects: options are tried out
         except Exception as error:
             return [f"reward {name!r} with options {dict(options)}: {one_line(error)}"]
     return []
+
+
+def _foreign(signature: inspect.Signature) -> str | None:
+    """For which other library, or for how many completions, a function is visibly written; None: it is not."""
+    for parameter in signature.parameters.values():
+        if parameter.name in _WRITTEN_FOR and parameter.default is parameter.empty:
+            return f"takes {parameter.name}: it is written {_WRITTEN_FOR[parameter.name]}"
+    returned = signature.return_annotation
+    text = returned if isinstance(returned, str) else getattr(returned, "__name__", str(returned))
+    if returned is not signature.empty and _LISTS.match(text):
+        return f"returns {text[:40]}: it is written for a batch"
+    return None
 
 
 def _did_you_mean(wrong: str, known: Iterable[str]) -> str:

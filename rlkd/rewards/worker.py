@@ -4,7 +4,7 @@ It leads its own session. Both pipes carry one JSON value a line:
 
     in    {"path", "functions"}, once: a sys.path, and [name, options] pairs
     out   {"ready": null or an error}, once
-    in    {"job", "functions", "item"}: indices of functions, and {"completion", "answer", "prompt", "meta"}
+    in    {"job", "functions", "item"}: indices of functions, and {"completion", "answer", "prompt", "messages", "meta"}
     out   [job, function, value or null, error or null, feedback or null], one by one as they finish
 
 The pipes are descriptors of their own, so what a reward prints or reads cannot disturb them. JSON, not pickle: nothing
@@ -13,6 +13,8 @@ that comes through the pipe can run code in the trainer.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 import numbers
@@ -21,9 +23,13 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
 
-from rlkd.rewards import registry
+from rlkd.rewards import LARGEST, registry
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 def main(request: int, response: int) -> None:
@@ -43,6 +49,7 @@ def main(request: int, response: int) -> None:
         sys.path[:] = setup["path"]
         try:
             functions = [(registry.resolve(name), options) for name, options in setup["functions"]]
+            with_messages = [registry.takes_messages(function) for function, _ in functions]
         except ValueError as problem:
             send({"ready": str(problem)})
             return
@@ -54,34 +61,59 @@ def main(request: int, response: int) -> None:
             job = json.loads(line)
             for index in job["functions"]:
                 function, options = functions[index]
-                value, error, words = _call(function, options, job["item"])
+                value, error, words = _call(function, options, job["item"], with_messages[index])
                 if os.getpid() != me:
                     os._exit(0)  # a reward forked, and this is the child coming home: it must not answer too
                 send([job["job"], index, value, error, words])
 
 
 def _call(
-    function: Callable[..., Any], options: dict[str, Any], item: dict[str, Any]
+    function: Callable[..., Any], options: dict[str, Any], item: dict[str, Any], with_messages: bool
 ) -> tuple[float | None, str | None, str | None]:
     """(reward, None, feedback or None), or (None, what was wrong with the call, None).
 
-    A function returns a number, or (number, text): what it has to say of the completion, for a teacher to read.
+    A function returns a number, or (number, text): what it has to say of the completion, for a teacher to read. A
+    coroutine is awaited.
     """
-    words = None
+    given = {"answer": item["answer"], "prompt": item["prompt"], "meta": dict(item["meta"])}
+    if with_messages:
+        given["messages"] = item["messages"]
     try:
-        value = function(
-            item["completion"], answer=item["answer"], prompt=item["prompt"], meta=dict(item["meta"]), **options
-        )
-        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str):
+        value = function(item["completion"], **given, **options)
+        if inspect.iscoroutine(value):
+            value = _loop().run(value)
+        words = None
+        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], str | None):
             value, words = value
+        if getattr(value, "shape", None) == () and hasattr(value, "item"):
+            value = value.item()  # of NumPy or PyTorch
+        if isinstance(value, Decimal):
+            value = float(value)
         if not isinstance(value, numbers.Real):
-            return None, f"returned {type(value).__name__}, wants a finite number", None
-        number = float(value)
+            return None, f"returned {_kind(value)}, wants a finite number, or (number, text)", None
+        if isinstance(value, float) and not math.isfinite(value):
+            return None, f"returned {value}, wants a finite number", None
+        number: Any = value  # an integer of any size
+        if not -LARGEST <= number <= LARGEST:
+            shown = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else f"{float(number):g}"
+            return None, f"returned {shown}, wants a number from -{LARGEST:g} to {LARGEST:g}", None
+        return float(number), None, words
     except BaseException as error:  # SystemExit too: whatever a reward does, this sample has no reward, and says why
         return None, f"raised {registry.one_line(error)}", None
-    if not math.isfinite(number):
-        return None, f"returned {number}, wants a finite number", None
-    return number, None, words
+
+
+@functools.cache
+def _loop() -> asyncio.Runner:
+    """One event loop for all calls: what a function keeps between them, a session say, belongs to it."""
+    import asyncio  # only who needs it waits for it
+
+    return asyncio.Runner()
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"a tuple of {', '.join(type(part).__name__ for part in value[:5])}"
+    return "None" if value is None else type(value).__name__
 
 
 def _start_guardian(request: int, response: int) -> None:

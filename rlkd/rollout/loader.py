@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlkd import distributed, whole
 from rlkd.config import Config, NoTeacher
+from rlkd.data.chat import last_user_text
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
@@ -231,9 +232,10 @@ class RolloutLoader:
         rollouts = [rollout for group in groups for rollout in group]
         items = [
             RewardItem(
-                completion=self.algorithm.decoded(rollout.token_ids),
+                completion=self.algorithm.text(rollout),
                 answer=rollout.prompt.answer,
-                prompt=self.algorithm.decoded(rollout.prompt.token_ids),
+                prompt=last_user_text(rollout.prompt.messages),
+                messages=rollout.prompt.messages,
                 meta=dict(rollout.prompt.meta),
             )
             for rollout in rollouts
@@ -284,8 +286,8 @@ class RolloutLoader:
             line = {
                 "iteration": iteration + 1,
                 "id": rollout.prompt.id,
-                "prompt": self.algorithm.decoded(rollout.prompt.token_ids, special=True),
-                "completion": self.algorithm.decoded(rollout.token_ids, special=True),
+                "prompt": self.algorithm.decoded(rollout.prompt.token_ids),
+                "completion": self.algorithm.decoded(rollout.token_ids),
                 "answer": rollout.prompt.answer,
                 "reward": scored.reward,
                 "reward_parts": dict(scored.reward_parts),
