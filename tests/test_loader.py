@@ -249,8 +249,8 @@ def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special
     eos = loader.tokenizer.eos_token_id
     ids = loader.tokenizer.encode("<user>area", add_special_tokens=False)
     assert set(ids) & set(loader.tokenizer.all_special_ids), "else nothing is tested"
-    stopped, cut = written(prompt, [*ids, eos], "student", "stop"), written(prompt, ids, "student", "length")
-    twice = written(prompt, [*ids, eos, eos], "student", "stop")
+    stopped, cut = written(prompt, [*ids, eos], "data", "stop"), written(prompt, ids, "data", "length")
+    twice = written(prompt, [*ids, eos, eos], "data", "stop")
     try:
         (group,) = loader.reward([[stopped, cut, twice]])
     finally:
@@ -258,7 +258,7 @@ def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special
     assert [s.reward for s in group] == [1.0, 1.0, 0.0]
     assert [loader.algorithm.text(s.rollout) for s in group] == ["<user>area", "<user>area", "<user>area<eos>"]
     asked = feedback.question_ids(FeedbackConfig(behaviours=[], system=None), loader.tokenizer, stopped)
-    assert "Response:\n<user>area" in loader.tokenizer.decode(asked)
+    assert "esponse:\n<user>area<assistant>" in loader.tokenizer.decode(asked)
 
 
 def test_a_reward_is_asked_in_the_users_words_and_gets_all_messages(tmp_path, monkeypatch):
@@ -276,7 +276,7 @@ def test_a_reward_is_asked_in_the_users_words_and_gets_all_messages(tmp_path, mo
     loader = RolloutLoader(settings, KDRL(settings))
     loader.rewards.open()
     try:
-        groups = loader.reward([[written(prompt, [5], "student", "length")] for prompt in loader.prompts.take(0, 2)])
+        groups = loader.reward([[written(prompt, [5], "data", "length")] for prompt in loader.prompts.take(0, 2)])
     finally:
         loader.rewards.close()
     assert sorted(s.feedback for (s,) in groups) == ["ab|system:be brief user:ab", "ef|user:ab assistant:cd user:ef"]

@@ -234,7 +234,18 @@ def test_answers_of_the_data_that_math_cannot_use():
     assert line.startswith("data.path: reward 'math' cannot use the answers of the data: '7' (answer '1/0' makes math-")
     (line,) = check(config(overrides[0], "data.answer_column=null"))
     assert line.startswith("data.path: reward 'exact_match' needs an answer, but rows '0'; '1'; '2'; and 17 more have")
-    assert check(config(*overrides, "algorithm={name: sft}", "data.completion_column=answer", "teacher=null")) == []
+    assert (
+        check(
+            config(
+                *overrides,
+                "algorithm={name: sft}",
+                "data.completion_column=answer",
+                "teacher=null",
+                "data.max_completion_tokens=16",
+            )
+        )
+        == []
+    )
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten():

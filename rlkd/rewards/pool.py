@@ -204,7 +204,7 @@ class RewardPool:
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """The rewards of `items`, in their order. Each function has `timeout_s` seconds for each item.
 
-        Raises: ValueError where an item's meta or messages are no JSON; RuntimeError where a worker cannot be restarted.
+        Raises: ValueError where meta or messages are not JSON; RuntimeError where a worker cannot be restarted.
         """
         assert self._workers, "the pool is not open"
         payloads = [_payload(item) for item in items]

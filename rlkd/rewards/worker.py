@@ -93,10 +93,11 @@ def _call(
             return None, f"returned {_kind(value)}, wants a finite number, or (number, text)", None
         if isinstance(value, float) and not math.isfinite(value):
             return None, f"returned {value}, wants a finite number", None
-        if not -LARGEST <= value <= LARGEST:
-            shown = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"{float(value):g}"
+        number: Any = value  # an integer of any size
+        if not -LARGEST <= number <= LARGEST:
+            shown = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else f"{float(number):g}"
             return None, f"returned {shown}, wants a number from -{LARGEST:g} to {LARGEST:g}", None
-        return float(value), None, words
+        return float(number), None, words
     except BaseException as error:  # SystemExit too: whatever a reward does, this sample has no reward, and says why
         return None, f"raised {registry.one_line(error)}", None
 
