@@ -396,9 +396,7 @@ class OptimConfig(Section):
     """AdamW."""
 
     lr: Schedule = Field(Constant(value=1e-6), description="learning rate, a number or a schedule over iterations")
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.999], min_length=2, max_length=2, description="AdamW's decay rates"
-    )
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
         0.0, ge=0, description="decoupled weight decay of weight matrices and embeddings; norms and biases have none"

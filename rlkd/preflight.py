@@ -48,6 +48,9 @@ def check(config: Config) -> list[str]:
     Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
     """
     problems = _run_directory(config) + _devices(config) + tracking_problems(config)
+    wrong = [beta for beta in config.optim.betas if not 0 <= beta < 1]
+    if wrong:
+        problems.append(f"optim.betas: got {wrong[0]:g}, which AdamW refuses; wants two numbers ≥ 0 and < 1")
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     lengths = config.algorithm.teacher_lengths(config)

@@ -83,7 +83,9 @@ class SafeModelParallelStrategy(ModelParallelStrategy):
             except (pickle.UnpicklingError, CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
                 named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
                 if named is None:
-                    said = " ".join(f"{type(error).__name__}: {error}".split())
+                    failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+                    cause = failures[0][0] if failures else error
+                    said = " ".join(f"{type(cause).__name__}: {cause}".split())
                     raise RunStopped(
                         f"run.resume: {checkpoint_path} cannot be read: {said[:300]}; choose another checkpoint"
                     ) from error
