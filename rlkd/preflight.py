@@ -85,7 +85,9 @@ def _generation(config: Config) -> list[str]:
         known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
         its_own = model.trust_remote_code and "AutoModelForCausalLM" in getattr(known, "auto_map", {})
         if type(known) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
-            raise ValueError(f"{model.path} is a {known.model_type}, which transformers has no causal language model of")
+            raise ValueError(
+                f"{model.path} is a {known.model_type}, which transformers has no causal language model of"
+            )
         logit_transform(known)
         if config.model.lora is not None:
             lora.layer_names(lora.skeleton(config.model), config.model.lora)

@@ -53,7 +53,10 @@ _EXCEPTIONS: dict[str, dict] = {
         },
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8}, "ffn_config": {"ffn_hidden_size": 48}},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 48},
+    },
     "diffllama": {"attention_dropout": 0.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "falcon_h1": {
@@ -90,7 +93,9 @@ _EXCEPTIONS: dict[str, dict] = {
 
 def tiny_config(family: str, dropout: float = 0.0):
     """A small config of `family`, with `dropout` wherever it has a rate."""
-    return AutoConfig.for_model(family, **(_shrunk(AutoConfig.for_model(family), dropout) | _EXCEPTIONS.get(family, {})))
+    return AutoConfig.for_model(
+        family, **(_shrunk(AutoConfig.for_model(family), dropout) | _EXCEPTIONS.get(family, {}))
+    )
 
 
 def _shrunk(config, dropout: float) -> dict:
