@@ -170,7 +170,8 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
     if model.gradient_checkpointing:
         if not hf.supports_gradient_checkpointing:
             raise RunStopped(
-                f"model.gradient_checkpointing: is true, but {type(hf).__name__} of transformers cannot; set it to false"
+                f"model.gradient_checkpointing: is true, but {type(hf).__name__} has none in transformers; set it to "
+                "false"
             )
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import GRPO, Captured, config
 from families import write
 from transformers import AutoModelForCausalLM
 
@@ -73,3 +74,19 @@ def test_blocks_are_the_layers_none_inside_another(family, each, tmp_path):
     found = blocks(hf)
     inside = {id(module) for block in found for module in block.modules() if module is not block}
     assert len(found) == each and not inside & {id(block) for block in found}
+
+
+@pytest.mark.long
+def test_blocks_that_share_weights_are_trained(tmp_path):
+    """Zamba's hybrid layers hold one transformer together, which no block of them can have for itself."""
+    write("zamba", tmp_path)
+    captured = Captured(config(*GRPO, f"model.path={tmp_path}", "model.gradient_checkpointing=true"))
+    shared = [gradient for name, gradient in captured.gradients.items() if "shared_transf" in name]
+    assert shared and all(gradient.abs().max() > 0 for gradient in shared)
+
+
+@pytest.mark.long
+def test_a_family_without_gradient_checkpointing_is_refused_in_one_line(tmp_path):
+    write("openai-gpt", tmp_path)
+    with pytest.raises(RunStopped, match="^model.gradient_checkpointing: is true, but [^\n]*; set it to false$"):
+        Captured(config(*GRPO, f"model.path={tmp_path}", "model.gradient_checkpointing=true"))

@@ -135,8 +135,8 @@ def test_the_ends_of_completions_are_found_wherever_a_model_names_them():
 def test_completions_that_never_end_are_refused(value):
     with_ends("endless", {"eos_token_id": value})
     line = (
-        f"{{}}: endless: eos_token_id of generation_config.json is {value}, wants the tokens that end a completion, else "
-        "none ever stops (ids below 56); give them in generation_config.json"
+        f"{{}}: endless: eos_token_id of generation_config.json is {value}, wants the tokens that end a completion, "
+        "else none ever stops (ids below 56); give them in generation_config.json"
     )
     assert check(config("model.path=endless")) == [line.format("model.path")]
     assert check_evaluation(load([QUICKSTART], ["model.path=endless"]).config) == [line.format("model.path")]

@@ -14,11 +14,12 @@ import pytest
 import torch
 from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
 
+from rlkd.config import ServerConfig
 from rlkd.rollout.client import ServerError
 from rlkd.rollout.guardian import shared_memory
 from rlkd.rollout.sampler import Sampling
 from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.rollout.server_command import LAUNCHER_VARIABLES
+from rlkd.rollout.server_command import LAUNCHER_VARIABLES, ServerRole, server_command, server_environment
 from rlkd.rollout.vllm import VLLMSampler
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=8, seed=0)
@@ -263,3 +264,15 @@ def test_what_a_rank_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path) -
     ]
     assert said[0][2:] == ["each its own 0", "RuntimeError another rank failed; its error is above or in its own log"]
     assert said[1][2:] == ["each its own 1", "OSError no room"]
+
+
+def test_the_cache_of_a_cpu_server_may_be_part_of_a_gib(monkeypatch):
+    """vLLM's VLLM_CPU_KVCACHE_SPACE takes whole GiB only ("invalid literal for int"), and wins over its argument."""
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    role = ServerRole(name="policy", model="m", max_model_len=64)
+    settings = ServerConfig(kv_cache_gb=0.2)
+    environment = server_environment(role, settings, host="127.0.0.1", key="k")
+    command = server_command(role, settings, host="127.0.0.1", port=1)
+    if not torch.cuda.is_available():
+        assert command[command.index("--kv-cache-memory-bytes") + 1] == str(round(0.2 * 2**30))
+        assert "VLLM_CPU_KVCACHE_SPACE" not in environment

@@ -81,8 +81,8 @@ class Sampler(Protocol):
 
 
 def end_ids(path: str) -> tuple[int, ...]:
-    """The token ids that end a completion: `eos_token_id` of the first that has one of the model's generation_config.json
-    (which may be missing), its config.json, and its tokenizer.
+    """The token ids that end a completion: `eos_token_id` of the model's generation_config.json, which may be missing,
+    else of its config.json, else of its tokenizer.
 
     Raises: ValueError, one line, when none has one, or it names no token of the vocabulary: completions would never
         stop.
