@@ -83,8 +83,8 @@ def _generation(config: Config) -> list[str]:
             launched = config.publishes_adapter and config.rollout.server.launch and not torch.cuda.is_available()
             if launched and any("experts" in name.split(".") for name in frozen):
                 raise ValueError(
-                    "model.lora: vLLM serves no adapters of a mixture of experts on a CPU (its kernel for them is a GPU's); "
-                    "use rollout.backend: hf, or a GPU"
+                    "model.lora: vLLM serves no adapters of a mixture of experts on a CPU (its kernel for them is a "
+                    "GPU's); use rollout.backend: hf, or a GPU"
                 )
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
