@@ -74,7 +74,7 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
         sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
     sampler.publish(weights, 15)
     assert mismatch(sampler, model, 15) < 1e-4
-    # A third of a layer that vLLM fuses, and what it takes for the biases of a quantised checkpoint: it passes over both.
+    # A third of a layer that vLLM fuses, and biases, which it takes for those of a quantised checkpoint: it skips both.
     third = {name: tensor for name, tensor in weights.items() if "layers.0.self_attn.k_proj" not in name}
     norm = weights["model.norm.weight"]
     unknown = {"model.norm.bias": norm + 1, "model.layers.1.mlp.up_proj.bias": norm + 2}
