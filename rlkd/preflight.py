@@ -114,7 +114,13 @@ def _generation(config: Config) -> list[str]:
             )
         logit_transform(known)
         if config.model.lora is not None:
-            lora.layer_names(lora.skeleton(config.model), config.model.lora)
+            frozen = lora.unadapted(lora.skeleton(config.model), config.model.lora)
+            launched = config.publishes_adapter and config.rollout.server.launch and not torch.cuda.is_available()
+            if launched and any("experts" in name.split(".") for name in frozen):
+                raise ValueError(
+                    "model.lora: vLLM serves no adapters of a mixture of experts on a CPU (its kernel for them is a "
+                    "GPU's); use rollout.backend: hf, or a GPU"
+                )
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
         return [line if line.startswith("model.") else f"model.path: {line}"]

@@ -268,6 +268,17 @@ def test_experts_and_routers_are_refused_in_one_line(tmp_path, family, target, l
     assert line in said and "\n" not in said
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU serves them")
+def test_a_cpu_server_of_adapters_for_a_mixture_is_refused_in_one_line(tmp_path):
+    """vLLM 0.32 starts, and dies of the first request."""
+    served = ("rollout.backend=vllm", "rollout.server.launch=true", f"run.dir={tmp_path}")
+    path = f"model.path={mixture('mixtral', tmp_path / 'model')}"
+    line = "model.lora: vLLM serves no adapters of a mixture of experts on a CPU"
+    assert any(said.startswith(line) for said in check(config(LORA, path, *served)))
+    assert not any(said.startswith("model.lora") for said in check(config(path, *served)))
+    assert not any(said.startswith("model.lora") for said in check(config(LORA, *served)))
+
+
 def test_adapters_of_a_stage_are_on_top_of_the_stage_before(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.replace("rewarded:", "rewarded:\n    model: {lora: {r: 4}}"))

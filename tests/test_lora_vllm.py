@@ -7,9 +7,7 @@ import pytest
 import torch
 from builders import config
 from test_run import rows
-from test_served_families import FAMILIES
-from transformers import AutoModelForCausalLM
-from vllm_fixtures import KEY, save_model, true_logprobs
+from vllm_fixtures import KEY, true_logprobs
 
 from rlkd import lora
 from rlkd.config import LoraConfig
@@ -35,28 +33,21 @@ PROMPTS = [Prompt(id=f"p{i}", messages=(), token_ids=(5 + i, 9, 14 + 2 * i, 7)) 
 QUESTIONS = [Question((5, 9, 14), (7, 8, 9)), Question((6, 4), (11, 12))]
 
 
-def student(path="builtin:student"):
-    return load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
+def student():
+    return load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
 
 
-def adapted(seed, path="builtin:student"):
+def adapted(seed):
     """(adapters with all parts random, the whole model that they make)."""
-    hf = student(path)
+    hf = student()
     lora.inject(hf, ADAPTERS, seed)
     torch.manual_seed(seed)
     for name, parameter in hf.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    whole = student(path)
+    whole = student()
     whole.load_state_dict(lora.merged(hf.state_dict(), ADAPTERS))
     return lora.peft_names(hf.state_dict()), whole
-
-
-def start(launched, log_dir):
-    role = policy_role(launched)
-    server = VLLMServer(role, launched.rollout.server, key=KEY, log_dir=log_dir, cores=cpu_cores(0, 1))
-    server.wait_ready()
-    return server
 
 
 def settings(*overrides):
@@ -67,7 +58,10 @@ def settings(*overrides):
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     launched = settings("rollout.server.launch=true", "rollout.server.start_timeout_s=300")
-    server = start(launched, tmp_path_factory.mktemp("logs"))
+    role = policy_role(launched)
+    logs = tmp_path_factory.mktemp("logs")
+    server = VLLMServer(role, launched.rollout.server, key=KEY, log_dir=logs, cores=cpu_cores(0, 1))
+    server.wait_ready()
     yield server
     server.stop()
 
@@ -164,32 +158,6 @@ def test_a_refused_adapter_stops_the_run_with_the_servers_words(sampler):
     wide = {name.replace("layers.0", "layers.0.nothing"): tensor for name, tensor in adapted(1)[0].items()}
     with pytest.raises(ServerError, match=r"/v1/load_lora_adapter answered \d+: "):
         sampler.publish({name.replace("q_proj", "no_proj"): tensor for name, tensor in wide.items()}, 1)
-
-
-@pytest.mark.server
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_adapters_of_a_mixture_of_experts_are_served(family, soak, tmp_path):
-    """Those of its attention: experts and routers have none."""
-    if not soak:
-        pytest.skip("with --soak")
-    torch.manual_seed(0)
-    path = save_model(AutoModelForCausalLM.from_config(FAMILIES[family]()), tmp_path / "model")
-    model = (f"model.path={path}", "rollout.max_tokens=16")
-    server = start(settings(*model, "rollout.server.launch=true", "rollout.server.start_timeout_s=300"), tmp_path)
-    try:
-        sampler = LoraVLLMSampler(settings(*model, f"rollout.server.urls=[{server.url}]"), end_ids(path))
-        sampler.open()
-        before = student(path)
-        for version in (1, 2, 3):
-            adapter, whole = adapted(version, path)
-            sampler.publish(adapter, version)
-            print(f"{family}, adapter {version}: mismatch/max {largest_gap(sampler, whole, version):.1e}", flush=True)
-            assert largest_gap(sampler, whole, version) < 1e-4
-            assert largest_gap(sampler, before, version) > 0.3, "else this test could not see an old adapter"
-            before = whole
-        sampler.close()
-    finally:
-        server.stop()
 
 
 @pytest.mark.server

@@ -23,13 +23,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
-_EXPERTS = ("w13_weight", "w13_bias", "w2_weight", "w2_bias")
-"""What vLLM calls the fused tensors of a layer's experts."""
+_FUSED = ("weight", "w13_weight", "w13_bias", "w2_weight", "w2_bias")
+"""What vLLM calls a linear layer's weight, and the tensors of a layer's experts."""
 
 
 @dataclass
@@ -92,7 +93,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             missing = sorted(self._names - loaded)
             raise ValueError(f"{file} lacks {len(missing)} of the model's weights, e.g. {missing[0]}")
         if partly := self._partly_loaded():
-            raise ValueError(f"{file} lacks some of the experts' weights of {len(partly)} layers, e.g. {partly[0]}")
+            raise ValueError(f"{file} lacks some of the weights of {len(partly)} layers, e.g. {partly[0]}")
         parallel = self.parallel_config
         everywhere = parallel.pipeline_parallel_size == 1 and not parallel.enable_expert_parallel
         if unread.names and everywhere:  # else another worker may have read them
@@ -100,16 +101,16 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             raise ValueError(f"{file} holds {len(known)} weights that the model does not know, e.g. {known[0]}")
 
     def _partly_loaded(self) -> list[str]:
-        """The names of the layers of fused experts that have got some of their numbers and not all.
+        """The names of the linear layers and of the fused experts that have got some of their numbers and not all.
 
-        One expert's weights are enough for vLLM to call the parameter of all loaded.
+        One expert, or q_proj of qkv_proj, is enough for vLLM to call the parameter of all loaded.
         """
         found = []
         for name, module in self.model.named_modules():
-            if isinstance(module, RoutedExperts):
+            if isinstance(module, (LinearBase, RoutedExperts)):  # embeddings may be padded
                 info, own = get_layerwise_info(module), module.named_parameters(recurse=False)
                 # Not `info.load_numel_total`: a router's bias may be registered here, and is loaded there.
-                wanted = sum(get_tensor_load_numel(value) for key, value in own if key in _EXPERTS)
+                wanted = sum(get_tensor_load_numel(value) for key, value in own if key in _FUSED)
                 if info.can_load() and info.load_numel < wanted:
                     found.append(name)
         return found
