@@ -317,7 +317,9 @@ class DataConfig(Section):
     limit: int | None = Field(None, ge=1, description="use only the first rows")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, in tokens")
     max_completion_tokens: int = Field(4096, ge=1, description="longest completion in the data, in tokens")
-    too_long: Literal["error", "skip"] = Field("error", description="what to do with a row whose prompt or completion is longer")
+    too_long: Literal["error", "skip"] = Field(
+        "error", description="what to do with a row whose prompt or completion is longer"
+    )
 
     @field_validator("template_variables")
     @classmethod
