@@ -79,8 +79,8 @@ class PolicyModule(lightning.LightningModule):
     def __init_subclass__(cls) -> None:
         """Defining an algorithm makes it known to configs under the `name` of its Options."""
         super().__init_subclass__()
-        if "Options" not in cls.__dict__:
-            return  # a variant for use from Python, without a name of its own
+        if "Options" not in cls.__dict__ or "name" not in cls.Options.__annotations__:
+            return  # a variant without a name of its own, for use from Python or as module:Class
         for name in get_args(cls.Options.model_fields["name"].annotation):  # none where it is left a plain text
             assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
             ALGORITHMS[name] = cls
