@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ def check_output(hf: PreTrainedModel, path: str) -> None:
             ids = _tokens(hf)
             own = hf(input_ids=ids, use_cache=False).logits
             hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            head = hf.get_output_embeddings()
+            head: Any = hf.get_output_embeddings()
             scale, softcap = logit_transform(hf.config)
             raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
         except Exception as error:  # whatever an unknown architecture answers, the user is told
@@ -70,7 +71,8 @@ def check_output(hf: PreTrainedModel, path: str) -> None:
 
 def _tokens(hf: PreTrainedModel) -> Tensor:
     """[2, _TOKENS]: two rows that differ in the last token, spread over the vocabulary."""
-    vocabulary = hf.get_input_embeddings().weight.shape[0]
+    embeddings: Any = hf.get_input_embeddings()
+    vocabulary = embeddings.weight.shape[0]
     first = torch.arange(1, _TOKENS + 1) * (vocabulary - 1) // (_TOKENS + 1)
     second = first.clone()
     second[-1] = first[0]

@@ -89,7 +89,7 @@ def test_a_completion_says_its_text(text):
     for how in ({}, {"chat_template": False}):
         prompt = read_prompt(BYTES, "q:\n", **how)
         ids = encode_completion(BYTES, prompt, text, (END,))
-        assert ids[-1] == END and ids.count(END) == 1 and decode(BYTES, ids) == text
+        assert ids[-1] == END and ids.count(END) == 1 and decode(BYTES, ids[:-1]) == text
 
 
 def test_a_tokenizer_without_an_end_of_sequence(tmp_path):

@@ -40,7 +40,7 @@ def exported(path, folder, *overrides, change=True):
     hf = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
     if change:
         trained(hf, 0)
-    export_student(Student(hf), settings, load_tokenizer("builtin:student", False), 3)
+    export_student(Student(hf, 56), settings, load_tokenizer("builtin:student", False), 3)
     return hf, folder / "r" / "hf"
 
 
@@ -118,7 +118,7 @@ def test_exported_and_published_names_are_those_of_the_source(tmp_path, family):
     assert stored(folder) == stored(path)
     again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(again[name], value) for name, value in hf.state_dict().items())
-    student = Student(hf)
+    student = Student(hf, len(hf.get_output_embeddings().weight))
     published = student.loader_weights(student.full_weights())
     assert {name: tuple(value.shape) for name, value in published.items()} == {
         name: shape for name, (_, shape) in stored(path).items()

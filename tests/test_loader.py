@@ -258,7 +258,8 @@ def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special
     assert [s.reward for s in group] == [1.0, 1.0, 0.0]
     assert [loader.algorithm.text(s.rollout) for s in group] == ["<user>area", "<user>area", "<user>area<eos>"]
     asked = feedback.question_ids(FeedbackConfig(behaviours=[], system=None), loader.tokenizer, stopped)
-    assert "esponse:\n<user>area<assistant>" in loader.tokenizer.decode(asked)
+    # As text, of which this tokenizer has no "<", and not as the token, which would open a turn.
+    assert "esponse:\n<unk>user<unk>area<assistant>" in loader.tokenizer.decode(asked)
 
 
 def test_a_reward_is_asked_in_the_users_words_and_gets_all_messages(tmp_path, monkeypatch):

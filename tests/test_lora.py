@@ -214,7 +214,7 @@ def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_pa
     for name, parameter in hf.named_parameters():
         if lora.is_adapter(name):
             torch.nn.init.normal_(parameter, std=0.3)
-    student, folder = Student(hf, model.lora), tmp_path / "r"
+    student, folder = Student(hf, len(hf.get_output_embeddings().weight), model.lora), tmp_path / "r"
     export_student(student, settings, load_tokenizer("builtin:student", False), 1)
     merged = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     base = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)

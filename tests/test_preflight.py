@@ -154,15 +154,6 @@ def test_a_model_without_an_end_anywhere_is_refused():
     assert line.startswith("model.path: endless: eos_token_id of its tokenizer is None, wants the tokens that end")
 
 
-def test_a_model_that_is_no_causal_one():
-    model_folder("encoder")
-    settings = json.loads(Path("encoder", "config.json").read_text())
-    Path("encoder", "config.json").write_text(json.dumps(settings | {"model_type": "t5", "architectures": ["T5"]}))
-    assert check(config("model.path=encoder")) == [
-        "model.path: encoder is a t5, which transformers has no causal language model of"
-    ]
-
-
 def test_teacher_and_student_must_share_a_vocabulary():
     known = len(load_tokenizer("builtin:student"))
     other = model_folder("other", extra=["<think>"])

@@ -77,7 +77,7 @@ def test_three_updates_of_every_weight_are_served(family: str, soak: bool, tmp_p
     torch.manual_seed(0)
     start = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
     path = save_model(start, tmp_path / "model")
-    student = Student(load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False))
+    student = Student(load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False), VOCABULARY)
     server = start_server(family.replace("_", "-"), path, tmp_path)
     try:
         server.wait_ready()

@@ -93,7 +93,7 @@ def start_server(
         name=name,
         model=model,
         max_model_len=MAX_LEN,
-        arguments=policy_role(run_config(model)).arguments,
+        arguments=policy_role(run_config("builtin:student")).arguments,  # the same for every model
         environment=environment,
     )
     config = RolloutServerConfig(launch=True, host=host, start_timeout_s=300.0, restarts=restarts)

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from rlkd.data.chat import load_tokenizer
 from rlkd.tiny import resolve
