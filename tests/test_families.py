@@ -135,7 +135,7 @@ def test_logprobs_are_the_models_own_trained_and_sampled_or_it_is_refused(family
     check_decode(hf, str(tmp_path))
     prompts = [torch.randint(2, 90, (n,), generator=generator).tolist() for n in (13, 4, 21)]
     noise = np.random.default_rng(0).random((3, 14))
-    completions = decode(hf, prompts, noise, 1.0, ends=range(5, 95, 10))
+    completions = decode(hf, len(hf.get_output_embeddings().weight), prompts, noise, 1.0, ends=range(5, 95, 10))
     rows = list(zip(prompts, completions, strict=True))
     for (prompt, row), own_of_row in zip(
         rows, own_logprobs(tmp_path, [[*prompt, *row.token_ids] for prompt, row in rows]), strict=True
