@@ -135,7 +135,7 @@ def test_sdpo_shows_feedback_only_where_there_is_no_sibling():
     sdpo = SDPO(settings(name="sdpo", options=f"context: {{{templates}}}"))
     both = SDPO(settings(name="sdpo", options=f"context: {{{templates}, feedback_beside_sibling: true}}"))
     group = attempts(0.0, 1.0, 0.0, feedback="wrong sum")
-    seen = f"[{sdpo.decoded(group[1].rollout.token_ids)}]"
+    seen = f"[{sdpo.text(group[1].rollout)}]"
     assert [sdpo.parts(s, group) for s in group] == [[seen], ["(wrong sum)"], [seen]]
     assert [both.parts(s, group) for s in group] == [[seen, "(wrong sum)"], ["(wrong sum)"], [seen, "(wrong sum)"]]
     alone = attempts(0.0, 0.0, feedback="wrong sum")
