@@ -233,12 +233,11 @@ def test_a_served_teacher_writes_as_the_local_one_does(
 
 @pytest.mark.server
 def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, policy_path: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        ServerError, match=r"serves 'policy' .*, wanted 'another/model'; .* --served-model-name"
-    ) as wrong:
-        VLLMSampler(run_config("another/model", policy_server.url), eos_ids=[EOS]).open()
+    other = save_model(tiny_model(1), tmp_path / "other")
+    with pytest.raises(ServerError, match=rf"serves 'policy' .*, wanted '{other}'; .* --served-model-name") as wrong:
+        VLLMSampler(run_config(other, policy_server.url), eos_ids=[EOS]).open()
     namesake = tmp_path / Path(policy_path).name
-    namesake.mkdir()
+    save_model(tiny_model(1), namesake)
     with pytest.raises(ServerError, match=f"serves 'policy' .{policy_path}., wanted '{namesake}'"):
         VLLMSampler(run_config(str(namesake), policy_server.url), eos_ids=[EOS]).open()
     with pytest.raises(ServerError, match=r"--max-model-len 96, but .* 132 tokens") as short:
