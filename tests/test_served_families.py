@@ -57,7 +57,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 SERVED = ("mixtral", "qwen3_tied", "llama", "qwen3_moe")
-"""By a server of their own, the first without --soak, since one takes half a minute to start. The rest is for others."""
+"""By a server of their own; without --soak the first alone, since one takes half a minute to start. Others use the rest."""
 
 
 @torch.no_grad()
