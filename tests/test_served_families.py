@@ -57,7 +57,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 SERVED = ("mixtral", "qwen3_tied", "llama", "qwen3_moe")
-"""By a server of their own; without --soak the first alone, since one takes half a minute to start. Others use the rest."""
+"""By a server of their own; without --soak the first alone, since one takes half a minute to start."""
 
 
 @torch.no_grad()
