@@ -33,10 +33,12 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process and not long"
 
-# The whole of what `make test` only begins: 200 kills, every fuzz test at its full length, and servers on two machines.
+# The whole of what `make test` only begins: 200 kills, every fuzz test at its full length, servers on two machines, all
+# families of models.
 # Half an hour or more.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/test_two_nodes.py tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/test_two_nodes.py tests/test_families.py \
+		tests/test_served_families.py tests/fuzz
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
