@@ -308,7 +308,8 @@ class PolicyModule(lightning.LightningModule):
     def _check_gap(self, mismatch: Meter, iteration: int) -> None:
         """See `check_mismatch`. `self.row` still holds the figures of the iteration before."""
         served = self.config.rollout.backend == "vllm"  # in this process a strict load takes over all or fails
-        changed = served and len(self._first_gaps) == 1 and self.row.get("grad_norm", 0.0) > 0
+        moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may begin at 0
+        changed = served and len(self._first_gaps) == 1 and moved
         gap = check_mismatch(mismatch, self.config, iteration, self._first_gaps[0] if changed else None)
         if gap is not None and (changed or not self._first_gaps):
             self._first_gaps.append(gap)
@@ -328,9 +329,11 @@ class PolicyModule(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped"] = self.skipped
+        checkpoint["first_gaps"] = self._first_gaps
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
+        self._first_gaps = checkpoint.get("first_gaps", [])  # absent in checkpoints from before there were any
 
     def _weighed(self, batch: Batch) -> Batch:
         """Weights from the counts over all ranks: the only place where normalisation is decided."""

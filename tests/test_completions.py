@@ -84,6 +84,12 @@ def test_a_template_that_opens_a_turn_with_a_thought_of_its_own():
     assert tokens(byte_level(THINKS), "hm</think>so") == ["h", "m", "</think>", "s", "o", "<|im_end|>"]
 
 
+def test_a_thought_that_the_template_leaves_out_of_a_turn_is_learnt():
+    """As DeepSeek-R1's template does, whose generation prompt need not open the thought."""
+    template = THINKS.replace("<think>\n", "").replace("<think>", "")
+    assert tokens(byte_level(template), "hm</think>so") == ["h", "m", "</think>", "s", "o", "<|im_end|>"]
+
+
 @given(st.text(alphabet="ab :\n", max_size=8))
 def test_a_completion_says_its_text(text):
     for how in ({}, {"chat_template": False}):

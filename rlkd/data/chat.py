@@ -171,6 +171,8 @@ def encode_completion(
         closing = other.rpartition(_PLACE)[2] if _PLACE in other else ""
         # A template may open a turn to be written otherwise than one that is there, by a <think> of its own, say.
         rest = whole[len(prompt.text) :] if whole.startswith(prompt.text) else said + closing
+        if said.strip() not in rest:  # or leave out what it takes for a thought, which is to be learnt too
+            rest = said + closing
     (ids,) = encode_after(tokenizer, prompt.text, [rest])
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     if end is not None:
