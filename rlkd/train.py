@@ -209,7 +209,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
             loaded = with_values(loaded, {"model.path": stage.starts_from})
         changed = changes(loaded.config)
         if changed:
-            if os.environ.get("RANK", "0") == "0":
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose data may differ
                 print("\n".join(changed), file=sys.stderr)
             return 2
         run(loaded.config, loaded.text)
