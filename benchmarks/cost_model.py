@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlkd.estimate import Shape
+from rlkd.planning.memory import Shape
 
 CHUNKS = 64
 """Pieces in which the steps of a rollout are added up: rows and context change little within one."""

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from rlkd import policy_head
-from rlkd.output_layer import OutputLayer
-from rlkd.policy_head import Comparison, compared
+from rlkd.losses.lm_head import OutputLayer
+from rlkd.models import logprob_head as policy_head
+from rlkd.models.logprob_head import Comparison, compared
 from rlkd.types import Batch
 
 VOCABULARY, HIDDEN, TOKENS = 151_936, 256, 2_048

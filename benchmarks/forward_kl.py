@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from rlkd.tiny import resolve, task
-from rlkd.tiny.make import chat_ids
+from rlkd.builtin import resolve, task
+from rlkd.builtin.make import chat_ids
 
 ITERATIONS, PROMPTS, SAMPLES, HELDOUT, LR = 100, 16, 8, 128, 3e-4
 PAD, EOS = 0, 1

@@ -28,8 +28,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rlkd.tiny import task
-from rlkd.tiny.make import with_slips
+from rlkd.builtin import task
+from rlkd.builtin.make import with_slips
 
 HALF = 0.5
 Points = list[tuple[int, float, float]]

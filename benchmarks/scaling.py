@@ -93,7 +93,7 @@ def rates() -> dict[str, float]:
     import torch
     from torch.nn import functional as F
 
-    from rlkd.rollout.hf import draw
+    from rlkd.generation.hf import draw
 
     products = []
     for rows, width in ((32, 256), (1024, 128), (1024, 256), (1024, 512)):  # a decode step's, and training's
@@ -142,10 +142,10 @@ def fixed(lora: bool) -> dict[str, float]:
     from lightning.pytorch.strategies import ModelParallelStrategy
     from torch.distributed.device_mesh import init_device_mesh
 
-    from rlkd.config import LoraConfig, ModelConfig, TrainerConfig
-    from rlkd.policy_head import Needs
-    from rlkd.rollout.hf import decode
-    from rlkd.student import build_student, load_causal_lm
+    from rlkd.config.schema import LoraConfig, ModelConfig, TrainerConfig
+    from rlkd.generation.hf import decode
+    from rlkd.models.logprob_head import Needs
+    from rlkd.models.student import build_student, load_causal_lm
     from rlkd.teachers.local import LocalScorer
     from rlkd.teachers.teacher import Question
     from rlkd.types import Batch, Signal
@@ -279,7 +279,7 @@ def model_folder(name: str, hidden: int, layers: int, width: int, vocabulary: in
     """A random Llama with the built-in tokenizer, on disk."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from rlkd.tiny import resolve
+    from rlkd.builtin import resolve
 
     folder = FOLDER / "models" / name
     if (folder / "config.json").exists():
@@ -355,10 +355,10 @@ def predicted(case: Case, machine: Machine, models: dict[str, Model], prompt: fl
 
 def check() -> None:
     """One more round of constants and runs in turn; prints the medians of all rounds beside each other."""
-    from rlkd.config import DataConfig
+    from rlkd.config.schema import DataConfig
     from rlkd.data.chat import load_tokenizer
     from rlkd.data.sources import load_source
-    from rlkd.estimate import shape_of
+    from rlkd.planning.memory import shape_of
 
     paths = {name: str(model_folder(name, *size)) for name, size in SIZES.items()}
     models = {name: dense(shape_of(path), heads=SIZES[name][0] // 32) for name, path in paths.items()}

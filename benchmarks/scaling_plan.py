@@ -18,8 +18,8 @@ from cost_model import Machine, Model, dense
 from transformers import DeepseekV3Config, PreTrainedConfig, Qwen2Config
 
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config_file import load
-from rlkd.estimate import GIB, Shape, shape, trainer_place
+from rlkd.config.load import load
+from rlkd.planning.memory import GIB, Shape, shape, trainer_place
 
 assert ALGORITHMS  # known to configs once imported
 
@@ -142,7 +142,7 @@ def students() -> list[Student]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that a trainer GPU wants at most at a time, by `rlkd.estimate`."""
+    """Bytes that a trainer GPU wants at most at a time, by `rlkd.planning.memory`."""
 
     always: float
     training: float

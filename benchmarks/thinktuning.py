@@ -22,15 +22,15 @@ from pathlib import Path
 import torch
 from learning import mean_sd
 
-from rlkd.config import Config
-from rlkd.config_file import load
+from rlkd.builtin import task
+from rlkd.config.load import load
+from rlkd.config.schema import Config
 from rlkd.data.chat import completion_text, load_tokenizer
-from rlkd.evaluate import heldout_prompts
+from rlkd.data.heldout import heldout_prompts
+from rlkd.generation.hf import HFSampler
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.models.student import load_causal_lm
 from rlkd.rewards.exact_match import exact_match
-from rlkd.rollout.hf import HFSampler
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.student import load_causal_lm
-from rlkd.tiny import task
 
 CONFIG = "configs/thinktuning_tiny.yaml"
 ARMS = {

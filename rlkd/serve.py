@@ -12,12 +12,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from rlkd.config import WILDCARDS, Config, ServedTeacher, ServerConfig
-from rlkd.config_file import ConfigError
-from rlkd.rollout.server import server_key
-from rlkd.rollout.server_command import ServerRole, server_command, server_environment
-from rlkd.rollout.vllm import policy_role
-from rlkd.stages import load_stages
+from rlkd.config.load import ConfigError
+from rlkd.config.schema import WILDCARDS, Config, ServedTeacher, ServerConfig
+from rlkd.config.stages import load_stages
+from rlkd.generation.vllm import policy_role
+from rlkd.servers.command import ServerRole, server_command, server_environment
+from rlkd.servers.process import server_key
 from rlkd.teachers.served import teacher_role
 
 

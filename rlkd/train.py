@@ -1,134 +1,24 @@
 """python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit.
 
-`--estimate[=GIB]` prints the memory that the run wants instead (estimate.py).
+`--estimate[=GIB]` prints the memory that the run needs instead (planning/memory.py).
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import sys
-import warnings
-from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import lightning
-
-    from rlkd.config import Config
-    from rlkd.rollout.loader import RolloutLoader
-    from rlkd.stages import Stage
-
-
-def longest_wait(config: Config) -> timedelta:
-    """How long ranks wait for one another: longer than any of them waits for its servers.
-
-    Else a collective would be broken off while another rank is patient, as it was told to be.
-    """
-    patience = 1800.0
-    for server in config.servers:
-        patience += server.request_timeout_s + server.retry_s + server.start_timeout_s * len(server.devices)
-    return timedelta(seconds=patience)
-
-
-def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
-    """What turns a plain `lightning.Trainer` into a run, in the order in which it must act."""
-    from rlkd.checkpoint import Checkpoint, Signals
-    from rlkd.evaluate import Evaluate
-    from rlkd.run_log import RunLog, progress
-    from rlkd.tracking import Samples
-    from rlkd.weight_sync.publish import Publish
-
-    signals = Signals()
-    return [
-        signals,
-        Publish(loader),
-        Evaluate(config, loader),
-        RunLog(config, loader),
-        *progress(config),
-        *([] if config.log.wandb == "off" else [Samples(config)]),
-        Checkpoint(config, loader, signals),
-    ]
-
-
-def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
-    """The Trainer of a run. Lightning's own checkpoints, sanity checks and samplers stay out of the way."""
-    import lightning
-
-    from rlkd.safe_loading import SafeModelParallelStrategy
-    from rlkd.tracking import loggers
-
-    strategy = SafeModelParallelStrategy(
-        data_parallel_size=config.world_size, tensor_parallel_size=1, timeout=longest_wait(config)
-    )
-    return lightning.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=strategy,
-        precision="32-true",
-        max_epochs=-1,
-        logger=loggers(config),
-        callbacks=callbacks(config, loader),
-        enable_checkpointing=False,
-        enable_progress_bar=config.log.progress and sys.stdout.isatty(),
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-
-
-def run(config: Config, text: str) -> None:
-    """Train as `config` says. `text` is the merged YAML, kept as `<run>/config.yaml`."""
-    from rlkd import distributed, whole
-    from rlkd.algorithms import ALGORITHMS
-    from rlkd.report import write_report
-    from rlkd.resume import resume_path
-    from rlkd.rollout.loader import RolloutLoader
-    from rlkd.tracking import finish
-    from rlkd.writing import writing
-
-    checkpoint = resume_path(config)
-    if int(os.environ.get("RANK", "0")) == 0:
-        with writing(f"run.dir: {config.run_dir}/config.yaml"):
-            Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-            whole.write(Path(config.run_dir, "config.yaml"), text.encode())
-    module = ALGORITHMS[config.algorithm.name](config)
-    loader = RolloutLoader(config, module)
-    try:
-        build_trainer(config, loader).fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
-    finally:
-        loader.close()
-        finish(config)
-    if distributed.rank() == 0:
-        report = write_report(config.run_dir)
-        print(summary(config, report))
-
-
-def summary(config: Config, report: Path) -> str:
-    """The closing lines: accuracy before and after, and where things are."""
-    with open(Path(config.run_dir, "metrics.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    lines = []
-    for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
-        seen = [row[name] for row in rows if row.get(name) is not None]
-        if len(seen) > 1:
-            label = name.replace("@k", f"@{config.eval.samples}")
-            lines.append(f"{label:<12} {seen[0]:6.1%} before  {seen[-1]:6.1%} after")
-    lines.append(f"report:      {report}")
-    for label, folder in (("student:", "hf"), ("adapter:", "adapter")):
-        if Path(config.run_dir, folder).exists():
-            lines.append(f"{label:<12} {Path(config.run_dir, folder)}")
-    return "\n".join(lines)
+    from rlkd.config.stages import Stage
 
 
 def main(argv: list[str]) -> int:
     """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr), 1 where the run stopped."""
-    from rlkd.config_file import ConfigError, help_text, parse_args
-    from rlkd.stages import load_stages
+    from rlkd.config.load import ConfigError, help_text, parse_args
+    from rlkd.config.stages import load_stages
 
     try:
         args = parse_args(argv)
@@ -145,7 +35,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.estimate is not None:
         return print_estimate(stages, args.estimate)
-    from rlkd.preflight import check
+    from rlkd.planning.preflight import check
 
     problems = [
         line if stage.name is None else f"stage {stage.name}: {line}"
@@ -157,6 +47,7 @@ def main(argv: list[str]) -> int:
             print("\n".join(problems), file=sys.stderr)
         return 2
     from rlkd.distributed import RunStopped
+    from rlkd.run.fit import quiet, run_stages
 
     quiet()
     try:
@@ -179,7 +70,7 @@ def served_elsewhere(stage: Stage) -> list[str]:
 
 def print_estimate(stages: Sequence[Stage], device_gib: float) -> int:
     """The memory that each stage wants. `device_gib`: 0 for this machine's GPU. Returns: the exit code."""
-    from rlkd.estimate import GIB, device_memory, report
+    from rlkd.planning.memory import GIB, device_memory, report
 
     for stage in stages:
         if stage.name is not None:
@@ -190,44 +81,6 @@ def print_estimate(stages: Sequence[Stage], device_gib: float) -> int:
             print(f"--estimate: {error}", file=sys.stderr)
             return 2
     return 0
-
-
-def run_stages(stages: Sequence[Stage]) -> int:
-    """Each stage in turn; one that has ended already is passed over. Stops after one that was signalled.
-
-    Returns: the exit code; 2 where a stage cannot be resumed, since its configuration has changed.
-    """
-    from rlkd import distributed
-    from rlkd.resume import changes
-    from rlkd.stages import finished, with_values
-
-    for stage in stages:
-        loaded = stage.loaded
-        if stage.name is not None and finished(loaded.config):
-            continue
-        if stage.starts_from is not None:
-            loaded = with_values(loaded, {"model.path": stage.starts_from})
-        changed = changes(loaded.config)
-        if changed:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose data may differ
-                print("\n".join(changed), file=sys.stderr)
-            return 2
-        run(loaded.config, loaded.text)
-        # Rank 0's word: it writes the report last, and another rank may look for it before that.
-        if stage.name is not None and not distributed.broadcast(finished(loaded.config)):
-            return 0  # a signal came: run.resume=auto goes on here
-    return 0
-
-
-def quiet() -> None:
-    """Leave the console to the run: no hints and loading bars of the libraries; their warnings stay."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
-    warnings.filterwarnings("ignore", message="Found .* in eval mode")  # on purpose: no dropout (student.py)
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from rlkd.losses.lm_head import OutputLayer
 from rlkd.metrics import Meter
-from rlkd.output_layer import OutputLayer
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the last token is the end-of-sequence token that the author chose. `length`: the budget ran out."""

@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config import Config
-from rlkd.config_file import load
-from rlkd.rollout.collate import collate
-from rlkd.rollout.loader import RolloutLoader
-from rlkd.student import load_causal_lm
+from rlkd.config.load import load
+from rlkd.config.schema import Config
+from rlkd.models.student import load_causal_lm
+from rlkd.pipeline.collate import collate
+from rlkd.pipeline.loader import RolloutLoader
 from rlkd.teachers.teacher import Question
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 

@@ -9,16 +9,5 @@ import trl.kernels
 import trl.trainer.utils
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
-import rlkd.algorithms
-import rlkd.checkpoint
-import rlkd.evaluate
-import rlkd.preflight
-import rlkd.report
-import rlkd.rollout.loader
-import rlkd.run_log
-import rlkd.stages
-import rlkd.train
-import rlkd.weight_sync.publish  # noqa: F401
-
 trl.kernels.ChunkedLogProbFunction  # noqa: B018  (trl imports its parts when they are asked for)
 trl.trainer.utils.add_fused_lm_head  # noqa: B018

@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from rlkd.advantages import group_relative, leave_one_out, overlong_penalty
+from rlkd.algorithms.advantages import group_relative, leave_one_out, overlong_penalty
 
 
 def test_mean_and_deviation_by_hand():

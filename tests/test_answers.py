@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 from builders import config
 
-from rlkd.rollout.answers import CompletionsAnswer, GenerateAnswer, ModelList, WeightInfo, float_array, in_order, parse
-from rlkd.rollout.client import ServerError
-from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.vllm import VLLMSampler
+from rlkd.generation.sampler import Sampling
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.servers.client import ServerError
+from rlkd.servers.responses import (
+    CompletionsAnswer,
+    GenerateAnswer,
+    ModelList,
+    WeightInfo,
+    float_array,
+    in_order,
+    parse,
+)
 from rlkd.types import Prompt
 
 EOS = 3

@@ -7,8 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlkd.rollout.answers import Answer
-from rlkd.rollout.client import VLLMClient
+from rlkd.servers.client import VLLMClient
+from rlkd.servers.responses import Answer
 
 
 class Answers(BaseHTTPRequestHandler):

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_of_a_kind import byte_level, sentencepiece_like
 
-from rlkd.config import DataConfig
-from rlkd.config_file import load
+from rlkd.algorithms.feedback import FeedbackConfig, answered
+from rlkd.builtin import resolve
+from rlkd.config.load import load
+from rlkd.config.schema import DataConfig
 from rlkd.data.chat import decode, encode_after, encode_completion, load_tokenizer, read_prompt
 from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source
-from rlkd.feedback import FeedbackConfig, answered
-from rlkd.preflight import check
-from rlkd.tiny import resolve
+from rlkd.planning.preflight import check
 from rlkd.types import Completion, Prompt, Rollout, VersionSpan
 
 BYTES, TOK = byte_level(), load_tokenizer("builtin:student")

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import BaseModel, Field
 
-from rlkd.config import AlgorithmConfig, Config, LocalTeacher, NoTeacher, Section
-from rlkd.config_file import Args, ConfigError, Loaded, help_text, load, parse_args
-from rlkd.config_schema import Schema, fields
-from rlkd.config_yaml import scalar
-from rlkd.schedules import Constant, Linear, Schedule, Step
+from rlkd.config.help import Schema, fields
+from rlkd.config.load import Args, ConfigError, Loaded, help_text, load, parse_args
+from rlkd.config.schedules import Constant, Linear, Schedule, Step
+from rlkd.config.schema import AlgorithmConfig, Config, LocalTeacher, NoTeacher, Section
+from rlkd.config.yaml_tree import scalar
 
 
 class Imitation(Section):
@@ -504,7 +504,7 @@ def test_whatever_is_written_ends_in_a_config_or_in_lines(edits, overrides):
 
 @pytest.mark.process
 def test_the_command_line_is_read_without_torch():
-    code = "import sys, rlkd.config_file; sys.exit('torch' in sys.modules)"
+    code = "import sys, rlkd.config.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1]).returncode == 0
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkd.config_file import ConfigError
-from rlkd.stages import load_stages
-from rlkd.train import run_stages
+from rlkd.config.load import ConfigError
+from rlkd.config.stages import load_stages
+from rlkd.run.fit import run_stages
 
 FOLDER = Path(__file__).parents[1] / "configs"
 SERVED = ("quickstart_vllm.yaml",)  # the command of its own test

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from tokenizers_of_a_kind import CHATML, byte_level, sentencepiece_like
 from transformers import ByT5Tokenizer
 
-from rlkd.config import DataConfig
-from rlkd.context import privileged_prompt
+from rlkd.algorithms.feedback import FeedbackConfig, question_ids
+from rlkd.algorithms.privileged_prompt import privileged_prompt
+from rlkd.config.schema import DataConfig
 from rlkd.data.chat import decode, encode_prompt, load_tokenizer
 from rlkd.data.sources import load_source
-from rlkd.feedback import FeedbackConfig, question_ids
 from rlkd.types import Prompt, written
 
 BYTES = byte_level()

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from rlkd.config import DataConfig
+from rlkd.config.schema import DataConfig
 from rlkd.data.chat import encode_prompt, first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source, read_rows

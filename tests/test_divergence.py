@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import CohereConfig, Gemma2Config, LlamaConfig
 
-from rlkd import policy_head
-from rlkd.divergence_config import DivergenceConfig
+from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.losses import among, divergence, renormalised, with_tail
 from rlkd.losses.divergence import summands
-from rlkd.output_layer import OutputLayer
-from rlkd.policy_head import Comparison, compared
+from rlkd.losses.lm_head import OutputLayer
+from rlkd.models import logprob_head as policy_head
+from rlkd.models.logprob_head import Comparison, compared
 from rlkd.types import Batch
 
 B, T, V, H, H_TEACHER = 3, 6, 11, 7, 5

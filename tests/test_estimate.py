@@ -7,8 +7,10 @@ from transformers import DynamicCache, Qwen2Config
 from vllm_fixtures import tiny_model
 
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config_file import ConfigError, parse_args
-from rlkd.estimate import (
+from rlkd.config.load import ConfigError, parse_args
+from rlkd.models.lora import inject
+from rlkd.models.student import blocks, load_causal_lm
+from rlkd.planning.memory import (
     GIB,
     adapter_parameters,
     block_activations,
@@ -19,8 +21,6 @@ from rlkd.estimate import (
     shape_of,
     trainer_place,
 )
-from rlkd.lora import inject
-from rlkd.student import blocks, load_causal_lm
 from rlkd.train import main
 
 # The figures of the model cards: Qwen2.5-7B has 7.61 billion parameters, 6.53 without embeddings; 28 layers, 28 query

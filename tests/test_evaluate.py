@@ -8,12 +8,15 @@ import pytest
 import torch
 from builders import config, opened
 
-from rlkd.config_file import ConfigError, load
+from rlkd.builtin import resolve
+from rlkd.config.load import ConfigError, load
 from rlkd.data.chat import load_tokenizer
-from rlkd.evaluate import asked_for, check_sampler, evaluate, heldout, heldout_prompts, main, measured, pass_at_k
-from rlkd.rollout.hf import HFSampler
-from rlkd.rollout.sampler import Sampling
-from rlkd.tiny import resolve
+from rlkd.data.heldout import heldout, heldout_prompts
+from rlkd.evaluate import main
+from rlkd.generation.hf import HFSampler
+from rlkd.generation.sampler import Sampling
+from rlkd.run.evaluation import evaluate, pass_at_k
+from rlkd.run.measure import asked_for, check_sampler, measured
 
 
 @pytest.mark.parametrize("correct", range(6))

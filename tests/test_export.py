@@ -13,13 +13,13 @@ from test_served_families import FAMILIES, trained
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_fixtures import save_model
 
-from rlkd.config_file import ConfigError
+from rlkd.builtin import resolve
+from rlkd.config.load import ConfigError
 from rlkd.data.chat import load_tokenizer
-from rlkd.export import export_dtype, export_student
-from rlkd.preflight import check
-from rlkd.student import Student, load_causal_lm
-from rlkd.tiny import resolve
-from rlkd.weight_sync.loader_names import loader_names
+from rlkd.models.loader_names import loader_names
+from rlkd.models.student import Student, load_causal_lm
+from rlkd.planning.preflight import check
+from rlkd.run.export import export_dtype, export_student
 
 
 def variant(folder, **files):

@@ -12,10 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from rlkd.distributed import RunStopped
-from rlkd.output_check import BOUND
-from rlkd.policy_head import token_logprobs
-from rlkd.rollout.hf import check_decode, decode
-from rlkd.student import blocks, load_causal_lm
+from rlkd.generation.hf import check_decode, decode
+from rlkd.models.logprob_head import token_logprobs
+from rlkd.models.output_check import BOUND
+from rlkd.models.student import blocks, load_causal_lm
 
 pytestmark = pytest.mark.long
 

@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from rlkd.config import DataConfig
-from rlkd.config_file import load
+from rlkd.config.load import load
+from rlkd.config.schema import DataConfig
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.faults import SHOWN, DataError
 from rlkd.data.sources import load_source, read_rows
-from rlkd.preflight import check
+from rlkd.planning.preflight import check
 
 TOK = load_tokenizer("builtin:student")
 GOOD = {"prompt": "abc", "answer": "cba"}

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from rlkd.policy_head import token_logprobs
-from rlkd.student import load_causal_lm
+from rlkd.models.logprob_head import token_logprobs
+from rlkd.models.student import load_causal_lm
 
 pytestmark = pytest.mark.gpu
 

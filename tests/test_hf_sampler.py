@@ -6,9 +6,9 @@ import torch
 from builders import config
 
 from rlkd.data.chat import encode_prompt, load_tokenizer
-from rlkd.rollout.hf import HFSampler, draw, uniform
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.student import load_causal_lm
+from rlkd.generation.hf import HFSampler, draw, uniform
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.models.student import load_causal_lm
 from rlkd.types import Prompt
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=12, seed=5)

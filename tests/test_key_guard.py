@@ -8,9 +8,9 @@ import httpx
 import pytest
 from vllm_fixtures import KEY
 
-from rlkd.rollout.answers import WeightInfo
-from rlkd.rollout.client import ServerError, VLLMClient
-from rlkd.rollout.key_guard import KeyGuard
+from rlkd.servers.auth import KeyGuard
+from rlkd.servers.client import ServerError, VLLMClient
+from rlkd.servers.responses import WeightInfo
 
 
 @pytest.mark.server

@@ -17,11 +17,11 @@ import pytest
 import torch
 from test_run import saved
 
-from rlkd import whole
-from rlkd.config_file import load
-from rlkd.report import write_report
-from rlkd.resume import checkpoints, exported
-from rlkd.stages import finished
+from rlkd.config.load import load
+from rlkd.config.resume import checkpoints, exported
+from rlkd.config.stages import finished
+from rlkd.reporting.report_page import write_report
+from rlkd.storage import atomic
 from runs import ENV, ROOT, Run, start, train
 
 pytestmark = pytest.mark.process
@@ -217,13 +217,13 @@ def test_what_is_being_removed_or_written_is_never_taken_for_the_whole(tmp_path,
 
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(os, "rmdir", dies)
-        whole.remove(folder)
+        atomic.remove(folder)
     assert not folder.exists()
     with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
         killed.setattr(os, "replace", dies)
-        whole.write(file, b"after")
+        atomic.write(file, b"after")
     assert file.read_text() == "before"
     folder.mkdir()
-    whole.remove(folder)  # finds what the attempt before has left
-    whole.write(file, b"after")
+    atomic.remove(folder)  # finds what the attempt before has left
+    atomic.write(file, b"after")
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"] and file.read_text() == "after"

@@ -9,13 +9,12 @@ import pytest
 import torch
 from builders import config
 
-from rlkd import feedback
-from rlkd.algorithms import GRPO, KDRL, OPD, SDPO
+from rlkd.algorithms import GRPO, KDRL, OPD, SDPO, feedback
+from rlkd.algorithms.feedback import FeedbackConfig
+from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
-from rlkd.feedback import FeedbackConfig
-from rlkd.rollout.loader import RolloutLoader, check_versions
-from rlkd.student import load_causal_lm
-from rlkd.tiny import resolve
+from rlkd.models.student import load_causal_lm
+from rlkd.pipeline.loader import RolloutLoader, check_versions
 from rlkd.types import written
 
 CHATS = (

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlkd.config_file import load
+from rlkd.builtin import resolve
+from rlkd.config.load import load
 from rlkd.distributed import RunStopped
-from rlkd.preflight import check
-from rlkd.student import load_causal_lm
-from rlkd.tiny import resolve
+from rlkd.models.student import load_causal_lm
+from rlkd.planning.preflight import check
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 DOWN = "model.layers.0.mlp.down_proj.weight"

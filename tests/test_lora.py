@@ -16,19 +16,20 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from vllm_fixtures import save_model
 
-from rlkd import lora
 from rlkd.algorithms import KDRL
-from rlkd.config_file import ConfigError
+from rlkd.builtin import resolve
+from rlkd.config.load import ConfigError
+from rlkd.config.resume import checkpoints
+from rlkd.config.stages import load_stages
 from rlkd.data.chat import load_tokenizer
-from rlkd.export import export_student
-from rlkd.policy_head import Needs
-from rlkd.preflight import check
-from rlkd.resume import checkpoints
-from rlkd.rollout.collate import collate
-from rlkd.stages import load_stages
-from rlkd.student import Student, load_causal_lm
-from rlkd.tiny import resolve
-from rlkd.train import main, run_stages
+from rlkd.models import lora
+from rlkd.models.logprob_head import Needs
+from rlkd.models.student import Student, load_causal_lm
+from rlkd.pipeline.collate import collate
+from rlkd.planning.preflight import check
+from rlkd.run.export import export_student
+from rlkd.run.fit import run_stages
+from rlkd.train import main
 
 LORA = "model.lora={r: 4, alpha: 8}"
 IDS = torch.tensor([[5, 9, 14, 7, 8, 21, 3, 30], [4, 4, 6, 11, 25, 2, 9, 17]])

@@ -9,21 +9,21 @@ from builders import config
 from test_run import rows
 from vllm_fixtures import KEY, true_logprobs
 
-from rlkd import lora
-from rlkd.config import LoraConfig
-from rlkd.config_file import load
+from rlkd.builtin import resolve
+from rlkd.config.load import load
+from rlkd.config.schema import LoraConfig
+from rlkd.config.stages import load_stages
 from rlkd.data.prompts import Prompt
-from rlkd.rollout.client import ServerError, ServerLost, VLLMClient
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.rollout.vllm import policy_role
-from rlkd.rollout.vllm_lora import LoraVLLMSampler
-from rlkd.stages import load_stages
-from rlkd.student import load_causal_lm
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.vllm import policy_role
+from rlkd.generation.vllm_lora import LoraVLLMSampler
+from rlkd.models import lora
+from rlkd.models.student import load_causal_lm
+from rlkd.run.fit import run_stages
+from rlkd.servers.client import ServerError, ServerLost, VLLMClient
+from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.teachers.served import PolicyServerTeacher
 from rlkd.teachers.teacher import Question
-from rlkd.tiny import resolve
-from rlkd.train import run_stages
 from rlkd.types import Signal
 
 LORA = "model.lora={r: 4, alpha: 8}"

@@ -7,9 +7,9 @@ import pytest
 from builders import Captured, config, real_batch
 from pydantic import Field
 
-from rlkd.config import AlgorithmConfig
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import reduction_weights, weighted_sum
-from rlkd.module import Loss, PolicyModule
+from rlkd.training.module import Loss, PolicyModule
 
 pytestmark = pytest.mark.long
 

@@ -5,14 +5,14 @@ import json
 import datasets
 import pytest
 
-from rlkd.config import DataConfig
-from rlkd.config_file import ConfigError, load
-from rlkd.context import privileged_prompt
+from rlkd.algorithms.feedback import FeedbackConfig, question_ids
+from rlkd.algorithms.privileged_prompt import privileged_prompt
+from rlkd.config.load import ConfigError, load
+from rlkd.config.schema import DataConfig
 from rlkd.data.chat import decode, load_tokenizer
 from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source
-from rlkd.feedback import FeedbackConfig, question_ids
-from rlkd.preflight import check
+from rlkd.planning.preflight import check
 from rlkd.types import written
 
 TEMPLATE = (

@@ -5,7 +5,7 @@ from builders import config
 
 from rlkd.distributed import RunStopped
 from rlkd.metrics import Meter
-from rlkd.module import check_mismatch
+from rlkd.training.module import check_mismatch
 
 
 def measured(gap):

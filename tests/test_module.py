@@ -8,8 +8,8 @@ from builders import GRPO, LENGTHS, REWARDS, Captured, assert_same, config, grou
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
-from rlkd.rollout.collate import collate
-from rlkd.student import load_causal_lm
+from rlkd.models.student import load_causal_lm
+from rlkd.pipeline.collate import collate
 
 NO_CLIP = "optim.max_grad_norm=1000000.0"
 

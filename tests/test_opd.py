@@ -9,12 +9,12 @@ from test_module import assert_moved, assert_same, own_logprobs
 from test_teachers import local
 
 from rlkd.algorithms import OPD
-from rlkd.config_file import ConfigError
+from rlkd.config.load import ConfigError
+from rlkd.generation.sampler import Sampling
 from rlkd.losses import among
 from rlkd.losses import divergence as compared
-from rlkd.rollout.collate import collate
-from rlkd.rollout.sampler import Sampling
-from rlkd.student import load_causal_lm
+from rlkd.models.student import load_causal_lm
+from rlkd.pipeline.collate import collate
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Rollout, ScoredRollout, VersionSpan
 

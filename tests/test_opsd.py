@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkd.algorithms import OPSD, SDPO
-from rlkd.config_file import ConfigError
-from rlkd.context import ContextConfig
+from rlkd.algorithms.privileged_prompt import ContextConfig
+from rlkd.config.load import ConfigError
 from rlkd.data.chat import filled
 from rlkd.metrics import Meter
-from rlkd.rollout.collate import collate
+from rlkd.pipeline.collate import collate
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Signal, TeacherScores
 

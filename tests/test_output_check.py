@@ -6,11 +6,11 @@ from builders import GRPO, Captured, config
 from families import write
 from transformers import AutoModelForCausalLM
 
+from rlkd.builtin import resolve
 from rlkd.distributed import RunStopped
-from rlkd.output_check import check_output
-from rlkd.rollout.hf import check_decode
-from rlkd.student import blocks, load_causal_lm
-from rlkd.tiny import resolve
+from rlkd.generation.hf import check_decode
+from rlkd.models.output_check import check_output
+from rlkd.models.student import blocks, load_causal_lm
 
 
 def load(path, dtype=torch.float32, attention=None):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkd.config_file import ConfigError, load
-from rlkd.module import ALGORITHMS
+from rlkd.config.load import ConfigError, load
+from rlkd.training.module import ALGORITHMS
 from runs import ENV, ROOT, train, train_ranks
 
 ALGORITHM = '''
@@ -17,9 +17,9 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from rlkd.config import AlgorithmConfig
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import reduction_weights, weighted_sum
-from rlkd.module import Loss, PolicyModule
+from rlkd.training.module import Loss, PolicyModule
 
 
 class ShortestConfig(AlgorithmConfig):
@@ -119,7 +119,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         (
             "wrong_c:Field",
             ALGORITHM,
-            "Field of wrong_c is no subclass of rlkd.module.PolicyModule; derive it from that",
+            "Field of wrong_c is no subclass of rlkd.training.module.PolicyModule; derive it from that",
         ),
         ("wrong_d:X", "import nothing_like_it\n", "importing wrong_d raised ModuleNotFoundError: No module named "),
         ("wrong_e:X", "x = 1\ny = x / 0\n", "importing wrong_e raised ZeroDivisionError: division by zero at {here}:2"),
@@ -127,7 +127,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         ("wrong_g:X", "raise SystemExit(3)\n", "importing wrong_g raised SystemExit: 3 at {here}:1"),
         (
             "wrong_h:X",
-            "from rlkd.module import PolicyModule\n\nclass X(PolicyModule):\n    pass\n",
+            "from rlkd.training.module import PolicyModule\n\nclass X(PolicyModule):\n    pass\n",
             "X has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section",
         ),
         ("'wrong_i:'", ALGORITHM, "wants module:Class, e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py"),

@@ -13,18 +13,18 @@ from builders import Captured, config, real_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_fixtures import KEY
 
-from rlkd.config import ModelConfig, RolloutServerConfig
-from rlkd.preflight import check
-from rlkd.rollout.client import ServerError, VLLMClient
-from rlkd.rollout.padding_probe import check_padding, padding_share
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.rollout.vllm import VLLMSampler, policy_role
+from rlkd.builtin import resolve
+from rlkd.config.schema import ModelConfig, RolloutServerConfig
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.vllm import VLLMSampler, policy_role
+from rlkd.models.vocabulary import padding, vocabulary_size
+from rlkd.planning.preflight import check
+from rlkd.servers.client import ServerError, VLLMClient
+from rlkd.servers.padding_probe import check_padding, padding_share
+from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher
 from rlkd.teachers.teacher import Question
-from rlkd.tiny import resolve
 from rlkd.types import Prompt, Signal
-from rlkd.vocabulary import padding, vocabulary_size
 
 TOKENS = 56  # of the built-in tokenizer
 

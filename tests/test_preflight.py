@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from rlkd.config import Config
-from rlkd.config_file import load
+from rlkd.builtin import resolve
+from rlkd.config.load import load
+from rlkd.config.schema import Config
 from rlkd.data.chat import load_tokenizer
-from rlkd.preflight import check, check_evaluation
-from rlkd.rollout.sampler import end_ids
-from rlkd.tiny import resolve
+from rlkd.generation.sampler import end_ids
+from rlkd.planning.preflight import check, check_evaluation
 from rlkd.train import main
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlkd.report import write_report
+from rlkd.reporting.report_page import write_report
 
 CONFIG = """\
 run: {name: tiny-kdrl, iterations: 4}
@@ -269,6 +269,6 @@ def test_the_command_needs_no_torch_and_ends_a_mistake_in_one_line(run_dir: Path
     command = [sys.executable, "-X", "importtime", "-m", "rlkd.report"]
     good = subprocess.run([*command, str(run_dir)], capture_output=True, text=True, timeout=60)
     assert good.returncode == 0 and good.stdout.strip() == str(run_dir / "report.html")
-    assert "rlkd.curves" in good.stderr and "torch" not in good.stderr
+    assert "rlkd.reporting.svg_plots" in good.stderr and "torch" not in good.stderr
     bad = subprocess.run([sys.executable, "-m", "rlkd.report", "no-such"], capture_output=True, text=True, timeout=60)
     assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "no-such has no metrics.jsonl" in bad.stderr

@@ -7,12 +7,12 @@ import pytest
 from builders import config
 
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config import Config
+from rlkd.builtin import resolve
+from rlkd.config.resume import FILE, FREE, changes, save_config, save_data
+from rlkd.config.schema import Config
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.sources import load_source
-from rlkd.resume import FILE, FREE, changes, save_config, save_data
-from rlkd.rollout.loader import RolloutLoader
-from rlkd.tiny import resolve
+from rlkd.pipeline.loader import RolloutLoader
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlkd.stages import load_stages
-from rlkd.train import run_stages
+from rlkd.config.stages import load_stages
+from rlkd.run.fit import run_stages
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 SMALL = ("data.limit=16", "rollout.prompts=4", "eval.every=0", "log.progress=false", "log.rollouts_every=0")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rlkd.config import RewardConfig, RewardFunction
+from rlkd.config.schema import RewardConfig, RewardFunction
 from rlkd.rewards.pool import RewardItem, RewardPool, part_names
 
 pytestmark = pytest.mark.process
@@ -315,7 +315,7 @@ def test_workers_end_when_their_parent_is_killed(mine):
     """In the middle of a call that holds the interpreter, with a child of a reward about."""
     code = textwrap.dedent(
         """
-        from rlkd.config import RewardConfig, RewardFunction
+        from rlkd.config.schema import RewardConfig, RewardFunction
         from rlkd.rewards.pool import RewardItem, RewardPool
         backtracks = RewardFunction(name="format", options={"pattern": "leave (1+)+b"})
         functions = [RewardFunction(name="pool_rewards_x:act"), backtracks]

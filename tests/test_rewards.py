@@ -10,12 +10,12 @@ from math import factorial
 
 import pytest
 
-from rlkd.config import RewardFunction
+from rlkd.config.schema import RewardFunction
 from rlkd.rewards import registry
 from rlkd.rewards.answers import check_answers
 from rlkd.rewards.exact_match import exact_match
-from rlkd.rewards.format import format
-from rlkd.rewards.math import last_box, math
+from rlkd.rewards.format_match import format
+from rlkd.rewards.math_answer import last_box, math
 from rlkd.rewards.math_bounds import OutOfTime, processor_time
 
 NOTHING = {"prompt": "", "meta": {}}
@@ -368,7 +368,9 @@ def test_all_problems_at_once():
 
 @pytest.mark.process
 def test_a_worker_imports_nothing_heavy():
-    heavy = "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
+    heavy = (
+        "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
+    )
     code = (
         "import sys; import rlkd.rewards.worker; from rlkd.rewards import registry; registry.resolve('exact_match');"
         f"registry.resolve('math'); print([m for m in '{heavy}'.split() if m in sys.modules])"

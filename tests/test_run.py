@@ -161,7 +161,7 @@ def test_the_export_is_the_checkpoint_and_loads_in_transformers(straight):
     trained = {n.split("hf.", 1)[1]: t for n, t in saved(straight[1], 6).items() if "/state_dict/" in n}
     for name, value in model.state_dict().items():
         assert torch.equal(value, trained[name]), name
-    start = AutoModelForCausalLM.from_pretrained("rlkd/tiny/student", dtype=torch.float32).state_dict()
+    start = AutoModelForCausalLM.from_pretrained("rlkd/builtin/student", dtype=torch.float32).state_dict()
     assert any(not torch.equal(start[n], v) for n, v in model.state_dict().items())
 
 
@@ -183,7 +183,7 @@ sys.path.insert(0, "tests")
 from builders import OneBatch, config, scored
 from rlkd import distributed
 from rlkd.algorithms import KDRL
-from rlkd.rollout.collate import collate
+from rlkd.pipeline.collate import collate
 
 # Rank 0 has eight long rows (several micro-batches), rank 1 two short ones whose rewards failed (all masked).
 for updates in (1, 2):

@@ -8,8 +8,8 @@ import sys
 import pytest
 from builders import config
 
-from rlkd.evaluate import Evaluate
-from rlkd.run_log import shown
+from rlkd.run.evaluation import Evaluate
+from rlkd.run.metrics_log import shown
 from runs import ENV, train
 
 SFT = ("algorithm={name: sft}", "teacher=null", "data.completion_column=answer", "data.max_completion_tokens=16")

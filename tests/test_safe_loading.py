@@ -9,7 +9,7 @@ import torch
 from test_run import arguments, saved
 
 from rlkd.distributed import RunStopped
-from rlkd.safe_loading import METADATA, check_index
+from rlkd.storage.safe_loading import METADATA, check_index
 from runs import start, train
 
 pytestmark = pytest.mark.process

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import cost_model as cost
 from cost_model import Machine, Model, Update, Work, dense
 
-from rlkd.estimate import shape
+from rlkd.planning.memory import shape
 
 SETTINGS = LlamaConfig(
     vocab_size=128,

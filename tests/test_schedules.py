@@ -3,7 +3,7 @@ import torch
 from pydantic import TypeAdapter
 from transformers import get_linear_schedule_with_warmup
 
-from rlkd.schedules import Schedule
+from rlkd.config.schedules import Schedule
 
 schedule = TypeAdapter(Schedule).validate_python
 

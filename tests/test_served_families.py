@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from vllm_fixtures import EOS, MAX_LEN, VOCABULARY, save_model, start_server
 
 from rlkd.distributed import RunStopped
-from rlkd.student import Student, load_causal_lm
+from rlkd.models.student import Student, load_causal_lm
 
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -14,13 +14,13 @@ import pytest
 import torch
 from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
 
-from rlkd.config import ServerConfig
-from rlkd.rollout.client import ServerError
-from rlkd.rollout.guardian import shared_memory
-from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.rollout.server_command import LAUNCHER_VARIABLES, ServerRole, server_command, server_environment
-from rlkd.rollout.vllm import VLLMSampler
+from rlkd.config.schema import ServerConfig
+from rlkd.generation.sampler import Sampling
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.servers.client import ServerError
+from rlkd.servers.command import LAUNCHER_VARIABLES, ServerRole, server_command, server_environment
+from rlkd.servers.process import VLLMServer, cpu_cores
+from rlkd.servers.supervisor import shared_memory
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=8, seed=0)
 
@@ -49,7 +49,7 @@ def wait_until(true: Callable[[], bool], seconds: float) -> float:
 TRAINER = """
 import sys
 from vllm_fixtures import EOS, run_config
-from rlkd.rollout.vllm import VLLMSampler
+from rlkd.generation.vllm import VLLMSampler
 sampler = VLLMSampler(run_config(sys.argv[1], run_dir=sys.argv[2]), [EOS])
 sampler.start(); sampler.open()
 (server,) = sampler.pool.servers

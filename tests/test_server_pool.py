@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlkd.config import ServerConfig
-from rlkd.rollout.answers import Answer
-from rlkd.rollout.client import ServerError, ServerLost
-from rlkd.rollout.server_command import ServerRole
-from rlkd.rollout.server_pool import ServerPool
+from rlkd.config.schema import ServerConfig
+from rlkd.servers.client import ServerError, ServerLost
+from rlkd.servers.command import ServerRole
+from rlkd.servers.pool import ServerPool
+from rlkd.servers.responses import Answer
 
 ROLE = ServerRole(name="policy", model="m", max_model_len=8)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlkd.config_file import ConfigError
-from rlkd.stages import load_stages
+from rlkd.config.load import ConfigError
+from rlkd.config.stages import load_stages
 from runs import train
 
 RECIPE = """

@@ -8,12 +8,12 @@ import torch
 from builders import config
 
 from rlkd.algorithms import KDRL
-from rlkd.rollout.collate import collate
-from rlkd.rollout.hf import HFSampler
-from rlkd.rollout.loader import RolloutLoader
-from rlkd.rollout.parts import build_reference, build_sampler, build_teacher
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.student import load_causal_lm
+from rlkd.generation.hf import HFSampler
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.models.student import load_causal_lm
+from rlkd.pipeline.build import build_reference, build_sampler, build_teacher
+from rlkd.pipeline.collate import collate
+from rlkd.pipeline.loader import RolloutLoader
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.routed import RoutedTeacher

@@ -9,18 +9,17 @@ import torch
 from builders import Captured, scored
 from test_module import own_logprobs
 
-from rlkd import feedback
-from rlkd.algorithms import ThinkTuning
-from rlkd.config_file import ConfigError, load
+from rlkd.algorithms import ThinkTuning, feedback
+from rlkd.algorithms.feedback import PATTERN, FeedbackConfig, parse
+from rlkd.builtin import tokenizer
+from rlkd.config.load import ConfigError, load
 from rlkd.data.chat import filled, load_tokenizer
-from rlkd.feedback import PATTERN, FeedbackConfig, parse
 from rlkd.losses import importance_weights
 from rlkd.metrics import Meter
-from rlkd.policy_head import PolicyOutput
-from rlkd.rollout.collate import collate
-from rlkd.rollout.loader import RolloutLoader
-from rlkd.student import load_causal_lm
-from rlkd.tiny import tokenizer
+from rlkd.models.logprob_head import PolicyOutput
+from rlkd.models.student import load_causal_lm
+from rlkd.pipeline.collate import collate
+from rlkd.pipeline.loader import RolloutLoader
 from rlkd.types import Completion, Prompt, Rollout, ScoredRollout, Segment, VersionSpan
 
 TOK = load_tokenizer("builtin:student")

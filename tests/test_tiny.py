@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlkd.tiny import make, resolve, task, tokenizer
+from rlkd.builtin import make, resolve, task, tokenizer
 
 FOLDERS = {name: Path(resolve(f"builtin:{name}")) for name in ("student", "teacher", "mentor")}
 
@@ -45,7 +45,7 @@ def test_resolve_maps_builtin_names_only():
 
 
 def test_resolve_and_task_import_no_torch():
-    code = "import sys, rlkd.tiny, rlkd.tiny.task; sys.exit('torch' in sys.modules)"
+    code = "import sys, rlkd.builtin, rlkd.builtin.task; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 from builders import config
 from test_run import arguments
 
-from rlkd.tracking import COLUMNS, tracking_problems
+from rlkd.run.wandb_logger import COLUMNS, tracking_problems
 from runs import ENV, train
 
 

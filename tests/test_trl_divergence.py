@@ -5,10 +5,10 @@ import torch
 from test_divergence import PLAIN, batch_of, gradients, normal, reference
 from transformers import CohereConfig, Gemma2Config
 
-from rlkd import policy_head
 from rlkd.losses import among, divergence, generalized_jsd, with_tail
-from rlkd.output_layer import OutputLayer
-from rlkd.policy_head import Comparison, compared
+from rlkd.losses.lm_head import OutputLayer
+from rlkd.models import logprob_head as policy_head
+from rlkd.models.logprob_head import Comparison, compared
 
 pytestmark = pytest.mark.long
 

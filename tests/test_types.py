@@ -8,7 +8,7 @@ import torch
 from builders import config, groups, scored
 
 from rlkd.algorithms import KDRL
-from rlkd.rollout.collate import collate, describe
+from rlkd.pipeline.collate import collate, describe
 from rlkd.types import Rollout, Segment, TeacherScores, VersionSpan
 
 

@@ -18,12 +18,12 @@ import torch
 from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
-from rlkd.noise import request_seed
-from rlkd.rollout.answers import Completed, Generated, parse
-from rlkd.rollout.client import ServerError, VLLMClient, parse_version
-from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.server import VLLMServer
-from rlkd.rollout.vllm import VLLMSampler, sampled_logprobs
+from rlkd.data.seeds import request_seed
+from rlkd.generation.sampler import Sampling
+from rlkd.generation.vllm import VLLMSampler, sampled_logprobs
+from rlkd.servers.client import ServerError, VLLMClient, parse_version
+from rlkd.servers.process import VLLMServer
+from rlkd.servers.responses import Completed, Generated, parse
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher, completion_logprobs, request_given
 from rlkd.teachers.teacher import Question

@@ -18,14 +18,14 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 from vllm_fixtures import EOS, KEY, prompts, run_config, tiny_model, true_logprobs
 
 from rlkd.distributed import RunStopped
-from rlkd.rollout.client import ServerError, ServerLost, VLLMClient
-from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.server import VLLMServer
-from rlkd.rollout.vllm import VLLMSampler
+from rlkd.generation.sampler import Sampling
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.models.loader_names import loader_names
+from rlkd.servers.client import ServerError, ServerLost, VLLMClient
+from rlkd.servers.process import VLLMServer
 from rlkd.teachers.served import PolicyServerTeacher
 from rlkd.teachers.teacher import Question
 from rlkd.types import Signal
-from rlkd.weight_sync.loader_names import loader_names
 from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
 from rlkd.weight_sync.weight_file import WeightFile
 
@@ -162,7 +162,7 @@ def test_a_weight_file_is_whole_private_and_replaces_the_last() -> None:
 
 
 def test_the_plugin_is_harmless_where_vllm_is_not_used() -> None:
-    code = "import sys, rlkd.weight_sync.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
+    code = "import sys, rlkd.servers.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

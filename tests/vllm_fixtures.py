@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from rlkd.config import (
+from rlkd.config.schema import (
     AlgorithmConfig,
     Config,
     DataConfig,
@@ -24,9 +24,9 @@ from rlkd.config import (
     RunConfig,
     ServedTeacher,
 )
-from rlkd.rollout.server import VLLMServer, cpu_cores
-from rlkd.rollout.server_command import ServerRole
-from rlkd.rollout.vllm import policy_role
+from rlkd.generation.vllm import policy_role
+from rlkd.servers.command import ServerRole
+from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.types import Prompt
 
 VOCABULARY = 60  # vLLM pads it to 64: a padded vocabulary must not disturb anything

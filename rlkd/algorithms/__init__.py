@@ -9,6 +9,6 @@ from rlkd.algorithms.sdpo import SDPO
 from rlkd.algorithms.sft import SFT
 from rlkd.algorithms.taid import TAID
 from rlkd.algorithms.thinktuning import ThinkTuning
-from rlkd.module import ALGORITHMS
+from rlkd.training.module import ALGORITHMS
 
 __all__ = ["ALGORITHMS", "GRPO", "KDRL", "OPD", "OPSD", "REDI", "SDPO", "SFT", "TAID", "ThinkTuning"]

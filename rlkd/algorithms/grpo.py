@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkd.advantages import group_relative, leave_one_out, overlong_penalty
+from rlkd.algorithms.advantages import group_relative, leave_one_out, overlong_penalty
 from rlkd.algorithms.grpo_options import GRPOConfig
-from rlkd.config import AlgorithmConfig
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import (
     capped_tokens,
     cispo_surrogate,
@@ -24,8 +24,8 @@ from rlkd.losses import (
     sequence_old_logprobs,
     weighted_sum,
 )
-from rlkd.module import Counts, Loss, PolicyModule
-from rlkd.policy_head import Needs, PolicyOutput
+from rlkd.models.logprob_head import Needs, PolicyOutput
+from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Rollout, ScoredRollout
 
 __all__ = ["GRPO", "GRPOConfig"]

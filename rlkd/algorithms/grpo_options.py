@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkd.config import AlgorithmConfig, Config
+from rlkd.config.schema import AlgorithmConfig, Config
 from rlkd.losses import Reduction
 
 

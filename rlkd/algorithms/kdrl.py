@@ -8,13 +8,13 @@ from typing import ClassVar
 
 import torch
 
-from rlkd.advantages import distilled
+from rlkd.algorithms.advantages import distilled
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl_options import KDRLConfig
-from rlkd.config import AlgorithmConfig
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weighted_sum
-from rlkd.module import Counts, Loss
-from rlkd.policy_head import PolicyOutput
+from rlkd.models.logprob_head import PolicyOutput
+from rlkd.training.module import Counts, Loss
 from rlkd.types import Batch, ScoredRollout
 
 __all__ = ["KDRL", "KDRLConfig"]

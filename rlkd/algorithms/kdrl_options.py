@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from rlkd.algorithms.grpo_options import GRPOConfig
-from rlkd.config import Config, NoTeacher, Section
-from rlkd.schedules import Constant, Linear, Schedule
+from rlkd.config.schedules import Constant, Linear, Schedule
+from rlkd.config.schema import Config, NoTeacher, Section
 
 
 class DistillationConfig(Section):

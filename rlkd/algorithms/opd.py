@@ -9,10 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkd import noise
-from rlkd.advantages import distilled
+from rlkd.algorithms.advantages import distilled
 from rlkd.algorithms.opd_options import OPDConfig
-from rlkd.config import AlgorithmConfig
+from rlkd.config.schema import AlgorithmConfig
+from rlkd.data import seeds as noise
+from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import (
     importance_weights,
     kl_k1_advantage,
@@ -21,10 +22,9 @@ from rlkd.losses import (
     reduction_weights,
     weighted_sum,
 )
-from rlkd.module import Counts, Loss, PolicyModule
-from rlkd.policy_head import Needs, PolicyOutput
-from rlkd.rollout.sampler import Sampler, Sampling
+from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Question, Teacher
+from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal, written
 
 

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkd.config import AlgorithmConfig, Config
-from rlkd.divergence_config import DivergenceConfig
+from rlkd.algorithms.divergence_options import DivergenceConfig
+from rlkd.config.schema import AlgorithmConfig, Config
 from rlkd.losses import Reduction
 
 

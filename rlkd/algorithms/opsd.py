@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.opd_options import OPDConfig
-from rlkd.config import AlgorithmConfig, Config, NoTeacher
-from rlkd.context import ContextConfig, privileged_prompt
-from rlkd.divergence_config import DivergenceConfig
+from rlkd.algorithms.privileged_prompt import ContextConfig, privileged_prompt
+from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
 from rlkd.losses import Reduction
 from rlkd.metrics import Meter
 from rlkd.teachers.teacher import Question, Teacher

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from rlkd.config import AlgorithmConfig
-from rlkd.module import ALGORITHMS, PolicyModule
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.rewards.registry import one_line, search_path
+from rlkd.training.module import ALGORITHMS, PolicyModule
 
 
 def learn(name: str) -> None:
@@ -41,7 +41,7 @@ def learn(name: str) -> None:
         raise ValueError(f"module {module_name} has no class {class_name}{hint}")
     if not (isinstance(found, type) and issubclass(found, PolicyModule)):
         raise ValueError(
-            f"{class_name} of {module_name} is no subclass of rlkd.module.PolicyModule; derive it from that"
+            f"{class_name} of {module_name} is no subclass of rlkd.training.module.PolicyModule; derive it from that"
         )
     _call(name, found)
 

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.sft import SFT, SFTConfig
-from rlkd.config import AlgorithmConfig, Config
+from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.generation.sampler import Sampler
 from rlkd.losses import weighted_sum
-from rlkd.module import Counts, Loss
-from rlkd.policy_head import PolicyOutput
-from rlkd.rollout.sampler import Sampler
+from rlkd.models.logprob_head import PolicyOutput
 from rlkd.teachers.teacher import Teacher
+from rlkd.training.module import Counts, Loss
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, written
 
 

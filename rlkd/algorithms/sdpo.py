@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.algorithms.opsd import OPSD, OPSDConfig
-from rlkd.config import AlgorithmConfig
-from rlkd.context import ContextConfig
-from rlkd.divergence_config import DivergenceConfig
+from rlkd.algorithms.privileged_prompt import ContextConfig
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import Reduction
 
 

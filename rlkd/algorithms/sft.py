@@ -9,12 +9,12 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from rlkd.algorithms.opd import from_data
-from rlkd.config import AlgorithmConfig, Config
+from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.generation.sampler import Sampler
 from rlkd.losses import Reduction, reduction_weights, weighted_sum
-from rlkd.module import Counts, Loss, PolicyModule
-from rlkd.policy_head import Needs, PolicyOutput
-from rlkd.rollout.sampler import Sampler
+from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Teacher
+from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
 
 

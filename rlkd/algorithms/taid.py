@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.opd_options import OPDConfig
-from rlkd.config import AlgorithmConfig, Config
-from rlkd.divergence_config import DivergenceConfig
-from rlkd.policy_head import Needs
+from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.models.logprob_head import Needs
 
 
 class TAIDConfig(OPDConfig):

@@ -11,17 +11,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rlkd import feedback, noise
+from rlkd.algorithms import feedback
+from rlkd.algorithms.feedback import Failure
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.thinktuning_options import Rule, ThinkTuningConfig
-from rlkd.config import Config
-from rlkd.feedback import Failure
+from rlkd.config.schema import Config
+from rlkd.data import seeds as noise
+from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import advantage_shaping, weighted_sum
 from rlkd.metrics import Meter
-from rlkd.module import Loss
-from rlkd.policy_head import PolicyOutput
-from rlkd.rollout.sampler import Sampler, Sampling
+from rlkd.models.logprob_head import PolicyOutput
 from rlkd.teachers.teacher import Question, Teacher
+from rlkd.training.module import Loss
 from rlkd.types import AUTHORS, Batch, Prompt, Rollout, ScoredRollout
 
 RARE = 0.01

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
+from rlkd.algorithms.feedback import FeedbackConfig
 from rlkd.algorithms.grpo_options import GRPOConfig
-from rlkd.config import Config, NoTeacher
-from rlkd.feedback import FeedbackConfig
-from rlkd.schedules import Linear, Schedule
+from rlkd.config.schedules import Linear, Schedule
+from rlkd.config.schema import Config, NoTeacher
 
 Rule = Literal["ppo", "shaped", "sft", "mask"]
 

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlkd.config import DataConfig
+from rlkd.config.schema import DataConfig
 from rlkd.data import control
 
 Messages = tuple[Mapping[str, Any], ...]
@@ -30,7 +30,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
     Raises: ValueError, one line, where there is none.
     """
-    from rlkd import tiny
+    from rlkd import builtin as tiny
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tiny.resolve(path), trust_remote_code=trust_remote_code)

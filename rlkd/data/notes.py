@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from rlkd.config import DataConfig
+from rlkd.config.schema import DataConfig
 from rlkd.data import control
 from rlkd.data.chat import read_as_configured
 from rlkd.data.rows import Row

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from rlkd.config import DataConfig, MessageKeys
+from rlkd.config.schema import DataConfig, MessageKeys
 from rlkd.data.chat import LAST_BY_ASSISTANT
 
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from typing import Any, cast, overload
 
 from transformers import PreTrainedTokenizerBase
 
-from rlkd.config import DataConfig
+from rlkd.config.schema import DataConfig
 from rlkd.data import rows
 from rlkd.data.chat import Reading, encode_completion, read_as_configured
 from rlkd.data.faults import DataError, Faults
@@ -242,7 +242,7 @@ def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
 def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
     """(where, columns) of every row, or what is wrong with its line."""
     if path == BUILTIN_TASK:
-        from rlkd.tiny import task
+        from rlkd.builtin import task
 
         rows = task.rows(cast(task.Split, data.split))  # checks the split itself
         return ((f"{path}[{data.split}] row {i}", row) for i, row in enumerate(rows))

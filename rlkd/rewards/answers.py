@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rlkd.rewards.math import unreadable
+from rlkd.rewards.math_answer import unreadable
 
 if TYPE_CHECKING:  # as in `registry`
-    from rlkd.config import RewardFunction
+    from rlkd.config.schema import RewardFunction
 
 READ = 100
 """Different answers that are given to math-verify, spread over the data. Plain numbers need no reading."""

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlkd.config import RewardConfig, RewardFunction
+from rlkd.config.schema import RewardConfig, RewardFunction
 from rlkd.rewards import LARGEST, registry
 
 START_TIMEOUT_S = 120.0

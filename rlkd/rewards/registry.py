@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # not at run time: workers start without pydantic
-    from rlkd.config import RewardFunction
+    from rlkd.config.schema import RewardFunction
 
 BUILTIN: Mapping[str, str] = {
     "exact_match": "rlkd.rewards.exact_match:exact_match",
-    "math": "rlkd.rewards.math:math",
-    "format": "rlkd.rewards.format:format",
+    "math": "rlkd.rewards.math_answer:math",
+    "format": "rlkd.rewards.format_match:format",
 }
 
 SIGNATURE = "f(completion, *, answer, prompt, meta, **options) -> float"

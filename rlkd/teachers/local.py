@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rlkd.distributed import local_device
-from rlkd.output_layer import OutputLayer
-from rlkd.policy_head import CHUNK_LOGITS, token_logprobs
-from rlkd.rollout.hf import check_decode, decode, uniform
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.student import load_causal_lm
+from rlkd.generation.hf import check_decode, decode, uniform
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.losses.lm_head import OutputLayer
+from rlkd.models.logprob_head import CHUNK_LOGITS, token_logprobs
+from rlkd.models.student import load_causal_lm
 from rlkd.teachers.teacher import Question, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 

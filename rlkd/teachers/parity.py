@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 
 from rlkd import distributed
-from rlkd.config import Config, ServedTeacher
+from rlkd.config.schema import Config, ServedTeacher
 from rlkd.distributed import RunStopped
-from rlkd.rollout.sampler import Sampler, Sampling
+from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Prompt, Signal

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from rlkd.output_layer import OutputLayer
-from rlkd.rollout.sampler import Sampling
+from rlkd.generation.sampler import Sampling
+from rlkd.losses.lm_head import OutputLayer
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Completion, Signal, TeacherScores
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlkd import config as configuration
 from rlkd import distributed
-from rlkd.config import Config
+from rlkd.config import schema as configuration
+from rlkd.config.schema import Config
+from rlkd.models.vocabulary import vocabulary_size
 from rlkd.teachers.local import LocalScorer
-from rlkd.vocabulary import vocabulary_size
 
 FILE = "self_teacher.safetensors"
 

@@ -7,21 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from rlkd import config as configuration
-from rlkd.config import Config
-from rlkd.noise import request_seed
-from rlkd.output_layer import OutputLayer
-from rlkd.rollout.answers import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
-from rlkd.rollout.client import ServerError, VLLMClient, check_ids, check_model, is_possible, possible
-from rlkd.rollout.sampler import Sampling, end_ids
-from rlkd.rollout.server import server_counts
-from rlkd.rollout.server_command import ServerRole
-from rlkd.rollout.server_pool import Answer, Job, ServerPool
-from rlkd.rollout.vllm import VLLMSampler
+from rlkd.builtin import resolve
+from rlkd.config import schema as configuration
+from rlkd.config.schema import Config
+from rlkd.data.seeds import request_seed
+from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.losses.lm_head import OutputLayer
+from rlkd.models.vocabulary import padding, vocabulary_size
+from rlkd.servers.client import ServerError, VLLMClient, check_ids, check_model, is_possible, possible
+from rlkd.servers.command import ServerRole
+from rlkd.servers.pool import Answer, Job, ServerPool
+from rlkd.servers.process import server_counts
+from rlkd.servers.responses import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
 from rlkd.teachers.teacher import Question, check_scorable
-from rlkd.tiny import resolve
 from rlkd.types import Completion, Signal, TeacherScores
-from rlkd.vocabulary import padding, vocabulary_size
 
 _PER_REQUEST = 16
 _AT_ONCE = 16

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from rlkd.output_layer import OutputLayer
-from rlkd.rollout.sampler import Sampling
+from rlkd.generation.sampler import Sampling
+from rlkd.losses.lm_head import OutputLayer
 from rlkd.types import Completion, Signal, TeacherScores
 
 

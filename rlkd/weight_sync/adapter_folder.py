@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rlkd import lora
-from rlkd.config import LoraConfig
+from rlkd.config.schema import LoraConfig
+from rlkd.models import lora
 from rlkd.weight_sync.weight_file import SyncDirectory
 
 

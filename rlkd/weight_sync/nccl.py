@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 from torch import Tensor
 
 from rlkd import distributed
-from rlkd.rollout.answers import WorldSize
-from rlkd.rollout.client import VLLMClient
+from rlkd.servers.client import VLLMClient
+from rlkd.servers.responses import WorldSize
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer import ParamMeta

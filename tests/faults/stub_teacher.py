@@ -16,7 +16,7 @@ def logprob(token):
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        card = {"id": "teacher", "root": "rlkd/tiny/teacher", "parent": None, "max_model_len": 4096}
+        card = {"id": "teacher", "root": "rlkd/builtin/teacher", "parent": None, "max_model_len": 4096}
         self.answer({"data": [card]} if self.path == "/v1/models" else {})
 
     def do_POST(self):

@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trees import at, walk
 
-from rlkd.rollout.client import ServerError, VLLMClient
-from rlkd.rollout.sampler import Sampling
-from rlkd.rollout.vllm import VLLMSampler
+from rlkd.generation.sampler import Sampling
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.teachers.served import request_completion, request_given, request_scores
 from rlkd.teachers.teacher import Question
 from rlkd.types import Prompt, Signal

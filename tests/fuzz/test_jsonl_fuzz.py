@@ -8,7 +8,7 @@ from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkd.config import DataConfig
+from rlkd.config.schema import DataConfig
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.faults import DataError
 from rlkd.data.jsonl import parse

@@ -1,0 +1,116 @@
+"""The section `divergence` of the algorithms that compare whole distributions: OPD, OPSD, TAID."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlkd.config.schema import Config, NoTeacher, Section, SelfTeacher, ServedTeacher, ServerConfig
+from rlkd.losses import DivergenceKind
+from rlkd.models.logprob_head import Comparison
+from rlkd.types import Signal
+
+
+class DivergenceConfig(Section):
+    """How student and teacher are compared at each token."""
+
+    tier: Literal["full", "top_k", "sampled"] = Field(
+        "full",
+        description="whole vocabulary (local teachers), some tokens and the rest, or the sampled token alone",
+    )
+    kind: DivergenceKind = Field(
+        "reverse_kl", description="full, top_k: KL(T‖S), KL(S‖T), or β·KL(T‖M) + (1−β)·KL(S‖M) with M = βT + (1−β)S"
+    )
+    beta: float = Field(0.5, gt=0, lt=1, description="β of the jsd")
+    rescale: bool = Field(
+        False, description="divide the jsd by β(1−β): then it tends to KL(T‖S) as β → 0 and to KL(S‖T) as β → 1"
+    )
+    clip: float | None = Field(None, gt=0, description="full, top_k: cap of each vocabulary entry's share; null: none")
+    k: int = Field(100, ge=1, description="top_k: how many tokens")
+    support: Literal["teacher", "student", "sampler"] = Field(
+        "teacher",
+        description="top_k: whose likeliest tokens; student: at each update, wants a local teacher; sampler: the "
+        "student's when it sampled, wants a local teacher or vLLM servers with GPUs",
+    )
+    tail: bool = Field(True, description="top_k: all other tokens are one more entry; false: renormalise over the k")
+    form: Literal["advantage", "k2"] = Field(
+        "advantage", description="sampled: log T − log π as a detached advantage, or ½(log T − log π)² back-propagated"
+    )
+
+    @property
+    def signal(self) -> Signal:
+        """What the teacher must give."""
+        if self.tier == "sampled":
+            return Signal()
+        if self.tier == "top_k" and self.support != "student":
+            return Signal(tier="top_k", k=self.k) if self.support == "teacher" else Signal(tier="given")
+        return Signal(tier="hidden")
+
+    @property
+    def sampler_top_k(self) -> int:
+        """How many of its likeliest tokens the sampler must name."""
+        return self.k if self.tier == "top_k" and self.support == "sampler" else 0
+
+    def comparison(
+        self, temperature: float, *, blend: float | None = None, ratio_cap: float | None = None
+    ) -> Comparison | None:
+        """What the forward must give; None where the log-probs of the sampled tokens are enough."""
+        if self.tier == "sampled":
+            return None
+        top: Literal["given", "student_top_k"] = "student_top_k" if self.support == "student" else "given"
+        return Comparison(
+            kind=self.kind,
+            temperature=temperature,
+            beta=self.beta,
+            clip=self.clip,
+            support="full" if self.tier == "full" else top,
+            k=self.k,
+            tail=self.tail,
+            blend=blend,
+            ratio_cap=ratio_cap,
+        )
+
+    @property
+    def scale(self) -> float:
+        """Factor of the loss."""
+        return 1.0 / (self.beta * (1.0 - self.beta)) if self.rescale and self.kind == "jsd" else 1.0
+
+    def problems(self, config: Config) -> list[tuple[str, str]]:
+        """Contradictions with the teacher: (key, one line) each."""
+        teacher = config.teacher
+        if isinstance(teacher, NoTeacher):
+            return [("teacher.backend", f"is none, but algorithm.name {config.algorithm.name} imitates one; set it")]
+        found = []
+        servers = scoring_servers(config)
+        if self.signal.tier == "hidden" and servers:
+            why = (
+                f"is {self.tier}, which needs the teacher's whole distribution, but the teacher is behind a server; "
+                "use top_k with support: teacher or sampler, or sampled, or a local teacher"
+            )
+            found.append(("algorithm.divergence.tier", why))
+        on_this_cpu = config.trainer.accelerator == "cpu" and any(server.launch for server in servers)
+        if self.sampler_top_k and on_this_cpu:
+            why = (
+                "is sampler, but a vLLM server on a CPU scores no tokens of our choice; use teacher, or a local teacher"
+            )
+            found.append(("algorithm.divergence.support", why))
+        if self.tier == "sampled" and self.kind != "reverse_kl":
+            why = (
+                f"is {self.kind}, but on sampled tokens (tier: sampled) only the reverse_kl can be had; set one of them"
+            )
+            found.append(("algorithm.divergence.kind", why))
+        if self.tier == "sampled" and teacher.temperature != config.rollout.temperature:
+            why = (
+                f"is {teacher.temperature}, but rollout.temperature is {config.rollout.temperature}; on sampled tokens "
+                "log T − log π has the gradient of a KL only at the temperature that drew them: make them equal"
+            )
+            found.append(("teacher.temperature", why))
+        return found
+
+
+def scoring_servers(config: Config) -> list[ServerConfig]:
+    """The settings of the servers that score as teachers; none where all teachers are in the trainer's processes."""
+    if isinstance(config.teacher, SelfTeacher):
+        return [config.rollout.server] if config.teacher.scorer == "policy_server" else []
+    return [teacher.server for _, teacher in config.teachers if isinstance(teacher, ServedTeacher)]

@@ -1,0 +1,166 @@
+"""Mistakes in a configuration, one line each: where it was set, dotted key, what stands there, what is wanted."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from rlkd.config.help import Path, Schema, Slot, choices, dotted, wants
+from rlkd.config.yaml_tree import COMMAND_LINE, Node, at, scalar
+
+_LONGEST = 60
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration: `lines`, one per mistake.
+
+    A key that a file holds may have any character in it: what would break the line, or steer a terminal, is escaped.
+    """
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        self.lines = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in line) for line in lines]
+        super().__init__("\n".join(self.lines))
+
+
+def shown(node: Node) -> str:
+    """What was written, for a message: texts in quotes, numbers as they were typed, nothing longer than a line."""
+    if isinstance(node.value, dict):
+        return "a section"
+    if isinstance(node.value, list):
+        text = f"[{', '.join(shown(item) for item in node.value)}]"
+    elif isinstance(node.value, str):
+        text = repr(node.value)
+    else:
+        text = node.text or "nothing"
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+@dataclass
+class Report:
+    """Collects mistakes about one merged tree; the first one of a key counts."""
+
+    root: Node
+    schema: Schema
+    general: list[str]
+    """Lines that belong to no key."""
+    _lines: dict[Path, str] = field(default_factory=dict)
+
+    @property
+    def lines(self) -> list[str]:
+        """In the order of the sections."""
+        order = [*self.schema.fields(self.schema.config)]
+        ranked = sorted(self._lines, key=lambda path: order.index(path[0]) if path[0] in order else len(order))
+        return [*self.general, *(self._lines[path] for path in ranked if self._lines[path])]
+
+    def say(self, path: Path, message: str) -> None:
+        """Add a mistake, with the place that set the key, or the section that lacks it."""
+        origin = at(self.root, path)[0].origin or COMMAND_LINE
+        self._lines.setdefault(path, f"{origin}: {dotted(path)}: {' '.join(message.split())}")
+
+    def blame_elsewhere(self, path: Path) -> None:
+        """What is wrong at `path` follows from a mistake that has its own line."""
+        self._lines.setdefault(path, "")
+
+    def unknown_kind(self, place: Slot, path: Path) -> None:
+        """The section at `path` has no tag, or one that is none of the kinds."""
+        node, exact = at(self.root, path)
+        assert place.tag is not None
+        kinds = list(place.variants)
+        if exact and not isinstance(node.value, dict) and node.value is not None:
+            hint = f"; did you mean {dotted(path)}.{place.tag}: {node.value}?" if node.value in kinds else ""
+            self.say(path, f"got {shown(node)}, wants {wants(place)}{hint}")
+            return
+        path = (*path, place.tag)
+        tag, exact = at(self.root, path)
+        got = f"got {shown(tag)}" if exact else "missing"
+        own = " | module:Class of your own" if self.schema.others and place is self.schema.algorithm else ""
+        self.say(path, f"{got}, wants {' | '.join(kinds)}{own}{_near(tag.value, kinds) if exact else ''}")
+
+    def pydantic(self, errors: Sequence[ErrorDetails], above: Path, place: Slot) -> None:
+        """One line for each of pydantic's errors about the value at `above`, a place of type `place`."""
+        for error in errors:
+            path, slot, owner = self._locate(error["loc"], above, place)
+            kind = error["type"]
+            if kind == "extra_forbidden":
+                self.say(path, self._unknown_key(path, owner))
+            elif kind.startswith("union_tag_") or (slot.tag is not None and not slot.is_schedule):
+                self.unknown_kind(slot, path)
+            elif kind == "missing":
+                self.say(path, f"missing, wants {wants(slot)}")
+            elif kind in ("value_error", "assertion_error"):
+                node, exact = at(self.root, path)
+                got = f"got {shown(node)}; " if exact and not isinstance(node.value, dict | list) else ""
+                self.say(path, f"{got}{error['ctx']['error']}")
+            else:
+                wanted = "a finite number" if kind == "finite_number" else wants(slot)
+                self.say(path, self._wrong(path, slot, error["input"], wanted))
+
+    def _wrong(self, path: Path, slot: Slot, value: Any, wanted: str) -> str:
+        node, exact = at(self.root, path)
+        if not exact:  # it came from a reference
+            return f"got {type(value).__name__} from {shown(node)}, wants {wanted}"
+        line = f"got {shown(node)}, wants {wanted}"
+        if not isinstance(node.value, str):
+            return line
+        numeric = {int, float} & set(slot.members) or slot.is_schedule
+        if numeric and "${" in node.value:
+            return f"{line}; it stands for a text: ${{oc.decode:{node.value}}} reads the number in it"
+        if numeric and not isinstance(scalar(node.value), str):
+            return f"{line}; drop the quotes"
+        return line + _near(node.value, choices(slot))
+
+    def _locate(self, loc: tuple[int | str, ...], path: Path, place: Slot) -> tuple[Path, Slot, Slot]:
+        """The path and slot that pydantic's `loc` means, without the kinds of sections that it names on the way, and
+        the slot of the section around it."""
+        owner = place
+        for part in loc:
+            if place.is_schedule and not isinstance(at(self.root, path)[0].value, dict):
+                break  # a lone number is a constant schedule's value
+            elif place.tag is not None:
+                place = Slot((place.variants[str(part)],))
+            elif isinstance(part, int) and place.item is not None:
+                path, owner, place = (*path, part), place, place.item
+            elif place.models and not place.is_free:
+                slots = self.schema.fields(place.models[0])
+                path, owner = (*path, part), place
+                if part not in slots:
+                    break
+                place = slots[str(part)]
+        return path, place, owner
+
+    def _unknown_key(self, path: Path, owner: Slot) -> str:
+        key, section = str(path[-1]), dotted(path[:-1])
+        known = list(self.schema.fields(owner.models[0]))
+        for kinds in self._kinds_around(path[:-1]):
+            having = [tag for tag, model in kinds.variants.items() if key in self.schema.fields(model)]
+            if having:
+                return f"unknown key here; only {section}.{kinds.tag}: {' | '.join(having)} has it"
+        if key.partition(".")[0] in known:
+            return f"unknown key; in YAML the sections are nested: {key.replace('.', ': {', 1)}: …}}"
+        lists_apart = [(where, name) for where, name in self.schema.all_keys() if "[]" not in where]
+        elsewhere = sorted({f"{where}.{name}" for where, name in lists_apart if name == key})
+        close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+        rough = difflib.get_close_matches(key, known, n=1)
+        if close or (rough and not elsewhere):
+            return f"unknown key; did you mean {dotted((*path[:-1], (close or rough)[0]))}?"
+        if 0 < len(elsewhere) <= 3:
+            return f"unknown key; did you mean {' or '.join(elsewhere)}?"
+        return f"unknown key; {section or 'a config'} has {', '.join(known)}"
+
+    def _kinds_around(self, section: Path) -> list[Slot]:
+        place = self.schema.root
+        for part in section:
+            if place.tag is not None or not place.models or part not in self.schema.fields(place.models[0]):
+                return []
+            place = self.schema.fields(place.models[0])[str(part)]
+        return [place] if place.tag is not None else []
+
+
+def _near(value: Any, known: Sequence[str]) -> str:
+    word = str(value)
+    near = difflib.get_close_matches(word, known, n=1) or [name for name in known if word and name.startswith(word)]
+    return f"; did you mean {near[0]}?" if near else ""

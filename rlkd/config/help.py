@@ -1,0 +1,272 @@
+"""Reads the configuration classes as a schema: which keys there are, what each wants, and the text of `--help`."""
+
+from __future__ import annotations
+
+import textwrap
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import annotated_types as bounds
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from rlkd.config.schedules import Constant, Schedule
+from rlkd.config.schema import AlgorithmConfig, Config
+
+Algorithms = Mapping[str, type[AlgorithmConfig]]
+Path = tuple[str | int, ...]
+"""A key: section, key, index in a list …"""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in the tree: the types that may stand there."""
+
+    members: tuple[Any, ...]
+    """The types, without None: a class, a Literal, list[…] or dict[…]."""
+    nullable: bool = False
+    tag: str | None = None
+    """The key that picks the member, where the members are sections of several kinds."""
+    metadata: tuple[Any, ...] = ()
+    """Bounds."""
+
+    @property
+    def models(self) -> tuple[type[BaseModel], ...]:
+        return tuple(m for m in self.members if isinstance(m, type) and issubclass(m, BaseModel))
+
+    @property
+    def variants(self) -> dict[str, type[BaseModel]]:
+        """value of the tag → class; empty where there is no tag."""
+        if self.tag is None:
+            return {}
+        return {str(get_args(m.model_fields[self.tag].annotation)[0]): m for m in self.models}
+
+    @property
+    def is_free(self) -> bool:
+        """Whether anything may stand there: the options of a function, say."""
+        return any(m is Any or m is dict or get_origin(m) is dict for m in self.members)
+
+    @property
+    def is_schedule(self) -> bool:
+        return Constant in self.members
+
+    @property
+    def item(self) -> Slot | None:
+        """Of a list: what its items are."""
+        lists = [m for m in self.members if get_origin(m) is list]
+        return slot(get_args(lists[0])[0]) if lists else None
+
+
+def slot(annotation: Any, metadata: tuple[Any, ...] = (), tag: str | None = None) -> Slot:
+    """The slot of a type annotation."""
+    if get_origin(annotation) is Annotated:
+        inner, *extra = get_args(annotation)
+        for part in extra:
+            if isinstance(part, FieldInfo):
+                tag = tag or _tag(part)
+                metadata = (*metadata, *part.metadata)
+            else:
+                metadata = (*metadata, part)
+        return slot(inner, metadata, tag)
+    if get_origin(annotation) in (Union, types.UnionType):
+        parts = [slot(member, metadata, tag) for member in get_args(annotation) if member is not type(None)]
+        nullable = type(None) in get_args(annotation) or any(p.nullable for p in parts)
+        tags = [p.tag for p in parts if p.tag is not None]
+        return Slot(tuple(m for p in parts for m in p.members), nullable, tags[0] if tags else None, parts[0].metadata)
+    return Slot((annotation,), False, tag, metadata)
+
+
+def fields(model: type[BaseModel]) -> dict[str, Slot]:
+    """key → slot of a section's class."""
+    return {name: slot(f.annotation, tuple(f.metadata), _tag(f)) for name, f in model.model_fields.items()}
+
+
+def default(field: FieldInfo) -> Any:
+    """A field's default as YAML would have it; PydanticUndefined where the key is required."""
+    value = field.get_default(call_default_factory=True, validated_data={})
+    return value if value is PydanticUndefined else plain(value)
+
+
+def plain(value: Any) -> Any:
+    """A section as a dict; a constant schedule as its number."""
+    if isinstance(value, Constant):
+        return value.value
+    if isinstance(value, BaseModel):
+        return {name: plain(getattr(value, name)) for name in type(value).model_fields}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def wants(place: Slot) -> str:
+    """What may stand in a slot, in words: `an integer ≥ 1`, `hf | vllm`, `a list of text, or null`."""
+    if place.is_schedule:
+        words = [f"a number, or a schedule with kind: {' | '.join(place.variants)}"]
+    elif place.tag is not None:
+        words = [f"a section with {place.tag}: {' | '.join(place.variants)}"]
+    else:
+        words = [_wants_one(member) + _limits(place.metadata) for member in place.members]
+    return ", or ".join([*words, *(["null"] if place.nullable else [])])
+
+
+class Schema:
+    """The whole tree with one set of algorithms."""
+
+    def __init__(self, algorithms: Algorithms, others: bool = False) -> None:
+        """`others`: whether an algorithm outside the package may be named, as module:Class."""
+        self.config = Config
+        self.others = others
+        self.root = Slot((Config,))
+        self.algorithm = Slot(tuple(algorithms.values()), tag="name")
+        assert list(self.algorithm.variants) == list(algorithms), "the names of ALGORITHMS and of their Config differ"
+
+    def fields(self, model: type[BaseModel]) -> dict[str, Slot]:
+        """key → slot of a section's class, with the algorithm's kinds where Config has any algorithm."""
+        return fields(model) | ({"algorithm": self.algorithm} if model is Config else {})
+
+    def all_keys(self) -> Iterator[tuple[str, str]]:
+        """Every (dotted section, key) of the tree, all kinds of sections included."""
+        for name, place in self.fields(Config).items():
+            for model in place.models:
+                yield from _keys(name, model)
+
+    def help_text(self) -> str:
+        """Every dotted key with its type, default and help, in 100 columns."""
+        lines = [*_USAGE]
+        for name, place in self.fields(Config).items():
+            if place.tag is not None:
+                if place is self.algorithm and self.others:
+                    about = "algorithm.name: module:Class - an algorithm of your own, with the keys of its Options"
+                    lines += ["", *_wrapped(about, 0)]
+                for tag, model in place.variants.items():
+                    lines += _section_help(f"{name}.{place.tag}: {tag}", name, model)
+            else:
+                lines += _section_help(name, name, place.models[0])
+        lines += ["", "schedules: a number is constant; otherwise a mapping with kind; iteration 0 is the first"]
+        for tag, model in slot(Schedule).variants.items():
+            about = " ".join((model.__doc__ or "").split("\n")[0].split())
+            keys = ", ".join(f"{key}: {wants(s)}" for key, s in fields(model).items() if key != "kind")
+            lines += [f"  kind: {tag}", *_wrapped(f"{about} {keys}", 6)]
+        return "\n".join(lines) + "\n"
+
+
+_USAGE = (
+    "usage: python -m rlkd.train --config A.yaml [--config B.yaml ...] [key=value ...] [--print-config]",
+    "",
+    "A later file, and a key=value, goes on top of what stands before it; another algorithm.name or",
+    "teacher.backend replaces the whole section. ${oc.env:NAME} reads an environment variable;",
+    "\\${ stands for the text ${. on, off, yes, no are switches only where a switch is wanted.",
+    "",
+    "--config FILE     YAML; several are merged, later ones on top",
+    "key=value         e.g. optim.lr=1e-5 or rollout.server.urls='[\"http://localhost:8000\"]'",
+    "--print-config    print the merged YAML with every default, and stop",
+    "--help            this page",
+)
+
+
+def choices(place: Slot) -> list[str]:
+    """The words that may stand in a slot."""
+    return [str(choice) for m in place.members if get_origin(m) is Literal for choice in get_args(m)]
+
+
+def dotted(path: Path) -> str:
+    """`reward.functions[0].name` of a path."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _keys(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    for name, place in fields(model).items():
+        yield section, name
+        item = place.item
+        if not place.is_schedule:
+            for inner in place.models:
+                yield from _keys(f"{section}.{name}", inner)
+        for inner in item.models if item is not None else ():
+            yield from _keys(f"{section}.{name}[]", inner)
+
+
+def _section_help(title: str, path: str, model: type[BaseModel]) -> list[str]:
+    about = " ".join((model.__doc__ or "").split("\n\n")[0].split())
+    return ["", *_wrapped(f"{title}{f' - {about}' if about else ''}", 0), *_keys_help(path, model)]
+
+
+def _keys_help(path: str, model: type[BaseModel], defaults: Mapping[str, Any] | None = None) -> list[str]:
+    lines: list[str] = []
+    for name, place in fields(model).items():
+        field = model.model_fields[name]
+        key = f"{path}.{name}"
+        models = place.item.models if place.item is not None else ()
+        if place.models and not place.is_schedule:
+            variants = place.variants or {"": place.models[0]}
+            for tag, inner in variants.items():
+                lines += _wrapped(f"{key}{f'.{place.tag}: {tag}' if tag else ''}: {field.description or ''}", 2)
+                whole = default(field) if defaults is None else defaults[name]
+                lines += _keys_help(key, inner, whole if not tag and isinstance(whole, dict) else None)
+            continue
+        value = default(field) if defaults is None else defaults[name]
+        shown = "required" if value is PydanticUndefined else f"default {_flow(value)}"
+        lines += _wrapped(f"{key}: {wants(place)}; {shown}", 2)
+        if field.description:
+            lines += _wrapped(field.description, 6)
+        for inner in models:
+            lines += _keys_help(f"{key}[]", inner)
+    return lines
+
+
+def _flow(value: Any) -> str:
+    return str(yaml.safe_dump(value, default_flow_style=True, width=10**6)).removesuffix("...\n").strip()
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    margin = " " * indent
+    return textwrap.wrap(
+        text, 100, initial_indent=margin, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _tag(field: FieldInfo) -> str | None:
+    assert field.discriminator is None or isinstance(field.discriminator, str)
+    return field.discriminator
+
+
+def _wants_one(member: Any) -> str:
+    if get_origin(member) is Literal:
+        return " | ".join(str(choice) for choice in get_args(member))
+    if get_origin(member) is list:
+        one = wants(slot(get_args(member)[0]))
+        plurals = {"an integer": "integers", "a number": "numbers", "text": "texts", "a list of": "lists of"}
+        for singular, plural in plurals.items():
+            one = one.replace(singular, plural, 1) if one.startswith(singular) else one
+        return f"a list of {one}"
+    if get_origin(member) is dict or member is dict:
+        return "a mapping"
+    if isinstance(member, type) and issubclass(member, BaseModel):
+        required = [name for name, f in member.model_fields.items() if f.is_required()]
+        return f"a section with {', '.join(required)}" if required else "a section"
+    return {bool: "true or false", int: "an integer", float: "a number", str: "text", Any: "anything"}[member]
+
+
+def _limits(metadata: tuple[Any, ...]) -> str:
+    least = [part.min_length for part in metadata if isinstance(part, bounds.MinLen)]
+    most = [part.max_length for part in metadata if isinstance(part, bounds.MaxLen)]
+    if least or most:
+        words = [f"at least {n}" for n in least] + [f"at most {n}" for n in most]
+        return f" ({least[0] if least == most else ', '.join(words)} of them)"
+    found = []
+    for part in metadata:
+        match part:
+            case bounds.Ge(ge=limit):
+                found.append(f"≥ {limit}")
+            case bounds.Gt(gt=limit):
+                found.append(f"> {limit}")
+            case bounds.Le(le=limit):
+                found.append(f"≤ {limit}")
+            case bounds.Lt(lt=limit):
+                found.append(f"< {limit}")
+            case object(pattern=str(pattern)):
+                found.append(f"of the form {pattern}")
+    return f" {' and '.join(found)}" if found else ""

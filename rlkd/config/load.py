@@ -1,0 +1,345 @@
+"""Loading a configuration: files and overrides → a checked Config, or every mistake in one line each."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticUndefined
+
+from rlkd.config.errors import ConfigError, Report, shown
+from rlkd.config.help import Algorithms, Path, Schema, Slot, default
+from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
+
+__all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
+
+_TAGS: Mapping[tuple[str, ...], str] = {("algorithm",): "name", ("teacher",): "backend"}
+_SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
+_GIB = re.compile(r"\d+(\.\d+)?")
+_DEEPEST = 20
+"""A reference to a section that holds the reference would never end."""
+_AS_TEXT = "for the text itself write \\${ in place of ${"
+_FLAGS = ("--config", "--print-config", "--estimate", "--help")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked configuration and its text."""
+
+    config: Config
+    text: str
+    """YAML with every default, interpolations as they were written; loading it gives the same `config`."""
+
+
+@dataclass(frozen=True)
+class Args:
+    """The command line."""
+
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+    print_config: bool
+    help: bool
+    estimate: float | None
+    """GiB of a device; 0: whatever this machine has; None: not asked for."""
+
+
+def parse_args(argv: Sequence[str]) -> Args:
+    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--help]`.
+
+    Raises: ConfigError on an unknown flag, or without a file.
+    """
+    files, overrides, lines = [], [], []
+    print_config = help = False
+    estimate: float | None = None
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.partition("=")
+        if flag == "--config" and (equals or (rest and not rest[0].startswith("-"))):
+            files.append(value if equals else rest.pop(0))
+        elif flag == "--config":
+            lines.append(f"{COMMAND_LINE}: --config: wants a YAML file")
+        elif argument == "--print-config":
+            print_config = True
+        elif argument in ("--help", "-h"):
+            help = True
+        elif argument == "--estimate":
+            estimate = 0.0
+        elif flag == "--estimate" and _GIB.fullmatch(value):
+            estimate = float(value)
+        elif flag == "--estimate":
+            lines.append(f"{COMMAND_LINE}: --estimate: got {value!r}, wants the GiB of a device, e.g. --estimate=80")
+        elif flag.startswith("-") and "." in flag and equals:
+            lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
+        elif flag.startswith("-"):
+            near = difflib.get_close_matches(flag, _FLAGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_FLAGS)} and key=value"
+            lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; {hint}")
+        else:
+            overrides.append(argument)
+    if not files and not help and not lines:
+        guess = [argument for argument in overrides if argument.endswith((".yaml", ".yml")) and "=" not in argument]
+        hint = f"did you mean --config {guess[0]}?" if guess else "e.g. --config configs/quickstart.yaml"
+        lines.append(f"{COMMAND_LINE}: --config: missing; {hint}")
+    if lines:
+        raise ConfigError(lines)
+    return Args(tuple(files), tuple(overrides), print_config, help, estimate)
+
+
+def help_text(algorithms: Algorithms | None = None) -> str:
+    """Every dotted key with its type, default and help, in 100 columns."""
+    return (Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)).help_text()
+
+
+def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algorithms | None = None) -> Loaded:
+    """The configuration of YAML `files`, later ones on top, and `a.b=c` `overrides` on top of them.
+
+    Args:
+        algorithms: name → class of the `algorithm` section; None: the registered ones.
+
+    Raises: ConfigError with one line per mistake.
+    """
+    under, over, problems = read(files, overrides)
+    return checked(on_top(under, over), problems, algorithms)
+
+
+def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, list[str]]:
+    """(the files in one tree, the overrides in another, mistakes that belong to no key), none of it checked.
+
+    Raises: ConfigError where a file cannot be read.
+    """
+    problems: list[str] = []
+    roots = [root for root in (read_file(path, problems) for path in files) if root is not None]
+    arguments = [node for node in (read_override(item, problems) for item in overrides) if node is not None]
+    if len(roots) < len(files):
+        raise ConfigError(problems)  # what the others lack may stand in the file that cannot be read
+    override = Node({}, COMMAND_LINE)
+    for node in arguments:
+        override = merge(override, node, {})  # in one, so that the order of algorithm.name and its keys is free
+    root = Node({}, ", ".join(files))
+    for node in roots:
+        root = merge(root, node, _TAGS)
+    return root, override, problems
+
+
+def on_top(under: Node, over: Node) -> Node:
+    """`over` on top of `under`; another algorithm or teacher replaces the whole section."""
+    return merge(under, over, _TAGS)
+
+
+def set_by(under: Node, over: Node, path: Path) -> str:
+    """The file that says what the key at `path` is, or the section around it; COMMAND_LINE where no file does."""
+    return at(on_top(under, over), path)[0].origin.rpartition(":")[0] or COMMAND_LINE
+
+
+def checked(root: Node, problems: Sequence[str], algorithms: Algorithms | None = None) -> Loaded:
+    """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
+    unknown = _learn_outside(root) if algorithms is None else None
+    schema = Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)
+    report = Report(root, schema, list(problems))
+    if unknown is not None:
+        report.say(("algorithm", "name"), unknown)
+    return _Loading(root, schema, report).run()
+
+
+def _learn_outside(root: Node) -> str | None:
+    """Make an algorithm that is called module:Class known, before its section is read; else what is wrong with it."""
+    node, exact = at(root, ("algorithm", "name"))
+    name = node.value if exact else None
+    if isinstance(name, str) and "${" in name:
+        try:
+            name = OmegaConf.select(OmegaConf.create(_plain(root)), "algorithm.name")
+        except OmegaConfBaseException:
+            return None  # reported where references are resolved
+    if not isinstance(name, str) or ":" not in name:
+        return None
+    from rlkd.algorithms import outside  # late: torch and Lightning take seconds
+
+    try:
+        outside.learn(name)
+    except ValueError as error:
+        return f"got {shown(node)}; {error}"
+    return None
+
+
+def _registered() -> Algorithms:
+    from rlkd.algorithms import ALGORITHMS  # late: torch and Lightning take seconds
+
+    return {name: module.Options for name, module in ALGORITHMS.items()}
+
+
+@dataclass
+class _Loading:
+    """One merged tree on its way to a Config; `report` collects the mistakes."""
+
+    root: Node
+    schema: Schema
+    report: Report
+
+    def run(self) -> Loaded:
+        root = self._readable(self.root, ())
+        self.references = OmegaConf.create(_plain(root))
+        tree = OmegaConf.create(self._filled(self.schema.root, root, ()))
+        resolved = _as_nodes(self._resolved(tree, ()))
+        values = self._filled(self.schema.root, resolved, ())  # again: what a reference stood for is known now
+        config = self._checked(values)
+        if config is not None and not self.report.lines:
+            for key, message in config.problems():
+                self.report.say(tuple(key.split(".")), message)
+        if config is None or self.report.lines:
+            raise ConfigError(self.report.lines)
+        return Loaded(config, OmegaConf.to_yaml(tree))
+
+    def _readable(self, node: Node, path: Path) -> Node:
+        """The tree with only texts that OmegaConf can read; the others are reported."""
+        if isinstance(node.value, dict):
+            return replace(node, value={key: self._readable(inner, (*path, key)) for key, inner in node.value.items()})
+        if isinstance(node.value, list):
+            return replace(node, value=[self._readable(inner, (*path, i)) for i, inner in enumerate(node.value)])
+        if isinstance(node.value, str) and "${" in node.value:
+            try:
+                OmegaConf.create({"text": node.value})
+            except OmegaConfBaseException:
+                self.report.say(path, f"got {shown(node)}: ${{ starts no reference that can be read; {_AS_TEXT}")
+                return replace(node, value="")
+        return node
+
+    def _filled(self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None) -> Any:
+        """The plain value of `node` with every default of `place`, switches and names as their type wants them.
+
+        `defaults`: what a section that is set in part has elsewhere, where its place differs from its class.
+        """
+        if node.value == MISSING:
+            self.report.say(path, "is ???, which stands for a value that is still to be given")
+            return MISSING
+        if place is None:
+            return self._free(node, path, known=False)
+        if isinstance(node.value, list):
+            item = place.item
+            return [self._filled(item, inner, (*path, i)) for i, inner in enumerate(node.value)]
+        if node.value is None and place.models and not place.nullable and not place.is_schedule:
+            node = Node({}, node.origin) if path != ("teacher",) else Node({"backend": Node("none", "")}, node.origin)
+        if isinstance(node.value, dict):
+            model = self._model(place, node, path)
+            return (
+                self._free(node, path, known=place.is_free)
+                if model is None
+                else self._section(model, node, path, defaults)
+            )
+        if place.is_free:
+            return self._free(node, path, known=True)
+        if isinstance(node.value, str) and bool in place.members and str not in place.members:
+            return _SWITCHES.get(node.value.lower(), node.value)
+        is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
+        if is_number and str in place.members and not {int, float} & set(place.members):
+            return node.text or str(node.value)
+        return node.value
+
+    def _section(
+        self, model: type[BaseModel], node: Node, path: Path, defaults: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        filled: dict[str, Any] = {}
+        slots = self.schema.fields(model)
+        for name, place in slots.items():
+            value = defaults[name] if defaults is not None else default(model.model_fields[name])
+            if name in node.value:
+                inner = value if place.tag is None and place.models and isinstance(value, dict) else None
+                filled[name] = self._filled(place, node.value[name], (*path, name), inner)
+                continue
+            if value is not PydanticUndefined:
+                filled[name] = value
+            elif place.models and place.tag is None:
+                filled[name] = self._section(place.models[0], Node({}, node.origin), (*path, name))
+        for name in node.value.keys() - slots.keys():
+            filled[name] = self._filled(None, node.value[name], (*path, name))
+        return filled
+
+    def _model(self, place: Slot, node: Node, path: Path) -> type[BaseModel] | None:
+        """The class that the mapping `node` is read as; None where there is none, or its kind is unknown."""
+        if place.tag is None:
+            return place.models[0] if place.models else None
+        if place.tag not in node.value:
+            return None
+        kind = node.value[place.tag].value
+        if isinstance(kind, str) and "${" in kind:
+            try:
+                kind = OmegaConf.select(self.references, ".".join(map(str, (*path, place.tag))))
+            except OmegaConfBaseException:
+                return None  # reported where references are resolved
+        return place.variants.get(kind) if isinstance(kind, str) else None
+
+    def _free(self, node: Node, path: Path, known: bool) -> Any:
+        """A value of no declared type. A lone `off` there could be a text or a switch: it is refused."""
+        if isinstance(node.value, dict):
+            return {key: self._free(inner, (*path, key), known) for key, inner in node.value.items()}
+        if isinstance(node.value, list):
+            return [self._free(inner, (*path, i), known) for i, inner in enumerate(node.value)]
+        if known and node.plain and isinstance(node.value, str) and node.value.lower() in _SWITCHES:
+            self.report.say(path, f"got {node.text}, a switch or a text? write true or false, or quote it")
+        return node.value
+
+    def _resolved(self, container: DictConfig | ListConfig, path: Path) -> Any:
+        """The container's plain values, references replaced by what they stand for."""
+        unresolved: Any = OmegaConf.to_container(container, resolve=False)
+        items = unresolved.items() if isinstance(unresolved, dict) else enumerate(unresolved)
+        values: dict[Any, Any] = {}
+        for key, raw in items:
+            here = (*path, key)
+            try:
+                value = raw if OmegaConf.is_missing(container, key) else container[key]
+            except InterpolationToMissingValueError:
+                self.report.blame_elsewhere(here)  # the ??? that it leads to
+                value = raw
+            except OmegaConfBaseException as error:
+                self.report.say(here, f"got {raw!r}: {_why_unresolved(error)}")
+                value = raw
+            if isinstance(value, DictConfig | ListConfig):
+                if len(here) > _DEEPEST:
+                    self.report.say(path[:1], "refers to a section that holds it")
+                    value = None
+                else:
+                    value = self._resolved(value, here)
+            values[key] = value
+        return values if isinstance(container, DictConfig) else list(values.values())
+
+    def _checked(self, values: dict[str, Any]) -> Config | None:
+        """The typed tree. The algorithm's section comes first, with the class of its own name."""
+        section, place = values.get("algorithm"), self.schema.algorithm
+        kind = section.get("name") if isinstance(section, dict) else None
+        algorithm = AlgorithmConfig(name="unknown")
+        if isinstance(kind, str) and kind in place.variants:
+            try:
+                algorithm = place.variants[kind].model_validate(section)  # type: ignore[assignment]
+            except ValidationError as error:
+                self.report.pydantic(error.errors(), ("algorithm",), Slot((place.variants[kind],)))
+        else:
+            self.report.unknown_kind(place, ("algorithm",))
+        try:
+            return Config.model_validate(values | {"algorithm": algorithm})
+        except ValidationError as error:
+            self.report.pydantic(error.errors(), (), self.schema.root)
+            return None
+
+
+def _plain(node: Node) -> Any:
+    if isinstance(node.value, dict):
+        return {key: _plain(inner) for key, inner in node.value.items()}
+    return [_plain(inner) for inner in node.value] if isinstance(node.value, list) else node.value
+
+
+def _as_nodes(value: Any) -> Node:
+    if isinstance(value, dict):
+        return Node({key: _as_nodes(inner) for key, inner in value.items()}, "")
+    return Node([_as_nodes(inner) for inner in value] if isinstance(value, list) else value, "")
+
+
+def _why_unresolved(error: OmegaConfBaseException) -> str:
+    reason = str(error).split("\n")[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
+    return reason if "nvironment variable" in reason else f"{reason}; {_AS_TEXT}"

@@ -1,0 +1,1 @@
+"""Samplers: who writes completions, in this process or on vLLM servers."""

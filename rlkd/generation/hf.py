@@ -1,0 +1,257 @@
+"""The in-process sampler: its own unsharded copy of the student, which receives weights as a server does."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from rlkd.config.schema import Config
+from rlkd.distributed import RunStopped, local_device
+from rlkd.generation.sampler import Sampling
+from rlkd.losses.lm_head import OutputLayer, shaped
+from rlkd.models.logprob_head import token_logprobs
+from rlkd.models.output_check import BOUND
+from rlkd.models.student import load_causal_lm
+from rlkd.models.vocabulary import vocabulary_size
+from rlkd.types import Completion, Prompt, Rollout, VersionSpan
+
+
+class HFSampler:
+    """Samples with transformers. See `Sampler` for the protocol.
+
+    The draw is one float64 uniform per (seed, iteration, prompt, sample, position) against the float64 CDF, so what is
+    sampled does not depend on which rows share a batch.
+    """
+
+    def __init__(self, config: Config, eos_ids: Sequence[int]):
+        self.config = config
+        self.eos_ids = tuple(eos_ids)
+        self.vocabulary = vocabulary_size(config.model)
+        self.version: int | None = None
+        self._hf: PreTrainedModel | None = None
+
+    def start(self) -> None:
+        pass
+
+    def open(self) -> None:
+        model = self.config.model
+        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
+        hf = load_causal_lm(model.path, dtype, attention=model.attention, trust_remote_code=model.trust_remote_code)
+        torch.nn.Module.to(hf, local_device(self.config.trainer.accelerator))
+        self._hf = hf.eval()
+        check_decode(hf, model.path)
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self._model.load_state_dict(dict(weights), strict=True)
+        self.version = version
+
+    def keep_loaded(self) -> None:
+        self.version = 0
+
+    def recover(self) -> None:
+        raise AssertionError("no server is ever lost in this process")
+
+    def close(self) -> None:
+        self._hf = None
+
+    @property
+    def _model(self) -> PreTrainedModel:
+        assert self._hf is not None, "open() comes first"
+        return self._hf
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
+        assert self.version is not None, "publish() comes before sample()"
+        rows = [(prompt, i) for prompt in prompts for i in range(n)]
+        completions: list[Completion] = []
+        for start in range(0, len(rows), self.config.rollout.batch_rows):
+            part = rows[start : start + self.config.rollout.batch_rows]
+            noise = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in part])
+            ids = [prompt.token_ids for prompt, _ in part]
+            completions += decode(
+                self._model, self.vocabulary, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k
+            )
+        rollouts = [
+            Rollout(
+                prompt=prompt,
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                weight_versions=(VersionSpan(start=0, end=len(completion.token_ids), version=self.version),),
+                finish_reason=completion.finish_reason,
+                top_ids=completion.top_ids,
+            )
+            for (prompt, _), completion in zip(rows, completions, strict=True)
+        ]
+        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def decode(
+    hf: PreTrainedModel,
+    vocabulary: int,
+    prompts: Sequence[Sequence[int]],
+    uniforms: np.ndarray,
+    temperature: float,
+    ends: Sequence[int],
+    top_k: int = 0,
+) -> list[Completion]:
+    """Decode all prompts together; a finished row leaves the batch where the cache can let it go.
+
+    Args:
+        vocabulary: only the ids below it are drawn (vocabulary.py).
+        uniforms: [rows, most tokens] float64 in [0, 1), the noise of every token.
+        temperature: 0 is greedy.
+        ends: token ids that end a completion.
+        top_k: how many of the likeliest tokens to name at each position.
+    """
+    device = hf.device
+    input_ids, mask = _left_padded(prompts, device)
+    drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    likeliest: list[list[Tensor]] = [[] for _ in prompts]
+    stopped = [False] * len(prompts)
+    alive = list(range(len(prompts)))
+    cache = DynamicCache(config=hf.config)
+    # Keys and values can be dropped row by row; the state of a linear-attention or state-space layer cannot.
+    shrinks = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    eos = torch.tensor(ends, device=device)
+    layer = OutputLayer.of(hf, vocabulary)
+    for position in range(uniforms.shape[1]):
+        trunk = hf.base_model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        hidden = trunk.last_hidden_state[:, -1]
+        # Rounded to the model's type, as the kernel does that gives the trainer's log-probs.
+        raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+        logits = shaped(raw, layer.scale, layer.softcap, torch.float64)
+        noise = torch.as_tensor(uniforms[alive, position], device=device)
+        tokens, logprobs = draw(logits, noise, temperature)
+        ended = torch.isin(tokens, eos)
+        if top_k:
+            for row, ids in zip(alive, logits.topk(min(top_k, logits.shape[-1])).indices.cpu(), strict=True):
+                if not stopped[row]:
+                    likeliest[row].append(ids)
+        for row, token, logprob, end in zip(alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True):
+            if not stopped[row]:
+                drawn[row].append((token, logprob))
+                stopped[row] = end
+        if all(stopped):
+            break
+        if shrinks and bool(ended.any()):
+            keep = (~ended).nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            tokens, mask, position_ids = tokens[keep], mask[keep], position_ids[keep]
+            alive = [alive[i] for i in keep.tolist()]
+        input_ids = tokens[:, None]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        position_ids = position_ids[:, -1:] + 1
+    return [
+        Completion(
+            token_ids=tuple(token for token, _ in row),
+            logprobs=tuple(logprob for _, logprob in row),
+            finish_reason="stop" if end else "length",
+            top_ids=torch.stack(top) if top else None,
+        )
+        for row, end, top in zip(drawn, stopped, likeliest, strict=True)
+    ]
+
+
+_PROBED = (9, 2, 5)
+"""Lengths of the prompts that `check_decode` samples for: two of the three are padded."""
+_HALF_BOUND = 0.2
+"""Nats of mean difference between cached and plain log-probs in half precision.
+
+Rounding alone made up to 0.013 in tiny models; padding that is taken for tokens makes more than 1. What lies between is
+for `rollout.max_mismatch` to judge.
+"""
+
+
+@torch.no_grad()
+def check_decode(hf: PreTrainedModel, path: str) -> None:
+    """Sample a few tokens for prompts of unequal length, whose rows end at different times, and compare their log-probs
+    with those of a plain forward of prompt and completion, which is what the trainer computes.
+
+    A family whose cache, positions or mask want another treatment than `decode` gives them would be sampled wrongly.
+
+    Args:
+        path: for the message.
+
+    Raises: RunStopped, one line that names vLLM, where they differ or `decode` fails.
+    """
+
+    def refuse(why: str) -> RunStopped:
+        return RunStopped(
+            f"{path}: rlkd cannot sample from {type(hf).__name__} in process: {' '.join(why.split())[:300]}; let vLLM "
+            "sample (rollout.backend: vllm; for a teacher, teacher.backend: served)"
+        )
+
+    vocabulary = hf.get_output_embeddings().weight.shape[0]
+    prompts = [[(7 * row + 3 * t + 1) % vocabulary for t in range(length)] for row, length in enumerate(_PROBED)]
+    noise = np.random.Generator(np.random.Philox(0)).random((len(prompts), 6))
+    try:
+        straight = decode(hf, vocabulary, prompts, noise, 1.0, ends=())
+        completions = decode(hf, vocabulary, prompts, noise, 1.0, ends=straight[0].token_ids[1:2])
+    except Exception as error:  # whatever an unknown cache answers, the user is told
+        raise refuse(f"{type(error).__name__}: {error}") from error
+    gaps = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion.token_ids]], device=hf.device)
+        hidden = hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        plain, _ = token_logprobs(hidden, hf.get_output_embeddings(), ids, temperature=1.0, config=hf.config)
+        gaps += (plain[0, len(prompt) :].double().cpu() - torch.tensor(completion.logprobs).double()).abs().tolist()
+    exact = hf.dtype == torch.float32
+    gap, bound = (max(gaps), BOUND) if exact else (sum(gaps) / len(gaps), _HALF_BOUND)
+    if not gap <= bound:
+        raise refuse(
+            f"{'up to' if exact else 'on average'} {gap:.2g} nats lie between the log-probs of a token sampled with a "
+            f"cache and those of a plain forward, {bound:.2g} are allowed"
+        )
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling.
+
+    Args:
+        logits: [B, V] float64.
+        uniforms: [B] float64 in [0, 1).
+        temperature: 0 is greedy; its log-probs are those of temperature 1.
+
+    Returns: (tokens [B], log-probs [B] at the temperature).
+    """
+    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        tokens = logits.argmax(dim=-1)
+    else:
+        cdf = logprobs.exp().cumsum(dim=-1)
+        # The last entry is 1 up to rounding: scale the draw so that it can never fall behind the end.
+        tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
+        tokens = tokens.clamp(max=logits.shape[-1] - 1)
+    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+
+
+def uniform(sampling: Sampling, iteration: int, prompt_id: str, sample: int) -> np.ndarray:
+    """The noise of one completion: [max_tokens] float64 in [0, 1), a function of its arguments alone."""
+    name = hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()
+    words = np.frombuffer(name[:8], dtype=np.uint32).tolist()
+    key = np.random.SeedSequence([sampling.seed, iteration, sample, *words])
+    return np.random.Generator(np.random.Philox(key)).random(sampling.max_tokens)
+
+
+def _left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """([B, T] ids, [B, T] mask), so that every row's last token stands in the last column."""
+    longest = max(len(s) for s in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    return ids.to(device), mask.to(device)

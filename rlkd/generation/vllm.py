@@ -1,0 +1,422 @@
+"""The vLLM sampler: rollouts from one or more servers, ours or somebody else's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from rlkd import distributed
+from rlkd.builtin import resolve
+from rlkd.config.schema import LARGEST_SERVED_RANK, Config, SelfTeacher
+from rlkd.data.seeds import request_seed
+from rlkd.distributed import RunStopped, on_rank_zero
+from rlkd.generation.sampler import Sampling
+from rlkd.models.lora import layer_names, skeleton
+from rlkd.models.vocabulary import padding, vocabulary_size
+from rlkd.servers.client import (
+    ServerError,
+    ServerLost,
+    VLLMClient,
+    check_ids,
+    check_model,
+    is_possible,
+    parse_version,
+    possible,
+)
+from rlkd.servers.command import ServerRole
+from rlkd.servers.plugin import ENGINE
+from rlkd.servers.pool import Answer, Job, ServerPool
+from rlkd.servers.process import server_counts
+from rlkd.servers.responses import GenerateAnswer, Generated, Span, in_order
+from rlkd.storage.disk_errors import writing
+from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
+from rlkd.weight_sync.nccl import DirectTransfer
+from rlkd.weight_sync.weight_file import WeightFile
+
+_AT_ONCE = 256
+"""Completions under way at one server, which vLLM runs together (its default); more would wait in that server's queue.
+One request is a prompt with all its samples."""
+
+ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_SERVED_RANK)
+"""What vLLM 0.32 can be started for; an adapter of a smaller rank is padded."""
+
+_COLDEST = 0.01
+"""vLLM silently raises a lower temperature to this."""
+
+
+def policy_role(config: Config) -> ServerRole:
+    """What a policy server of `config` must be started as."""
+    weight_sync, lora = config.rollout.server.weight_sync, config.model.lora
+    if lora is None:
+        takes: tuple[str, ...] = (
+            "--weight-transfer-config",
+            json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync}),
+        )
+    else:
+        rank = min(rank for rank in ADAPTER_RANKS if rank >= lora.r)
+        loaded = config.rollout.max_staleness + 2  # those that may be asked for, and the one that comes
+        takes = (
+            *("--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(loaded)),
+            # Without the names the output layer is made ready for adapters too, and vLLM 0.32 then dies on a CPU of
+            # scoring the prompts of two requests at once.
+            *("--lora-target-modules", *layer_names(skeleton(config.model), lora)),
+        )
+    environment = {}
+    if lora is not None:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if weight_sync == "ipc":
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles travel pickled; the server asks for its key
+    return ServerRole(
+        name="policy",
+        model=resolve(config.model.path),
+        max_model_len=longest(config),
+        padding=padding(config.model, config.model.path),
+        samples=True,
+        arguments=(
+            "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
+            *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled: at the temperature
+            *("--max-logprobs", "-1"),
+            *takes,
+            # vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when a request with a seed of its own is
+            # prefilled in two parts, as happens to the last of many that come at once.
+            *(() if torch.cuda.is_available() else ("--no-enable-chunked-prefill",)),
+            *(("--trust-remote-code",) if config.model.trust_remote_code else ()),
+        ),
+        environment=environment,
+    )
+
+
+def longest(config: Config) -> int:
+    """Tokens of the longest sequence that a policy server sees."""
+    teacher, own = config.teacher, config.data.max_prompt_tokens + config.rollout.max_tokens
+    if isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server":
+        # what it scores or writes as a teacher, and the token that vLLM generates beyond what it scores
+        return max(own, sum(config.algorithm.teacher_lengths(config).values()) + 1)
+    return own
+
+
+class VLLMSampler:
+    """Implements `Sampler`. Rank 0 starts the servers, if they are ours, and talks to all of them about weights."""
+
+    def __init__(self, config: Config, eos_ids: Sequence[int]) -> None:
+        """
+        Args:
+            eos_ids: a completion ends with one of them, and with nothing else.
+        """
+        self._config = config
+        self._eos_ids = frozenset(eos_ids)
+        self.vocabulary = vocabulary_size(config.model)
+        self.pool = ServerPool(policy_role(config), config.rollout.server, longest(config))
+        self._version: int | None = None
+        """That every server in service holds; None: nothing was published yet."""
+        self._published = ""
+        """The file (or adapter) of that version, from which a server that lost its weights gets them again."""
+        self._holds: dict[str, int] = {}
+        """url → the version that this process has given the server. What it says itself may be another run's."""
+        self._as_started = False
+        """Whether the servers are to hold what they were started with, and nothing is published."""
+        self._file: WeightFile | None = None
+        self._direct: DirectTransfer | None = None
+
+    def start(self) -> None:
+        """Raises: RunStopped when a server cannot be started."""
+        if self._config.rollout.server.launch:
+            self.pool.start(self._config.run_dir, slots=(0, sum(server_counts(self._config))))
+
+    def open(self) -> None:
+        """Raises: RunStopped when a server does not come up, cannot be reached, or is not fit for its task."""
+        server = self._config.rollout.server
+        self.pool.open(server.urls, resolve(self._config.model.path))
+        for client in self.pool.clients:
+            client.weight_version()  # fails here, not after the first rollout, on a server without these routes
+        if server.weight_sync == "file":
+            if distributed.rank() == 0:
+                self._file = WeightFile(server.sync_dir)
+        else:
+            self._direct = DirectTransfer(server.weight_sync, self.pool.clients)
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """See `Sampler.publish`. A server that is gone is out of service then, until a later publish or `recover`.
+
+        `weights`: under the names of a checkpoint's files (`Student.loader_weights`).
+
+        Raises: RunStopped on every rank when a server refuses the weights.
+        """
+        self._version = version
+        if self._direct is None:
+            self._published, lost = on_rank_zero(lambda: self._publish_file(weights, version))
+            self.pool.agree(lost)
+        else:
+            on_rank_zero(lambda: self._everywhere(_pause))
+            failure: Exception | None = None
+            try:
+                self._direct.send(weights, version)
+            except Exception as error:  # every rank must reach the next line
+                failure = error
+            failed = distributed.all_reduce([float(failure is not None)], "max")[0] > 0
+            self.pool.agree(on_rank_zero(lambda: self._settle_direct(failed, failure, version)))
+
+    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
+        """(what was published, the servers that are lost)."""
+        assert self._file is not None, "publish before open"
+        with writing(f"the weights, to {self._file.directory},"):
+            self._published = self._file.write(weights, version)
+        self._everywhere(self._update)
+        self.pool.revive(self._update)  # those that were gone, if they are back
+        self._file.keep_only(self._published)
+        return self._published, self.pool.lost
+
+    def _settle_direct(self, failed: bool, failure: Exception | None, version: int) -> Mapping[str, str]:
+        if failed:
+            why = str(failure or "another rank failed; its error is in its own log")
+            for client in self.pool.clients:
+                self.pool.lose(client, why)
+            raise RunStopped(f"the weights did not reach the servers: {why}") from failure
+        self._everywhere(lambda client: _resume(client, version))
+        return self.pool.lost
+
+    def _update(self, client: VLLMClient) -> None:
+        """Give one server the published file. Raises: ServerLost, ServerError."""
+        assert self._file is not None, "publish before open"
+        assert self._version is not None
+        self._holds.pop(client.url, None)
+        _pause(client)
+        client.order("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
+        _begin_update(client)
+        client.order("/update_weights", {"update_info": {"file": self._published}})
+        client.order("/finish_weight_update", {"weight_version": str(self._version)})
+        _resume(client, self._version)
+        self._holds[client.url] = self._version
+
+    def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
+        """`act` on all servers in service at once. Those that turn out to be gone leave it.
+
+        Raises: ServerError of the first that refuses; such a server may hold any mixture of weights, and leaves too.
+        """
+
+        def attempt(client: VLLMClient) -> ServerError | None:
+            try:
+                act(client)
+            except ServerError as error:
+                self.pool.lose(client, str(error))
+                return error
+            return None
+
+        serving = self.pool.serving
+        with ThreadPoolExecutor(max(1, len(serving))) as threads:
+            failures = list(threads.map(attempt, serving))
+        for failure in failures:
+            if failure is not None and not isinstance(failure, ServerLost):
+                raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
+
+    def keep_loaded(self) -> None:
+        """See `Sampler.keep_loaded`. `open` has asked each server for its model, but a run may have used it since."""
+        self._version, self._as_started = 0, True
+        for client in self.pool.clients:
+            self._check_start_weights(client)
+
+    def _check_start_weights(self, client: VLLMClient) -> None:
+        held = client.weight_version()
+        if held is not None:
+            raise ServerError(
+                f"{client.url} holds weight version {held}, which a run has given it, in place of those that it was "
+                "started with; start that server again"
+            )
+
+    def recover(self) -> None:
+        """See `Sampler.recover`. Raises: RunStopped on every rank when no server comes back within `retry_s`."""
+        if self._direct is not None:
+            weight_sync = self._config.rollout.server.weight_sync
+            raise RunStopped(
+                f"a policy server was lost, and with weight_sync {weight_sync} the connection that carries weights; "
+                "start the run again with run.resume=auto"
+            )
+
+        def act() -> Mapping[str, str]:
+            # Rank 0 looks at all of them: another rank may have lost one that it has not missed itself.
+            known = self.pool.lost
+            self.pool.agree({c.url: known.get(c.url, "another rank has lost it") for c in self.pool.clients})
+            self.pool.await_one(self._restore)
+            return self.pool.lost
+
+        self.pool.agree(on_rank_zero(act))
+
+    def _restore(self, client: VLLMClient) -> None:
+        """Bring one server to the published version, if it has lost it."""
+        assert self._version is not None
+        if self._as_started:
+            self._check_start_weights(client)
+        elif client.weight_version() == self._version == self._holds.get(client.url):
+            _resume(client, self._version)
+        else:
+            self._update(client)
+
+    def check_version(self) -> None:
+        """For answers that do not say which weights they are of: all servers in service must hold the published ones.
+
+        Raises: ServerLost when one was started again meanwhile.
+        """
+        for client in self.pool.serving:
+            held = client.weight_version()
+            if held != self._version:
+                self.pool.lose(client, problem := f"{client.url} holds version {held}, wanted {self._version}")
+                raise ServerLost(problem)
+
+    def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
+        """See `Sampler.sample`.
+
+        Raises: ServerLost when no server is in service; ServerError for an answer that is not complete and finite;
+            ValueError for a temperature that vLLM would change.
+        """
+        if 0 < sampling.temperature < _COLDEST:
+            raise ValueError(
+                f"the temperature is {sampling.temperature}, but vLLM silently raises it to {_COLDEST}; use 0 (greedy)"
+            )
+
+        def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
+            return self._one_prompt(client, model, prompt, n, iteration, sampling)
+
+        return self.run(prompts, one, at_once=max(1, _AT_ONCE // n))
+
+    def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
+        """`act(client, name of the published model there, job)` for every job; see `ServerPool.run`."""
+        return self.pool.run(jobs, act, at_once, patient=None)
+
+    def _one_prompt(
+        self, client: VLLMClient, model: str, prompt: Prompt, n: int, iteration: int, sampling: Sampling
+    ) -> list[Rollout]:
+        greedy = sampling.temperature == 0
+        answer = client.post(
+            "/inference/v1/generate",
+            {
+                "model": model,
+                "token_ids": list(prompt.token_ids),
+                "sampling_params": {
+                    "n": 1 if greedy else n,
+                    "temperature": sampling.temperature,
+                    "max_tokens": sampling.max_tokens,
+                    "seed": request_seed(sampling.seed, iteration, prompt.id),
+                    # The sampled token's alone; or one more than k, since vLLM cuts a list that begins with that token.
+                    "logprobs": sampling.top_k + 1 if sampling.top_k else 0,
+                    "ignore_eos": True,  # stop at our ids and at no others
+                    "stop_token_ids": sorted(self._eos_ids),
+                    "detokenize": False,
+                },
+            },
+            GenerateAnswer,
+        )
+        where = f"{client.url}, prompt {prompt.id!r}"
+        check_model(answer.model, model, where)
+        try:
+            places = in_order([choice.index for choice in answer.choices], 1 if greedy else n)
+        except ValueError as error:
+            raise ServerError(f"{where}: {error}") from error
+        rollouts = [self._rollout(prompt, answer.choices[place], sampling, where) for place in places]
+        return rollouts * n if greedy else rollouts
+
+    def _rollout(self, prompt: Prompt, choice: Generated, sampling: Sampling, where: str) -> Rollout:
+        token_ids = choice.token_ids or []
+        logprobs = sampled_logprobs(choice, where)
+        check_ids(token_ids, self.vocabulary, where)
+        said, max_tokens = choice.finish_reason, sampling.max_tokens
+        ended = bool(token_ids) and token_ids[-1] in self._eos_ids
+        finish_reason: FinishReason = "stop" if ended else "length"
+        too_long = len(token_ids) > max_tokens or (said == "length" and len(token_ids) != max_tokens)
+        if not token_ids or said != finish_reason or too_long:
+            raise ServerError(
+                f"{where}: a completion of {len(token_ids)} tokens ended with {str(said)[:40]!r}; it must end with an "
+                f"end-of-sequence token ('stop') or after {max_tokens} tokens ('length')"
+            )
+        spans = choice.weight_versions or []
+        ends = [0, *(span.end for span in spans)]
+        if [span.start for span in spans] != ends[:-1] or sorted(set(ends)) != ends or ends[-1] != len(token_ids):
+            raise ServerError(f"{where}: no weight versions, or not one for each of {len(token_ids)} tokens")
+        return Rollout(
+            prompt=prompt,
+            token_ids=tuple(token_ids),
+            logprobs=logprobs,
+            weight_versions=tuple(self._span(span, where) for span in spans),
+            finish_reason=finish_reason,
+            top_ids=likeliest(choice, sampling.top_k) if sampling.top_k else None,
+        )
+
+    def _span(self, span: Span, where: str) -> VersionSpan:
+        if self._as_started:
+            if span.version != "default":
+                raise ServerError(f"{where} was given other weights meanwhile: version {span.version[:40]!r}")
+            return VersionSpan(start=span.start, end=span.end, version=0)
+        return VersionSpan(start=span.start, end=span.end, version=parse_version(span.version, where))
+
+    def close(self) -> None:
+        """Ends the servers that we started; lets go of the others."""
+        self.pool.close()
+        if self._file is not None:
+            self._file.close()
+        if self._direct is not None:
+            self._direct.close()
+        self._file, self._direct = None, None
+
+
+def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:
+    """The log-prob of every sampled token of a completion.
+
+    Raises: ServerError for one that is missing, of another token, or vLLM's stand-in for −inf and NaN.
+    """
+    token_ids = choice.token_ids or []
+    content = (choice.logprobs.content if choice.logprobs is not None else None) or []
+    if len(content) != len(token_ids):
+        raise ServerError(f"{where}: {len(token_ids)} tokens but {len(content)} log-probs")
+    logprobs = []
+    for position, (token, entry) in enumerate(zip(token_ids, content, strict=True)):
+        if entry.token_id != token:
+            raise ServerError(f"{where}: token {position} is {token}, but its log-prob is of token {entry.token_id}")
+        logprobs.append(possible(entry.logprob, f"{where}: the log-prob of token {position}"))
+    return tuple(logprobs)
+
+
+def likeliest(choice: Generated, k: int) -> Tensor:
+    """[L, k] ids: the likeliest tokens at each position of a completion, −1 where it names fewer.
+
+    An entry has the sampled token, which need not be one of them, and then the likeliest ones.
+    """
+    assert choice.logprobs is not None and choice.logprobs.content, "sampled_logprobs was asked first"
+    entries = choice.logprobs.content
+    ids = torch.full((len(entries), k), -1)
+    for row, entry in enumerate(entries):
+        figures = {one.token_id: one.logprob for one in entry.top_logprobs if is_possible(one.logprob)}
+        best = sorted(figures, key=lambda token: (-figures[token], token))[:k]
+        ids[row, : len(best)] = torch.tensor(best)
+    return ids
+
+
+def _pause(client: VLLMClient) -> None:
+    """Wait for what is under way, so that no completion is written by two versions; hold back what comes."""
+    client.order("/pause", query={"mode": "wait"})
+
+
+def _begin_update(client: VLLMClient) -> None:
+    """Also where a trainer that died in the middle of an update left it open: vLLM begins no other one then.
+
+    Only an update that fails closes it, and one without a file does.
+    """
+    try:
+        client.order("/start_weight_update")
+    except ServerLost:
+        raise
+    except ServerError:
+        with contextlib.suppress(ServerError):
+            client.order("/update_weights", {"update_info": {"file": ""}})
+        client.order("/start_weight_update")
+
+
+def _resume(client: VLLMClient, version: int) -> None:
+    client.order("/reset_prefix_cache")  # its keys and values are the old weights'
+    client.order("/resume")
+    held = client.weight_version()
+    if held != version:
+        raise ServerError(f"{client.url} says weight version {held} after an update to {version}")

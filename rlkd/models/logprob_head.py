@@ -1,0 +1,247 @@
+"""Hidden states → log-probs and entropy of given tokens, and divergences, without a [B, T, V] tensor.
+
+The one place that wraps TRL's kernel (not a public API there: the version is pinned), and the one place with the
+shift by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from rlkd.losses import DivergenceKind, among, divergence, renormalised, with_tail
+from rlkd.losses.lm_head import OutputLayer, logit_transform, projected, shaped
+from rlkd.types import Batch
+
+VOCABULARY_CHUNK = 8192
+"""Columns of logits that exist at a time, for up to 4,096 tokens."""
+CHUNK_LOGITS = 2**24
+"""Logits that exist at a time in a divergence: 64 MiB in fp32, about eight times over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A divergence between student and teacher, over the whole vocabulary or some of it."""
+
+    kind: DivergenceKind
+    temperature: float
+    """Of both models."""
+    beta: float = 0.5
+    """Of the JSD."""
+    clip: float | None = None
+    """Cap of each vocabulary entry's share."""
+    support: Literal["full", "given", "student_top_k"] = "full"
+    """given: the tokens `batch.teacher_top_ids`; the others want `batch.teacher_hidden`."""
+    k: int = 0
+    """Of student_top_k."""
+    tail: bool = True
+    """Of the top-k supports: all other tokens count as one more entry; False: they are left out, and the k have all."""
+    blend: float | None = None
+    """TAID: the teacher's logits become (1 − blend) · student + blend · teacher, detached."""
+    ratio_cap: float | None = None
+    """Tokens count as often as `losses.token_ratios` says, with this cap; None: once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What the one forward of an update must give."""
+
+    temperature: float
+    """Logits are divided by it for `logprobs` and `entropy`: the rollout temperature."""
+    entropy: bool = False
+    comparison: Comparison | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOutput:
+    """Per-token results of one forward. Column t speaks of token t given the tokens before it; column 0 is 0."""
+
+    logprobs: Tensor  # [B, T] fp32
+    entropy: Tensor | None = None  # [B, T] fp32
+    divergence: Tensor | None = None
+    """Scalar Σ divergence · ratio · batch.distil_weights, with gradient: it is formed in the forward, chunk by chunk.
+    The ratio is that of `Comparison.ratio_cap`, or 1."""
+    token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
+
+
+def token_logprobs(
+    hidden: Tensor,
+    head: nn.Linear | OutputLayer,
+    input_ids: Tensor,
+    *,
+    temperature: float,
+    config: PreTrainedConfig,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax(z / temperature) at the given tokens, and the entropy of that distribution.
+
+    Args:
+        hidden: [B, T, H], last hidden states of the tokens `input_ids`.
+        head: the output layer, weight [V, H]. Its rows are the tokens that the softmax is over.
+        input_ids: [B, T].
+        temperature: > 0.
+
+    Returns: (log-probs [B, T] fp32, entropy [B, T] fp32 or None). Column t: token t given tokens < t; column 0: 0.
+    """
+    # Imported here: the kernel's package is slow to import, and a config error should not wait for it.
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    rows, columns, width = hidden.shape
+    scale, softcap = logit_transform(config)
+    flat = hidden[:, :-1].reshape(-1, width)
+    targets = input_ids[:, 1:].reshape(-1)
+    outputs = ("entropy",) if entropy else ()
+    chunk = min(VOCABULARY_CHUNK, head.weight.shape[0])
+    result = ChunkedLogProbFunction.apply(
+        flat, head.weight, head.bias, targets, temperature, chunk, softcap, scale, outputs
+    )
+
+    def aligned(values: Tensor) -> Tensor:
+        return torch.nn.functional.pad(values.view(rows, columns - 1), (1, 0))
+
+    return aligned(result[0]), aligned(result[1]) if entropy else None
+
+
+def compared(
+    hidden: Tensor,
+    head: nn.Linear | OutputLayer,
+    batch: Batch,
+    comparison: Comparison,
+    config: PreTrainedConfig,
+    ratios: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Σ divergence · ratio · `batch.distil_weights`, and the divergence of every token that has a weight.
+
+    Only such tokens are looked at, a few at a time. Vocabularies of unequal width (padding of the embeddings; the
+    tokenizers agree) are compared on the columns that both have.
+
+    Args:
+        hidden: [B, T, H], last hidden states of the tokens `batch.input_ids`.
+        head: the student's output layer, weight [V, H].
+        ratios: [B, T], detached, how often each token counts; None: once.
+
+    Returns: (scalar with gradient, [B, T] fp32 without). Column t: token t given tokens < t.
+    """
+    assert batch.distil_weights is not None and batch.teacher_index is not None
+    weights = batch.distil_weights if ratios is None else batch.distil_weights * ratios
+    scale, softcap = logit_transform(config)
+    total = hidden.new_zeros((), dtype=torch.float32)
+    per_token = torch.zeros_like(batch.distil_weights)
+    teachers = range(max(1, len(batch.teacher_layers)))
+    for teacher in teachers:
+        of_teacher = batch.teacher_index == teacher if len(teachers) > 1 else torch.ones_like(batch.teacher_index) > 0
+        row, column = ((batch.distil_weights != 0) & of_teacher[:, None]).nonzero(as_tuple=True)
+        width = head.weight.shape[0]
+        if comparison.support != "given":
+            width = min(width, batch.teacher_layers[teacher].weight.shape[0])
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if width < len(weight):  # a slice's gradient is one more tensor of the layer's size
+            weight, bias = weight[:width], None if bias is None else bias[:width]
+        against = _against(batch, comparison, teacher, row, column, width)
+
+        def values(raw: Tensor, chunk: slice, against: Callable[..., Tensor] = against) -> Tensor:
+            return against(shaped(raw, scale, softcap), chunk)
+
+        part, found = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
+            hidden[row, column - 1], weight, bias, weights[row, column], values
+        )
+        total = total + part
+        per_token[row, column] = found
+    return total, per_token
+
+
+def _against(
+    batch: Batch, comparison: Comparison, teacher: int, row: Tensor, column: Tensor, width: int
+) -> Callable[[Tensor, slice], Tensor]:
+    """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
+    kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
+    assert comparison.blend is None or comparison.support != "given", "a blend wants the teacher's logits"
+
+    def picked(vectors: Tensor, chunk: slice) -> Tensor:
+        """[n, …] of some tokens, on the student's device; the whole stays where it is."""
+        return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
+
+    def by_given_tokens(logits: Tensor, chunk: slice) -> Tensor:
+        assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
+        ids = picked(batch.teacher_top_ids, chunk)
+        log_t = picked(batch.teacher_top_logprobs, chunk).to(logits.dtype)
+        absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
+        log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
+        log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
+        return divergence(log_s, log_t, kind, beta, clip)
+
+    def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
+        assert batch.teacher_hidden is not None
+        theirs = batch.teacher_layers[teacher].logits(picked(batch.teacher_hidden, chunk), width)
+        theirs = theirs.to(logits.dtype)
+        if comparison.blend is not None:
+            theirs = torch.lerp(logits.detach(), theirs, comparison.blend)
+        log_s, log_t = (logits / temperature).log_softmax(-1), (theirs / temperature).log_softmax(-1)
+        if comparison.support == "student_top_k":
+            ids = log_s.detach().topk(min(comparison.k, width), dim=-1).indices
+            log_s, log_t = among(log_s, ids, comparison.tail), among(log_t, ids, comparison.tail)
+        return divergence(log_s, log_t, kind, beta, clip)
+
+    return by_given_tokens if comparison.support == "given" else by_hidden_states
+
+
+class _ChunkedSum(torch.autograd.Function):
+    """Σ_n weights_n · values(logits_n), with logits = hidden · weightᵀ + bias, for [n, V] a chunk of tokens at a time.
+
+    The gradient is formed in the forward, so that no chunk's logits outlive it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        weights: Tensor,  # [N]
+        values: Callable[[Tensor, slice], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        learns = any(ctx.needs_input_grad[:3])
+        total = weights.new_zeros(())
+        found = torch.zeros_like(weights)
+        of_hidden = torch.zeros_like(hidden) if learns else None
+        at_least = torch.promote_types(weight.dtype, torch.float32)
+        of_weight = torch.zeros_like(weight, dtype=at_least) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias, dtype=at_least) if bias is not None and ctx.needs_input_grad[2] else None
+        step = max(1, CHUNK_LOGITS // weight.shape[0])
+        for start in range(0, len(hidden), step):
+            chunk = slice(start, start + step)
+            raw = projected(hidden[chunk], weight, bias)
+            with torch.set_grad_enabled(learns):
+                value = values(raw.requires_grad_(learns), chunk)
+                share = (value * weights[chunk]).sum()
+            total += share.detach()
+            found[chunk] = value.detach()
+            if of_hidden is not None:
+                (slope,) = torch.autograd.grad(share, raw)
+                of_hidden[chunk] = slope.to(weight.dtype) @ weight
+                if of_weight is not None:
+                    of_weight.addmm_(slope.T, hidden[chunk].to(at_least))
+                if of_bias is not None:
+                    of_bias += slope.sum(0)
+        ctx.save_for_backward(of_hidden, of_weight, of_bias)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(found)
+        return total, found
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = ctx.saved_tensors
+        of_weight_dtype, of_bias_dtype = ctx.dtypes
+        return (
+            of_hidden * slope.to(of_hidden.dtype),
+            None if of_weight is None else (of_weight * slope).to(of_weight_dtype),
+            None if of_bias is None else (of_bias * slope).to(of_bias_dtype),
+            None,
+            None,
+        )

@@ -1,0 +1,208 @@
+"""The trained model: a Hugging Face causal LM behind one forward, sharded with FSDP2."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlkd import distributed
+from rlkd.builtin import resolve
+from rlkd.config.schema import LoraConfig, ModelConfig, TrainerConfig
+from rlkd.distributed import RunStopped
+from rlkd.losses import token_ratios
+from rlkd.losses.lm_head import OutputLayer
+from rlkd.models import lora
+from rlkd.models.loader_names import loader_names
+from rlkd.models.loading import check_whole, loading
+from rlkd.models.logprob_head import Needs, PolicyOutput, compared, token_logprobs
+from rlkd.models.output_check import check_output
+from rlkd.models.vocabulary import vocabulary_size
+from rlkd.types import Batch
+
+
+class Student(nn.Module):
+    """Root of the sharding: whatever needs the output layer runs inside its forward."""
+
+    def __init__(self, hf: PreTrainedModel, vocabulary: int, adapters: LoraConfig | None = None):
+        """
+        Args:
+            vocabulary: how many of the output layer's rows stand for tokens (vocabulary.py).
+            adapters: what `hf` has been given by `lora.inject`, if anything.
+        """
+        super().__init__()
+        self.hf = hf
+        self.vocabulary = vocabulary
+        self.adapters = adapters
+        if adapters is not None:
+            self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
+            self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
+
+    def forward(self, batch: Batch, needs: Needs) -> PolicyOutput:
+        """One pass over the batch's rows; per-token tensors, column t about token t given tokens < t.
+
+        Padding is on the right and attention is causal, so real tokens never see it and no mask is passed.
+        """
+        trunk = self.hf.base_model(input_ids=batch.input_ids, use_cache=False)
+        hidden, head = trunk.last_hidden_state, OutputLayer.of(self.hf, self.vocabulary)
+        logprobs, entropy = token_logprobs(
+            hidden,
+            head,
+            batch.input_ids,
+            temperature=needs.temperature,
+            config=self.hf.config,
+            entropy=needs.entropy,
+        )
+        if needs.comparison is None:
+            return PolicyOutput(logprobs=logprobs, entropy=entropy)
+        cap = needs.comparison.ratio_cap
+        old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # the first update moves from itself
+        ratios = None if cap is None else token_ratios(logprobs, old, batch.sampler_logprobs, batch.student_mask, cap)
+        total, per_token = compared(hidden, head, batch, needs.comparison, self.hf.config, ratios)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
+
+    def full_weights(self) -> Mapping[str, Tensor]:
+        """All weights, unsharded, on every rank, under the names in memory, adapters merged. A collective."""
+        weights = _gathered(self.hf)
+        return weights if self.adapters is None else lora.merged(weights, self.adapters)
+
+    def loader_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """`full_weights`, which have the names in memory, under those of a checkpoint's files: what vLLM loads."""
+        return loader_names(self.hf, weights)
+
+    def adapter_weights(self) -> Mapping[str, Tensor]:
+        """The adapters alone, unsharded, on every rank, under the names of PEFT's files. A collective."""
+        weights = _gathered(self)  # whose state is without what is frozen: nothing of that is gathered
+        return lora.peft_names({name.removeprefix("hf."): value for name, value in weights.items()})
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside, the student computes what it did before it was trained, bit for bit."""
+        lora.set_scale(self.hf, 0.0)
+        try:
+            yield
+        finally:
+            lora.set_scale(self.hf, 1.0)
+
+
+def _gathered(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded module, unsharded, on every rank. A collective.
+
+    Through the state dict and never `named_parameters()`, which are stale views after a forward without gradient;
+    without `cpu_offload`, which hands ranks other than 0 an empty dictionary.
+    """
+    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
+    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+
+
+def _leave_out_frozen(student: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
+    """A checkpoint holds the adapters alone: the rest lies at model.path, which a resumed run cannot change."""
+    for name in [name for name in weights if name.startswith(prefix) and not lora.is_adapter(name)]:
+        del weights[name]
+
+
+def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
+    """What `_leave_out_frozen` left out was loaded from model.path."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if lora.is_adapter(name)]
+
+
+def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """The model at `path` (folder, hub id, builtin:…) in evaluation mode, without dropout even in training mode.
+
+    Raises: RunStopped, one line, when it cannot be loaded whole, or rlkd would compute its log-probs wrongly.
+    """
+    folder = resolve(path)
+    with loading(path):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _without_dropout(config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are in the report, by name
+            output_loading_info=True,
+        )
+    hf: PreTrainedModel
+    hf, report = loaded
+    check_whole(hf, path, report)
+    check_output(hf, path)
+    return hf
+
+
+def _without_dropout(config: PreTrainedConfig) -> None:
+    """Set every dropout rate of `config` to 0, those of the configs in it too.
+
+    Evaluation mode is not enough: gradient checkpointing wants the blocks in training mode, and some families (OPT,
+    Falcon, Bloom) call functional dropout in the block itself.
+    """
+    for name, value in list(vars(config).items()):
+        if isinstance(value, PreTrainedConfig):
+            _without_dropout(value)
+        elif "drop" in name and type(value) in (int, float):  # not bool: that is a switch of something else
+            setattr(config, name, type(value)(0))
+
+
+def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, seed: int) -> Student:
+    """Load the student in fp32 and shard it over `mesh` (1-D, data parallel): each block, then the root.
+
+    With `model.lora` it gets adapters, which are a function of `seed`, and all else is frozen.
+
+    The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds it whole.
+    Master weights are fp32 whatever `trainer.precision` says: in bf16 a learning rate of 1e-6 would be rounded away.
+    """
+    hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
+    if model.lora is not None:
+        frozen = lora.unadapted(hf, model.lora)
+        if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
+            print(f"model.lora: no linear layers, so without adapters and frozen: {', '.join(frozen)}", flush=True)
+        lora.inject(hf, model.lora, seed)
+    hf.eval()  # the trained distribution must be the sampled one
+    if model.gradient_checkpointing:
+        if not hf.supports_gradient_checkpointing:
+            raise RunStopped(
+                f"model.gradient_checkpointing: is true, but {type(hf).__name__} has none in transformers; set it to "
+                "false"
+            )
+        hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode
+            module.training = True
+    student = Student(hf, vocabulary_size(model), model.lora)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
+        reduce_dtype=torch.float32,
+        # Else the root would cast log-probs and advantages of the batch to bf16 on the way in.
+        cast_forward_inputs=False,
+    )
+    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
+    for module in blocks(hf):
+        if all(uses[parameter] == 1 for parameter in module.parameters()):  # Zamba's blocks share: the root has those
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    fully_shard(student, mesh=mesh, mp_policy=policy)
+    return student
+
+
+def blocks(hf: PreTrainedModel) -> list[nn.Module]:
+    """The repeated layers of the model, none inside another: the classes that it declares as not to be split, or, where
+    it declares none, the layers that transformers can checkpoint."""
+    names = set(hf._no_split_modules or ())
+    declared = _outermost(hf, lambda module: type(module).__name__ in names)
+    return declared or _outermost(hf, lambda module: isinstance(module, GradientCheckpointingLayer))
+
+
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules under `module` that are `wanted`, each once, without what is inside of one."""
+    found: dict[nn.Module, None] = {}  # ordered
+    for child in module.children():
+        found |= dict.fromkeys([child] if wanted(child) else _outermost(child, wanted))
+    return list(found)

@@ -1,0 +1,1 @@
+"""The left half of the line: from prompts to a Batch."""

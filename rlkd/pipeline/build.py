@@ -1,0 +1,69 @@
+"""Which sampler, teacher and reference a configuration names."""
+
+from __future__ import annotations
+
+import torch
+
+from rlkd.config import schema as configuration
+from rlkd.config.schema import Config, LocalTeacher, NoTeacher, ServedTeacher
+from rlkd.generation.hf import HFSampler
+from rlkd.generation.sampler import Sampler, end_ids
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.generation.vllm_lora import LoraVLLMSampler
+from rlkd.models.vocabulary import vocabulary_size
+from rlkd.teachers import served
+from rlkd.teachers.local import LocalScorer
+from rlkd.teachers.routed import RoutedTeacher
+from rlkd.teachers.self_teacher import SelfTeacher
+from rlkd.teachers.teacher import Teacher
+
+
+def build_sampler(config: Config) -> Sampler:
+    """The sampler that `rollout.backend` names, not yet opened."""
+    if config.rollout.backend == "hf":
+        return HFSampler(config, end_ids(config.model.path))
+    kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
+    return kind(config, end_ids(config.model.path))
+
+
+def build_teacher(config: Config, policy: Sampler) -> Teacher:
+    """The teacher that `teacher.backend` names, not yet opened."""
+    teacher = config.teacher
+    if isinstance(teacher, configuration.RoutedTeacher):
+        return RoutedTeacher(teacher.column, {t.name: _one_teacher(config, t) for t in teacher.teachers})
+    if isinstance(teacher, configuration.SelfTeacher):
+        if teacher.scorer == "local":
+            return SelfTeacher(config)
+        assert isinstance(policy, VLLMSampler), "the configuration was checked"
+        return served.PolicyServerTeacher(policy, end_ids(config.model.path), base=teacher.weights == "fixed")
+    assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
+    return _one_teacher(config, teacher)
+
+
+def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teacher:
+    if isinstance(teacher, LocalTeacher):
+        return LocalScorer(
+            teacher.path,
+            vocabulary=vocabulary_size(config.model),
+            temperature=teacher.temperature,
+            batch_tokens=teacher.batch_tokens,
+            dtype=getattr(torch, teacher.dtype),
+            accelerator=config.trainer.accelerator,
+            attention=config.model.attention,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+    return served.ServedTeacher(config, teacher)
+
+
+def build_reference(config: Config) -> LocalScorer:
+    """The student's frozen start, at the rollout temperature."""
+    return LocalScorer(
+        config.model.path,
+        vocabulary=vocabulary_size(config.model),
+        temperature=config.rollout.temperature,
+        batch_tokens=config.trainer.micro_batch_tokens,
+        dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
+        accelerator=config.trainer.accelerator,
+        attention=config.model.attention,
+        trust_remote_code=config.model.trust_remote_code,
+    )

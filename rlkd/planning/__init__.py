@@ -1,0 +1,1 @@
+"""Before a run: what would stop it, and the memory that it needs."""

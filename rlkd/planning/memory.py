@@ -1,0 +1,315 @@
+"""python -m rlkd.train --estimate[=GIB] …: the memory that a configuration wants, before anything is started.
+
+Reads the models' config.json and no weights. What is resident (weights, optimizer, gradients, copies) is exact up to
+small buffers; activations and temporaries are an estimate, and so is what a library keeps in reserve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from rlkd.algorithms import ALGORITHMS
+from rlkd.builtin import resolve
+from rlkd.config.schema import Config, LocalTeacher, SelfTeacher, ServedTeacher, ServerConfig
+from rlkd.generation.vllm import longest
+from rlkd.models.logprob_head import CHUNK_LOGITS, VOCABULARY_CHUNK
+from rlkd.models.lora import layers, skeleton
+from rlkd.models.student import blocks
+from rlkd.teachers.served import teacher_longest
+
+GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2}
+_TOKEN_CHUNK = 4096
+"""Tokens whose logits TRL's kernel has at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What memory depends on in a model."""
+
+    name: str
+    """Of its architecture."""
+    parameters: int
+    largest_block: int
+    """Parameters of the largest of the repeated layers, the unit of sharding."""
+    outside: int
+    """Parameters outside the repeated layers: embeddings, last norm, output layer."""
+    output_layer: int
+    """Parameters of the output layer's weight, V · H; tied ones stand in `outside` once."""
+    vocabulary: int
+    layers: int
+    hidden: int
+    intermediate: int
+    queries: int
+    """Width of all query heads together."""
+    keys: int
+    """Width of all key heads together, and of all value heads."""
+    dtype: str
+    """That the weights are saved in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some memory, and what it comes from."""
+
+    bytes: float
+    what: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process, and the device that it has to itself."""
+
+    name: str
+    resident: tuple[Part, ...]
+    """Held all the time."""
+    phases: tuple[Part, ...]
+    """One at a time, on top of it."""
+    budget: float = 1.0
+    """Share of the device that it may use."""
+
+    @property
+    def peak(self) -> float:
+        """Bytes."""
+        return sum(part.bytes for part in self.resident) + max((part.bytes for part in self.phases), default=0.0)
+
+
+def shape_of(path: str, trust_remote_code: bool = False) -> Shape:
+    """The shape of the model at `path`, built on the meta device: no weights are read, no memory is used.
+
+    Raises: ValueError, one line, where there is no such model, or one without attention heads.
+    """
+    try:
+        return shape(AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code), trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def shape(config: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
+    """See `shape_of`. Tied weights are one parameter, as in training."""
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    text = config.get_text_config()
+    known: dict[str, Any] = text.to_dict()
+    missing = [name for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size") if name not in known]
+    if missing:
+        raise ValueError(f"{text.model_type} has no {missing[0]}: its memory is not known here")
+    heads = known["num_attention_heads"]
+    head_width = known.get("head_dim") or text.hidden_size // heads
+    per_block = [sum(p.numel() for p in block.parameters()) for block in blocks(hf)]
+    total = sum(p.numel() for p in hf.parameters())
+    return Shape(
+        name=type(hf).__name__,
+        parameters=total,
+        largest_block=max(per_block),
+        outside=total - sum(per_block),
+        output_layer=hf.get_output_embeddings().weight.numel(),
+        vocabulary=text.vocab_size,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        queries=heads * head_width,
+        keys=(known.get("num_key_value_heads") or heads) * head_width,
+        dtype=str(text.dtype or torch.float32).removeprefix("torch."),
+    )
+
+
+def kv_bytes(model: Shape, bytes_each: int) -> int:
+    """Key-value cache of one token: a key and a value of every layer (GQA, arXiv 2305.13245: of fewer heads)."""
+    return 2 * model.layers * model.keys * bytes_each
+
+
+def block_activations(model: Shape, bytes_each: int) -> int:
+    """What autograd keeps of one token in one dense, gated block, in bytes.
+
+    The terms of Korthikanti et al. (arXiv 2205.05198, §4.1) for this block, without dropout and without the scores of
+    attention, which fused attention does not keep: each norm its input in fp32, the normalised and the scaled one;
+    attention its queries, keys, values, output and that output again before the projection; the gate, its activation,
+    the other half and the product.
+    """
+    norms = 2 * model.hidden * (4 + 2 * bytes_each)
+    attention = (3 * model.queries + 2 * model.keys) * bytes_each
+    return norms + attention + 4 * model.intermediate * bytes_each
+
+
+def trainer_place(config: Config) -> Place:
+    """One trainer process: its shard of the student, and whatever else lives beside it.
+
+    FSDP2 (`fully_shard`, arXiv 2304.11277 for the scheme): parameters, gradients and AdamW's two moments in fp32, all
+    sharded. What is outside the blocks stays gathered through forward and backward, a block while it is computed, with
+    the next one on its way.
+    """
+    model = shape_of(config.model.path, config.model.trust_remote_code)
+    ranks = config.world_size
+    shard = model.parameters / ranks
+    split = f"{_billions(model.parameters)} parameters / {ranks}"
+    trained = adapter_parameters(config) if config.model.lora is not None else model.parameters
+    of_trained = split if config.model.lora is None else f"{_billions(trained)} in adapters / {ranks}"
+    resident = [
+        Part(bytes=4 * shard, what="master weights", why=f"4 B · {split}"),
+        Part(bytes=8 * trained / ranks, what="AdamW's moments", why=f"2 · 4 B · {of_trained}"),
+        Part(bytes=4 * trained / ranks, what="gradients", why=f"4 B · {of_trained}"),
+        *_beside(config, model),
+    ]
+    if config.model.lora is not None:
+        resident.append(Part(bytes=4 * trained / ranks, what="adapters", why=f"4 B · {of_trained}"))
+    phases = [
+        _training(config, model),
+        Part(bytes=4 * trained / ranks, what="AdamW steps", why=f"4 B · {of_trained}, a temporary"),
+        *_sampling(config, model),
+    ]
+    published, what = model.parameters, "all weights"
+    if config.publishes_adapter:
+        published, what = trained, "the adapters"
+    if ranks > 1:  # one rank's shard is the whole already
+        phases.append(Part(bytes=4 * published, what="publishing", why=f"{what} in fp32, on every rank"))
+    name = f"student: each of {ranks} trainer processes, {model.name}"
+    return Place(name=name, resident=tuple(resident), phases=tuple(phases))
+
+
+def adapter_parameters(config: Config) -> int:
+    """Of the adapters of `model.lora`: r · (inputs + outputs) of each layer that has one (arXiv 2106.09685, §4.1)."""
+    lora = config.model.lora
+    assert lora is not None
+    hf = skeleton(config.model)
+    weights = [hf.get_parameter(f"{name}.weight") for name in layers(hf, lora)]
+    return sum(lora.r * (outputs + inputs) for outputs, inputs in (weight.shape for weight in weights))
+
+
+def _training(config: Config, model: Shape) -> Part:
+    """Forward and backward of one micro-batch."""
+    each = _BYTES[config.trainer.precision]
+    tokens = config.trainer.micro_batch_tokens
+    gathered = each * (model.outside + 2 * model.largest_block)
+    gradients = each * (model.outside + model.largest_block) + 4 * max(model.outside, model.largest_block)
+    inner = block_activations(model, each)
+    if config.model.gradient_checkpointing:
+        activations = tokens * (each * model.hidden * model.layers + inner)
+    else:
+        activations = tokens * inner * model.layers
+    logits = 4 * model.output_layer + 4 * VOCABULARY_CHUNK * min(tokens, _TOKEN_CHUNK)
+    if config.teachers or isinstance(config.teacher, SelfTeacher):
+        logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see policy_head.py
+    why = (
+        f"gathered weights {_gib(gathered)}, their gradients {_gib(gradients)}, activations of {tokens} tokens "
+        f"{_gib(activations)}, output layer {_gib(logits)}"
+    )
+    return Part(bytes=gathered + gradients + activations + logits, what="training", why=why)
+
+
+def _beside(config: Config, model: Shape) -> list[Part]:
+    """Whole models in every trainer process."""
+    parts = []
+    if ALGORITHMS[config.algorithm.name](config).needs_reference and config.model.lora is None:
+        parts.append(_copy(model, _BYTES[config.trainer.precision], "reference"))
+    for key, teacher in config.teachers:
+        if isinstance(teacher, LocalTeacher):
+            theirs = shape_of(teacher.path, config.model.trust_remote_code)
+            parts.append(_copy(theirs, _BYTES[teacher.dtype], key))
+    if isinstance(config.teacher, SelfTeacher) and config.teacher.scorer == "local":
+        parts.append(_copy(model, _BYTES[config.teacher.dtype], "teacher (self)"))
+        if config.teacher.weights == "ema":
+            parts.append(_copy(model, 4, "teacher's moving average"))
+    if config.rollout.backend == "hf":
+        parts.append(_copy(model, _BYTES[config.trainer.precision], "hf sampler"))
+    return parts
+
+
+def _copy(model: Shape, each: int, whose: str) -> Part:
+    return Part(
+        bytes=each * model.parameters, what=whose, why=f"{each} B · {_billions(model.parameters)} parameters, whole"
+    )
+
+
+def _sampling(config: Config, model: Shape) -> list[Part]:
+    if config.rollout.backend != "hf":
+        return []
+    rows = min(config.rollout.batch_rows, config.rollout.prompts * config.algorithm.group_size // config.world_size)
+    tokens = rows * (config.data.max_prompt_tokens + config.rollout.max_tokens)
+    cache = tokens * kv_bytes(model, _BYTES[config.trainer.precision])
+    return [Part(bytes=cache, what="sampling", why=f"key-value cache of {tokens} tokens")]
+
+
+def server_places(config: Config) -> list[Place]:
+    """One GPU of each kind of vLLM server."""
+    places = []
+    trust = config.model.trust_remote_code
+    if config.rollout.backend == "vllm":
+        policy = config.rollout.server
+        model = shape_of(config.model.path, trust)
+        places += _servers("policy", model, policy, policy.urls, longest(config))
+    for key, teacher in config.teachers:
+        if isinstance(teacher, ServedTeacher):
+            model = shape_of(teacher.path, trust)
+            places += _servers(key, model, teacher.server, teacher.addresses, teacher_longest(config))
+    return places
+
+
+def _servers(role: str, model: Shape, server: ServerConfig, urls: Sequence[str], length: int) -> list[Place]:
+    """Of running servers, how many GPUs share a copy is not known here: the figures are those of one."""
+    if urls:
+        return [server_place(f"{role}: {url}, for one GPU a copy", model, server, 1, length) for url in urls]
+    return [
+        server_place(f"{role}: GPU {', '.join(map(str, gpus)) or 'of the default'}", model, server, len(gpus), length)
+        for gpus in server.devices
+    ]
+
+
+def server_place(name: str, model: Shape, server: ServerConfig, gpus: int, length: int) -> Place:
+    """One of the GPUs that share a copy of the model: an equal part of the weights and of the key and value heads."""
+    gpus, each = max(gpus, 1), _BYTES[model.dtype if server.dtype == "auto" else server.dtype]
+    tokens = server.max_model_len or length
+    weights = Part(
+        bytes=each * model.parameters / gpus,
+        what="weights",
+        why=f"{each} B · {_billions(model.parameters)} parameters / {gpus}",
+    )
+    cache = kv_bytes(model, each) / gpus
+    sequence = Part(
+        bytes=cache * tokens,
+        what="it serves one sequence",
+        why=f"key-value cache of {tokens} tokens, {cache / 1024:.4g} KiB each",
+    )
+    return Place(name=name, resident=(weights,), phases=(sequence,), budget=server.memory)
+
+
+def report(config: Config, device_bytes: float | None) -> str:
+    """A line for each part of the memory, by process, and whether it fits a device of `device_bytes`; None: unknown."""
+    lines = []
+    for place in [trainer_place(config), *server_places(config)]:
+        lines.append(place.name)
+        lines += [f"  {_gib(part.bytes):>10}  {part.what}: {part.why}" for part in place.resident]
+        lines += [f"  {_gib(part.bytes):>10}  while {part.what}: {part.why}" for part in place.phases if part.bytes]
+        lines.append(f"  {_gib(place.peak):>10}  at most at a time{_verdict(place, device_bytes)}")
+    return "\n".join(lines)
+
+
+def _verdict(place: Place, device_bytes: float | None) -> str:
+    if device_bytes is None:
+        return "; the device is not known: --estimate=GIB says how large it is"
+    room = place.budget * device_bytes
+    answer = "fits" if place.peak <= room else "DOES NOT FIT"
+    if place.budget == 1:
+        return f": {answer} in {_gib(room)}"
+    (weights,), (sequence,) = place.resident, place.phases
+    many = max(0, int((room - weights.bytes) / sequence.bytes))
+    return f": {answer} in {place.budget:g} · {_gib(device_bytes)} = {_gib(room)}, {many} such sequences side by side"
+
+
+def device_memory() -> float | None:
+    """Bytes of this machine's first GPU; None without one."""
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
+
+
+def _billions(count: float) -> str:
+    return f"{count / 1e9:.3g}e9"

@@ -1,0 +1,403 @@
+"""What can be known to be wrong before a model is loaded: paths, vocabularies, lengths, data, rewards, servers."""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
+
+from rlkd.algorithms import ALGORITHMS
+from rlkd.builtin import resolve
+from rlkd.config.resume import checkpoints
+from rlkd.config.schema import Config, DataConfig, ServedTeacher, ServerConfig
+from rlkd.data.chat import first_difference, load_tokenizer, mentions
+from rlkd.data.faults import DataError
+from rlkd.data.heldout import heldout
+from rlkd.data.prompts import PromptStream
+from rlkd.data.sources import load_source
+from rlkd.generation.sampler import end_ids
+from rlkd.generation.vllm import longest
+from rlkd.losses.lm_head import logit_transform
+from rlkd.models import lora
+from rlkd.models.vocabulary import embedding_rows, vocabulary_size
+from rlkd.rewards import registry
+from rlkd.rewards.answers import check_answers
+from rlkd.run.export import rehearse
+from rlkd.run.wandb_logger import tracking_problems
+from rlkd.servers.client import ServerError, VLLMClient
+from rlkd.servers.process import server_key
+from rlkd.teachers.served import teacher_longest
+from rlkd.types import Prompt
+
+_ANSWER_S = 5.0
+"""Patience with a server that should be running."""
+
+
+def check(config: Config) -> list[str]:
+    """What would stop the run `config`, one line each with its dotted key; empty: nothing that is known beforehand.
+
+    Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
+    """
+    problems = _run_directory(config) + _devices(config) + tracking_problems(config)
+    wrong = [beta for beta in config.optim.betas if not 0 <= beta < 1]
+    if wrong:
+        problems.append(f"optim.betas: got {wrong[0]:g}, which AdamW refuses; wants two numbers ≥ 0 and < 1")
+    lengths = config.algorithm.trained_lengths(config)
+    student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
+    lengths = config.algorithm.teacher_lengths(config)
+    for key, settings in config.teachers:
+        teacher = _model(f"{key}.path", settings.path, config.model.trust_remote_code, lengths, problems)
+        if teacher is not None and isinstance(settings, ServedTeacher):  # which may write
+            try:
+                end_ids(settings.path)
+            except (ValueError, OSError) as error:
+                problems.append(f"{key}.path: {' '.join(str(error).split())}")
+        difference = first_difference(student, teacher) if student is not None and teacher is not None else None
+        if difference is not None:
+            problems.append(
+                f"{key}.path: {settings.path} has another vocabulary than model.path: {difference}; token "
+                "ids are compared one by one, so both must agree (model.path is the first)"
+            )
+        elif student is not None and teacher is not None:
+            problems += _fewer_rows(config, key, settings.path)
+    if student is not None:
+        problems += _generation(config) + _export(config, student) + _data(config, student)
+    problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
+    return problems + _servers(config)
+
+
+def check_evaluation(config: Config) -> list[str]:
+    """What would stop `rlkd.evaluate`, one line each; empty: nothing that is known beforehand."""
+    if heldout(config) is None:
+        return ["eval.path: got nothing, wants held-out data; give it by eval.path=FILE"]
+    problems = _server_devices(config, teacher=False)
+    lengths = config.algorithm.trained_lengths(config)
+    student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
+    if student is not None:
+        problems += _generation(config) + _data(config, student)
+    problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
+    own = "for a server of the evaluation's own: rollout.server.urls=[] rollout.server.launch=true"
+    return problems + [f"{line}; {own}" if "rollout.server.urls" in line else line for line in _servers(config)]
+
+
+def _fewer_rows(config: Config, key: str, path: str) -> list[str]:
+    """A teacher must have an embedding for every token of the run, which is the student's to say."""
+    tokens, rows = vocabulary_size(config.model), embedding_rows(path, config.model.trust_remote_code)
+    if rows >= tokens:
+        return []
+    return [
+        f"{key}.path: {path} has embeddings for {rows} tokens, but the student uses {tokens}; choose a teacher with as "
+        "many"
+    ]
+
+
+def _generation(config: Config) -> list[str]:
+    """The student must say how completions end and how its logits are made, and have the layers to be adapted."""
+    model = config.model
+    try:
+        end_ids(model.path)
+        known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
+        logit_transform(known)
+        if config.model.lora is not None:
+            frozen = lora.unadapted(lora.skeleton(config.model), config.model.lora)
+            launched = config.publishes_adapter and config.rollout.server.launch and not torch.cuda.is_available()
+            if launched and any("experts" in name.split(".") for name in frozen):
+                raise ValueError(
+                    "model.lora: vLLM serves no adapters of a mixture of experts on a CPU (its kernel for them is a "
+                    "GPU's); use rollout.backend: hf, or a GPU"
+                )
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        return [line if line.startswith("model.") else f"model.path: {line}"]
+    return []
+
+
+def _export(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What would make the export fail when all is trained."""
+    if not config.checkpoint.export:
+        return []
+    try:
+        rehearse(config, tokenizer)
+    except (ValueError, OSError) as error:
+        line = " ".join(str(error).split())
+        return [f"checkpoint.export: the student could not be exported: {line}; correct {config.model.path}"]
+    return []
+
+
+def _run_directory(config: Config) -> list[str]:
+    """Only what a training run writes counts: another rank of this run may just have made the directory."""
+    resume, folder = config.run.resume, Path(config.run_dir)
+    try:
+        above = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
+    except OSError as error:  # a name that is too long
+        return [f"run.dir: {str(folder)[:80]}…: {error.strerror}; choose another run.dir or run.name"]
+    if not above.is_dir():
+        return [f"run.dir: {above} is a file, where the run's directory {folder} should be; choose another run.dir"]
+    if not os.access(above, os.W_OK | os.X_OK):
+        return [f"run.dir: {above} cannot be written to; choose another run.dir, or mend its permissions"]
+    if resume == "never":
+        if Path(folder, "metrics.jsonl").exists() or checkpoints(folder):
+            return [
+                f"run.name: {folder} holds a run already; go on with it by run.resume=auto, or choose another run.name"
+            ]
+    elif resume != "auto" and not Path(resume).is_dir():
+        names = ", ".join(str(path) for path in checkpoints(folder)[-3:])
+        hint = f"; {folder} has {names}" if names else ""
+        return [f"run.resume: no checkpoint {resume}; wants never, auto, or the folder of a checkpoint{hint}"]
+    return []
+
+
+def _devices(config: Config) -> list[str]:
+    problems = []
+    started = int(os.environ.get("WORLD_SIZE", config.world_size))  # set by torchrun
+    if started != config.world_size:
+        problems.append(
+            f"trainer.devices: torchrun started {started} processes, but trainer.devices × trainer.num_nodes is "
+            f"{config.trainer.devices} × {config.trainer.num_nodes}; make them agree"
+        )
+    gpus = torch.cuda.device_count()
+    if config.trainer.accelerator == "gpu" and config.trainer.devices > gpus:
+        problems.append(
+            f"trainer.devices: is {config.trainer.devices} with trainer.accelerator gpu, but this node has {gpus}; "
+            "lower it, or set trainer.accelerator: cpu"
+        )
+    for key, launch in _launched(config).items():
+        if config.trainer.num_nodes > 1 and _is_loopback(launch.host):
+            problems.append(
+                f"{key}.host: is {launch.host}, which the other nodes of trainer.num_nodes = "
+                f"{config.trainer.num_nodes} cannot reach; give an address of the first node, or start servers by "
+                "python -m rlkd.serve and give their urls"
+            )
+    first_node = int(os.environ.get("RANK", "0")) < config.trainer.devices  # which starts the servers
+    return problems + (_server_devices(config) if first_node else [])
+
+
+def _launched(config: Config) -> dict[str, ServerConfig]:
+    """section → settings of the servers that the run starts."""
+    servers: dict[str, ServerConfig] = {"rollout.server": config.rollout.server}
+    if isinstance(config.teacher, ServedTeacher):
+        servers["teacher.server"] = config.teacher.server
+    return {key: server for key, server in servers.items() if server.launch}
+
+
+def _server_devices(config: Config, teacher: bool = True) -> list[str]:
+    """Servers that this machine cannot start, or not all at once."""
+    problems = []
+    gpus = torch.cuda.device_count()
+    have = f"this machine shows {gpus} of them" + (f", 0 to {gpus - 1}" if gpus else "")
+    memory: dict[int, float] = {}
+    """GPU → the share of its memory that the servers so far take."""
+    for key, server in _launched(config).items():
+        if key == "teacher.server" and not teacher:
+            continue
+        if importlib.util.find_spec("vllm") is None:
+            problems.append(f"{key}.launch: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
+        for devices in server.devices:
+            absent = [gpu for gpu in devices if not 0 <= gpu < gpus]
+            if absent:
+                hint = "[[]] is one server on the CPU" if gpus == 0 else "name others"
+                problems.append(f"{key}.devices: names GPU {absent[0]}, but {have}; {hint}")
+            if len(set(devices)) < len(devices):
+                problems.append(f"{key}.devices: {devices} names a GPU twice; each GPU of a server is another one")
+            for gpu in set(devices) or ({0} if gpus else set()):
+                memory[gpu] = memory.get(gpu, 0.0) + server.memory
+    crowded = [gpu for gpu, share in memory.items() if share > 1 and gpu < gpus]
+    if crowded:
+        problems.append(
+            f"rollout.server.devices: the servers on GPU {crowded[0]} may take {memory[crowded[0]]:.3g} times its "
+            "memory together; lower rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
+        )
+    return problems
+
+
+def _model(
+    key: str, path: str, trust_remote_code: bool, lengths: Mapping[str, int], problems: list[str]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None where something is wrong, which is then added to `problems`.
+
+    `lengths`: key → tokens, which together the model must have room for.
+    """
+    try:
+        folder = resolve(path)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+        return None
+    if not Path(folder).is_dir() and (folder[:1] in "/.~" or folder.count("/") > 1):
+        hint = " (~ is not expanded here)" if folder.startswith("~") else ""
+        problems.append(f"{key}: no folder {folder}{hint}")
+        return None
+    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
+        problems.append(f"{key}: {path} has no config.json; wants a model folder in Hugging Face form")
+        return None
+    try:
+        model = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(path, trust_remote_code)
+    except Exception as error:  # a model's files, and code that comes with it, raise anything
+        what = path if Path(folder).is_dir() else f"{path} is no folder here, and as a hub id"
+        problems.append(f"{key}: {what}: {' '.join(str(error).split())[:300]}")
+        return None
+    its_own = trust_remote_code and "AutoModelForCausalLM" in getattr(model, "auto_map", {})
+    if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
+        problems.append(
+            f"{key}: {path} is of type {model.model_type}, which transformers has no causal language model for; wants "
+            "one that writes text from left to right"
+        )
+        return None
+    limit = _positions(model)
+    longest = sum(lengths.values())
+    if limit is not None and longest > limit:
+        problems.append(
+            f"{list(lengths)[-1]}: {' + '.join(lengths)} = {longest}, but {key} {path} has {limit} positions; lower "
+            "one of them"
+        )
+    return tokenizer
+
+
+def _positions(model: Any) -> int | None:
+    """The longest sequence that a model knows; None where its architecture has no such bound."""
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)  # a state-space model has none
+    return None if limit is None else int(limit)
+
+
+def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    problems = _template(config, tokenizer)
+    sources: list[tuple[str, DataConfig]] = [("data.path", config.data)]
+    held_out = heldout(config)
+    if held_out is not None and config.eval.every > 0:
+        sources.append(("eval.path", held_out))
+    try:
+        ends = end_ids(config.model.path)
+    except (ValueError, OSError):
+        ends = ()  # said by _generation
+    for key, source in sources:
+        try:
+            prompts = load_source(source, tokenizer, ends=ends)
+        except DataError as error:
+            problems += [f"{key}: {line}" for line in error.lines]
+            continue
+        problems += _answers(config, key, prompts)
+        try:
+            if key == "data.path":
+                blocks = config.algorithm.sampling_rounds
+                PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # enough of them?
+            _check_embedded(prompts, vocabulary_size(config.model), tokenizer)
+        except ValueError as error:
+            problems.append(f"{key}: {error}")
+    return problems
+
+
+def _check_embedded(prompts: Sequence[Prompt], vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises: ValueError, one line, for token ids in the data that the student has no embedding for."""
+    beyond = {
+        prompt.id: highest
+        for prompt in prompts
+        if (highest := max((*prompt.token_ids, *(prompt.completion or ()), *(prompt.rejected or ())))) >= vocabulary
+    }
+    if beyond:
+        name, token = next(iter(beyond.items()))
+        raise ValueError(
+            f"prompt {name[:80]!r} has token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), but the model has "
+            f"embeddings for {vocabulary} tokens only; resize its embeddings, or take the tokenizer that belongs to it "
+            f"({len(beyond)} prompts have such tokens)"
+        )
+
+
+def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The chat template must have the variables that the config gives it."""
+    names = config.data.template_variables
+    if not names:
+        return []
+    if not config.data.chat_template:
+        return ["data.template_variables: has values, but data.chat_template is false; drop one of the two"]
+    if tokenizer.chat_template is None:
+        return []  # said by load_source
+    return [
+        f"data.template_variables: has {name}, which the chat template of {config.model.path} never reads; correct or "
+        "remove it"
+        for name in names
+        if not mentions(tokenizer, name, tools=config.data.tools_column is not None)
+    ]
+
+
+def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
+    """Answers of `key` that its rewards could not compare with; none where nothing depends on rewards."""
+    if not ALGORITHMS[config.algorithm.name](config).needs_rewards:
+        return []
+    rows = ((prompt.id, prompt.answer) for prompt in prompts)
+    return [f"{key}: {line}" for line in check_answers(config.reward.functions, rows)]
+
+
+def _servers(config: Config) -> list[str]:
+    """Asks servers that should be running already who they are."""
+    asked: list[tuple[str, str, ServerConfig, str, int]] = []
+    policy = config.rollout.server
+    if config.rollout.backend == "vllm":
+        asked += [("rollout.server.urls", url, policy, config.model.path, longest(config)) for url in policy.urls]
+    asked += [
+        (f"{key}.{'url' if teacher.urls == [] else 'urls'}", url, teacher.server, teacher.path, teacher_longest(config))
+        for key, teacher in config.teachers
+        if isinstance(teacher, ServedTeacher)
+        for url in teacher.addresses
+    ]
+    problems = []
+    for key, url, server, path, tokens in asked:
+        if not url.startswith(("http://", "https://")):
+            problems.append(f"{key}: got {url!r}, wants an address such as http://host:8000")
+            continue
+        try:
+            _ask(VLLMClient(url, _ANSWER_S, server_key(server)), path, tokens, trains=key.startswith("rollout"))
+            if not server.allow_open and not _is_loopback(urlsplit(url).hostname or ""):
+                _refuse_open(url)
+        except (ServerError, httpx.InvalidURL) as error:
+            problems.append(f"{key}: {' '.join(str(error).split())}")
+    return problems
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`; a name that does not resolve is nobody's loopback."""
+    try:
+        addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def _refuse_open(url: str) -> None:
+    """Raises: ServerError when whoever reaches the server may change its weights.
+
+    vLLM's own --api-key leaves these routes open.
+    """
+    stranger = VLLMClient(url, _ANSWER_S)
+    try:
+        stranger.order("/weight_info", method="GET")
+    except ServerError:
+        return
+    finally:
+        stranger.close()
+    raise ServerError(
+        f"{url} lets everybody who reaches it change its weights: start it by python -m rlkd.serve, which asks for a "
+        "key on every route, or accept it by server.allow_open=true"
+    )
+
+
+def _ask(client: VLLMClient, path: str, tokens: int, trains: bool) -> None:
+    """Raises: ServerError, one line, when the server is not the one that is wanted."""
+    try:
+        if not client.healthy():
+            raise ServerError(
+                f"no healthy server at {client.url} (GET /health, {_ANSWER_S:g} s); start it, or correct the address"
+            )
+        client.model_card(resolve(path), tokens)
+        if trains:
+            client.weight_version()  # only a server in dev mode takes new weights
+    finally:
+        client.close()

@@ -1,0 +1,1 @@
+"""A run around the line: publishing, evaluation, checkpoints, exports and logs, as callbacks of the trainer."""

@@ -1,0 +1,98 @@
+"""Held-out accuracy during a run: greedy, avg@k and pass@k."""
+
+from __future__ import annotations
+
+import lightning
+
+from rlkd import distributed
+from rlkd.config.schema import Config
+from rlkd.data.heldout import heldout_prompts
+from rlkd.generation.sampler import Sampling
+from rlkd.metrics import Meter
+from rlkd.pipeline.loader import RolloutLoader, check_errors
+from rlkd.training.callback import IterationCallback
+from rlkd.training.module import PolicyModule
+from rlkd.types import Batch, Prompt, ScoredRollout
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """1 − C(n−c, k) / C(n, k): the chance that k of n samples, c of them correct, hold a correct one.
+
+    The unbiased estimator of arXiv 2107.03374, Eq. 1. Raises: ValueError where k of n samples cannot be drawn.
+    """
+    if not 1 <= k <= samples:
+        raise ValueError(f"pass@{k} of {samples} samples: wants 1 ≤ k ≤ samples; sample more, or lower k")
+    if samples - correct < k:
+        return 1.0
+    wrong = 1.0
+    for i in range(samples - correct + 1, samples + 1):
+        wrong *= 1.0 - k / i
+    return 1.0 - wrong
+
+
+def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, strict: bool = True) -> dict[str, float]:
+    """eval/greedy, eval/avg@k and eval/pass@k (k = eval.samples) by the published weights.
+
+    A collective: each rank takes its share of `prompts`. The noise is the same at every evaluation of a run.
+
+    Raises: with `strict`, RunStopped when more rewards failed than `reward.max_error_rate` allows.
+    """
+    mine = prompts[distributed.rank() :: distributed.world_size()]
+    meter, groups = loader.with_servers(lambda: _evaluated(config, loader, mine))
+    if strict:
+        check_errors(groups, config, "evaluation")
+    return meter.reduce()
+
+
+def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tuple[Meter, list[list[ScoredRollout]]]:
+    """The figures of this rank's share, and all that they are of."""
+    meter, scored = Meter(), []
+    plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
+    meter.total("eval/errors", 0.0)
+    for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
+        meter.mean(name, 0.0, 0.0)
+    for plan, n, temperature in plans:
+        if not mine:
+            continue
+        # Another seed than training's, so that no training sample is ever drawn again here.
+        sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
+        groups = loader.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
+        scored += groups
+        for group in groups:
+            known = [s.is_correct(config.reward.correct_at) is True for s in group if s.reward is not None]
+            meter.total("eval/errors", float(len(group) - len(known)))
+            if plan == "greedy":
+                meter.mean("eval/greedy", sum(known), len(known))
+            elif known:
+                meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
+                if len(known) == n:  # of fewer there is no pass@n
+                    meter.mean("eval/pass@k", pass_at_k(n, sum(known), n), 1.0)
+    return meter, scored
+
+
+class Evaluate(IterationCallback):
+    """Evaluates before the first iteration, every `eval.every` iterations and after the last."""
+
+    def __init__(self, config: Config, loader: RolloutLoader):
+        self.config = config
+        self.loader = loader
+        self.prompts = heldout_prompts(config, loader.tokenizer) if config.eval.every else []
+
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        if self.config.eval.every and not self.prompts and distributed.rank() == 0:
+            print(
+                "eval.path: not set, so this run has no held-out accuracy; set it to held-out data of your own (as "
+                "data.path is), or eval.every to 0",
+                flush=True,
+            )
+        if self.prompts and self.loader.iteration == 0:
+            self._evaluate(module)
+
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        done = batch.iteration + 1
+        if self.prompts and (done % self.config.eval.every == 0 or done == self.config.run.iterations):
+            self._evaluate(module)
+
+    def _evaluate(self, module: PolicyModule) -> None:
+        # What training does not depend on does not end it.
+        module.row.update(evaluate(self.config, self.loader, self.prompts, strict=module.needs_rewards))

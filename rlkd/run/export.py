@@ -1,0 +1,123 @@
+"""The student in Hugging Face form, for transformers and vLLM, and its adapter in PEFT's."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
+
+from rlkd import distributed
+from rlkd.builtin import resolve
+from rlkd.config.resume import EXPORT_RECORD
+from rlkd.config.schema import Config, ModelConfig
+from rlkd.models import lora
+from rlkd.models.student import Student
+from rlkd.storage import atomic
+from rlkd.storage.disk_errors import writing
+
+
+def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
+    """Write the student to `<run>/hf`, adapters merged, and its adapter, if it has one, to `<run>/adapter`.
+
+    A collective; rank 0 writes. `<run>/hf` comes last: who finds it finds the rest.
+    """
+    source, folder = config.model, Path(config.run_dir)
+    weights = student.full_weights()
+    adapter = None if source.lora is None else student.adapter_weights()
+
+    def act() -> None:
+        with writing(f"the student, to {folder},"):
+            if adapter is not None and source.lora is not None:
+                lora.write(adapter, source.lora, resolve(source.path), folder / "adapter")
+            dtype = export_dtype(config)
+            export(weights, student.hf.config, tokenizer, source, folder / "hf", iteration, dtype)
+
+    distributed.on_rank_zero(act)
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    """The type of the exported weights: `checkpoint.export_dtype`, or the one in which model.path says that it is.
+
+    A model that does not say keeps the trainer's fp32.
+    """
+    if config.checkpoint.export_dtype != "auto":
+        named: torch.dtype = getattr(torch, config.checkpoint.export_dtype)
+        return named
+    source = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
+    return source.dtype or source.get_text_config().dtype or torch.float32
+
+
+def export(
+    weights: Mapping[str, Tensor],
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    source: ModelConfig,
+    folder: Path,
+    iteration: int,
+    dtype: torch.dtype,
+) -> None:
+    """Write model, tokenizer and generation config to `folder`, whole or not at all.
+
+    Args:
+        weights: full, unsharded, names in memory (`Student.full_weights`). The files have those of a checkpoint.
+        config: of the model.
+        source: what the student came from, for its generation config.
+        folder: replaced when it exists.
+        iteration: how many the weights have seen; `resume.exported` tells it.
+        dtype: of the files; weights that transformers keeps in fp32 stay in it.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    _keep_in_fp32(model, dtype)
+    model.load_state_dict(dict(weights), strict=True)
+    beside = atomic.partial(folder)
+    shutil.rmtree(beside, ignore_errors=True)
+    model.save_pretrained(beside)
+    _write_small_files(model.config, tokenizer, source, beside)
+    (beside / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
+    atomic.share(beside)
+    atomic.remove(folder)
+    beside.rename(folder)
+
+
+def rehearse(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write all of the export but its weights to a folder that is thrown away.
+
+    What transformers refuses to save is then known before the run. Raises: ValueError, OSError of transformers.
+    """
+    model = config.model
+    known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
+    export_dtype(config)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_small_files(known, tokenizer, model, Path(folder))
+
+
+def _write_small_files(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path
+) -> None:
+    """Model config, tokenizer, and the generation config as the source ships it.
+
+    The latter is copied: transformers reads, but refuses to write, one that is greedy and names a temperature, as some
+    chat models have. A source without any leaves the one that transformers derives from the model config.
+    """
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    generation = cached_file(resolve(source.path), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
+    if generation is not None:
+        shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
+
+
+def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what transformers loads in fp32, whatever else it is asked for, that type here too."""
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if any(re.search(pattern, name) for pattern in patterns):
+            tensor.data = tensor.data.float()

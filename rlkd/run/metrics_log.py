@@ -1,0 +1,135 @@
+"""What a run tells while it runs: metrics.jsonl, the loggers of the Trainer, and the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.callbacks import RichProgressBar
+
+from rlkd import distributed
+from rlkd.config.schema import Config
+from rlkd.distributed import RunStopped
+from rlkd.pipeline.loader import RolloutLoader
+from rlkd.storage import atomic
+from rlkd.storage.disk_errors import writing
+from rlkd.training.callback import IterationCallback
+from rlkd.training.module import PolicyModule
+from rlkd.types import Batch
+
+
+class RunLog(IterationCallback):
+    """One row an iteration: to `<run>/metrics.jsonl` and to every logger of the Trainer, at step = iteration.
+
+    Row 0 holds the first evaluation. A resumed run drops the rows after its checkpoint first.
+    """
+
+    def __init__(self, config: Config, loader: RolloutLoader):
+        self.config = config
+        self.loader = loader
+        self.path = Path(config.run_dir, "metrics.jsonl")
+        self._last = 0.0
+        self._written = 0
+        """The iteration of the last row."""
+
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        self._last = time.perf_counter()
+        if distributed.rank() == 0:
+            self._keep_rows_up_to(self.loader.iteration)
+        evaluated = {k: v for k, v in module.row.items() if k.startswith("eval/")}
+        if evaluated:
+            self._write(trainer, {"iteration": 0} | evaluated)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        """Where the run stopped between an iteration's updates and its row: its checkpoint is kept, so is its row."""
+        assert isinstance(pl_module, PolicyModule)
+        unwritten = pl_module.row.get("iteration", 0) > self._written
+        if isinstance(exception, RunStopped) and unwritten and not pl_module.updating:
+            self._log(trainer, pl_module)
+
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        self._log(trainer, module)
+
+    def _log(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        now = time.perf_counter()
+        row = module.row
+        row["time/total"] = now - self._last
+        # An algorithm that learns from given completions, such as SFT, generates none.
+        row["tokens_per_s"] = (row["tokens/generated"] or row["tokens/trained"]) / row["time/total"]
+        self._last = now
+        self._written = int(row["iteration"])
+        self._write(trainer, row)
+
+    def _write(self, trainer: lightning.Trainer, row: dict[str, float]) -> None:
+        distributed.on_rank_zero(lambda: self._append(row))
+        for logger in trainer.loggers:  # rank-zero only by themselves
+            logger.log_metrics(row, step=int(row["iteration"]))
+
+    def _append(self, row: dict[str, float]) -> None:
+        """Raises: RunStopped when the disk does not take it; a resumed run drops a line that is cut off."""
+        with writing(str(self.path)), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+
+    def _keep_rows_up_to(self, iteration: int) -> None:
+        """Truncate metrics.jsonl to what the restored state knows of; nothing for a fresh run."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = []
+        if self.path.exists() and iteration > 0:
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
+        atomic.write(self.path, "".join(kept).encode())
+
+
+SHOWN = ("reward/mean", "accuracy", "loss", "kd/kl", "tokens_per_s", "eval/greedy")
+
+
+def shown(row: dict[str, float]) -> dict[str, str]:
+    """The figures for the console: those of SHOWN that the algorithm has."""
+    return {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
+
+
+class IterationBar(RichProgressBar):
+    """Lightning's Rich bar with the iterations of the run as its length, and our figures."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.iterations = config.run.iterations
+
+    @property
+    def total_train_batches(self) -> int:
+        return self.iterations
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        assert isinstance(pl_module, PolicyModule)
+        return dict(shown(pl_module.row))
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        """Lightning counts epochs, of which a run has one without an end."""
+        return "iteration"
+
+
+class IterationLines(IterationCallback):
+    """One line an iteration, where there is no terminal to draw a bar on."""
+
+    def __init__(self, config: Config):
+        self.iterations = config.run.iterations
+
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        if distributed.rank() == 0:
+            figures = "  ".join(f"{name} {value}" for name, value in shown(module.row).items())
+            print(f"iteration {batch.iteration + 1}/{self.iterations}  {figures}", flush=True)
+
+
+def progress(config: Config) -> list[lightning.Callback]:
+    """The bar on a terminal, lines elsewhere, nothing when `log.progress` is off."""
+    if not config.log.progress:
+        return []
+    return [IterationBar(config) if sys.stdout.isatty() else IterationLines(config)]

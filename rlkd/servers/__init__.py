@@ -1,0 +1,1 @@
+"""vLLM processes: starting, watching, and talking to them."""

@@ -1,0 +1,219 @@
+"""The servers of one role, as one rank uses them: which of them are in service, and which gets which request."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import tenacity
+
+from rlkd import distributed
+from rlkd.config.schema import ServerConfig
+from rlkd.distributed import on_rank_zero
+from rlkd.servers.client import ServerError, ServerLost, VLLMClient
+from rlkd.servers.command import ServerRole
+from rlkd.servers.padding_probe import check_padding
+from rlkd.servers.process import VLLMServer, launch, new_key, server_key, wait_ready
+
+Job = TypeVar("Job")
+Answer = TypeVar("Answer")
+
+
+class ServerPool:
+    """Servers that all hold the same model. Rank 0 starts them, if they are ours; every rank speaks to all of them.
+
+    A server that a request finds gone is out of service until `revive` has succeeded on it. What `revive` does is the
+    role's: a policy's server must be given the weights, a teacher's only be the right one.
+    """
+
+    def __init__(self, role: ServerRole, config: ServerConfig, longest: int) -> None:
+        """
+        Args:
+            longest: tokens of the longest request that will come.
+        """
+        self.role = role
+        self.config = config
+        self.servers: list[VLLMServer] = []
+        """Those that this process has started."""
+        self.clients: list[VLLMClient] = []
+        self._models: dict[str, str] = {}
+        """url → the name of its model there."""
+        self._longest = longest
+        self._lost: dict[str, str] = {}
+        """url → what went wrong."""
+        self._load: dict[str, int] = {}
+        """url → requests under way."""
+        self._changed = threading.Condition()
+        self._key: str | None = None
+
+    # ---- starting and ending ------------------------------------------------------------------------------------
+
+    def start(self, run_dir: str | os.PathLike[str], slots: tuple[int, int]) -> None:
+        """Start the servers that are ours to start; see `launch`. A collective.
+
+        Raises: RunStopped when one cannot be started.
+        """
+
+        def act() -> None:
+            self._key = new_key(self.config)
+            self.servers = launch(self.role, self.config, run_dir=run_dir, slots=slots, key=self._key)
+
+        on_rank_zero(act)
+
+    def open(self, urls: Sequence[str], model: str) -> None:
+        """Connect to our servers, once they answer, or else to those at `urls`. A collective.
+
+        Args:
+            model: see `VLLMClient.model_card`.
+
+        Raises: RunStopped when one does not come up, cannot be reached, or is not fit for its task.
+        """
+        key = server_key(self.config)
+        if self.config.launch:
+            urls, key = on_rank_zero(lambda: (wait_ready(self.servers), self._key))
+        for url in urls:
+            client = VLLMClient(url, self.config.request_timeout_s, key)
+            self.clients.append(client)
+            self._models[client.url] = client.model_card(model, self._longest)
+            self._load[client.url] = 0
+        on_rank_zero(self._check_padding)
+
+    def _check_padding(self) -> None:
+        for client in self.clients:
+            check_padding(client, self._models[client.url], self.role.padding, self.role.samples)
+
+    def close(self) -> None:
+        """Ends the servers that we started; lets go of the others."""
+        for server in self.servers:
+            server.stop()
+        for client in self.clients:
+            client.close()
+        self.servers, self.clients = [], []
+
+    # ---- service ------------------------------------------------------------------------------------------------
+
+    @property
+    def serving(self) -> list[VLLMClient]:
+        """The servers in service."""
+        return [client for client in self.clients if client.url not in self._lost]
+
+    @property
+    def lost(self) -> Mapping[str, str]:
+        """url → why the server is out of service."""
+        return dict(self._lost)
+
+    def agree(self, lost: Mapping[str, str]) -> None:
+        """Take another rank's word for which servers are out of service."""
+        self._lost = dict(lost)
+
+    def lose(self, client: VLLMClient, why: str) -> None:
+        """Take the server out of service, and say so."""
+        with self._changed:
+            if client.url not in self._lost:
+                print(f"{self.role.name} server {client.url} is out of service: {why}", file=sys.stderr, flush=True)
+            self._lost[client.url] = why
+            self._changed.notify_all()
+
+    def revive(self, act: Callable[[VLLMClient], None]) -> None:
+        """Put every lost server back into service on which `act` raises no ServerLost. One attempt each."""
+        for client in self.clients:
+            if client.url in self._lost and client.healthy():
+                try:
+                    act(client)
+                except ServerLost as error:
+                    self._lost[client.url] = str(error)
+                else:
+                    del self._lost[client.url]
+                    print(f"{self.role.name} server {client.url} is in service again", file=sys.stderr, flush=True)
+
+    def await_one(self, act: Callable[[VLLMClient], None]) -> None:
+        """`revive` with growing pauses until a server is in service.
+
+        Raises: ServerError when none is after `retry_s`, or none of ours will be started again.
+        """
+
+        def attempt() -> bool:
+            self.revive(act)
+            if not self.serving and self.servers and all(server.ended for server in self.servers):
+                self.servers[0].check_alive()
+            return bool(self.serving)
+
+        patience = self.config.retry_s
+        try:
+            tenacity.Retrying(
+                retry=tenacity.retry_if_result(lambda one: not one),
+                stop=tenacity.stop_after_delay(patience),
+                wait=tenacity.wait_exponential(multiplier=0.25, max=10.0),
+            )(attempt)
+        except tenacity.RetryError:
+            raise ServerError(
+                f"no {self.role.name} server came back in {patience:g} s (retry_s): {self._why()}"
+            ) from None
+
+    def _why(self) -> str:
+        return "; ".join(self._lost.values())
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        act: Callable[[VLLMClient, str, Job], Answer],
+        at_once: int,
+        patient: Callable[[VLLMClient], None] | None,
+    ) -> list[Answer]:
+        """`act(client, model, job)` for every job, each at one of the servers; the answers in the order of the jobs.
+
+        A job goes to the server with the fewest under way. What a server could not begin with waits here, where
+        another may take it. A job whose server is lost is done again at another.
+
+        Args:
+            at_once: most jobs under way at one server.
+            patient: what revives a lost server; when all are lost, they are waited for. None: ServerLost then.
+
+        Raises: ServerError when a request fails for another reason than a lost server.
+        """
+
+        def one(job: Job) -> Answer:
+            while True:
+                client = self._acquire(at_once, patient)
+                try:
+                    return act(client, self._models[client.url], job)
+                except ServerLost as error:
+                    self.lose(client, str(error))
+                finally:
+                    self._release(client)
+
+        if patient is not None and self._lost:
+            self.revive(patient)
+        with ThreadPoolExecutor(max(1, min(at_once * len(self.clients), len(jobs)))) as pool:
+            try:
+                return list(pool.map(one, jobs))
+            except ServerError:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _acquire(self, at_once: int, patient: Callable[[VLLMClient], None] | None) -> VLLMClient:
+        """A server in service with room for one more, once there is one."""
+        with self._changed:
+            while True:
+                serving = self.serving
+                if not serving and patient is None:
+                    raise ServerLost(f"no {self.role.name} server is in service: {self._why()}")
+                if not serving and patient is not None:
+                    self.await_one(patient)  # the others wait for the lock meanwhile
+                    continue
+                # ranks begin with different servers, so that few jobs on many ranks spread too
+                first = distributed.rank() % len(serving)
+                best = min(serving[first:] + serving[:first], key=lambda client: self._load[client.url])
+                if self._load[best.url] < at_once:
+                    self._load[best.url] += 1
+                    return best
+                self._changed.wait()
+
+    def _release(self, client: VLLMClient) -> None:
+        with self._changed:
+            self._load[client.url] -= 1
+            self._changed.notify_all()

@@ -1,0 +1,220 @@
+"""vLLM servers of our own: started under a guardian, watched, and ended with the run."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shlex
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from rlkd.config.schema import Config, ServedTeacher, ServerConfig
+from rlkd.rollout import guardian
+from rlkd.servers.client import ServerError, VLLMClient
+from rlkd.servers.command import ServerRole, server_command, server_environment
+
+
+class VLLMServer:
+    """One vLLM server process tree on this machine, which listens on `config.host` and asks for its key.
+
+    `VLLMServer(...)` starts it and returns at once; `wait_ready` waits until it answers. It ends with `stop`, or when
+    this process ends in any way (see guardian.py).
+    """
+
+    def __init__(
+        self,
+        role: ServerRole,
+        config: ServerConfig,
+        *,
+        key: str,
+        log_dir: str | os.PathLike[str],
+        devices: Sequence[int] = (),
+        cores: str | None = None,
+    ) -> None:
+        """
+        Args:
+            key: what the server asks of whoever speaks to it.
+            devices: GPU indices; empty: the CPU or the default GPU.
+            cores: the CPU cores of a CPU server, e.g. "4-7".
+        """
+        self.name = role.name
+        self.log = Path(log_dir) / f"{role.name}.log"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with socket.socket() as probe:
+            try:
+                probe.bind((config.host, 0))
+            except OSError as error:
+                raise ServerError(
+                    f"the vLLM server {role.name!r} cannot listen on server.host = {config.host}: {error.strerror}; "
+                    "wants an address of this machine"
+                ) from error
+            port = probe.getsockname()[1]
+        self.url = f"http://{config.host}:{port}"
+        self._timeout_s = config.start_timeout_s
+        self._client = VLLMClient(self.url, timeout_s=config.request_timeout_s, key=key)
+
+        command = server_command(role, config, host=config.host, port=port, tensor_parallel=max(len(devices), 1))
+        variables = server_environment(role, config, host=config.host, key=key, cores=cores)
+        if devices:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
+        arguments = ["--log", str(self.log), "--restarts", str(config.restarts), "--", *command]
+        with open(self.log, "wb") as log:
+            log.write((shlex.join(command) + "\n").encode())
+            log.flush()
+            self._guardian = guardian.start(arguments, log, variables)
+        assert self._guardian.stdout is not None
+        with self._guardian.stdout as said:
+            first_line = said.readline()
+        if not first_line:
+            raise ServerError(self._epitaph("could not be started"))
+        self.pid = int(first_line)
+        """Of the server's first process, which leads its process group; not of one that took its place."""
+
+    @property
+    def guardian_pid(self) -> int:
+        return self._guardian.pid
+
+    def wait_ready(self, timeout: float | None = None) -> None:
+        """Return when the server answers.
+
+        Args:
+            timeout: seconds; None: the configured ones.
+
+        Raises: ServerError, one line and the end of the log, when the server ends or does not answer in time; it is
+            stopped then.
+        """
+        patience = self._timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + patience
+        while not self._client.healthy():
+            code = self._guardian.poll()
+            if code is not None:
+                raise ServerError(self._epitaph(f"ended with exit code {code} before it was ready"))
+            if time.monotonic() > deadline:
+                self.stop()
+                raise ServerError(self._epitaph(f"did not answer within {patience:g} s"))
+            time.sleep(0.25)
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.write(b"answered\n")  # from now on it is started again when it dies
+        self._guardian.stdin.flush()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the server has ended and will not be started again."""
+        return self._guardian.poll() is not None
+
+    def check_alive(self) -> None:
+        """Raises: ServerError, one line and the end of the log, when the server has ended for good."""
+        if self.ended:
+            raise ServerError(self._epitaph(f"ended with exit code {self._guardian.returncode}"))
+
+    def stop(self) -> None:
+        """End the server and everything that it started. May be called twice."""
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.close()
+        try:
+            self._guardian.wait(guardian.GRACE_S + 40.0)
+        except subprocess.TimeoutExpired:
+            self._guardian.kill()  # the kernel then tells the server
+            self._guardian.wait()
+        self._client.close()
+
+    def _epitaph(self, what: str) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        headline = f"the vLLM server {self.name!r} {what}{_cause(lines)}; its log is {self.log}, which ends:"
+        return "\n    ".join([headline, *lines[-8:]])
+
+
+def _cause(log: Sequence[str]) -> str:
+    """The last exception that the log names, or nothing. A validation error says what is wrong in the line after."""
+    for i in reversed(range(len(log))):
+        found = re.search(r"\b[A-Z]\w*(Error|Exception): .+", log[i])
+        if found is not None:
+            more = log[i + 1 : i + 2] if "validation error" in found[0] else []
+            return ": " + " ".join([found[0], *more]).strip()[:300]
+    return ""
+
+
+def cpu_cores(slot: int, slots: int) -> str:
+    """The cores of CPU server number `slot` of `slots` in this run, from the last core down.
+
+    The trainer's own share is the first cores. With fewer cores than servers + 1 they must be shared.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(1, len(cores) // (slots + 1))
+    mine = [cores[(len(cores) - 1 - slot * each - i) % len(cores)] for i in range(each)]
+    return ",".join(str(core) for core in sorted(mine))
+
+
+def server_counts(config: Config) -> tuple[int, int]:
+    """How many servers (of the policy, of the teacher) this run starts."""
+    policy, teacher = config.rollout.server, config.teacher
+    of_policy = len(policy.devices) if config.rollout.backend == "vllm" and policy.launch else 0
+    of_teacher = len(teacher.server.devices) if isinstance(teacher, ServedTeacher) and teacher.server.launch else 0
+    return of_policy, of_teacher
+
+
+def server_key(config: ServerConfig) -> str | None:
+    """The key of servers that run already: the value of the environment variable `key_env`; None: not set."""
+    return os.environ.get(config.key_env) or None
+
+
+def new_key(config: ServerConfig) -> str:
+    """The key of servers that we are about to start: that of the environment, or a fresh one."""
+    return server_key(config) or secrets.token_urlsafe(32)
+
+
+def launch(
+    role: ServerRole, config: ServerConfig, *, run_dir: str | os.PathLike[str], slots: tuple[int, int], key: str
+) -> list[VLLMServer]:
+    """Start one server per entry of `config.devices`, all at once; `wait_ready` comes later.
+
+    Args:
+        slots: (first, all): the number of the first of them among all CPU servers of the run.
+        key: of all of them.
+
+    They are called role.name, or role.name-0, role.name-1 …
+
+    Raises: RuntimeError of the first that cannot be started; none is left running then.
+    """
+    servers: list[VLLMServer] = []
+    try:
+        for i, devices in enumerate(config.devices):
+            servers.append(
+                VLLMServer(
+                    role if len(config.devices) == 1 else replace(role, name=f"{role.name}-{i}"),
+                    config,
+                    key=key,
+                    log_dir=Path(run_dir) / "server",
+                    devices=devices,
+                    cores=cpu_cores(slots[0] + i, slots[1]),
+                )
+            )
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise
+    return servers
+
+
+def wait_ready(servers: Sequence[VLLMServer]) -> list[str]:
+    """The addresses of `servers`, once every one answers.
+
+    Raises: RuntimeError of the first that fails; all are stopped then.
+    """
+    try:
+        for server in servers:
+            server.wait_ready()
+    except BaseException:
+        for server in servers:
+            server.stop()
+        raise
+    return [server.url for server in servers]

@@ -1,0 +1,1 @@
+"""The right half of the line: forward, loss, backward and step, from nothing but a Batch."""

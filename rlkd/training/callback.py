@@ -1,0 +1,35 @@
+"""Lightning's hooks around a batch, as what they are here: the moments between iterations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+
+from rlkd.training.module import PolicyModule
+from rlkd.types import Batch
+
+
+class IterationCallback(lightning.Callback):
+    """Base of our callbacks: typed, and without Lightning's unused arguments."""
+
+    def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        """Before the first iteration; a resumed run is restored by now."""
+
+    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        """After the last update on `batch`; `module.row` has its figures."""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        self.run_started(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(pl_module, PolicyModule)
+        self.iteration_ended(trainer, pl_module, batch)

@@ -1,0 +1,431 @@
+"""PolicyModule: the right half of the line. Forward → loss → backward → step, from nothing but a Batch.
+
+The left half asks it three questions (`rollout`, `teacher_prompt`, `advantages`) and the update a fourth (`needs` and
+`loss`); an algorithm is a subclass that answers them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, get_args
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from rlkd import distributed
+from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
+from rlkd.data.chat import completion_text, decode, load_tokenizer
+from rlkd.distributed import RunStopped
+from rlkd.generation.sampler import Sampler, Sampling
+from rlkd.losses import counts
+from rlkd.metrics import Meter
+from rlkd.models.logprob_head import Needs, PolicyOutput
+from rlkd.models.student import Student, build_student
+from rlkd.teachers.teacher import Teacher
+from rlkd.training.micro_batches import split_by_tokens, updates, weightless
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
+
+RECENT = 20
+"""Updates over which skipped ones are counted."""
+
+SLACK = 4.0
+"""How much sampler and trainer may disagree more after the first update of the weights than before it."""
+
+ALGORITHMS: dict[str, type[PolicyModule]] = {}
+"""algorithm.name → its module."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What an algorithm minimises on one micro-batch: shares of global means, so they add up."""
+
+    total: Tensor  # scalar, with gradient
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """name → scalar without gradient; adds up over micro-batches and ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts over all ranks and micro-batches of one update."""
+
+    tokens: float
+    sequences: float
+    distil_tokens: float
+    distil_sequences: float
+
+
+class PolicyModule(lightning.LightningModule):
+    """Builds and shards the student, and runs the updates of an iteration.
+
+    It is cheap to construct: the model is loaded in `configure_model`. It needs
+    `ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)`, on one device too.
+    """
+
+    Options: ClassVar[type[AlgorithmConfig]]
+    uses_teacher: ClassVar[bool] = False
+    uses_rewards: ClassVar[bool] = True
+    """Whether rewards are computed, be it for the log alone."""
+    masks_failed: ClassVar[bool] = True
+    """Whether a rollout whose reward could not be computed is left out of training."""
+
+    def __init_subclass__(cls) -> None:
+        """Defining an algorithm makes it known to configs under the `name` of its Options."""
+        super().__init_subclass__()
+        if "Options" not in cls.__dict__ or "name" not in cls.Options.__annotations__:
+            return  # a variant without a name of its own, for use from Python or as module:Class
+        for name in get_args(cls.Options.model_fields["name"].annotation):  # none where it is left a plain text
+            assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
+            ALGORITHMS[name] = cls
+
+    def __init__(self, config: Config):
+        super().__init__()
+        if not isinstance(config.algorithm, self.Options):
+            raise ValueError(f"algorithm.name is {config.algorithm.name}, but the module is {type(self).__name__}")
+        self.config = config
+        self.automatic_optimization = False
+        self.student: Student | None = None
+        self.row: dict[str, float] = {}
+        """Figures of the iteration just trained, over all ranks."""
+        self.updating = False
+        """Whether an iteration's updates are under way: what the student is then, is no state to save."""
+        self._first_gaps: list[float] = []
+        """mismatch/mean of the weights that the sampler was given first, and of the first that differ from those."""
+        self.skipped: list[bool] = []
+        """Of the last RECENT updates, which were skipped."""
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
+
+    def decoded(self, token_ids: Sequence[int]) -> str:
+        """`token_ids` as text, every special token included."""
+        return decode(self.tokenizer, token_ids)
+
+    def text(self, rollout: Rollout) -> str:
+        """The completion as rewards and teachers read it: without the end token that stopped it."""
+        return completion_text(self.tokenizer, rollout.token_ids, rollout.finish_reason)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training completions are drawn."""
+        rollout = self.config.rollout
+        return Sampling(temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=self.config.run.seed)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether training depends on rewards: then too many failed ones stop the run. Else they are for the log."""
+        return self.uses_rewards
+
+    @property
+    def teacher_temperature(self) -> float:
+        """At which student and teacher are compared."""
+        assert not isinstance(self.config.teacher, NoTeacher)
+        return self.config.teacher.temperature
+
+    @property
+    def longest_completion(self) -> int:
+        """L_max: the most tokens that a completion can have, whoever writes it."""
+        lengths = self.config.algorithm.trained_lengths(self.config)
+        return sum(lengths.values()) - self.config.data.max_prompt_tokens
+
+    # ---- the four questions -------------------------------------------------------------------------------------
+
+    def rollout(
+        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
+    ) -> list[list[Rollout]]:
+        """What is sampled, by whom? Default: `group_size` completions of each prompt by the student."""
+        size = self.config.algorithm.group_size
+        return policy.sample(prompts, n=size, iteration=iteration, sampling=self.sampling)
+
+    def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
+        """What does the teacher read before the completion? Default: what the student read.
+
+        None: it is not asked, and nothing is distilled on this completion. `group` holds the prompt's other rollouts.
+        """
+        return scored.rollout.prompt.token_ids
+
+    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+        """Whether training on the group could change the student; asked before a teacher is.
+
+        An iteration that may sample more prompts than it trains on prefers such groups. Default: yes.
+        """
+        return True
+
+    def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
+        raise NotImplementedError
+
+    @property
+    def signal(self) -> Signal:
+        """How much the teacher is to say of each token."""
+        return Signal()
+
+    def diagnose(
+        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+    ) -> None:
+        """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the forward must give for `loss`."""
+        return Needs(temperature=self.config.rollout.temperature)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `loss` reads `batch.reference_logprobs`."""
+        return False
+
+    def weigh(self, batch: Batch, counts: Counts) -> Batch:
+        """The batch with `weights` (and `distil_weights`) from the counts of the whole update."""
+        raise NotImplementedError
+
+    def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
+        """What is minimised?"""
+        raise NotImplementedError
+
+    def iteration_ended(self, iteration: int) -> None:
+        """State that lives between iterations moves here; `self.row` is the same on all ranks. Default: none."""
+
+    # ---- the update ---------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if self.student is not None:  # Lightning calls this once a stage
+            return
+        mesh = self.device_mesh
+        if mesh is None:
+            raise ValueError(
+                "rlkd modules want strategy=ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), "
+                "on one device too"
+            )
+        config = self.config
+        self.student = build_student(config.model, config.trainer, mesh["data_parallel"], config.run.seed)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        return torch.optim.AdamW(
+            [parameter for parameter in self.model.parameters() if parameter.requires_grad],
+            lr=optim.lr(0),
+            betas=(optim.betas[0], optim.betas[1]),
+            eps=optim.eps,
+            weight_decay=0.0,  # `_decay` does it
+        )
+
+    @property
+    def model(self) -> Student:
+        assert self.student is not None, "the student exists after configure_model"
+        return self.student
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        """One iteration: every update of this rollout batch. Leaves its figures in `self.row`."""
+        started = time.perf_counter()
+        self.updating = True
+        seed = self.config.run.seed
+        torch.manual_seed(int(np.random.SeedSequence([seed, batch.iteration, distributed.rank()]).generate_state(1)[0]))
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, lightning.pytorch.core.optimizer.LightningOptimizer)
+        lr = self.config.optim.lr(batch.iteration)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = 0.0  # an older checkpoint may have brought another
+        meter = Meter()
+        meter.merge(batch.metrics)
+        meter.maximum("lr", lr)
+        if self.needs_reference and self.config.model.lora is not None:
+            with self.model.without_adapters():  # the reference is in the student: no second copy
+                batch = replace(batch, reference_logprobs=self._own_logprobs(batch))
+        per_iteration = self.config.trainer.updates_per_iteration
+        if per_iteration > 1:
+            batch = self._with_old_logprobs(batch, meter)
+        for part in updates(batch, per_iteration, seed):
+            self._update(part, optimizer, meter)
+        meter.total("tokens/trained", float(batch.completion_mask.sum()))
+        meter.maximum("time/train", time.perf_counter() - started)
+        if self.device.type == "cuda":
+            meter.maximum("memory/peak_gb", torch.cuda.max_memory_allocated() / 2**30)
+        self.row = meter.reduce() | {
+            "iteration": batch.iteration + 1,
+            "update": (batch.iteration + 1) * per_iteration,
+        }
+        self.iteration_ended(batch.iteration)
+        check_finite(self.model, batch.iteration)
+        self.updating = False
+
+    def _update(self, batch: Batch, optimizer: Any, meter: Meter) -> None:
+        """One optimizer step on `batch`, this rank's share of the update."""
+        batch = self._weighed(batch)
+        first = batch.old_logprobs is None
+        sums: dict[str, float] = {}
+        mismatch = Meter()
+        optimizer.zero_grad()
+        for micro in self._micro_batches(batch):
+            output: PolicyOutput = self.model(micro, self.needs)
+            if first:
+                # With one update the policy has not moved since it sampled: its own forward is the old one.
+                micro = replace(micro, old_logprobs=output.logprobs.detach())
+                measure_mismatch(micro, mismatch)
+            loss = self.loss(output, micro, micro.iteration)
+            # FSDP2 averages gradients over the ranks, but the weights are shares of a global sum.
+            self.manual_backward(loss.total * distributed.world_size())
+            for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        if first:
+            self._check_gap(mismatch, batch.iteration)
+            meter.merge(mismatch)
+        sharded = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
+        assert isinstance(sharded, DTensor)
+        norm = float(sharded.full_tensor())  # the same on every rank
+        finite = math.isfinite(norm)
+        if finite:
+            self._decay(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+        self._note_skipped(not finite, norm, batch.iteration)
+        per_iteration = self.config.trainer.updates_per_iteration
+        meter.mean("grad_norm", norm if finite else 0.0, float(finite))
+        meter.maximum("updates/skipped", float(sum(self.skipped)))
+        for name, total in sums.items():
+            meter.total(name, total / per_iteration)
+
+    @torch.no_grad()
+    def _decay(self, lr: float) -> None:
+        """AdamW's decoupled decay, θ ← (1 − lr · weight_decay) θ, of all but vectors: norms and biases have none.
+
+        Not by groups of the optimizer: older checkpoints have one group and could not be loaded.
+        """
+        if self.config.optim.weight_decay > 0:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.dim() > 1:
+                    parameter.mul_(1.0 - lr * self.config.optim.weight_decay)
+
+    def _check_gap(self, mismatch: Meter, iteration: int) -> None:
+        """See `check_mismatch`. `self.row` still holds the figures of the iteration before."""
+        served = self.config.rollout.backend == "vllm"  # in this process a strict load takes over all or fails
+        moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may begin at 0
+        changed = served and len(self._first_gaps) == 1 and moved
+        gap = check_mismatch(mismatch, self.config, iteration, self._first_gaps[0] if changed else None)
+        if gap is not None and (changed or not self._first_gaps):
+            self._first_gaps.append(gap)
+
+    def _note_skipped(self, skipped: bool, norm: float, iteration: int) -> None:
+        """One bad batch costs its update; many stop the run.
+
+        Raises: RunStopped when more than `optim.max_skipped` of the last RECENT updates were skipped.
+        """
+        self.skipped = [*self.skipped, skipped][-RECENT:]
+        if sum(self.skipped) > self.config.optim.max_skipped:
+            raise RunStopped(
+                f"the gradient norm of iteration {iteration + 1} is {norm}: {sum(self.skipped)} of the last "
+                f"{len(self.skipped)} updates had no finite gradient and were skipped, more than optim.max_skipped = "
+                f"{self.config.optim.max_skipped}; check optim.lr and the scale of rewards"
+            )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped"] = self.skipped
+        checkpoint["first_gaps"] = self._first_gaps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = checkpoint["skipped"]
+        self._first_gaps = checkpoint.get("first_gaps", [])  # absent in checkpoints from before there were any
+
+    def _weighed(self, batch: Batch) -> Batch:
+        """Weights from the counts over all ranks: the only place where normalisation is decided."""
+        distil = batch.distil_mask if batch.distil_mask is not None else torch.zeros_like(batch.completion_mask)
+        own = float(batch.student_mask.sum())
+        *total, own = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil), own])
+        over_all = Counts(tokens=total[0], sequences=total[1], distil_tokens=total[2], distil_sequences=total[3])
+        batch = replace(
+            batch,
+            token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0),
+            student_weights=batch.student_mask.float() / max(own, 1.0),
+        )
+        return self.weigh(batch, over_all)
+
+    def _micro_batches(self, batch: Batch) -> list[Batch]:
+        """This rank's micro-batches, filled up with weightless ones to the largest number of any rank.
+
+        FSDP gathers parameters in every forward and backward: a rank with fewer would deadlock the others.
+        """
+        parts = [batch.rows(i) for i in split_by_tokens(batch, self.config.trainer.micro_batch_tokens)]
+        most = int(distributed.all_reduce([float(len(parts))], "max")[0])
+        return parts + [weightless(batch)] * (most - len(parts))
+
+    def _with_old_logprobs(self, batch: Batch, meter: Meter) -> Batch:
+        """The trainer's own log-probs before the first of several updates, and the mismatch with the sampler's."""
+        batch = replace(batch, old_logprobs=self._own_logprobs(batch))
+        mismatch = Meter()
+        measure_mismatch(batch, mismatch)
+        self._check_gap(mismatch, batch.iteration)
+        meter.merge(mismatch)
+        return batch
+
+    @torch.no_grad()
+    def _own_logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] log-probs by the student as it is now. A collective."""
+        own = torch.zeros_like(batch.advantages)
+        needs = Needs(temperature=self.config.rollout.temperature)
+        indices = split_by_tokens(batch, self.config.trainer.micro_batch_tokens)
+        most = int(distributed.all_reduce([float(len(indices))], "max")[0])
+        for index in indices:
+            logprobs = self.model(batch.rows(index), needs).logprobs
+            own[index, : logprobs.shape[1]] = logprobs
+        for _ in range(most - len(indices)):
+            self.model(weightless(batch), needs)
+        return own
+
+
+def check_finite(student: Student, iteration: int) -> None:
+    """Broken weights go nowhere: neither to a sampler nor into a checkpoint. A collective; all raise together.
+
+    Raises: RunStopped naming a tensor that is not finite.
+    """
+    broken = [name for name, p in student.hf.named_parameters() if not distributed.local_part(p).isfinite().all()]
+    if distributed.all_reduce([float(len(broken))])[0]:
+        which = broken[0] if broken else "on another rank"
+        raise RunStopped(
+            f"after iteration {iteration + 1} the weights are not finite: {which}; they were not published, and no "
+            "checkpoint has them. Check optim.lr"
+        )
+
+
+def measure_mismatch(batch: Batch, meter: Meter) -> None:
+    """Add |log-prob by sampler − by trainer| of the student's own tokens, freshly sampled, to `meter`."""
+    assert batch.old_logprobs is not None
+    gap = (batch.old_logprobs - batch.sampler_logprobs).abs()[batch.student_mask].double()
+    meter.mean("mismatch/mean", float(gap.sum()), float(gap.numel()))
+    meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
+
+
+def check_mismatch(meter: Meter, config: Config, iteration: int, at_start: float | None = None) -> float | None:
+    """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
+
+    Args:
+        at_start: where the sampler has the first weights that differ from those it was given at the start, what was
+            returned for those. A sampler that did not take over all of them is wrong by little after one small step, so
+            the bound is then the larger of SLACK · at_start and a tenth of `rollout.max_mismatch`. In bf16 the former
+            is the noise of this model on this hardware, which one step hardly changes; in fp32 the latter counts.
+
+    Returns: mismatch/mean; None where no token was the student's. Raises: RunStopped above the bound.
+    """
+    row = meter.reduce()
+    if "mismatch/mean" not in row:
+        return None
+    gap, bound = row["mismatch/mean"], config.rollout.max_mismatch
+    which = f"rollout.max_mismatch = {bound}"
+    if at_start is not None and max(SLACK * at_start, bound / 10) < bound:
+        bound = max(SLACK * at_start, bound / 10)
+        which = f"{bound:.3g}, the bound for the first changed weights (it was {at_start:.3g} before)"
+    if not gap <= bound:
+        raise RunStopped(
+            f"iteration {iteration + 1}: sampler and trainer disagree by {gap:.3g} nats a token on average, more than "
+            f"{which}; nothing was trained on these samples. The sampler holds other weights than the trainer (was the "
+            "publish whole? is the output layer tied?), or computes otherwise (dtype, chat template, temperature)"
+        )
+    return gap
