@@ -7,11 +7,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+from builders import encode_prompt
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlkd.config.schema import DataConfig
-from rlkd.data.chat import encode_prompt, first_difference, load_tokenizer
+from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source, read_rows
 from rlkd.types import Prompt

@@ -368,9 +368,7 @@ def test_all_problems_at_once():
 
 @pytest.mark.process
 def test_a_worker_imports_nothing_heavy():
-    heavy = (
-        "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
-    )
+    heavy = "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
     code = (
         "import sys; import rlkd.rewards.worker; from rlkd.rewards import registry; registry.resolve('exact_match');"
         f"registry.resolve('math'); print([m for m in '{heavy}'.split() if m in sys.modules])"
@@ -396,6 +394,19 @@ def test_answers_that_math_cannot_use_are_named_before_a_run():
         "'q4' (answer '1/0' makes math-verify raise ValueError: Can't evaluate nan or zoo); and 2 more; "
         "correct them or drop them"
     )
+
+
+def test_an_answer_that_is_too_long_to_be_read_is_named_before_a_run():
+    """Wherever it stands, not only among those that are read."""
+    fractions = [rf"\frac{{{i}}}{{7}}" for i in range(300)]
+    solution = "so " * 1400
+    (line,) = answers("math", *fractions[:150], solution, *fractions[150:])
+    assert line == (
+        f"reward 'math' cannot use the answers of the data: 'q150' (answer '{solution[:40]}' has 4200 characters, more "
+        "than 4000, so it is never read); correct them or drop them"
+    )
+    assert answers("math", solution + r"\boxed{\frac{1}{2}}") == []  # the box is the answer
+    assert answers("exact_match", solution) == []
 
 
 def test_rows_without_an_answer_are_named_before_a_run():

@@ -56,7 +56,7 @@ def line():
     """A loader whose sampler holds the student's start."""
     settings = config("rollout.max_mismatch=0.001")
     loader = RolloutLoader(settings, KDRL(settings))
-    loader.policy = HFSampler(settings, end_ids(settings.model.path))
+    loader.policy = HFSampler(settings, end_ids(settings.model.path, False))
     loader.policy.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
     loader.policy.publish(hf.state_dict(), 0)

@@ -33,6 +33,10 @@ class OPDConfig(AlgorithmConfig):
     )
     mask_eos: bool = Field(False, description="no imitation on the end-of-sequence token, where chat templates differ")
 
+    @property
+    def teacher_writes(self) -> bool:
+        return self.student_share < 1 and self.others == "teacher"
+
     def trained_lengths(self, config: Config) -> dict[str, int]:
         if self.student_share == 1 or self.others == "teacher":
             return super().trained_lengths(config)

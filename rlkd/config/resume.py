@@ -28,6 +28,16 @@ FREE = re.compile(
 )
 """Keys that may change without a word: how long, where and on what a run runs, and what is looked at."""
 
+FORMERLY: Mapping[str, Any] = {
+    "algorithm.context.feedback_beside_sibling": True,
+    "algorithm.ratio_cap": None,
+    "data.special_tokens": "tokens",
+}
+"""Keys whose default is not what a run did before there was the key, and what it did then."""
+
+_ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)")
+"""Keys that say what the rows of the data hold: under other ones their digest is another too."""
+
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
@@ -79,7 +89,7 @@ def changes(config: Config) -> list[str]:
 
     A run that goes on under another learning rate, say, is no longer the run that its directory and its plots say it
     is: such a key must be named in `run.accept_changes`. A key that the checkpoint does not know is a newer one: it is
-    no change as long as it has its default.
+    no change as long as it has its default, or for those of FORMERLY the value that a run without the key went by.
     """
     checkpoint = resume_path(config)
     if checkpoint is None:
@@ -93,6 +103,7 @@ def changes(config: Config) -> list[str]:
             f"run.resume: {checkpoint} is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…"
         ]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
+    before = _formerly(now) | before
     unsaid = tuple(_unsaid(config))
     lines, changed = [], []
     for key in sorted(before.keys() | now.keys()):
@@ -105,7 +116,7 @@ def changes(config: Config) -> list[str]:
                 f"{key}: is {now.get(key, 'absent')}, but {checkpoint.name} was trained with "
                 f"{before.get(key, 'absent')}; put it back, or accept it by run.accept_changes=[{key}]"
             )
-    if not any(key.startswith("data.") for key in changed) and not _accepted(config, "data.path"):
+    if not any(map(_ROWS.fullmatch, changed)) and not _accepted(config, "data.path"):
         lines += _changed_data(config, checkpoint)
     return lines
 
@@ -138,8 +149,20 @@ def _changed_data(config: Config, checkpoint: Path) -> list[str]:
     ]
 
 
+def _formerly(now: Mapping[str, Any]) -> dict[str, Any]:
+    """What of FORMERLY applies to the run `now`, {dotted key: value}.
+
+    The `ratio_cap` of GRPO and its relatives is another key: it is as old as cispo, which alone reads it.
+    """
+    distils = "algorithm.divergence.kind" in now
+    return {key: old for key, old in FORMERLY.items() if key in now and (distils or key != "algorithm.ratio_cap")}
+
+
 def _unsaid(section: Section, place: Any = None, above: str = "") -> Iterator[str]:
-    """Dotted keys with the default of their place; `place`: the section that stands here by default, if any does."""
+    """Keys of `section` that still have their default.
+
+    `place`: the default section here, whose values override the fields' own defaults.
+    """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         default = getattr(place, name) if type(place) is type(section) else field.default

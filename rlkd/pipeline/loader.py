@@ -58,7 +58,8 @@ class RolloutLoader:
         self.algorithm = algorithm
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
-        source = load_source(config.data, self.tokenizer, ends=end_ids(config.model.path))
+        ends = end_ids(config.model.path, config.model.trust_remote_code)
+        source = load_source(config.data, self.tokenizer, ends=ends)
         self.data = source.identity
         if distributed.rank() == 0:
             for note in source.notes:
