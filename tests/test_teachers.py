@@ -8,6 +8,7 @@ import torch
 from builders import config
 
 from rlkd.algorithms import KDRL
+from rlkd.distributed import RunStopped
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampling, end_ids
 from rlkd.models.student import load_causal_lm
@@ -279,10 +280,10 @@ def test_an_unknown_teacher_is_one_clear_error(routed):
     message = r"teacher.column: a prompt has 'whose' = 'medium', but the teachers are called small, large"
     questions = asked(["small", "medium", "large"], QUESTIONS)
     for ask in (partial(routed.score, signal=Signal()), partial(routed.write, sampling=HOT, iteration=0)):
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(RunStopped, match=message) as caught:
             ask(questions)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="'whose' = None"):
+    with pytest.raises(RunStopped, match="'whose' = None"):
         routed.score(QUESTIONS, Signal())
 
 

@@ -62,7 +62,10 @@ class _Missing(ValueError):
 
 
 def read(data: DataConfig, columns: Mapping[str, Any], where: str, number: int, nulls: bool) -> Row | list[Fault]:
-    """The row, or all that is wrong with it. `nulls`: what is null in messages and tools was not in the data."""
+    """The row, or all that is wrong with it.
+
+    `nulls`: whether nulls were filled in by the table format and should be removed.
+    """
     faults: list[Fault] = []
 
     def get(key: str, check: Callable[[Any, str], T]) -> T | None:
