@@ -278,7 +278,7 @@ def hashes(label: str, tensors: dict[str, Any]) -> dict[str, str]:
 
 def run_all(out: Path, names: list[str]) -> int:
     """Write a line for each run. Returns: 1 where one failed."""
-    if not Path("rlkd/train.py").exists():
+    if not Path("rlkd/__init__.py").exists():
         print(f"expected the root of a checkout, got {os.getcwd()}; start the script there", file=sys.stderr)
         return 2
     began = time.monotonic()
