@@ -286,10 +286,12 @@ def run_all(out: Path, names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_A_TIME) as pool:
         data = Path(folder, "data.jsonl")
         write_data(data)
-        lines = list(pool.map(lambda name: perform(name, Path(folder, name), data), names))
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    failed = [line["name"] for line in lines if "failed" in line]
-    print(f"{len(lines)} runs in {time.monotonic() - began:.0f} s; failed: {', '.join(failed) or 'none'}")
+        failed = []
+        with out.open("w", encoding="utf-8") as file:
+            for line in pool.map(lambda name: perform(name, Path(folder, name), data), names):
+                print(json.dumps(line), file=file, flush=True)
+                failed += [line["name"]] if "failed" in line else []
+    print(f"{len(names)} runs in {time.monotonic() - began:.0f} s; failed: {', '.join(failed) or 'none'}")
     return int(bool(failed))
 
 
