@@ -43,6 +43,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlkd
+	$(BIN)/python benchmarks/import_graph.py
 
 clean:
 	rm -rf .venv build *.egg-info
