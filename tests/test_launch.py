@@ -171,7 +171,7 @@ def test_what_is_missing_is_asked_for_in_one_line(environment):
         given.pop(name, None)
         done = subprocess.run([f"launch/{script}"], env=given, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.count("\n") == 1
-        assert re.search(rf": {name}: wants ", done.stderr), done.stderr
+        assert re.search(rf": {name}: expected ", done.stderr), done.stderr
 
 
 def test_a_name_that_means_loopback_on_its_own_machine_is_no_meeting_point(environment):
@@ -179,7 +179,7 @@ def test_a_name_that_means_loopback_on_its_own_machine_is_no_meeting_point(envir
     command, given = ["launch/nodes.sh", *CONFIG], environment | {"NODES": "2", "PROCESSES": "1", "HEAD": "localhost"}
     done = subprocess.run(command, env=given, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("HEAD: localhost is 127.0.0.1 on this machine, where no other can reach it; give an")
+    assert done.stderr.startswith("HEAD: expected an address") and "got localhost, which is 127.0.0.1" in done.stderr
 
 
 def test_slurm_gives_each_role_its_machines_and_ends_with_the_trainers(environment, slurm, monkeypatch):
@@ -207,12 +207,12 @@ def test_slurm_ends_with_the_trainers_own_exit_code(slurm):
     assert slurm(TRAINER_EXIT="4").wait() == 4
     job = slurm(POLICY_NODES="1")
     assert job.wait() == 2
-    assert "got 5, wants TRAINER_NODES + POLICY_NODES + TEACHER_NODES = 2 + 1 + 1; make" in job.output
+    assert "expected TRAINER_NODES + POLICY_NODES + TEACHER_NODES = 2 + 1 + 1, got 5" in job.output
 
 
 def test_slurm_ends_with_a_server(slurm):
     job = slurm(SERVERS_DIE="1", TRAINS_ON="1")
-    assert job.wait() == 1 and "a server ended during the run" in job.output
+    assert job.wait() == 1 and "a server exited during the run" in job.output
 
 
 def test_kubernetes(environment, monkeypatch):
