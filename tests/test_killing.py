@@ -18,10 +18,10 @@ import torch
 from test_run import saved
 
 from rlkd.config.load import load
-from rlkd.config.resume import checkpoints, exported
 from rlkd.config.stages import finished
 from rlkd.reporting.report_page import write_report
 from rlkd.storage import atomic
+from rlkd.storage.run_folder import checkpoints, exported
 from runs import ENV, ROOT, Run, start, train
 
 pytestmark = pytest.mark.process

@@ -2,19 +2,20 @@
 
 import functools
 import json
-from dataclasses import make_dataclass
+from dataclasses import asdict, make_dataclass
 
 import pytest
 from builders import config
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.builtin import resolve
-from rlkd.config.resume import FILE, FREE, changes, save_config, save_data
 from rlkd.config.schema import Config
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.rows import Row
 from rlkd.data.sources import load_source
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.run.resume import FREE, changes
+from rlkd.storage.run_folder import FILE, save_config, save_data
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 
@@ -129,7 +130,7 @@ def with_data(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         old = config(*where[:4])
         save_config(old, folder)
-        save_data(load_source(old.data, load_tokenizer("builtin:student")).identity, folder)
+        save_data(asdict(load_source(old.data, load_tokenizer("builtin:student")).identity), folder)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return changes(config(*where))
 

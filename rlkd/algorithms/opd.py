@@ -12,7 +12,7 @@ from torch import Tensor
 from rlkd.algorithms.advantages import distilled
 from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.data import seeds as noise
+from rlkd.data import seeds
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import (
@@ -77,7 +77,7 @@ class OPD(PolicyModule):
 
     def _is_students(self, prompt: Prompt, iteration: int) -> bool:
         """A coin of λ for each (seed, iteration, prompt)."""
-        draw = noise.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
+        draw = seeds.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
         return bool(draw < self.algorithm.student_share)
 
     def _by_others(self, prompts: Sequence[Prompt], teacher: Teacher | None, iteration: int) -> list[Rollout]:

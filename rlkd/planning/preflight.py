@@ -17,7 +17,6 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.builtin import resolve
-from rlkd.config.resume import checkpoints
 from rlkd.config.schema import Config, DataConfig, ServedTeacher, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
@@ -35,6 +34,7 @@ from rlkd.run.export import rehearse
 from rlkd.run.wandb_logger import tracking_problems
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.process import server_key
+from rlkd.storage.run_folder import checkpoints
 from rlkd.teachers.served import teacher_longest
 from rlkd.types import Prompt
 

@@ -17,13 +17,13 @@ from transformers.utils.hub import cached_file
 
 from rlkd import distributed
 from rlkd.builtin import resolve
-from rlkd.config.resume import EXPORT_RECORD
 from rlkd.config.schema import Config, ModelConfig
 from rlkd.models import lora
 from rlkd.models.student import Student
 from rlkd.models.vocabulary import load_config
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
+from rlkd.storage.run_folder import EXPORT_RECORD
 
 
 def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
@@ -54,7 +54,9 @@ def export_dtype(config: Config) -> torch.dtype:
         named: torch.dtype = getattr(torch, config.checkpoint.export_dtype)
         return named
     source = load_config(config.model.path, config.model.trust_remote_code)
-    return source.dtype or source.get_text_config().dtype or torch.float32
+    dtype = source.dtype or source.get_text_config().dtype or torch.float32
+    assert isinstance(dtype, torch.dtype)  # transformers reads its name
+    return dtype
 
 
 def export(

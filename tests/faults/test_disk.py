@@ -8,7 +8,7 @@ import pytest
 from conftest import assert_same_run, wait_for_rows
 from test_run import arguments
 
-from rlkd.config.resume import checkpoints
+from rlkd.storage.run_folder import checkpoints
 from runs import start, train
 
 pytestmark = [

@@ -10,11 +10,11 @@ from conftest import rows, wait_for_rows
 from test_run import arguments, saved
 
 from rlkd.algorithms import ALGORITHMS, KDRL
-from rlkd.config.resume import checkpoints
 from rlkd.config.stages import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate
 from rlkd.run.fit import run
+from rlkd.storage.run_folder import checkpoints
 from runs import ENV, start, train
 
 

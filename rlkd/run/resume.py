@@ -7,20 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlkd.config.schema import Config, Section
-
-if TYPE_CHECKING:
-    from rlkd.data.sources import Identity
-
-NAME = re.compile(r"iteration-(\d{6,})")
-FILE = "config.json"
-"""In a checkpoint's folder: the configuration that it was trained under."""
-DATA_FILE = "data.json"
-"""Beside it: how many rows of data it was trained on, and their digest. Older checkpoints have none."""
-EXPORT_RECORD = "rlkd.json"
-"""In `<run>/hf`: what transformers does not ask for."""
+from rlkd.data.sources import identity
+from rlkd.storage.run_folder import DATA_FILE, FILE, checkpoints
 
 FREE = re.compile(
     r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
@@ -39,18 +30,6 @@ _ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)")
 """Keys that say what the rows of the data hold: under other ones their digest is another too."""
 
 
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
-    folder = Path(run_dir, "checkpoints")
-    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=iteration_of)
-
-
-def iteration_of(checkpoint: Path) -> int:
-    """How many iterations a checkpoint has seen."""
-    return int(checkpoint.name.removeprefix("iteration-"))
-
-
 def resume_path(config: Config) -> Path | None:
     """The checkpoint that `run.resume` names: none for never, the newest for auto (if any), or that path."""
     if config.run.resume == "never":
@@ -59,27 +38,6 @@ def resume_path(config: Config) -> Path | None:
         whole = checkpoints(config.run_dir)
         return whole[-1] if whole else None
     return Path(config.run.resume)
-
-
-def exported(run_dir: str | Path) -> int:
-    """How many iterations the student in `<run>/hf` has seen; 0 where none was exported."""
-    return seen_by(Path(run_dir, "hf"))
-
-
-def seen_by(student: str | Path) -> int:
-    """How many iterations an exported student, in the folder `student`, has seen; 0 for any other model."""
-    record = Path(student, EXPORT_RECORD)
-    return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.exists() else 0
-
-
-def save_config(config: Config, folder: Path) -> None:
-    """Keep `config` in a checkpoint's folder."""
-    (folder / FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1), encoding="utf-8")
-
-
-def save_data(data: Identity, folder: Path) -> None:
-    """Keep in a checkpoint's folder what the data is that the run reads."""
-    (folder / DATA_FILE).write_text(json.dumps(asdict(data)), encoding="utf-8")
 
 
 def changes(config: Config) -> list[str]:
@@ -131,8 +89,6 @@ def _accepted(config: Config, key: str) -> bool:
 
 def _changed_data(config: Config, checkpoint: Path) -> list[str]:
     """One line where the data is no longer what it was, though the configuration of it is the same."""
-    from rlkd.data.sources import identity  # transformers, which takes seconds
-
     try:
         saved = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
