@@ -28,7 +28,7 @@ quickstart-vllm: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart_vllm.yaml
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" tests/unit tests/integration
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process and not long"
@@ -37,8 +37,7 @@ test-fast: $(STAMP)
 # families of models.
 # Half an hour or more.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/test_two_nodes.py tests/test_families.py \
-		tests/test_served_families.py tests/fuzz
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/nightly tests/integration/runs/test_killing.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
