@@ -37,7 +37,7 @@ test-fast: $(STAMP)
 # families of models.
 # Half an hour or more.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/nightly tests/integration/runs/test_killing.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/nightly tests/integration/run/test_killing.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_run import SMALL, rows, saved
-
-from runs import train
+from run_results import rows, saved
+from runs import SMALL, train
 
 pytestmark = pytest.mark.process
 

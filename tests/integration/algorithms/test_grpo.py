@@ -4,8 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from builders import GRPO, LENGTHS, REWARDS, Captured, config, groups, scored
-from test_module import NO_CLIP, assert_moved, assert_same, own_logprobs
+from builders import (
+    GRPO,
+    LENGTHS,
+    NO_CLIP,
+    REWARDS,
+    Captured,
+    assert_moved,
+    assert_same,
+    config,
+    groups,
+    own_logprobs,
+    scored,
+)
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL

@@ -7,9 +7,8 @@ import json
 import math
 
 import pytest
-from test_run import rows
-
 import runs
+from run_results import rows
 
 pytestmark = pytest.mark.process
 

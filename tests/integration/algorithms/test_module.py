@@ -4,18 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from builders import GRPO, LENGTHS, REWARDS, Captured, assert_same, config, groups
+from builders import GRPO, LENGTHS, NO_CLIP, REWARDS, Captured, assert_moved, assert_same, config, groups, own_logprobs
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
-
-NO_CLIP = "optim.max_grad_norm=1000000.0"
-
-
-def assert_moved(captured):
-    assert max(g.abs().max() for g in captured.gradients.values()) > 1e-3
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "dr_grpo"])
@@ -180,14 +174,6 @@ def test_the_second_of_two_updates_sees_a_ratio():
     assert 0 < two.row["clip_fraction"] < 1
     assert one.row["update"] == 1 and two.row["update"] == 2
     assert one.row["mismatch/mean"] == pytest.approx(two.row["mismatch/mean"], rel=1e-5)
-
-
-def own_logprobs(settings, batch):
-    hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
-    with torch.no_grad():
-        logits = hf(batch.input_ids).logits[:, :-1] / settings.rollout.temperature
-    logprobs = logits.log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    return torch.nn.functional.pad(logprobs, (1, 0))
 
 
 def test_reference_kl_is_zero_at_the_start_and_pulls_back_elsewhere():

@@ -4,9 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from builders import Captured, config, groups, real_batch
-from test_module import assert_moved, assert_same, own_logprobs
-from test_teachers import local
+from builders import Captured, assert_moved, assert_same, config, groups, local_scorer, own_logprobs, real_batch
 
 from rlkd.algorithms import OPD
 from rlkd.config.load import ConfigError
@@ -38,7 +36,7 @@ def settings(*overrides, divergence=None, **algorithm):
 
 @pytest.fixture(scope="module")
 def teacher():
-    return local()
+    return local_scorer()
 
 
 def captured(made, teacher):
@@ -92,7 +90,7 @@ def test_on_policy_the_samplers_top_k_is_the_students(rest):
 
 
 def test_a_student_that_is_its_own_teacher_learns_nothing():
-    own = local("student")
+    own = local_scorer("student")
     for tier in TIERS.values():
         found = captured(settings(divergence=tier), own)
         assert max(g.abs().max() for g in found.gradients.values()) < 1e-5, tier
@@ -102,7 +100,7 @@ def test_the_full_tier_is_the_mean_reverse_kl_by_a_plain_forward(teacher):
     made = settings()
     module = OPD(made)
     rows = [s for group in groups(module, teacher=teacher) for s in group]
-    student, values = local("student"), []
+    student, values = local_scorer("student"), []
     for s in rows:
         ids = torch.tensor([[*s.rollout.prompt.token_ids, *s.rollout.token_ids]])
         log_s, log_t = (

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from runs import ENV, ROOT, train, train_ranks
 
 from rlkd.config.load import ConfigError, load
 from rlkd.training.module import ALGORITHMS
-from runs import ENV, ROOT, train, train_ranks
 
 ALGORITHM = '''
 from dataclasses import replace

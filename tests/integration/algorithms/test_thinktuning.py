@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import Captured, scored
-from test_module import own_logprobs
+from builders import Captured, own_logprobs, scored
 
 from rlkd.algorithms import ThinkTuning, feedback
 from rlkd.algorithms.feedback import PATTERN, FeedbackConfig, parse

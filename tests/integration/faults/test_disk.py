@@ -5,11 +5,10 @@ import shutil
 import subprocess
 
 import pytest
-from faults_runs import assert_same_run, wait_for_rows
-from test_run import arguments
+from run_results import assert_same_run, wait_for_rows
+from runs import arguments, start, train
 
 from rlkd.config.resume import checkpoints
-from runs import start, train
 
 pytestmark = [
     pytest.mark.process,

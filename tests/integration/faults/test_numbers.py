@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from builders import Captured, config, groups
-from faults_runs import rows, wait_for_rows
-from test_run import arguments, saved
+from run_results import rows_so_far, saved, wait_for_rows
+from runs import ENV, arguments, start, train
 
 from rlkd.algorithms import ALGORITHMS, KDRL
 from rlkd.config.resume import checkpoints
@@ -15,7 +15,6 @@ from rlkd.config.stages import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate
 from rlkd.run.fit import run
-from runs import ENV, start, train
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,8 @@ def test_a_run_goes_on_after_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
     monkeypatch.setitem(ALGORITHMS, "kdrl", OnceNan)
     loaded = small(tmp_path / "run")
     run(loaded.config, loaded.text)
-    assert [row["updates/skipped"] for row in rows(tmp_path / "run")] == [0, 1, 1, 1]
-    assert [row["loss"] is None for row in rows(tmp_path / "run")] == [False, True, False, False]
+    assert [row["updates/skipped"] for row in rows_so_far(tmp_path / "run")] == [0, 1, 1, 1]
+    assert [row["loss"] is None for row in rows_so_far(tmp_path / "run")] == [False, True, False, False]
     before, after, last = (saved(tmp_path / "run", done) for done in (1, 2, 4))
     assert all(torch.equal(before[name], after[name]) for name in before), "the update was skipped whole"
     assert any(not torch.equal(after[name], last[name]) for name in after)
@@ -95,10 +94,10 @@ def test_a_run_that_stops_in_an_evaluation_keeps_the_iteration_before_it(tmp_pat
     assert "stopped: evaluation: " in stopped.err.read_text() and "no disk" in stopped.err.read_text()
     (checkpoint,) = checkpoints(folder)
     done = int(checkpoint.name.split("-")[1])
-    assert rows(folder)[-1]["iteration"] == done and "eval/greedy" not in rows(folder)[-1]
+    assert rows_so_far(folder)[-1]["iteration"] == done and "eval/greedy" not in rows_so_far(folder)[-1]
     (tmp_path / "armed").unlink()
     train(arguments(1, folder, f"run.iterations={done + 1}", "run.resume=auto", *settings), tmp_path, env)
-    assert [row["iteration"] for row in rows(folder)] == list(range(done + 2))
+    assert [row["iteration"] for row in rows_so_far(folder)] == list(range(done + 2))
 
 
 @pytest.mark.long
@@ -114,4 +113,4 @@ def test_broken_weights_are_neither_published_nor_saved(tmp_path, monkeypatch):
     with pytest.raises(RunStopped, match=r"after iteration 2 the weights are not finite: model\.norm\.weight"):
         run(loaded.config, loaded.text)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["iteration-000001"]
-    assert [row["iteration"] for row in rows(tmp_path / "run")] == [1]
+    assert [row["iteration"] for row in rows_so_far(tmp_path / "run")] == [1]

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from faults_runs import rows, wait_for_rows
-
+from run_results import rows_so_far, wait_for_rows
 from runs import start
 
 pytestmark = [pytest.mark.server, pytest.mark.process]
@@ -52,13 +51,13 @@ def scene(tmp_path_factory):
     )
     try:
         wait_for_rows(run, folder, 2, seconds=300)
-        group, seen = server_group(folder), len(rows(folder))
+        group, seen = server_group(folder), len(rows_so_far(folder))
         # a row is written after its publish: what comes next is generation
-        kill_when(run, lambda: len(rows(folder)) > seen, group)
-        wait_for_rows(run, folder, len(rows(folder)) + 2, seconds=300)
+        kill_when(run, lambda: len(rows_so_far(folder)) > seen, group)
+        wait_for_rows(run, folder, len(rows_so_far(folder)) + 2, seconds=300)
         group, seen = server_group(folder), {path.name for path in sync.glob("*/weights-*")}
         kill_when(run, lambda: {path.name for path in sync.glob("*/weights-*")} - seen, group)
-        wait_for_rows(run, folder, len(rows(folder)) + 2, seconds=300)
+        wait_for_rows(run, folder, len(rows_so_far(folder)) + 2, seconds=300)
         os.killpg(server_group(folder), signal.SIGKILL)
         assert run.wait(120) is not None
     finally:
@@ -82,7 +81,7 @@ def test_killed_while_it_takes_new_weights(scene):
 
 def test_nothing_was_trained_by_wrong_weights(scene):
     folder, _ = scene
-    trained = rows(folder)
+    trained = rows_so_far(folder)
     assert [row["iteration"] for row in trained] == list(range(1, len(trained) + 1))
     assert all(row["mismatch/max"] < 1e-3 and row["staleness/mean"] == 0 for row in trained)
     for dump in (folder / "rollouts").glob("*.jsonl"):
@@ -96,7 +95,7 @@ def test_killed_once_too_often(scene):
     assert run.returncode == 1
     said = [line for line in run.err.read_text().splitlines() if line.startswith("stopped: ")]
     assert len(said) == 1 and said[0].startswith("stopped: the vLLM server 'policy' ended with exit code 137")
-    done = rows(folder)[-1]["iteration"]
+    done = rows_so_far(folder)[-1]["iteration"]
     assert f"stopped: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration-{done:06d}"]
     with pytest.raises(AssertionError, match="no server"):

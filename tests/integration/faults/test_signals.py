@@ -6,10 +6,8 @@ import time
 
 import psutil
 import pytest
-from faults_runs import assert_same_run, rows, wait_for_rows
-from test_run import TORCHRUN, arguments, saved
-
-from runs import ENV, start, start_ranks, train
+from run_results import assert_same_run, rows_so_far, saved, wait_for_rows
+from runs import ENV, TORCHRUN, arguments, start, start_ranks, train
 
 pytestmark = pytest.mark.process
 
@@ -59,7 +57,7 @@ def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
         for rank in ranks:
             rank.kill()
     (checkpoint,) = (folder / "checkpoints").iterdir()
-    assert int(checkpoint.name.split("-")[1]) == rows(folder)[-1]["iteration"]
+    assert int(checkpoint.name.split("-")[1]) == rows_so_far(folder)[-1]["iteration"]
 
 
 def torchrun(folder, *overrides):
@@ -71,7 +69,7 @@ def torchrun(folder, *overrides):
 
 def wait_until_logged(run, folder, count):
     deadline = time.monotonic() + 120
-    while len(rows(folder)) < count:
+    while len(rows_so_far(folder)) < count:
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()[0][-3000:]
         time.sleep(0.05)
 
@@ -86,15 +84,15 @@ def test_a_rank_killed_under_torchrun_costs_only_what_was_not_saved(tmp_path):
         second.kill()
         while psutil.pid_exists(second.pid):
             time.sleep(0.05)
-        before = len(rows(folder))
+        before = len(rows_so_far(folder))
         wait_until_logged(run, folder, before + 2)
         run.send_signal(signal.SIGTERM)  # torchrun's own exit code is 1 then, by its design
         output, _ = run.communicate(timeout=60)
     finally:
         run.kill()
-    done = rows(folder)[-1]["iteration"]
+    done = rows_so_far(folder)[-1]["iteration"]
     assert f"signal: saved iteration {done}; go on with run.resume=auto" in output
-    assert [row["iteration"] for row in rows(folder)] == list(range(1, done + 1))
+    assert [row["iteration"] for row in rows_so_far(folder)] == list(range(1, done + 1))
     straight = tmp_path / "straight"
     command = arguments(2, straight, f"run.iterations={done}", "checkpoint.every=1")
     for rank in (ranks := start_ranks(2, command, tmp_path)):

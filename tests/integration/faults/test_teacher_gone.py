@@ -7,10 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults_runs import assert_same_run, wait_for_rows
-from test_run import arguments
-
-from runs import start, train
+from run_results import assert_same_run, wait_for_rows
+from runs import arguments, start, train
 
 pytestmark = pytest.mark.process
 

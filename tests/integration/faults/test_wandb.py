@@ -1,10 +1,8 @@
 """Weights & Biases is out of reach."""
 
 import pytest
-from faults_runs import assert_same_run
-from test_run import arguments
-
-from runs import ENV, train
+from run_results import assert_same_run
+from runs import ENV, arguments, train
 
 pytestmark = pytest.mark.process
 

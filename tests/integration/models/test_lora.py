@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 from builders import GRPO, Captured, assert_same, config, groups
+from run_results import rows
+from runs import RECIPE, arguments, train_small
 from safetensors.torch import load_file
-from test_run import arguments, rows, train
-from test_served_families import EXPERTS, FAMILIES, SIZES
-from test_stages import RECIPE
+from served_families import EXPERTS, FAMILIES, SIZES
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from vllm_fixtures import save_model
@@ -305,7 +305,7 @@ def test_adapters_learn(tmp_path):
 def test_two_ranks_agree_with_one(tmp_path):
     """Four prompts in micro-batches of three rows, so that the ranks need unequal numbers of them."""
     same = ("run.iterations=2", "optim.lr=0.003", "log.rollouts_every=0")
-    train(2, tmp_path / "two", LORA, *same)
+    train_small(2, tmp_path / "two", LORA, *same)
     assert main(arguments(1, tmp_path / "one", LORA, *same)) == 0
     one, two = (load_file(tmp_path / name / "adapter" / lora.FILE) for name in ("one", "two"))
     assert_same(one, two, 1e-5)

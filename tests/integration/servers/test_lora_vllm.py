@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import config
-from test_run import rows
+from run_results import rows
 from vllm_fixtures import KEY, true_logprobs
 
 from rlkd.builtin import resolve

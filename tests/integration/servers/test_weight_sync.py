@@ -14,12 +14,10 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
-from vllm_fixtures import EOS, KEY, prompts, run_config, tiny_model, true_logprobs
+from transformers import MixtralConfig, MixtralForCausalLM
+from vllm_fixtures import EOS, KEY, SAMPLING, mismatch, opened, prompts, tiny_model
 
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampling
-from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.loader_names import loader_names
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer
@@ -28,25 +26,6 @@ from rlkd.teachers.teacher import Question
 from rlkd.types import Signal
 from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
 from rlkd.weight_sync.weight_file import WeightFile
-
-SAMPLING = Sampling(temperature=1.0, max_tokens=16, seed=0)
-
-
-def mismatch(sampler: VLLMSampler, model: PreTrainedModel, version: int) -> float:
-    """Largest |log-prob by server − by model| on fresh samples, all of which must be of `version`."""
-    worst = 0.0
-    for group in sampler.sample(prompts(4), n=4, iteration=0, sampling=SAMPLING):
-        for rollout in group:
-            assert [span.version for span in rollout.weight_versions] == [version]
-            truth = true_logprobs(model, rollout.prompt.token_ids, rollout.token_ids)
-            worst = max(worst, float((torch.tensor(rollout.logprobs) - truth).abs().max()))
-    return worst
-
-
-def opened(policy_path: str, server: VLLMServer) -> VLLMSampler:
-    sampler = VLLMSampler(run_config(policy_path, server.url), eos_ids=[EOS])
-    sampler.open()
-    return sampler
 
 
 @pytest.mark.server

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_divergence import PLAIN, batch_of, gradients, normal, reference
+from divergence_reference import PLAIN, batch_of, gradients, normal, reference
 from transformers import CohereConfig, Gemma2Config
 
 from rlkd.losses import among, divergence, generalized_jsd, with_tail

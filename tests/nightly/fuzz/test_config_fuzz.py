@@ -10,7 +10,7 @@ import yaml
 from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from test_configs import files
+from runs import config_files
 from trees import at, walk
 
 from rlkd.algorithms import ALGORITHMS
@@ -80,7 +80,7 @@ ODD = [
 @functools.cache
 def command(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the files that stand before it, what must be given) by the command in a config's header."""
-    before = files(config)[:-1]
+    before = config_files(config)[:-1]
     try:
         load_stages([*before, str(config)], [])
     except ConfigError as error:

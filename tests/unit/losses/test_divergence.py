@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from transformers import CohereConfig, Gemma2Config, LlamaConfig
+from divergence_reference import PLAIN, batch_of, gradients, normal, reference
+from transformers import CohereConfig, Gemma2Config
 
 from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.losses import among, divergence, renormalised, with_tail
@@ -14,7 +15,6 @@ from rlkd.losses.divergence import summands
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import logprob_head as policy_head
 from rlkd.models.logprob_head import Comparison, compared
-from rlkd.types import Batch
 
 B, T, V, H, H_TEACHER = 3, 6, 11, 7, 5
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
@@ -25,11 +25,6 @@ SUPPORTS = [
     ("student_top_k", True),
     ("student_top_k", False),
 ]
-PLAIN = LlamaConfig()
-
-
-def normal(seed, *shape, dtype=torch.float64, scale=1.0):
-    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def head(seed=0, vocabulary=V, bias=True, dtype=torch.float64):
@@ -51,27 +46,6 @@ def weights_of_tokens(dtype=torch.float64):
     return weights
 
 
-def batch_of(weights, **changes):
-    rows, columns = weights.shape
-    on = weights != 0
-    filled = {
-        "iteration": 0,
-        "input_ids": torch.zeros(rows, columns, dtype=torch.int64),
-        "lengths": torch.full((rows,), columns),
-        "completion_mask": on,
-        "student_mask": on,
-        "authors": torch.zeros(rows, columns, dtype=torch.int64),
-        "sampler_logprobs": torch.zeros(rows, columns),
-        "advantages": torch.zeros(rows, columns),
-        "rewards": torch.zeros(rows),
-        "weight_version": torch.zeros(rows, dtype=torch.int64),
-        "teacher_index": torch.zeros(rows, dtype=torch.int64),
-        "distil_mask": on,
-        "distil_weights": weights,
-    }
-    return Batch(**(filled | changes))
-
-
 def with_teacher(weights, theirs, comparison, hidden=None, width=V):
     """A batch whose teacher has hidden states, and says its top k where the comparison asks for that."""
     hidden = normal(20, *weights.shape, theirs.weight.shape[1]) if hidden is None else hidden
@@ -85,31 +59,6 @@ def with_teacher(weights, theirs, comparison, hidden=None, width=V):
     )
 
 
-def reference(logits_s, logits_t, comparison):
-    """[..., V] logits of both → [...], by the definitions in probabilities; nothing shared with the code under test."""
-    if comparison.blend is not None:
-        logits_t = (1 - comparison.blend) * logits_s.detach() + comparison.blend * logits_t
-    s, t = (torch.softmax(z / comparison.temperature, -1) for z in (logits_s, logits_t.detach()))
-    if comparison.support != "full":
-        ids = (t if comparison.support == "given" else s.detach()).topk(comparison.k).indices
-        s, t = s.gather(-1, ids), t.gather(-1, ids)
-        if comparison.tail:
-            s, t = (torch.cat([p, 1 - p.sum(-1, keepdim=True)], -1) for p in (s, t))
-        else:
-            s, t = (p / p.sum(-1, keepdim=True) for p in (s, t))
-    if comparison.kind == "forward_kl":
-        terms = t * torch.log(t / s)
-    elif comparison.kind == "reverse_kl":
-        terms = s * torch.log(s / t)
-    else:
-        beta = comparison.beta
-        mixed = beta * t + (1 - beta) * s
-        terms = beta * t * torch.log(t / mixed) + (1 - beta) * s * torch.log(s / mixed)
-    if comparison.clip is not None:
-        terms = torch.minimum(terms, torch.tensor(comparison.clip, dtype=terms.dtype))
-    return terms.sum(-1)
-
-
 def naive(hidden, output, batch, theirs, teacher_hidden, comparison, width=V):
     """Σ weight · divergence with all logits at once. Column t is predicted from the student's hidden state t − 1."""
     logits_s = torch.roll(output(hidden), 1, dims=1)[..., :width]
@@ -117,10 +66,6 @@ def naive(hidden, output, batch, theirs, teacher_hidden, comparison, width=V):
     values = reference(logits_s, logits_t, comparison)
     on = batch.distil_weights != 0
     return (torch.where(on, values, 0.0) * batch.distil_weights).sum(), torch.where(on, values, 0.0).detach()
-
-
-def gradients(value, *inputs):
-    return torch.autograd.grad(value, inputs, retain_graph=True)
 
 
 def assert_close(got, wanted, tolerance=1e-10):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import config
 from safetensors import safe_open
-from test_served_families import FAMILIES, trained
+from served_families import FAMILIES, trained
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_fixtures import save_model
 

@@ -7,10 +7,10 @@ import sys
 
 import pytest
 from builders import config
+from runs import ENV, train
 
 from rlkd.run.evaluation import Evaluate
 from rlkd.run.metrics_log import shown
-from runs import ENV, train
 
 SFT = ("algorithm={name: sft}", "teacher=null", "data.completion_column=answer", "data.max_completion_tokens=16")
 FEW = ("run.iterations=2", "rollout.prompts=4", "eval.every=0")

@@ -4,10 +4,9 @@ import json
 
 import pytest
 from builders import config
-from test_run import arguments
+from runs import ENV, arguments, train
 
 from rlkd.run.wandb_logger import COLUMNS, tracking_problems
-from runs import ENV, train
 
 
 @pytest.mark.process

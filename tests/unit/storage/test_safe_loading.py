@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 import torch
-from test_run import arguments, saved
+from run_results import saved
+from runs import arguments, start, train
 
 from rlkd.distributed import RunStopped
 from rlkd.storage.safe_loading import METADATA, check_index
-from runs import start, train
 
 pytestmark = pytest.mark.process
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from builders import config
+from builders import config, local_scorer
 
 from rlkd.algorithms import KDRL
 from rlkd.generation.hf import HFSampler
@@ -14,7 +14,6 @@ from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.build import build_reference, build_sampler, build_teacher
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
-from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
@@ -80,21 +79,6 @@ def test_parity_finds_a_sampler_with_other_weights(line):
         check_parity(loader.config, loader.prompts.take(0, 8), loader.policy, start, None)
 
 
-def local(name="teacher", **changes):
-    filled = {
-        "vocabulary": 56,
-        "temperature": 1.0,
-        "batch_tokens": 4096,
-        "dtype": torch.float32,
-        "accelerator": "cpu",
-        "attention": None,
-        "trust_remote_code": False,
-    }
-    made = LocalScorer(f"builtin:{name}", **(filled | changes))
-    made.open()
-    return made
-
-
 def plain_distribution(hf, question, temperature=1.0):
     """[L, V] log-probs that each completion token is drawn from."""
     ids = torch.tensor([[*question.prompt, *question.completion]])
@@ -105,7 +89,7 @@ def plain_distribution(hf, question, temperature=1.0):
 @pytest.mark.parametrize("batch_tokens", [16, 4096])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_top_k_is_a_plain_forwards(temperature, batch_tokens):
-    teacher = local(temperature=temperature, batch_tokens=batch_tokens)
+    teacher = local_scorer(temperature=temperature, batch_tokens=batch_tokens)
     for k in (5, 1000):  # the vocabulary has 56
         for question, scores in zip(QUESTIONS, teacher.score(QUESTIONS, Signal(tier="top_k", k=k)), strict=True):
             truth = plain_distribution(teacher.hf, question, temperature)
@@ -119,7 +103,7 @@ def test_top_k_is_a_plain_forwards(temperature, batch_tokens):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_given_tokens_are_scored_as_by_a_plain_forward(temperature):
-    teacher = local(temperature=temperature)
+    teacher = local_scorer(temperature=temperature)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randint(0, 56, (len(q.completion), 4), generator=generator) for q in QUESTIONS]
     given[1][0, 2], given[1][1, 3] = -1, 60  # no token, and a row of the student's embeddings that the teacher lacks
@@ -136,7 +120,7 @@ def test_given_tokens_are_scored_as_by_a_plain_forward(temperature):
 
 @pytest.mark.parametrize("batch_tokens", [16, 4096])
 def test_hidden_states_give_the_distribution_through_the_output_layer(batch_tokens):
-    teacher = local(batch_tokens=batch_tokens)
+    teacher = local_scorer(batch_tokens=batch_tokens)
     (layer,) = teacher.layers()
     for question, scores in zip(QUESTIONS, teacher.score(QUESTIONS, Signal(tier="hidden")), strict=True):
         got = layer.logits(scores.hidden, 56).log_softmax(-1)
@@ -146,7 +130,7 @@ def test_hidden_states_give_the_distribution_through_the_output_layer(batch_toke
 
 def test_a_bf16_teachers_top_k_and_logprobs_are_near():
     """TRL's kernel, which gives the log-probs, rounds logits to bf16; the top k are from logits that are not."""
-    teacher = local(dtype=torch.bfloat16)
+    teacher = local_scorer(dtype=torch.bfloat16)
     for question, scores in zip(QUESTIONS, teacher.score(QUESTIONS, Signal(tier="top_k", k=56)), strict=True):
         chosen = torch.tensor(question.completion)[:, None]
         said = torch.zeros(len(chosen), 56).scatter(1, scores.top_ids, scores.top_logprobs).gather(1, chosen)
@@ -156,7 +140,7 @@ def test_a_bf16_teachers_top_k_and_logprobs_are_near():
 @pytest.mark.parametrize("tier", ["hidden", "top_k"])
 def test_column_t_is_what_the_teacher_predicts_token_t_from_whatever_its_prompt(tier):
     """The student reads one prompt and the teacher a longer or a shorter one; the completion is the same."""
-    teacher = local()
+    teacher = local_scorer()
     prompts = [(4, 20, 9), (4, 5, 6, 7, 8, 9), (4, 11)]
     theirs = [(4, 30, 31, 32, 20, 9, 11), (4, 5), (4, 11)]
     completions = [(7, 8, 9, 1), (3, 1), (12, 13, 14, 15, 16, 1)]
@@ -206,7 +190,7 @@ def test_what_a_narrow_teacher_leaves_free_is_no_token():
 @pytest.mark.parametrize(("prompt", "completion"), [((), (7,)), ((4,), ())])
 def test_a_question_without_a_past_or_a_completion_is_refused(prompt, completion):
     with pytest.raises(ValueError, match=f"got {len(prompt)} and {len(completion)} tokens"):
-        local().score([Question((4,), (7,)), Question(prompt, completion)], Signal())
+        local_scorer().score([Question((4,), (7,)), Question(prompt, completion)], Signal())
 
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8, seed=3)
@@ -215,7 +199,7 @@ TO_WRITE = [Question((4, 20 + i, *range(5, 5 + i % 4)), name=f"q{i}") for i in r
 
 
 def test_greedy_writing_takes_the_likeliest_tokens_and_stops_at_the_end():
-    teacher = local()
+    teacher = local_scorer()
     for question, completion in zip(TO_WRITE, teacher.write(TO_WRITE, GREEDY, 0), strict=True):
         ids = torch.tensor([question.prompt])
         whole = teacher.hf.generate(
@@ -226,7 +210,7 @@ def test_greedy_writing_takes_the_likeliest_tokens_and_stops_at_the_end():
 
 
 def test_what_a_teacher_writes_is_a_function_of_seed_iteration_and_name():
-    wide, narrow = local(), local(batch_tokens=1)
+    wide, narrow = local_scorer(), local_scorer(batch_tokens=1)
     first = wide.write(TO_WRITE, HOT, 7)
     tokens = [c.token_ids for c in first]
     assert [c.token_ids for c in narrow.write(TO_WRITE, HOT, 7)] == tokens
@@ -243,7 +227,7 @@ def test_what_a_teacher_writes_is_a_function_of_seed_iteration_and_name():
 
 @pytest.fixture(scope="module")
 def routed():
-    return RoutedTeacher("whose", {"small": local("student"), "large": local("teacher")})
+    return RoutedTeacher("whose", {"small": local_scorer("student"), "large": local_scorer("teacher")})
 
 
 def asked(names, questions):

@@ -4,30 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from runs import RECIPE, train
 
 from rlkd.config.load import ConfigError
 from rlkd.config.stages import load_stages
-from runs import train
-
-RECIPE = """
-run: {name: recipe, resume: auto, iterations: 2}
-model: {path: builtin:student}
-data: {path: builtin:reverse, max_prompt_tokens: 32, completion_column: answer, max_completion_tokens: 16, limit: 32}
-rollout: {prompts: 8, max_tokens: 16, max_mismatch: 1.0e-3}
-optim: {lr: 3.0e-4}
-trainer: {accelerator: cpu}
-eval: {every: 0}
-algorithm: {name: sft}
-log: {progress: false, rollouts_every: 0}
-stages:
-  imitate: {}
-  taught:
-    algorithm: {name: taid, over: 10}
-    teacher: {backend: local, path: builtin:teacher}
-  rewarded:
-    algorithm: {name: grpo, group_size: 4}
-    run: {iterations: 3}
-"""
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from runs import ENV, ROOT, train
 
 pytestmark = [pytest.mark.process, pytest.mark.long]

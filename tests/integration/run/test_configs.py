@@ -2,11 +2,11 @@
 
 import functools
 import json
-import re
 from pathlib import Path
 
 import pytest
 import yaml
+from runs import config_files
 
 from rlkd.config.load import ConfigError
 from rlkd.config.stages import load_stages
@@ -40,17 +40,10 @@ SHORTER = {
 ROW = {"answer": "cba", "solution": "cba", "chosen": "cba", "rejected": "abc", "topic": "letters"}
 
 
-def files(config: Path) -> list[str]:
-    """The files of the command in the config's header; itself, where it stands alone."""
-    header = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
-    named = re.findall(r"--config configs/(\S+)", header)
-    return [str(FOLDER / name) for name in (named if config.name in named else [config.name])]
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("config", sorted(p.name for p in FOLDER.glob("*.yaml") if p.name not in SERVED))
 def test_a_shipped_config_trains(config, tmp_path, monkeypatch):
-    paths = files(FOLDER / config)
+    paths = config_files(FOLDER / config)
     sections = [yaml.safe_load(Path(path).read_text()) for path in paths]
     teachers = [section["teacher"] for section in sections if "teacher" in section]
     overrides = [*SMALL, *SHORTER.get(config, ())]
@@ -75,7 +68,7 @@ def test_a_config_leaves_open_only_what_its_command_gives():
     for config in FOLDER.glob("*.yaml"):
         header = config.read_text()
         try:
-            load_stages(files(config), [])
+            load_stages(config_files(config), [])
         except ConfigError as error:
             missing = [line.split(": is ???")[0].split(": ")[-1] for line in error.lines]
             assert all(": is ???, " in line for line in error.lines), error.lines
@@ -195,10 +188,10 @@ PAPERS = {
 def test_a_config_named_after_a_paper_has_the_papers_settings(name):
     file, _, stage = name.partition(" ")
     paths = ["model.path=m", "data.path=d"]
-    sections = [yaml.safe_load(Path(path).read_text()) for path in files(FOLDER / file)]
+    sections = [yaml.safe_load(Path(path).read_text()) for path in config_files(FOLDER / file)]
     if any(section.get("teacher", {}).get("path") == "???" for section in sections):
         paths.append("teacher.path=t")
-    found = [s.loaded.config for s in load_stages(files(FOLDER / file), paths)]
+    found = [s.loaded.config for s in load_stages(config_files(FOLDER / file), paths)]
     config = next(c for c in found if not stage or c.run.name == stage)
     wanted = PAPERS[name]
     assert {key: value(config, key) for key in wanted} == pytest.approx(wanted)
@@ -207,4 +200,4 @@ def test_a_config_named_after_a_paper_has_the_papers_settings(name):
 def test_headers_name_the_file_itself():
     for config in FOLDER.glob("*.yaml"):
         text = config.read_text()
-        assert text.startswith("#") and files(config)[-1].endswith(config.name)
+        assert text.startswith("#") and config_files(config)[-1].endswith(config.name)

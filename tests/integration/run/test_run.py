@@ -8,55 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from run_results import rows, saved
+from runs import ENV, TORCHRUN, arguments, train_small
 from transformers import AutoModelForCausalLM
 
 from rlkd.train import main
-from runs import ENV, train_ranks
 
 pytestmark = pytest.mark.process
-
-# 4 prompts × 4 samples; a budget of three rows a micro-batch, so that two ranks need unequal numbers of them.
-SMALL = (
-    "rollout.prompts=4",
-    "algorithm.group_size=4",
-    "data.max_prompt_tokens=24",
-    "trainer.micro_batch_tokens=80",
-    "eval.every=0",
-    "checkpoint.every=5",
-)
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-
-
-def arguments(ranks, folder, *overrides):
-    where = (f"run.dir={folder.parent}", f"run.name={folder.name}", f"trainer.devices={ranks}")
-    return ["--config", "configs/quickstart.yaml", *where, *SMALL, *overrides]
-
-
-def train(ranks, folder, *overrides, env=ENV):
-    return train_ranks(ranks, arguments(ranks, folder, *overrides), folder.parent, env)
-
-
-def saved(folder, iteration):
-    """The tensors of a checkpoint: model and optimizer, by name."""
-    whole = folder / f"whole-{iteration}.pt"
-    dcp_to_torch_save(folder / "checkpoints" / f"iteration-{iteration:06d}", whole)
-    flat = {}
-
-    def walk(value, name):
-        if isinstance(value, torch.Tensor):
-            flat[name] = value
-        elif isinstance(value, dict):
-            for key, entry in value.items():
-                walk(entry, f"{name}/{key}")
-
-    walk(torch.load(whole, weights_only=False), "")
-    assert any("exp_avg_sq" in name for name in flat) and any("lm_head" in name for name in flat)
-    return flat
-
-
-def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +23,7 @@ def straight(tmp_path_factory):
     folders = {}
     for ranks in (1, 2):
         folders[ranks] = tmp_path_factory.mktemp("runs") / f"straight{ranks}"
-        train(ranks, folders[ranks], "run.iterations=6")
+        train_small(ranks, folders[ranks], "run.iterations=6")
     return folders
 
 
@@ -83,8 +41,8 @@ def test_two_ranks_agree_with_one(straight):
 def test_three_and_three_is_six_bit_for_bit(straight, tmp_path, ranks):
     """The run of 3 ends normally, then is resumed with more iterations."""
     folder = tmp_path / "resumed"
-    train(ranks, folder, "run.iterations=3")
-    train(ranks, folder, "run.iterations=6", "run.resume=auto")
+    train_small(ranks, folder, "run.iterations=3")
+    train_small(ranks, folder, "run.iterations=6", "run.resume=auto")
     resumed, whole = saved(folder, 6), saved(straight[ranks], 6)
     assert resumed.keys() == whole.keys()
     different = [name for name in whole if not torch.equal(resumed[name], whole[name])]
@@ -99,9 +57,9 @@ def test_several_updates_and_schedules_resume_bit_for_bit(tmp_path):
     lr = "{kind: cosine, start: 3.0e-4, end: 1.0e-5, over: 8}"
     coef = "{kind: linear, start: 0.02, end: 0.0, over: 8}"
     settings = (f"optim.lr={lr}", f"algorithm.kd.coef={coef}", "trainer.updates_per_iteration=2")
-    train(1, tmp_path / "straight", "run.iterations=4", *settings)
-    train(1, tmp_path / "broken", "run.iterations=2", *settings)
-    train(1, tmp_path / "broken", "run.iterations=4", "run.resume=auto", *settings)
+    train_small(1, tmp_path / "straight", "run.iterations=4", *settings)
+    train_small(1, tmp_path / "broken", "run.iterations=2", *settings)
+    train_small(1, tmp_path / "broken", "run.iterations=4", "run.resume=auto", *settings)
     resumed, whole = saved(tmp_path / "broken", 4), saved(tmp_path / "straight", 4)
     assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
     for name in ("loss", "kd/coef", "lr", "grad_norm"):
@@ -112,7 +70,7 @@ def test_several_updates_and_schedules_resume_bit_for_bit(tmp_path):
 def test_a_run_goes_on_with_more_ranks_and_with_fewer(straight, tmp_path):
     folder = tmp_path / "moved"
     for ranks, iterations in ((1, 2), (2, 4), (1, 6)):
-        train(ranks, folder, f"run.iterations={iterations}", "run.resume=auto")
+        train_small(ranks, folder, f"run.iterations={iterations}", "run.resume=auto")
     moved, whole = saved(folder, 6), saved(straight[1], 6)
     assert moved.keys() == whole.keys()
     for name in whole:
@@ -122,7 +80,7 @@ def test_a_run_goes_on_with_more_ranks_and_with_fewer(straight, tmp_path):
 def test_two_ranks_agree_with_one_over_the_whole_vocabulary(tmp_path):
     """Hidden states, the teacher's output layer and the gradient formed in the forward, under FSDP2."""
     for ranks in (1, 2):
-        train(ranks, tmp_path / str(ranks), "algorithm={name: opd}", "run.iterations=3", "checkpoint.every=3")
+        train_small(ranks, tmp_path / str(ranks), "algorithm={name: opd}", "run.iterations=3", "checkpoint.every=3")
     one, two = saved(tmp_path / "1", 3), saved(tmp_path / "2", 3)
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
@@ -140,7 +98,7 @@ def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
         "algorithm={name: grpo, group_size: 4, resample_rounds: 3}",
         *("teacher={backend: none}", "reward.functions=[{name: 'first_letter:right'}]", "run.iterations=4"),
     )
-    train(2, tmp_path / "run", *settings, env=ENV | {"PYTHONPATH": str(tmp_path)})
+    train_small(2, tmp_path / "run", *settings, env=ENV | {"PYTHONPATH": str(tmp_path)})
     drawn = [row["prompts/drawn"] for row in rows(tmp_path / "run")]
     # 2 prompts a rank and round: a multiple of 4 in every iteration would be two ranks in step.
     assert len(drawn) == 4 and any(count % 4 for count in drawn) and max(drawn) <= 12, drawn

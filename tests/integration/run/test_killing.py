@@ -15,14 +15,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_run import saved
+from run_results import saved
+from runs import ENV, ROOT, Run, start, train
 
 from rlkd.config.load import load
 from rlkd.config.resume import checkpoints, exported
 from rlkd.config.stages import finished
 from rlkd.reporting.report_page import write_report
 from rlkd.storage import atomic
-from runs import ENV, ROOT, Run, start, train
 
 pytestmark = pytest.mark.process
 
