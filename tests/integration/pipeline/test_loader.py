@@ -86,8 +86,7 @@ def test_an_old_version_is_an_error_unless_staleness_is_allowed(loader):
         check_versions(groups, 6, max_staleness=2)
 
 
-def test_lightning_sees_a_sized_loader_whose_state_is_the_iteration(loader):
-    assert len(loader) >= 10**9
+def test_the_state_of_a_loader_is_its_iteration(loader):
     assert loader.state_dict() == {"iteration": 0}
     other = RolloutLoader(loader.config, loader.algorithm)
     other.load_state_dict({"iteration": 17})

@@ -9,7 +9,6 @@ from builders import config
 from rlkd.algorithms import ALGORITHMS
 from rlkd.builtin import resolve
 from rlkd.config.resume import FILE, FREE, changes, save_config, save_data
-from rlkd.config.schema import Config
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.sources import load_source
 from rlkd.pipeline.loader import RolloutLoader
@@ -196,12 +195,36 @@ def test_a_folder_of_something_else_is_no_checkpoint():
     assert line.endswith(" is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…")
 
 
+def leaves(tree, above=""):
+    """The dotted keys of a configuration; the sections in a list are numbered."""
+    for name, value in tree.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            value = {str(number): one for number, one in enumerate(value)}
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}"
+
+
 def test_what_is_free_are_keys_that_exist():
-    """A renamed key must not stay free, or become forbidden, in silence."""
-    for key in ("run.dir", "run.name", "run.iterations", "run.resume", "run.accept_changes", "trainer.devices"):
-        section, name = key.split(".")
-        assert FREE.fullmatch(key) and name in Config.model_fields[section].annotation.model_fields
-    for section in ("log", "eval", "checkpoint"):
-        assert section in Config.model_fields
-    assert not FREE.fullmatch("rollout.max_tokens") and not FREE.fullmatch("teacher.path")
-    assert FREE.fullmatch("teacher.teachers.0.server.port") and FREE.fullmatch("teacher.url")
+    """Walked in a whole configuration: a renamed key must not stay free, or become forbidden, in silence."""
+    alone = "backend: served, path: 'builtin:teacher', urls: ['http://h:1']"
+    local = "{backend: local, name: b, path: 'builtin:teacher'}"
+    keys = set(
+        leaves(
+            config(f"teacher={{backend: routed, teachers: [{{name: a, {alone}}}, {local}]}}").model_dump(mode="json")
+        )
+    )
+    free = {key for key in keys if FREE.fullmatch(key)}
+    sections = ("log", "eval", "checkpoint", "rollout.server", "teacher.teachers.0.server")
+    for section in sections:
+        below = {key for key in keys if key.startswith(f"{section}.")}
+        assert below and below <= free, section
+    assert {key for key in free if not key.startswith(tuple(f"{section}." for section in sections))} == {
+        *("run.dir", "run.name", "run.iterations", "run.resume", "run.accept_changes"),
+        *("trainer.devices", "trainer.num_nodes", "reward.workers", "reward.timeout_s"),
+        *("teacher.teachers.0.url", "teacher.teachers.0.urls"),
+    }
+    assert {"teacher.url", "teacher.server.launch"} <= {
+        key for key in leaves(config(f"teacher={{{alone}}}").model_dump(mode="json")) if FREE.fullmatch(key)
+    }
