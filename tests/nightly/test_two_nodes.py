@@ -37,14 +37,13 @@ class Machine:
 
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
-    """Two network namespaces, joined by a cable. Where the kernel allows none: this machine twice, over loopback."""
+    """Two network namespaces, joined by a cable."""
     tag = uuid.uuid4().hex[:6]
     names = (f"rlkd-{tag}-a", f"rlkd-{tag}-b")
     made = [subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode for name in names]
     try:
         if any(made):
-            yield Machine("127.0.0.1", ()), Machine("127.0.0.1", ())
-            return
+            pytest.skip("no network namespaces here (`ip netns add` failed): two machines cannot be made of one")
         cable = ("eth7", "netns", names[0], "type", "veth", "peer", "name", "eth7", "netns", names[1])
         subprocess.run(["ip", "link", "add", *cable], check=True)
         for i, name in enumerate(names):
@@ -93,20 +92,17 @@ def assert_as_in_one_process(two: Path, iterations: int) -> None:
             assert a[name] == pytest.approx(b[name]), name
 
 
-def test_two_machines_agree_with_one_process(machines, tmp_path, soak):
+def test_two_machines_agree_with_one_process(machines, tmp_path):
     """KDRL, hf sampler. They meet at the second machine: rank 0 need not be there."""
-    iterations = 10 if soak else 4
+    iterations = 10
     said = end_of(start_on(machines, tmp_path / "two", f"run.iterations={iterations}"))
-    if machines[0].prefix:
-        assert all(f"--local-addr {m.address}" in text for m, text in zip(machines, said, strict=True))
-        assert ["is_host=true" in text for text in said] == [False, True]
+    assert all(f"--local-addr {m.address}" in text for m, text in zip(machines, said, strict=True))
+    assert ["is_host=true" in text for text in said] == [False, True]
     assert_as_in_one_process(tmp_path / "two", iterations)
 
 
-def test_a_killed_trainer_is_started_again_and_the_run_is_the_same(machines, tmp_path, soak):
+def test_a_killed_trainer_is_started_again_and_the_run_is_the_same(machines, tmp_path):
     """On both machines, each in torchrun's second round: nothing of the first may be left in the store they meet at."""
-    if not soak:
-        pytest.skip("it starts the trainers twice: make soak")
     folder = tmp_path / "two"
     agents = start_on(machines, folder, "run.iterations=10", MAX_RESTARTS="1")
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
@@ -120,10 +116,8 @@ def test_a_killed_trainer_is_started_again_and_the_run_is_the_same(machines, tmp
 
 
 @pytest.mark.server
-def test_two_machines_sample_from_a_server_on_each(machines, tmp_path, soak):
+def test_two_machines_sample_from_a_server_on_each(machines, tmp_path):
     """The policy's servers, as `rlkd.serve` starts them, at addresses that both machines reach, with a key."""
-    if not soak:
-        pytest.skip("two servers and two trainers on a CPU take three minutes: make soak")
     addresses = [f"{machine.address}:{port}" for machine, port in zip(machines, ("8100", "8101"), strict=True)]
     key = {"RLKD_SERVER_KEY": "only-for-this-test", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     served = ("rollout.backend=vllm", f"rollout.server.urls=[http://{addresses[0]},http://{addresses[1]}]")

@@ -10,22 +10,6 @@ import pytest
 
 pytestmark = [pytest.mark.server, pytest.mark.process]
 
-WITHOUT_REFRESH = """
-import importlib
-
-real = importlib.import_module
-
-def import_module(name, package=None):
-    module = real(name, package)
-    if name == "rlkd.weight_sync.file_engine":
-        print("the tied head is not refreshed", flush=True)
-        module.FileWeightTransferEngine._refresh_tied_head = lambda self: None
-    return module
-
-importlib.import_module = import_module
-"""
-
-
 # As it is when tests are collected: a Trainer in this process leaves its rank and port behind for its children.
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -46,9 +30,15 @@ def servers_of(folder):
     return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
 
-def test_policy_and_teacher_on_servers_agree_with_the_trainer(tmp_path):
-    folder = tmp_path / "served"
-    done = train(folder, "run.iterations=4", "eval.prompts=16", "teacher.check_parity=true")
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(the run's folder, the process that ended)."""
+    folder = tmp_path_factory.mktemp("runs") / "served"
+    return folder, train(folder, "run.iterations=4", "eval.prompts=16", "teacher.check_parity=true")
+
+
+def test_policy_and_teacher_on_servers_agree_with_the_trainer(served):
+    folder, done = served
     assert done.returncode == 0, done.stderr[-3000:]
     assert "student as teacher within" in done.stdout and "served against local teacher within" in done.stdout
     trained = rows(folder)[1:]
@@ -60,16 +50,38 @@ def test_policy_and_teacher_on_servers_agree_with_the_trainer(tmp_path):
         assert all(line["teacher_logprobs"] for line in lines)
     assert {log.stem for log in (folder / "server").iterdir()} == {"policy", "teacher"}
     assert not servers_of(folder)
+
+
+@pytest.mark.soak
+def test_the_exported_student_is_evaluated_by_a_server_of_its_own(served):
+    folder, _ = served
     evaluated = subprocess.run(
         [sys.executable, "-m", "rlkd.evaluate", str(folder)], env=ENV, capture_output=True, text=True, timeout=400
     )
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert f"evaluating {folder}/hf, after 4 iterations" in evaluated.stderr
     # The last weights that were published, now loaded by a server itself, which still says that it holds its own.
-    assert json.loads(evaluated.stdout)["eval/greedy"] == trained[-1]["eval/greedy"]
+    assert json.loads(evaluated.stdout)["eval/greedy"] == rows(folder)[-1]["eval/greedy"]
     assert not servers_of(folder)
 
 
+WITHOUT_REFRESH = """
+import importlib
+
+real = importlib.import_module
+
+def import_module(name, package=None):
+    module = real(name, package)
+    if name == "rlkd.weight_sync.file_engine":
+        print("the tied head is not refreshed", flush=True)
+        module.FileWeightTransferEngine._refresh_tied_head = lambda self: None
+    return module
+
+importlib.import_module = import_module
+"""
+
+
+@pytest.mark.soak
 def test_a_stale_tied_head_stops_the_run_instead_of_training_on(tmp_path):
     """The engine's fix taken out: every call of the update succeeds, the version moves, the output layer is old."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_REFRESH)

@@ -6,12 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from processes import group_members, wait_until
 from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
 
 from rlkd.config.schema import ServerConfig
@@ -23,27 +22,6 @@ from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.servers.supervisor import shared_memory
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=8, seed=0)
-
-
-def group_members(group: int) -> list[str]:
-    """Command lines of all processes in the process group, those without one (zombies) left out."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if process.name.isdigit() and os.getpgid(int(process.name)) == group:
-                found.append((process / "cmdline").read_text().replace("\0", " "))
-        except (ProcessLookupError, FileNotFoundError):
-            pass
-    return [line for line in found if line]
-
-
-def wait_until(true: Callable[[], bool], seconds: float) -> float:
-    """Seconds that it took; fails after `seconds`."""
-    start = time.monotonic()
-    while not true():
-        assert time.monotonic() - start < seconds, f"not within {seconds} s"
-        time.sleep(0.05)
-    return time.monotonic() - start
 
 
 TRAINER = """
@@ -70,34 +48,31 @@ def test_a_host_that_is_not_this_machine_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.process
-def test_two_servers_of_one_sampler_and_nothing_is_left_of_either(tmp_path: Path) -> None:
-    """Two, to start them side by side: a trainer starts its own and is killed; the other's first process is killed.
-
-    The model has an output layer of its own; the other server tests have a tied one.
-    """
-    path = save_model(tiny_model(60, tied=False), tmp_path / "model")
+def test_a_killed_trainer_leaves_nothing_of_its_server_and_the_other_one_does_the_work(
+    policy_server: VLLMServer, policy_path: str, tmp_path: Path
+) -> None:
     trainer = subprocess.Popen(
-        [sys.executable, "-c", TRAINER, path, str(tmp_path)],
+        [sys.executable, "-c", TRAINER, policy_path, str(tmp_path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    server = start_server("policy", path, tmp_path)
     try:
         assert trainer.stdout is not None
         pid, guardian, url, _, weights = trainer.stdout.readline().split()
-        server.wait_ready()
-        sampler = VLLMSampler(run_config(path, url, server.url), [EOS])
+        sampler = VLLMSampler(run_config(policy_path, url, policy_server.url), [EOS])
         sampler.open()
-        model = tiny_model(61, tied=False)
+        model = tiny_model(61)
         sampler.publish(model.state_dict(), 1)
+        logs = [tmp_path / "run" / "server" / "policy.log", policy_server.log]
+        before = [log.read_text().count("POST /inference/v1/generate") for log in logs]
         for group in sampler.sample(prompts(4), n=2, iteration=0, sampling=SAMPLING):
             for rollout in group:
                 truth = true_logprobs(model, rollout.prompt.token_ids, rollout.token_ids)
                 torch.testing.assert_close(torch.tensor(rollout.logprobs), truth, atol=1e-4, rtol=0)
-        logs = [tmp_path / "run" / "server" / "policy.log", server.log]
-        assert [log.read_text().count("POST /inference/v1/generate") for log in logs] == [2, 2]
+        after = [log.read_text().count("POST /inference/v1/generate") for log in logs]
+        assert [now - then for now, then in zip(after, before, strict=True)] == [2, 2]
 
         assert len(group_members(int(pid))) >= 3, "API process, engine and worker"
         held = shared_memory(int(pid))
@@ -110,21 +85,9 @@ def test_two_servers_of_one_sampler_and_nothing_is_left_of_either(tmp_path: Path
         assert sampler.pool.lost.keys() == {url}
         assert sampler.pool.lost[url].startswith(f"POST {url}/inference/v1/generate: ConnectError: ")
         sampler.close()
-
-        server.check_alive()
-        held = shared_memory(server.pid)
-        os.kill(server.pid, signal.SIGKILL)
-        wait_until(lambda: not group_members(server.pid) and not group_members(server.guardian_pid), 15.0)
-        assert held and not [path for path in held if path.exists()]
-        with pytest.raises(RuntimeError) as death:
-            server.check_alive()
-        first_line = str(death.value).splitlines()[0]
-        assert first_line.startswith("the vLLM server 'policy' ended with exit code 137")
-        assert str(tmp_path / "policy.log") in first_line
     finally:
         trainer.kill()
         trainer.wait()
-        server.stop()
 
 
 @pytest.mark.process

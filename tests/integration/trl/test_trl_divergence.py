@@ -114,26 +114,6 @@ def test_sdpo_on_the_students_top_k(beta, kind, tail):
     assert_same(ours, trl, student)
 
 
-@pytest.mark.server  # its module imports vLLM, which takes 20 s
-@pytest.mark.parametrize("tail", [True, False])
-@pytest.mark.parametrize(("beta", "kind"), [SAME_AS[0], SAME_AS[-1]])
-def test_iw_opd_chooses_the_support_by_beta_and_we_by_name(beta, kind, tail):
-    """IW-OPD: the teacher's top k for the forward KL, the student's for the reverse KL.
-
-    For the JSD it takes the union of both. We do not: a served teacher cannot score the student's tokens, and one k
-    from one side has one size.
-    """
-    from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
-
-    student, teacher = pair()
-    trl = IWOPDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="none", top_k=K, add_tail=tail).sum(
-        -1
-    )
-    ids = (teacher if kind == "forward_kl" else student).topk(K, dim=-1).indices
-    ours = divergence(*(among(x, ids, tail) for x in log_softmaxes(student, teacher)), kind, beta)
-    assert_same(ours, trl, student)
-
-
 @pytest.mark.parametrize(("beta", "kind"), SAME_AS)
 def test_a_served_teachers_top_k_with_the_tail_bucket(beta, kind):
     """From the k log-probs that a server says, the last of them missing in some rows."""

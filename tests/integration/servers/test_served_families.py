@@ -1,31 +1,34 @@
 """Weights reach a vLLM server whole, also where transformers has renamed or fused them on loading.
 
-pytest tests/nightly/test_served_families.py -s            one dense model and one mixture of experts, with figures
-pytest tests/nightly/test_served_families.py -s --soak     all
+pytest tests/integration/servers/test_served_families.py -s            one mixture of experts, with figures
+pytest tests/integration/servers/test_served_families.py -s --soak     all
 """
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from processes import group_members, wait_until
 from served_families import FAMILIES, trained
 from transformers import AutoModelForCausalLM
 from vllm_fixtures import VOCABULARY, mismatch, opened, save_model, start_server
 
 from rlkd.distributed import RunStopped
 from rlkd.models.student import Student, load_causal_lm
-
-SERVED = ("mixtral", "qwen3_tied", "llama", "qwen3_moe")
-"""By a server of their own; without --soak the first alone, since one takes half a minute to start."""
+from rlkd.servers.process import VLLMServer
+from rlkd.servers.supervisor import shared_memory
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("family", SERVED)
-def test_three_updates_of_every_weight_are_served(family: str, soak: bool, tmp_path: Path) -> None:
-    if family != SERVED[0] and not soak:
-        pytest.skip("with --soak")
+@pytest.mark.parametrize(
+    "family",
+    ["mixtral", *(pytest.param(name, marks=pytest.mark.soak) for name in ("qwen3_tied", "llama", "qwen3_moe"))],
+)
+def test_three_updates_of_every_weight_are_served(family: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     start = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
     path = save_model(start, tmp_path / "model")
@@ -52,5 +55,19 @@ def test_three_updates_of_every_weight_are_served(family: str, soak: bool, tmp_p
             sampler.publish(weights, 5)
             assert mismatch(sampler, student.hf, 5) < 1e-4
         sampler.close()
+        assert_its_death_is_whole_and_explained(server)
     finally:
         server.stop()
+
+
+def assert_its_death_is_whole_and_explained(server: VLLMServer) -> None:
+    """Its first process is killed: nothing is left of the others, and one line says what happened and where to look."""
+    server.check_alive()
+    held = shared_memory(server.pid)
+    os.kill(server.pid, signal.SIGKILL)
+    wait_until(lambda: not group_members(server.pid) and not group_members(server.guardian_pid), 15.0)
+    assert held and not [path for path in held if path.exists()]
+    with pytest.raises(RuntimeError) as death:
+        server.check_alive()
+    first_line = str(death.value).splitlines()[0]
+    assert "137" in first_line and str(server.log) in first_line
