@@ -5,8 +5,10 @@ PYTHON ?= python3.11
 PIP_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.rlkd-installed
+# One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup quickstart quickstart-vllm test test-fast soak lint clean
+.PHONY: setup quickstart quickstart-vllm test test-rest test-servers test-fast soak lint clean
 
 setup: $(STAMP)
 
@@ -27,17 +29,23 @@ quickstart-vllm: $(STAMP)
 	rm -rf runs/quickstart_vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart_vllm.yaml
 
+# Two halves side by side, since each waits a lot: tests of servers, and all others. -O: their output one after the other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	$(MAKE) --no-print-directory -j2 -O test-servers test-rest
+
+test-rest: $(STAMP)
+	$(PYTEST) -m "not gpu and not server" tests/unit tests/integration
+
+test-servers: $(STAMP)
+	$(PYTEST) -m "server and not gpu" tests/integration
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not server and not process and not long"
+	$(PYTEST) tests/unit
 
-# The long versions of tests that `make test` runs in part: 200 kills, every fuzz test at full length, servers on two
-# machines, all families of models. Takes half an hour or more.
+# All that `make test` only begins, at its full length: 200 kills, fuzz, all families of models, a server killed while it
+# takes weights; and tests/nightly: two machines, Slurm, the learning of every method. An hour or more.
 soak: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --soak tests/test_killing.py tests/test_two_nodes.py tests/test_families.py \
-		tests/test_served_families.py tests/fuzz
+	$(PYTEST) --soak -m "not gpu" tests/integration tests/nightly
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from rlkd.data.chat import read_prompt
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import Question
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
@@ -130,3 +131,33 @@ def real_batch(settings: Config, iteration: int = 0) -> Batch:
         return loader.batch(iteration)
     finally:
         loader.close()
+
+
+NO_CLIP = "optim.max_grad_norm=1000000.0"
+
+
+def assert_moved(captured):
+    assert max(g.abs().max() for g in captured.gradients.values()) > 1e-3
+
+
+def own_logprobs(settings, batch):
+    hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
+    with torch.no_grad():
+        logits = hf(batch.input_ids).logits[:, :-1] / settings.rollout.temperature
+    logprobs = logits.log_softmax(-1).gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+    return torch.nn.functional.pad(logprobs, (1, 0))
+
+
+def local_scorer(name="teacher", **changes):
+    filled = {
+        "vocabulary": 56,
+        "temperature": 1.0,
+        "batch_tokens": 4096,
+        "dtype": torch.float32,
+        "accelerator": "cpu",
+        "attention": None,
+        "trust_remote_code": False,
+    }
+    made = LocalScorer(f"builtin:{name}", **(filled | changes))
+    made.open()
+    return made

@@ -19,6 +19,14 @@ def pytest_configure(config):
     settings.load_profile("soak" if config.getoption("--soak") else "short")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Without --soak, tests that are marked so are left out."""
+    if not config.getoption("--soak"):
+        left_out = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=left_out)
+
+
 @pytest.fixture(scope="session")
 def soak(request) -> bool:
     return request.config.getoption("--soak")

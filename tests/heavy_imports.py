@@ -9,5 +9,19 @@ import trl.kernels
 import trl.trainer.utils
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM  # noqa: F401
 
+import rlkd.algorithms
+import rlkd.config.stages
+import rlkd.pipeline.loader
+import rlkd.planning.preflight
+import rlkd.reporting.report_page
+import rlkd.run.checkpoint
+import rlkd.run.evaluation
+import rlkd.run.export
+import rlkd.run.fit
+import rlkd.run.measure
+import rlkd.run.metrics_log
+import rlkd.run.publish
+import rlkd.train  # noqa: F401
+
 trl.kernels.ChunkedLogProbFunction  # noqa: B018  (trl imports its parts when they are asked for)
 trl.trainer.utils.add_fused_lm_head  # noqa: B018

@@ -8,6 +8,7 @@ imported under the server's environment, and atexit handlers do not run. Where o
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -130,3 +131,54 @@ def _run(argv, env, cwd, out, err) -> None:
     from rlkd.train import main
 
     sys.exit(main(argv))
+
+
+# 4 prompts × 4 samples; a budget of three rows a micro-batch, so that two ranks need unequal numbers of them.
+SMALL = (
+    "rollout.prompts=4",
+    "algorithm.group_size=4",
+    "data.max_prompt_tokens=24",
+    "trainer.micro_batch_tokens=80",
+    "eval.every=0",
+    "checkpoint.every=5",
+)
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def arguments(ranks, folder, *overrides):
+    where = (f"run.dir={folder.parent}", f"run.name={folder.name}", f"trainer.devices={ranks}")
+    return ["--config", "configs/quickstart.yaml", *where, *SMALL, *overrides]
+
+
+def train_small(ranks, folder, *overrides, env=ENV):
+    return train_ranks(ranks, arguments(ranks, folder, *overrides), folder.parent, env)
+
+
+RECIPE = """
+run: {name: recipe, resume: auto, iterations: 2}
+model: {path: builtin:student}
+data: {path: builtin:reverse, max_prompt_tokens: 32, completion_column: answer, max_completion_tokens: 16, limit: 32}
+rollout: {prompts: 8, max_tokens: 16, max_mismatch: 1.0e-3}
+optim: {lr: 3.0e-4}
+trainer: {accelerator: cpu}
+eval: {every: 0}
+algorithm: {name: sft}
+log: {progress: false, rollouts_every: 0}
+stages:
+  imitate: {}
+  taught:
+    algorithm: {name: taid, over: 10}
+    teacher: {backend: local, path: builtin:teacher}
+  rewarded:
+    algorithm: {name: grpo, group_size: 4}
+    run: {iterations: 3}
+"""
+
+
+def config_files(config: Path) -> list[str]:
+    """The files of the command in the config's header; itself, where it stands alone."""
+    header = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
+    named = re.findall(r"--config configs/(\S+)", header)
+    return [str(ROOT / "configs" / name) for name in (named if config.name in named else [config.name])]

@@ -24,7 +24,8 @@ from rlkd.config.schema import (
     RunConfig,
     ServedTeacher,
 )
-from rlkd.generation.vllm import policy_role
+from rlkd.generation.sampler import Sampling
+from rlkd.generation.vllm import VLLMSampler, policy_role
 from rlkd.servers.command import ServerRole
 from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.types import Prompt
@@ -133,3 +134,23 @@ def prompts(count: int) -> list[Prompt]:
     """Of different lengths and tokens."""
     ids = [[2 + (7 * i + 3 * t) % (VOCABULARY - 2) for t in range(3 + i % 5)] for i in range(count)]
     return [Prompt(id=f"p{i}", messages=(), token_ids=tuple(tokens)) for i, tokens in enumerate(ids)]
+
+
+SAMPLING = Sampling(temperature=1.0, max_tokens=16, seed=0)
+
+
+def mismatch(sampler: VLLMSampler, model: PreTrainedModel, version: int) -> float:
+    """Largest |log-prob by server − by model| on fresh samples, all of which must be of `version`."""
+    worst = 0.0
+    for group in sampler.sample(prompts(4), n=4, iteration=0, sampling=SAMPLING):
+        for rollout in group:
+            assert [span.version for span in rollout.weight_versions] == [version]
+            truth = true_logprobs(model, rollout.prompt.token_ids, rollout.token_ids)
+            worst = max(worst, float((torch.tensor(rollout.logprobs) - truth).abs().max()))
+    return worst
+
+
+def opened(policy_path: str, server: VLLMServer) -> VLLMSampler:
+    sampler = VLLMSampler(run_config(policy_path, server.url), eos_ids=[EOS])
+    sampler.open()
+    return sampler

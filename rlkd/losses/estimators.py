@@ -1,6 +1,6 @@
 """KL estimators on sampled tokens, per token, and the importance weight between sampler and trainer.
 
-With R = log T(y) − log π(y) on a token y ~ π (by enumeration over a vocabulary, `tests/test_losses.py`):
+With R = log T(y) − log π(y) on a token y ~ π (by enumeration over a vocabulary, `tests/unit/losses/test_losses.py`):
 
     estimator          value expects    back-propagated, its gradient expects
     k1 = −R            KL(π‖T)          0: no signal, so it is no loss here

@@ -1,0 +1,194 @@
+"""An algorithm in a file of the user, outside the package: it is trained, resumed, evaluated, staged and served."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import ENV, ROOT, train, train_ranks
+
+from rlkd.config.load import ConfigError, load
+from rlkd.training.module import ALGORITHMS
+
+ALGORITHM = '''
+from dataclasses import replace
+
+from pydantic import Field
+
+from rlkd.config.schema import AlgorithmConfig
+from rlkd.losses import reduction_weights, weighted_sum
+from rlkd.training.module import Loss, PolicyModule
+
+
+class ShortestConfig(AlgorithmConfig):
+    """Imitate the shortest completion of a group."""
+
+    group_size: int = Field(4, ge=2, description="completions per prompt")
+    scale: float = Field(1.0, gt=0, description="factor of the loss")
+
+
+class Shortest(PolicyModule):
+    """L(θ) = −scale · E[ Σ_t log π_θ(y*_t) / N ], y* the shortest completion of its group."""
+
+    Options = ShortestConfig
+
+    def advantages(self, group):
+        shortest = min(len(s.rollout.token_ids) for s in group)
+        return [replace(s, advantage=float(len(s.rollout.token_ids) == shortest)) for s in group]
+
+    def weigh(self, batch, counts):
+        weights = reduction_weights(batch.completion_mask, "token_mean", counts.tokens, counts.sequences, 1)
+        return replace(batch, weights=weights)
+
+    def loss(self, output, batch, iteration):
+        total = weighted_sum(-output.logprobs * batch.advantages, batch.weights)
+        return Loss(total=self.config.algorithm.scale * total)
+'''
+
+CONFIG = """\
+run: {name: own, iterations: 2, resume: auto}
+model: {path: builtin:student}
+data: {path: builtin:reverse, max_prompt_tokens: 32, limit: 16}
+rollout: {prompts: 4, max_tokens: 16, max_mismatch: 1.0e-3}
+algorithm:
+  name: NAME
+  scale: 2.0
+trainer: {accelerator: cpu}
+eval: {every: 0, prompts: 8}
+log: {progress: false}
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory of its own, whose modules no other test has imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    known = dict(ALGORITHMS)
+    yield tmp_path
+    for name in ALGORITHMS.keys() - known.keys():
+        del ALGORITHMS[name]
+
+
+def config_file(name: str, module: str, source: str = ALGORITHM) -> str:
+    Path(f"{module}.py").write_text(source)
+    Path("own.yaml").write_text(CONFIG.replace("NAME", name))
+    return "own.yaml"
+
+
+def test_its_options_are_checked_and_its_name_is_kept(here):
+    file = config_file("short_a:Shortest", "short_a")
+    loaded = load([file])
+    assert loaded.config.algorithm.model_dump() == {"name": "short_a:Shortest", "group_size": 4, "scale": 2.0}
+    assert yaml.safe_load(loaded.text)["algorithm"]["name"] == "short_a:Shortest"
+    assert isinstance(ALGORITHMS["short_a:Shortest"](loaded.config), sys.modules["short_a"].Shortest)
+    with pytest.raises(ConfigError) as caught:
+        load([file], ["algorithm.scale=-1", "algorithm.scal=1"])
+    assert sorted(caught.value.lines) == [
+        "command line: algorithm.scal: unknown key; did you mean algorithm.scale?",
+        "command line: algorithm.scale: got -1, wants a number > 0",
+    ]
+
+
+def test_a_name_may_come_from_the_environment(here, monkeypatch):
+    monkeypatch.setenv("ALGORITHM", "short_b:Shortest")
+    file = config_file("${oc.env:ALGORITHM}", "short_b")
+    assert load([file]).config.algorithm.name == "short_b:Shortest"
+
+
+def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stand_beside(here):
+    source = "from rlkd.algorithms import GRPO\n\nclass Mine(GRPO):\n    pass\n"
+    file = config_file("mine_a:Mine", "mine_a", source)
+    Path(file).write_text(Path(file).read_text().replace("scale: 2.0", "baseline: leave_one_out\n  normalise: false"))
+    assert load([file]).config.algorithm.baseline == "leave_one_out"
+    named = ALGORITHM.replace("    group_size", "    name: Literal['briefest']\n    group_size").replace(
+        "from dataclasses", "from typing import Literal\nfrom dataclasses"
+    )
+    file = config_file("mine_b:Shortest", "mine_b", named)
+    assert load([file]).config.algorithm.name == "mine_b:Shortest"
+    assert load([file], ["algorithm.name=briefest"]).config.algorithm.name == "briefest"
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "line"),
+    [
+        ("wrong_a:Shortest", None, "importing wrong_a raised ModuleNotFoundError: No module named 'wrong_a'"),
+        ("wrong_b:Shortests", ALGORITHM, "module wrong_b has no class Shortests (did you mean Shortest?)"),
+        (
+            "wrong_c:Field",
+            ALGORITHM,
+            "Field of wrong_c is no subclass of rlkd.training.module.PolicyModule; derive it from that",
+        ),
+        ("wrong_d:X", "import nothing_like_it\n", "importing wrong_d raised ModuleNotFoundError: No module named "),
+        ("wrong_e:X", "x = 1\ny = x / 0\n", "importing wrong_e raised ZeroDivisionError: division by zero at {here}:2"),
+        ("wrong_f:X", "x = (\n", "importing wrong_f raised SyntaxError: '(' was never closed (wrong_f.py, line 1)"),
+        ("wrong_g:X", "raise SystemExit(3)\n", "importing wrong_g raised SystemExit: 3 at {here}:1"),
+        (
+            "wrong_h:X",
+            "from rlkd.training.module import PolicyModule\n\nclass X(PolicyModule):\n    pass\n",
+            "X has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section",
+        ),
+        ("'wrong_i:'", ALGORITHM, "wants module:Class, e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py"),
+    ],
+)
+def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line):
+    module = name.strip("'").partition(":")[0]
+    file = config_file(name, module, source or "")
+    if source is None:
+        Path(f"{module}.py").unlink()
+    with pytest.raises(ConfigError) as caught:
+        load([file], ["optim.rl=1"])
+    wrong, other = caught.value.lines
+    got = f"own.yaml:6: algorithm.name: got {name.strip(chr(39))!r}; "
+    assert wrong.startswith(got + line.replace("{here}", str(here / f"{module}.py"))), wrong
+    assert other.startswith("command line: optim.rl: unknown key")
+
+
+def test_an_unknown_name_says_that_it_may_be_ones_own(here):
+    with pytest.raises(ConfigError) as caught:
+        load([config_file("gppo", "unused")], [])
+    assert caught.value.lines[0].endswith(" | module:Class of your own; did you mean grpo?")
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_from_a_file_in_the_working_directory_to_a_student(here):
+    file = config_file("short_c:Shortest", "short_c")
+    train(["--config", file], here / "logs")
+    train(["--config", file, "run.iterations=3"], here / "logs")
+    rows = [json.loads(line) for line in Path("runs/own/metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert yaml.safe_load(Path("runs/own/config.yaml").read_text())["algorithm"]["name"] == "short_c:Shortest"
+    done = subprocess.run(
+        [sys.executable, "-m", "rlkd.evaluate", "runs/own"],
+        env=ENV | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "runs/own/hf, after 3 iterations" in done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.long
+def test_as_a_stage_on_two_ranks(here):
+    file = config_file("sft", "short_d")
+    Path(file).write_text(Path(file).read_text().replace("  scale: 2.0\n", ""))
+    stages = "stages={first: {}, own: {algorithm: {name: 'short_d:Shortest'}}}"
+    few = ["trainer.devices=2", "run.iterations=1", "data.completion_column=answer", "data.max_completion_tokens=16"]
+    train_ranks(2, ["--config", file, stages, *few], here / "logs")
+    student = Path("runs/own/own/config.yaml").read_text()
+    assert yaml.safe_load(student)["algorithm"]["name"] == "short_d:Shortest"
+
+
+def test_its_policy_is_served(here, monkeypatch):
+    from rlkd.serve import plan
+
+    monkeypatch.setenv("RLKD_SERVER_KEY", "k")
+    file = config_file("short_e:Shortest", "short_e")
+    vllm = ["rollout.backend=vllm", "rollout.server.urls=[http://localhost:1]"]
+    command, _ = plan(["--config", file, "--role", "policy", "--host", "127.0.0.1", "--port", "1", *vllm])
+    assert "--enable-scale-out" in command

@@ -1,0 +1,108 @@
+"""The policy's real vLLM server is killed: while it generates, while it takes new weights, and once too often."""
+
+import json
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from run_results import rows_so_far, wait_for_rows
+from runs import start
+
+pytestmark = [pytest.mark.server, pytest.mark.process]
+
+
+def server_group(folder):
+    """The process group of the policy's server, the newest one."""
+    port = re.search(r"--port (\d+)", (folder / "server" / "policy.log").read_text())[1]
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and port in command:
+            return os.getpgid(process.pid)
+    raise AssertionError("no server")
+
+
+def kill_when(run, happens, group):
+    """Hold the server still as soon as `happens()`, until what was asked of it is under way, and kill all of it."""
+    while not happens():
+        assert run.returncode is None, run.err.read_text()[-3000:]
+        time.sleep(0.001)
+    os.killpg(group, signal.SIGSTOP)
+    time.sleep(1.0)
+    os.killpg(group, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory, soak):
+    """A run whose server is killed and started again, until once too often; (its folder, the run).
+
+    With --soak it is killed while it takes new weights as well.
+    """
+    folder = tmp_path_factory.mktemp("scene") / "run"
+    sync = folder.parent / "sync"
+    run = start(
+        [
+            *("--config", "configs/quickstart_vllm.yaml", f"run.dir={folder.parent}", f"run.name={folder.name}"),
+            *("run.iterations=10000", "eval.every=0", "checkpoint.every=0", "rollout.prompts=4"),
+            *("teacher={backend: local, path: 'builtin:teacher'}", f"rollout.server.restarts={2 if soak else 1}"),
+            *("rollout.server.retry_s=300", f"rollout.server.sync_dir={sync}"),
+        ],
+        folder.parent,
+    )
+    try:
+        wait_for_rows(run, folder, 2, seconds=300)
+        group, seen = server_group(folder), len(rows_so_far(folder))
+        # a row is written after its publish: what comes next is generation
+        kill_when(run, lambda: len(rows_so_far(folder)) > seen, group)
+        wait_for_rows(run, folder, len(rows_so_far(folder)) + 2, seconds=300)
+        if soak:
+            group, seen = server_group(folder), {path.name for path in sync.glob("*/weights-*")}
+            kill_when(run, lambda: {path.name for path in sync.glob("*/weights-*")} - seen, group)
+            wait_for_rows(run, folder, len(rows_so_far(folder)) + 2, seconds=300)
+        os.killpg(server_group(folder), signal.SIGKILL)
+        assert run.wait(120) is not None
+    finally:
+        run.kill()
+    return folder, run
+
+
+def losses(run):
+    return re.findall(r"policy server \S+ is out of service: \S+ http://[^/]+(\S+): ", run.err.read_text())
+
+
+def test_killed_while_it_generates(scene, soak):
+    """The iteration begins anew on a server that was started again and holds the published weights again."""
+    assert losses(scene[1])[0] == "/inference/v1/generate"
+    assert scene[1].err.read_text().count("is in service again") == (2 if soak else 1)
+
+
+@pytest.mark.soak
+def test_killed_while_it_takes_new_weights(scene):
+    assert losses(scene[1])[1] in ("/pause", "/start_weight_update", "/update_weights", "/finish_weight_update")
+
+
+def test_nothing_was_trained_by_wrong_weights(scene):
+    folder, _ = scene
+    trained = rows_so_far(folder)
+    assert [row["iteration"] for row in trained] == list(range(1, len(trained) + 1))
+    assert all(row["mismatch/max"] < 1e-3 and row["staleness/mean"] == 0 for row in trained)
+    for dump in (folder / "rollouts").glob("*.jsonl"):
+        lines = [json.loads(line) for line in dump.read_text().splitlines()]
+        assert {line["weight_version"] for line in lines} <= {lines[0]["iteration"] - 1}
+
+
+def test_killed_once_too_often(scene):
+    """The run ends with a checkpoint, one line that says why, and nothing left of the server."""
+    folder, run = scene
+    assert run.returncode == 1
+    said = [line for line in run.err.read_text().splitlines() if line.startswith("stopped: ")]
+    assert len(said) == 1 and said[0].startswith("stopped: the vLLM server 'policy' ended with exit code 137")
+    done = rows_so_far(folder)[-1]["iteration"]
+    assert f"stopped: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration-{done:06d}"]
+    with pytest.raises(AssertionError, match="no server"):
+        server_group(folder)
+    assert not list(Path(folder.parent, "sync").iterdir())

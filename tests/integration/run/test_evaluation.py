@@ -1,0 +1,118 @@
+"""Evaluation by a real sampler and real rewards."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from builders import config, opened
+
+from rlkd.builtin import resolve
+from rlkd.config.load import load
+from rlkd.data.heldout import heldout_prompts
+from rlkd.evaluate import main
+from rlkd.generation.hf import HFSampler
+from rlkd.generation.sampler import Sampling
+from rlkd.run.evaluation import evaluate
+from rlkd.run.measure import check_sampler, measured
+
+
+def test_an_algorithm_that_asks_for_no_rewards_is_evaluated_all_the_same():
+    settings = config(
+        *("algorithm={name: sft}", "teacher=null", "data.completion_column=answer"),
+        *("eval.prompts=32", "eval.samples=2"),
+        group_size=None,
+    )
+    loader = opened(settings)
+    try:
+        figures = evaluate(settings, loader, heldout_prompts(settings, loader.tokenizer))
+    finally:
+        loader.close()
+    assert figures["eval/errors"] == 0 and 0 < figures["eval/greedy"] < 0.5
+
+
+def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
+    """pass@3 is no pass@4: such a prompt counts for avg@k alone."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    some = (
+        "reward.functions=[{name: 'reward_that_raises:on_some_completions'}, {name: format, options: {pattern: .*a.*}}]"
+    )
+    settings = config(some, "reward.max_error_rate=1.0", "eval.prompts=16", "eval.samples=4", "eval.temperature=1.5")
+    loader = opened(settings)
+    try:
+        prompts = heldout_prompts(settings, loader.tokenizer)
+        figures = evaluate(settings, loader, prompts)
+        sampling = Sampling(temperature=1.5, max_tokens=settings.rollout.max_tokens, seed=2**31)
+        groups = loader.reward(loader.policy.sample(prompts, n=4, iteration=0, sampling=sampling))
+    finally:
+        loader.close()
+    right = [[s.is_correct(1.0) for s in group] for group in groups]
+    whole = [any(group) for group in right if None not in group]
+    assert 0 < len(whole) < 16
+    assert figures["eval/pass@k"] == pytest.approx(sum(whole) / len(whole))
+    some = [True in group for group in right if any(one is not None for one in group)]
+    assert figures["eval/pass@k"] != pytest.approx(sum(some) / len(some))
+
+
+def test_an_evaluation_whose_rewards_fail_says_so():
+    settings = config("data.answer_column=null", "eval.prompts=4", "eval.samples=2")
+    loader = opened(settings)
+    prompts = [replace(p, answer=None) for p in heldout_prompts(settings, loader.tokenizer)]
+    try:
+        with pytest.raises(RuntimeError, match="evaluation: 12 of 12 rewards failed.*needs an answer"):
+            evaluate(settings, loader, prompts)
+    finally:
+        loader.close()
+
+
+QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+
+
+FEW = ("eval.prompts=8", "eval.samples=2")
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The files of a run of 200 iterations that has exported its student; its config began with builtin:student."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x")
+    shutil.copytree(resolve("builtin:teacher"), folder / "hf")
+    (folder / "hf" / "rlkd.json").write_text('{"iteration": 200}')
+    (folder / "config.yaml").write_text(load([QUICKSTART], ["run.name=x"]).text)
+    (folder / "metrics.jsonl").write_text("")
+    return folder
+
+
+def test_what_is_measured_is_said_and_is_the_student(run, capsys):
+    assert main(["runs/x", *FEW]) == 0
+    said = capsys.readouterr()
+    assert said.err == (
+        "evaluating runs/x/hf, after 200 iterations; data builtin:reverse, split heldout: 8 prompts, greedy and 2 "
+        "samples each at temperature 1\n"
+    )
+    assert json.loads(said.out)["eval/greedy"] > 0.8, "the teacher's weights, which stand for the student's"
+    assert main(["--config", QUICKSTART, *FEW]) == 0
+    said = capsys.readouterr()
+    assert said.err.startswith("evaluating builtin:student, which is no student that a run has exported; data")
+    assert json.loads(said.out)["eval/greedy"] < 0.5
+
+
+def test_nothing_is_published_by_an_evaluation(monkeypatch):
+    monkeypatch.delattr(HFSampler, "publish")
+    assert measured(config(*FEW))["eval/errors"] == 0
+
+
+def test_a_sampler_of_other_weights_is_not_measured():
+    settings = config(*FEW, "rollout.max_mismatch=0.001")
+    loader = opened(settings)
+    prompts = heldout_prompts(settings, loader.tokenizer)
+    try:
+        check_sampler(settings, loader, prompts)
+        with torch.no_grad():
+            loader.policy._model.get_output_embeddings().weight.mul_(1.05)
+        with pytest.raises(RuntimeError, match="the sampler and builtin:student disagree by .* nothing was measured"):
+            check_sampler(settings, loader, prompts)
+    finally:
+        loader.close()

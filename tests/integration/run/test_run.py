@@ -1,0 +1,217 @@
+"""Whole runs as a user starts them: real processes, real signals, equal results."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_results import rows, saved
+from runs import ENV, TORCHRUN, arguments, train_small
+from transformers import AutoModelForCausalLM
+
+from rlkd.train import main
+
+pytestmark = pytest.mark.process
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """6 iterations without a break, on 1 and on 2 ranks."""
+    folders = {}
+    for ranks in (1, 2):
+        folders[ranks] = tmp_path_factory.mktemp("runs") / f"straight{ranks}"
+        train_small(ranks, folders[ranks], "run.iterations=6")
+    return folders
+
+
+def test_two_ranks_agree_with_one(straight):
+    one, two = saved(straight[1], 5), saved(straight[2], 5)
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(rows(straight[1]), rows(straight[2]), strict=True):
+        for name in ("reward/mean", "tokens/trained", "completion/length", "tokens/generated"):
+            assert a[name] == pytest.approx(b[name]), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_three_and_three_is_six_bit_for_bit(straight, tmp_path, ranks):
+    """The run of 3 ends normally, then is resumed with more iterations."""
+    folder = tmp_path / "resumed"
+    train_small(ranks, folder, "run.iterations=3")
+    train_small(ranks, folder, "run.iterations=6", "run.resume=auto")
+    resumed, whole = saved(folder, 6), saved(straight[ranks], 6)
+    assert resumed.keys() == whole.keys()
+    different = [name for name in whole if not torch.equal(resumed[name], whole[name])]
+    assert not different
+    assert [row["iteration"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "reward/mean", "kd/kl", "grad_norm"):
+        assert [r[name] for r in rows(folder)] == [r[name] for r in rows(straight[ranks])]
+
+
+def test_several_updates_and_schedules_resume_bit_for_bit(tmp_path):
+    """The order of rows in the updates, the learning rate and the coefficient are functions of the iteration."""
+    lr = "{kind: cosine, start: 3.0e-4, end: 1.0e-5, over: 8}"
+    coef = "{kind: linear, start: 0.02, end: 0.0, over: 8}"
+    settings = (f"optim.lr={lr}", f"algorithm.kd.coef={coef}", "trainer.updates_per_iteration=2")
+    train_small(1, tmp_path / "straight", "run.iterations=4", *settings)
+    train_small(1, tmp_path / "broken", "run.iterations=2", *settings)
+    train_small(1, tmp_path / "broken", "run.iterations=4", "run.resume=auto", *settings)
+    resumed, whole = saved(tmp_path / "broken", 4), saved(tmp_path / "straight", 4)
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    for name in ("loss", "kd/coef", "lr", "grad_norm"):
+        assert [r[name] for r in rows(tmp_path / "broken")] == [r[name] for r in rows(tmp_path / "straight")]
+    assert len({row["lr"] for row in rows(tmp_path / "broken")}) == 4
+
+
+def test_a_run_goes_on_with_more_ranks_and_with_fewer(straight, tmp_path):
+    folder = tmp_path / "moved"
+    for ranks, iterations in ((1, 2), (2, 4), (1, 6)):
+        train_small(ranks, folder, f"run.iterations={iterations}", "run.resume=auto")
+    moved, whole = saved(folder, 6), saved(straight[1], 6)
+    assert moved.keys() == whole.keys()
+    for name in whole:
+        torch.testing.assert_close(moved[name], whole[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_ranks_agree_with_one_over_the_whole_vocabulary(tmp_path):
+    """Hidden states, the teacher's output layer and the gradient formed in the forward, under FSDP2."""
+    for ranks in (1, 2):
+        train_small(ranks, tmp_path / str(ranks), "algorithm={name: opd}", "run.iterations=3", "checkpoint.every=3")
+    one, two = saved(tmp_path / "1", 3), saved(tmp_path / "2", 3)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(rows(tmp_path / "1"), rows(tmp_path / "2"), strict=True):
+        for name in ("kd/divergence", "kd/kl", "tokens/trained"):
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
+def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
+    """Dynamic sampling: each rank draws until its own share carries a gradient."""
+    (tmp_path / "first_letter.py").write_text(
+        "def right(completion, *, answer, prompt, meta):\n    return float(completion[:1] == answer[:1])\n"
+    )
+    settings = (
+        "algorithm={name: grpo, group_size: 4, resample_rounds: 3}",
+        *("teacher={backend: none}", "reward.functions=[{name: 'first_letter:right'}]", "run.iterations=4"),
+    )
+    train_small(2, tmp_path / "run", *settings, env=ENV | {"PYTHONPATH": str(tmp_path)})
+    drawn = [row["prompts/drawn"] for row in rows(tmp_path / "run")]
+    # 2 prompts a rank and round: a multiple of 4 in every iteration would be two ranks in step.
+    assert len(drawn) == 4 and any(count % 4 for count in drawn) and max(drawn) <= 12, drawn
+    assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
+
+
+def test_a_run_does_not_go_on_under_another_configuration(straight, capsys):
+    """In this process: it ends before anything is started. What is accepted is in test_resume."""
+    before = rows(straight[1])
+    assert main(arguments(1, straight[1], "run.iterations=7", "run.resume=auto", "optim.lr=1.0e-4")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("optim.lr.value: is 0.0001, but iteration-000006 was trained with 0.0003; put it back, or")
+    assert rows(straight[1]) == before
+
+
+def test_the_export_is_the_checkpoint_and_loads_in_transformers(straight):
+    model = AutoModelForCausalLM.from_pretrained(straight[1] / "hf", dtype=torch.float32)
+    trained = {n.split("hf.", 1)[1]: t for n, t in saved(straight[1], 6).items() if "/state_dict/" in n}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, trained[name]), name
+    start = AutoModelForCausalLM.from_pretrained("rlkd/builtin/student", dtype=torch.float32).state_dict()
+    assert any(not torch.equal(start[n], v) for n, v in model.state_dict().items())
+
+
+def test_every_file_of_a_run_is_there(straight):
+    for name in ("config.yaml", "metrics.jsonl", "report.html", "checkpoints", "rollouts", "hf"):
+        assert (straight[2] / name).exists(), name
+    dumps = sorted((straight[2] / "rollouts").glob("000003-*"))
+    lines = [json.loads(line) for dump in dumps for line in dump.read_text().splitlines()]
+    assert len(lines) == 16
+    assert all(line["weight_version"] == 2 and len(line["token_ids"]) == len(line["logprobs"]) for line in lines)
+    assert all(r["staleness/mean"] == 0 and r["mismatch/mean"] < 1e-5 for r in rows(straight[2]))
+
+
+RANKS_THAT_DIFFER = """
+import dataclasses, sys
+import lightning
+from lightning.pytorch.strategies import ModelParallelStrategy
+sys.path.insert(0, "tests")
+from builders import OneBatch, config, scored
+from rlkd import distributed
+from rlkd.algorithms import KDRL
+from rlkd.pipeline.collate import collate
+
+# Rank 0 has eight long rows (several micro-batches), rank 1 two short ones whose rewards failed (all masked).
+for updates in (1, 2):
+    settings = config("trainer.devices=2", "trainer.micro_batch_tokens=48", "rollout.max_tokens=12",
+        f"trainer.updates_per_iteration={updates}")
+    module = KDRL(settings)
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, max_epochs=1, logger=False, enable_checkpointing=False,
+        strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), enable_progress_bar=False)
+    rank = trainer.global_rank
+    rows = [scored(i, 12, float(i % 2)) for i in range(8)] if rank == 0 else [scored(i, 1, None) for i in range(2)]
+    trainer.fit(module, OneBatch(collate([module.advantages(rows)], 0)))
+    print(f"rank {rank} trained {module.row['tokens/trained']:.0f} tokens in {updates} updates")
+"""
+
+
+def test_unequal_and_empty_micro_batches_do_not_hang(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS_THAT_DIFFER)
+    done = subprocess.run([*TORCHRUN, str(script)], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank, updates in itertools.product((0, 1), (1, 2)):
+        assert f"rank {rank} trained 96 tokens in {updates} updates" in done.stdout
+
+
+def test_three_mistakes_are_three_lines_and_exit_2(tmp_path):
+    wrong = ("optim.lrr=1e-3", "rollout.backend=vlm", "algorithm.group_size=1")
+    command = [sys.executable, "-m", "rlkd.train", *arguments(1, tmp_path / "x", *wrong)]
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    lines = done.stderr.splitlines()
+    assert len(lines) == 3, done.stderr
+    for line, key in zip(sorted(lines), ("algorithm.group_size", "optim.lrr", "rollout.backend"), strict=True):
+        assert key in line
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_readmes_python_example_runs():
+    text = Path("README.md").read_text(encoding="utf-8")
+    (code,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    assert len(code.splitlines()) < 20
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_evaluate_prints_one_json_object(straight):
+    """The exported student, by the command of the README."""
+    command = [sys.executable, "-m", "rlkd.evaluate", "--config", "configs/quickstart.yaml"]
+    done = subprocess.run(
+        [*command, f"model.path={straight[1] / 'hf'}", "eval.prompts=8"],
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert set(figures) == {"eval/greedy", "eval/avg@k", "eval/pass@k", "eval/errors"}
+
+
+def test_the_quickstart_learns_and_logs_to_wandb_offline(tmp_path):
+    """Accuracy rises by 30 points in 30 iterations (80 in the whole quickstart); no network is touched."""
+    folder = tmp_path / "learns"
+    command = [sys.executable, "-m", "rlkd.train", "--config", "configs/quickstart.yaml"]
+    settings = (f"run.dir={tmp_path}", "run.name=learns", "run.iterations=30", "eval.every=30", "eval.prompts=64")
+    done = subprocess.run(
+        [*command, *settings, "log.wandb=offline"], env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = rows(folder)[0], rows(folder)[-1]
+    assert first["iteration"] == 0 and set(first) >= {"eval/greedy", "eval/avg@k", "eval/pass@k"}
+    assert last["eval/greedy"] > first["eval/greedy"] + 0.3
+    assert "before" in done.stdout and "report.html" in done.stdout
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))

@@ -1,0 +1,78 @@
+"""docs/your_own.md: its files and its commands, as they stand there."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import ENV, ROOT, train
+
+pytestmark = [pytest.mark.process, pytest.mark.long]
+PAGE = (ROOT / "docs" / "your_own.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of the page in that language, in order."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A directory with the page's files."""
+    files = {"words.jsonl": blocks("json")[0], "my_rewards.py": blocks("python")[0], "own.yaml": blocks("yaml")[0]}
+    for name, text in files.items():
+        assert f"`{name}`" in PAGE
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def rows(folder: Path, name: str = "own") -> list[dict]:
+    return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_example_trains_goes_on_and_is_evaluated(folder):
+    first, second, evaluate = (shlex.split(line) for line in blocks("bash")[0].splitlines())
+    assert first[:3] == second[:3] == ["python", "-m", "rlkd.train"] and evaluate[2] == "rlkd.evaluate"
+    train(first[3:], folder / "out", cwd=folder)
+    assert [row["iteration"] for row in rows(folder)] == [0, 1, 2]
+    train(second[3:], folder / "out2", cwd=folder)
+    assert [row["iteration"] for row in rows(folder)] == [0, 1, 2, 3]
+    assert "eval/greedy" in rows(folder)[-1] and rows(folder)[-1]["reward/errors"] == 0
+    dumps = folder.glob("runs/own/rollouts/*.jsonl")
+    dumped = [json.loads(line) for path in dumps for line in path.read_text().splitlines()]
+    assert {line["answer"] for line in dumped} == {"cba", "daed", "ecaf", "ihgb"}
+    for line in dumped:  # the reward is the page's function of what was written
+        said = line["completion"].removesuffix("<eos>")
+        right = sum(a == b for a, b in zip(said, line["answer"], strict=False))
+        bonus = 0.5 * (1 if line["answer"] == "cba" else 2) if said == line["answer"] else 0.0
+        assert line["reward"] == pytest.approx(right / max(len(said), len(line["answer"])) + bonus)
+    done = subprocess.run(
+        [sys.executable, *evaluate[1:]],
+        cwd=folder,
+        env=ENV | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "runs/own/hf, after 3 iterations" in done.stderr
+    assert json.loads(done.stdout)["eval/greedy"] == rows(folder)[-1]["eval/greedy"]
+
+
+def test_an_algorithm_from_a_file(folder):
+    (folder / "my_algorithm.py").write_text(blocks("python")[-1])
+    named = re.search(r"`algorithm: (\{name: \"my_algorithm:Scaled\".*?\})`", PAGE)[1]
+    scaled = ["--config", "own.yaml", f"algorithm={named}", "run.iterations=1", "eval.every=0", "run.name=scaled"]
+    train(scaled, folder / "out", cwd=folder)
+    plain = ["--config", "own.yaml", "run.iterations=1", "eval.every=0", "run.name=plain", "algorithm.group_size=8"]
+    train(plain, folder / "out", cwd=folder)
+
+    def advantages(name):
+        lines = [json.loads(line) for line in (folder / f"runs/{name}/rollouts/000001-rank0.jsonl").open()]
+        return [line["advantage"] for line in lines]
+
+    assert advantages("scaled") == pytest.approx([2 * value for value in advantages("plain")])
+    assert any(advantages("scaled"))

@@ -1,0 +1,54 @@
+"""What the tests of the launch scripts share: the commands that a script prints, and whether the programs know them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.distributed.run import get_args_parser
+
+from rlkd.config.load import load, parse_args
+from rlkd.serve import plan
+
+SNAPSHOTS = Path(__file__).with_name("launch_snapshots")
+CONFIG = ("--config", "configs/quickstart_vllm.yaml")
+OVERRIDES = ("run.name=a.b", "rollout.max_tokens=12", "reward.functions=[{name: exact_match}]")
+
+
+def with_python(folder: Path, programs: Mapping[str, str] | None = None) -> dict[str, str]:
+    """An environment that has `python`, this interpreter, and other programs, by the bodies of their scripts."""
+    for name, body in {"python": 'exec "$REAL_PYTHON" "$@"', **(programs or {})}.items():
+        path = folder / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "REAL_PYTHON": sys.executable, "HEAD": "127.0.0.1"}
+
+
+def rendered(environment: Mapping[str, str], *command: str, **more: str) -> str:
+    """What a launch script prints when it is not to run anything."""
+    variables = {**environment, **more, "DRY_RUN": "1"}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
+
+
+def assert_snapshot(name: str, text: str) -> None:
+    path = SNAPSHOTS / f"{name}.txt"
+    assert text == path.read_text(), f"if it is meant to be so, {path} wants:\n{text}"
+
+
+def assert_known(line: str) -> None:
+    """torchrun, the trainer and the server know every option, and the configuration that they are given is one."""
+    words = shlex.split(line)
+    module = words.index("-m") + 1
+    if words[module] == "rlkd.serve":
+        plan(words[module + 1 :])
+        return
+    known = get_args_parser().parse_args(words[module + 1 :])
+    assert (words[module], known.module, known.training_script) == ("torch.distributed.run", True, "rlkd.train")
+    args = parse_args(known.training_script_args)
+    config = load(args.files, args.overrides).config
+    assert config.run.resume == "auto"
+    assert (config.trainer.devices, config.trainer.num_nodes) == (int(known.nproc_per_node), int(known.nnodes[:1]))

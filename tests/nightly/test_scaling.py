@@ -1,0 +1,98 @@
+"""The cost model of benchmarks/: its limits, and FLOPs against torch's own count."""
+
+from dataclasses import replace
+
+import cost_model as cost
+import pytest
+import torch
+from cost_model import Machine, Update, dense
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlkd.planning.memory import shape
+
+SETTINGS = LlamaConfig(
+    vocab_size=128,
+    hidden_size=64,
+    num_hidden_layers=3,
+    intermediate_size=96,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=32,
+    tie_word_embeddings=False,
+)
+TINY = dense(shape(SETTINGS), heads=2)
+GPU = Machine(flops=1e14, memory=2e12, link=3e11, network=4e10, disk_write=2e9, disk_read=4e9, disk_total=4e10)
+BLOCK = 4 * 64 * 64 + 3 * 64 * 96
+NORMS = 3 * 2 * 64 + 64
+
+
+def test_parameters_and_cache_of_a_dense_model_by_hand():
+    assert TINY.parameters == 3 * BLOCK + NORMS + 2 * 128 * 64
+    assert TINY.active == 3 * BLOCK + NORMS + 128 * 64
+    assert TINY.cache == 3 * 2 * 64
+    assert TINY.attention == 3 * 4 * 64
+
+
+@pytest.mark.parametrize("tokens", [16, 48])
+def test_flops_of_forward_and_backward_are_those_that_torch_counts(tokens):
+    """Torch counts the whole square of scores, and not the norms; so does this, at a context of all tokens."""
+    hf = LlamaForCausalLM._from_config(SETTINGS, attn_implementation="eager")
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        logits = hf(input_ids=ids, use_cache=False).logits
+    forward = counter.get_total_flops()
+    with counter:
+        logits.sum().backward()
+    ours = cost.trunk(TINY, tokens, tokens, 4).flops + 2 * tokens * TINY.output_layer - 2 * tokens * NORMS
+    # and the table of rotary angles: head width / 2 products a token
+    assert forward == pytest.approx(ours, rel=1e-3)
+    assert counter.get_total_flops() == pytest.approx(2 * forward, rel=2e-3)  # the counter began anew: backward alone
+
+
+def test_an_update_is_six_flops_a_parameter_and_token_and_four_where_weights_are_frozen():
+    machine = Machine(flops=1.0, memory=float("inf"))
+    none = replace(TINY, attention=0.0)
+    whole = cost.training(none, machine, Update(tokens=10, length=1, micro_batches=1))
+    assert whole == 10 * (6 * TINY.blocks + 8 * TINY.output_layer)  # the kernel computes its logits twice
+    adapted = cost.training(none, machine, Update(tokens=10, length=1, micro_batches=1, adapters=5))
+    assert adapted == 10 * (4 * TINY.blocks + 8 * TINY.output_layer + 6 * 5)
+
+
+def test_a_decode_step_is_bound_by_memory_with_few_rows_and_by_arithmetic_with_many():
+    wide = replace(GPU, memory=2 * GPU.memory)
+    fast = replace(GPU, flops=2 * GPU.flops)
+    few, many = ((TINY, machine, rows, 0.0, 1) for rows in (1, 10_000) for machine in (GPU,))
+    assert cost.served_step(TINY, wide, 1, 0.0, 1) == pytest.approx(cost.served_step(*few) / 2)
+    assert cost.served_step(TINY, fast, 1, 0.0, 1) == cost.served_step(*few)
+    assert cost.served_step(TINY, fast, 10_000, 0.0, 1) == pytest.approx(cost.served_step(*many) / 2)
+    assert cost.served_step(TINY, wide, 10_000, 0.0, 1) == cost.served_step(*many)
+
+
+def test_a_decode_step_reads_weights_once_and_every_cache():
+    read = 2 * (TINY.active + 8 * 100 * 3 * 2 * 64)
+    assert cost.served_step(TINY, GPU, 8, 100.0, 1) == pytest.approx(read / 2e12)
+
+
+def test_experts_that_nobody_is_sent_to_are_not_read():
+    mixture = replace(TINY, routed=TINY.blocks / 2, chosen=0.25)
+    fixed = mixture.blocks - 0.25 * mixture.routed
+    assert cost.touched(mixture, 1) == pytest.approx(mixture.blocks)
+    assert cost.touched(mixture, 2) == pytest.approx(fixed + mixture.routed * (1 - 0.75**2))
+    assert cost.touched(mixture, 1e6) == pytest.approx(fixed + mixture.routed)
+
+
+def test_a_rollout_with_room_for_all_takes_the_steps_of_the_longest():
+    machine = replace(GPU, flops=float("inf"), memory=float("inf"), step=0.01)
+    assert cost.served_rollout(TINY, machine, 8, 8, 4, 100, 1, 4) == pytest.approx(100 * 0.01)
+    # 24 more of 50 tokens in the mean, 8 at a time
+    assert cost.served_rollout(TINY, machine, 32, 8, 4, 100, 1, 4) == pytest.approx((100 + 24 * 50 / 8) * 0.01)
+
+
+def test_arithmetic_hides_communication_from_some_batch_on():
+    machine = replace(GPU, flops=1e12)
+    small = cost.gpu_training(TINY, machine, 8, 4, 8, 1024)
+    large = cost.gpu_training(TINY, machine, 8 * 1024, 4, 8, 1024)
+    assert small.communication == large.communication > small.compute
+    assert large.compute == pytest.approx(1024 * small.compute)
+    assert large.total == large.compute + large.optimizer

@@ -1,0 +1,542 @@
+"""Loading a configuration: what users write, what they get, and the exact line for each mistake."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from pydantic import BaseModel, Field
+
+from rlkd.config.help import Schema, fields
+from rlkd.config.load import Args, ConfigError, Loaded, help_text, load, parse_args
+from rlkd.config.schedules import Constant, Linear, Schedule, Step
+from rlkd.config.schema import AlgorithmConfig, Config, LocalTeacher, NoTeacher, Section
+from rlkd.config.yaml_tree import scalar
+
+
+class Imitation(Section):
+    """The teacher's share."""
+
+    coef: Schedule = Field(Constant(value=0.1), description="weight")
+    mask: Literal["all", "failed"] = Field("all", description="where")
+
+
+class Plain(AlgorithmConfig):
+    """Rewards only."""
+
+    name: Literal["plain"] = Field(description="plain")
+    clip: float = Field(0.2, gt=0, description="clip")
+
+
+class Taught(Plain):
+    """Rewards and a teacher."""
+
+    name: Literal["taught"] = Field(description="taught")  # type: ignore[assignment]
+    kd: Imitation = Field(Imitation(), description="the teacher's share")
+
+
+ALGORITHMS = {"plain": Plain, "taught": Taught}
+BASE = """\
+model: {path: builtin:student}
+data: {path: "builtin:reverse"}
+algorithm: {name: plain}
+"""
+"""Three lines: what a test adds starts on line 4."""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def loaded(yaml: str = "", *overrides: str, base: str = BASE) -> Loaded:
+    Path("a.yaml").write_text(base + yaml, encoding="utf-8")
+    return load(["a.yaml"], overrides, ALGORITHMS)
+
+
+def lines(yaml: str = "", *overrides: str, base: str = BASE) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        loaded(yaml, *overrides, base=base)
+    assert str(caught.value) == "\n".join(caught.value.lines)
+    return caught.value.lines
+
+
+SCHEDULE = "a number, or a schedule with kind: constant | linear | cosine | step | piecewise"
+AS_TEXT = r"for the text itself write \${ in place of ${"
+
+ONE_LINE = {
+    # types and ranges
+    "run: {seed: -1}": "a.yaml:4: run.seed: got -1, wants an integer ≥ 0 and < 2147483648",
+    "run: {iterations: 1.5}": "a.yaml:4: run.iterations: got 1.5, wants an integer ≥ 1",
+    "run: {name: a b}": r"a.yaml:4: run.name: got 'a b', wants text of the form ^[\w.+-]+$",
+    "run: {dir: null}": "a.yaml:4: run.dir: got null, wants text",
+    "run: {dir: }": "a.yaml:4: run.dir: got nothing, wants text",
+    "run: {dir: true}": "a.yaml:4: run.dir: got true, wants text",
+    "checkpoint: {keep: '3'}": "a.yaml:4: checkpoint.keep: got '3', wants an integer ≥ 1; drop the quotes",
+    "checkpoint: {keep: true}": "a.yaml:4: checkpoint.keep: got true, wants an integer ≥ 1",
+    "run: {seed: 010}": "a.yaml:4: run.seed: got '010', wants an integer ≥ 0 and < 2147483648",
+    "eval:\n  every: 1\n  prompts: [1]": "a.yaml:6: eval.prompts: got [1], wants an integer ≥ 1",
+    "optim: {betas: [0.9]}": "a.yaml:4: optim.betas: got [0.9], wants a list of numbers (2 of them)",
+    "rollout: 3": "a.yaml:4: rollout: got 3, wants a section",
+    "rollout: {backend: vlm}": "a.yaml:4: rollout.backend: got 'vlm', wants hf | vllm; did you mean vllm?",
+    "log: {wandb: on}": "a.yaml:4: log.wandb: got 'on', wants online | offline | off; did you mean online?",
+    "log: {progress: maybe}": "a.yaml:4: log.progress: got 'maybe', wants true or false",
+    # schedules: a union, but one error
+    "optim: {lr: fast}": f"a.yaml:4: optim.lr: got 'fast', wants {SCHEDULE}",
+    "optim: {lr: '1e-6'}": f"a.yaml:4: optim.lr: got '1e-6', wants {SCHEDULE}; drop the quotes",
+    "optim: {lr: .inf}": "a.yaml:4: optim.lr: got .inf, wants a finite number",
+    "optim: {lr: 12:30}": f"a.yaml:4: optim.lr: got '12:30', wants {SCHEDULE}",
+    "optim: {lr: true}": f"a.yaml:4: optim.lr: got true, wants {SCHEDULE}",
+    "optim: {lr: {start: 1}}": "a.yaml:4: optim.lr.kind: missing, wants constant | linear | cosine | step | piecewise",
+    "optim: {lr: {kind: liner}}": (
+        "a.yaml:4: optim.lr.kind: got 'liner', wants constant | linear | cosine | step | piecewise; "
+        "did you mean linear?"
+    ),
+    "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": "a.yaml:4: optim.lr.end: got 'x', wants a number ≥ 0",
+    "optim: {lr: {kind: step, start: 1, end: 0, at: -1}}": "a.yaml:4: optim.lr.at: got -1, wants an integer ≥ 0",
+    # unknown keys
+    "optim: {lrr: 3}": "a.yaml:4: optim.lrr: unknown key; did you mean optim.lr?",
+    "lr: 3": "a.yaml:4: lr: unknown key; did you mean optim.lr?",
+    "trainer: {temperature: 1}": (
+        "a.yaml:4: trainer.temperature: unknown key; did you mean eval.temperature or rollout.temperature or "
+        "teacher.temperature?"
+    ),
+    "rollout:\n  server:\n    lunch: true": (
+        "a.yaml:6: rollout.server.lunch: unknown key; did you mean rollout.server.launch?"
+    ),
+    "optim.lr: 3": "a.yaml:4: optim.lr: unknown key; in YAML the sections are nested: optim: {lr: …}",
+    "checkpoint: {zzz: 1}": "a.yaml:4: checkpoint.zzz: unknown key; checkpoint has every, keep, export, export_dtype",
+    "on: 1": (
+        "a.yaml:4: on: unknown key; a config has run, model, teacher, data, rollout, reward, algorithm, optim, "
+        "trainer, eval, log, checkpoint"
+    ),
+    # sections of several kinds
+    "teacher: local": (
+        "a.yaml:4: teacher: got 'local', wants a section with backend: none | local | served | self | routed; "
+        "did you mean teacher.backend: local?"
+    ),
+    "teacher: {path: x}": "a.yaml:4: teacher.backend: missing, wants none | local | served | self | routed",
+    "teacher: {backend: lokal, path: 3}": (
+        "a.yaml:4: teacher.backend: got 'lokal', wants none | local | served | self | routed; did you mean local?"
+    ),
+    "teacher: {backend: local}": "a.yaml:4: teacher.path: missing, wants text",
+    "teacher: {backend: served, path: x, url: u, batch_tokens: 3}": (
+        "a.yaml:4: teacher.batch_tokens: unknown key here; only teacher.backend: local | self has it"
+    ),
+    "teacher: {backend: served, path: x}": (
+        "a.yaml:4: teacher: set either teacher.url (a running server), teacher.urls (several) or "
+        "teacher.server.launch: true (start one)"
+    ),
+    # lists of sections
+    "reward:\n  functions:\n  - name: math\n  - weight: 2": ("a.yaml:7: reward.functions[1].name: missing, wants text"),
+    "reward: {functions: [math]}": "a.yaml:4: reward.functions[0]: got 'math', wants a section with name",
+    "reward: {functions: []}": (
+        "a.yaml:4: reward.functions: got [], wants a list of a section with name (at least 1 of them)"
+    ),
+    "reward: {functions: [{name: math, options: {strict: off}}]}": (
+        "a.yaml:4: reward.functions[0].options.strict: got off, a switch or a text? write true or false, or quote it"
+    ),
+    # contradictions between keys
+    "trainer: {micro_batch_tokens: 3}": (
+        "a.yaml:4: trainer.micro_batch_tokens: is 3, less than one sequence of data.max_prompt_tokens + "
+        "rollout.max_tokens = 1280 tokens; raise it"
+    ),
+    # YAML itself
+    "run:\n\tseed: 3": "a.yaml:5: broken YAML: a tab; YAML is indented with spaces",
+    "run: [1": "a.yaml:4: broken YAML: expected ',' or ']', but got '<stream end>'",
+    "run: {seed: 1}\nrun: {seed: 2}": "a.yaml:5: run: set twice, first on line 4; keep one",
+    "run:\n  seed: 1\n  dir: x\n  seed: 2": "a.yaml:7: run.seed: set twice, first on line 5; keep one",
+    "data: {split: x}": "a.yaml:4: data: set twice, first on line 2; keep one",
+    "run: &x {seed: *x}": "a.yaml:4: broken YAML: an anchor (&) that holds itself",
+    "run: *x": "a.yaml:4: broken YAML: found undefined alias 'x'",
+    "run: !!python/object:os.system {}": (
+        "a.yaml:4: the tag tag:yaml.org,2002:python/object:os.system is not read here; write the plain value"
+    ),
+    "run: {seed: 1}\n---\nrun: 2": (
+        "a.yaml:5: broken YAML: expected a single document in the stream but found another document"
+    ),
+    "? [1]\n: 2": "a.yaml:4: a key must be a word, got a list",
+    # placeholders and references
+    "run:\n  seed: ???": "a.yaml:5: run.seed: is ???, which stands for a value that is still to be given",
+    "run:\n  name: ${run.dir}\n  dir: ???": (
+        "a.yaml:6: run.dir: is ???, which stands for a value that is still to be given"
+    ),
+    "data2: 1": "a.yaml:4: data2: unknown key; did you mean data?",
+    "eval: {path: 'a ${x} b'}": f"a.yaml:4: eval.path: got 'a ${{x}} b': Interpolation key 'x' not found; {AS_TEXT}",
+    "eval: {path: 'a ${ b'}": (
+        f"a.yaml:4: eval.path: got 'a ${{ b': ${{ starts no reference that can be read; {AS_TEXT}"
+    ),
+    "eval: {path: '${oc.env:RLKD_NOT_SET}'}": (
+        "a.yaml:4: eval.path: got '${oc.env:RLKD_NOT_SET}': Environment variable 'RLKD_NOT_SET' not found"
+    ),
+    "eval: {prompts: '${log.project}'}": (
+        "a.yaml:4: eval.prompts: got '${log.project}', wants an integer ≥ 1; it stands for a text: "
+        "${oc.decode:${log.project}} reads the number in it"
+    ),
+    "eval: {path: '${eval}'}": (
+        f"a.yaml:4: eval.path: got '${{eval}}': Interpolation to parent node detected; {AS_TEXT}"
+    ),
+}
+
+
+@pytest.mark.parametrize("yaml", ONE_LINE, ids=lambda yaml: re.sub(r"\s+", " ", yaml))
+def test_one_mistake_is_one_exact_line(yaml):
+    assert lines(yaml) == [ONE_LINE[yaml]]
+
+
+ON_THE_COMMAND_LINE = {
+    "foo": "command line: 'foo': wants section.key=value",
+    "b.yaml": "command line: 'b.yaml': wants section.key=value; for a file write --config b.yaml",
+    "=3": "command line: '=3': wants section.key=value",
+    "a..b=3": "command line: 'a..b=3': wants section.key=value",
+    "optim.lr=": f"command line: optim.lr: got nothing, wants {SCHEDULE}",
+    "optim.lrr=3": "command line: optim.lrr: unknown key; did you mean optim.lr?",
+    "algorithm=taught": (
+        "command line: algorithm: got 'taught', wants a section with name: plain | taught; "
+        "did you mean algorithm.name: taught?"
+    ),
+    "algorithm.name=tought": "command line: algorithm.name: got 'tought', wants plain | taught; did you mean taught?",
+    "algorithm.kd.coef=1": "command line: algorithm.kd: unknown key here; only algorithm.name: taught has it",
+    "algorithm.clip=0": "command line: algorithm.clip: got 0, wants a number > 0",
+    "teacher.backend=local": "command line: teacher.path: missing, wants text",
+    "data.system=[INST] hi": (
+        "command line: data.system: '[INST] hi' starts like YAML but is not "
+        "(broken YAML: expected '<document start>', but found '<scalar>'); quote a text"
+    ),
+}
+
+
+@pytest.mark.parametrize("override", ON_THE_COMMAND_LINE)
+def test_one_mistake_on_the_command_line_is_one_exact_line(override):
+    assert lines("", override) == [ON_THE_COMMAND_LINE[override]]
+
+
+def test_three_mistakes_are_three_lines_and_each_names_the_place_that_set_it():
+    Path("b.yaml").write_text("rollout:\n  temperature: 0\n")
+    Path("a.yaml").write_text(BASE + "optim: {lrr: 1}\nrollout: {temperature: 1, prompts: many}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(["a.yaml", "b.yaml"], ["algorithm.clip=-1"], ALGORITHMS)
+    assert caught.value.lines == [
+        "a.yaml:5: rollout.prompts: got 'many', wants an integer ≥ 1",
+        "b.yaml:2: rollout.temperature: got 0, wants a number > 0",
+        "command line: algorithm.clip: got -1, wants a number > 0",
+        "a.yaml:4: optim.lrr: unknown key; did you mean optim.lr?",
+    ]
+
+
+def test_a_mistake_behind_a_reference_names_the_reference():
+    yaml = "rollout: {server: {devices: [[0], [1]]}}\noptim:\n  betas: ${rollout.server.devices}\n"
+    assert lines(yaml) == [
+        "a.yaml:6: optim.betas[0]: got list from '${rollout.server.devices}', wants a number",
+        "a.yaml:6: optim.betas[1]: got list from '${rollout.server.devices}', wants a number",
+    ]
+
+
+def test_missing_keys_name_the_files_or_the_section_that_lacks_them():
+    assert lines(base="model:\ndata: {split: x}\n") == [
+        "a.yaml:1: model.path: missing, wants text",
+        "a.yaml:2: data.path: missing, wants text",
+        "a.yaml: algorithm.name: missing, wants plain | taught",
+    ]
+    assert lines(base="") == [
+        "a.yaml: model.path: missing, wants text",
+        "a.yaml: data.path: missing, wants text",
+        "a.yaml: algorithm.name: missing, wants plain | taught",
+    ]
+
+
+def test_files_that_cannot_be_read():
+    Path("broken.yaml").write_text("a: [")
+    Path("list.yaml").write_text("- a\n")
+    Path("zero.yaml").write_bytes(b"a: \x00")
+    for name, line in {
+        "none.yaml": "none.yaml: cannot be read: No such file or directory",
+        ".": ".: cannot be read: Is a directory",
+        "list.yaml": "list.yaml:1: wants sections such as model: and data:, got a list",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            load([name], ["nonsense=1"], ALGORITHMS)
+        assert caught.value.lines == [line]
+    with pytest.raises(ConfigError) as caught:
+        load(["zero.yaml", "broken.yaml"], [], ALGORITHMS)
+    assert [line.split(": ")[:2] for line in caught.value.lines] == [
+        ["zero.yaml", "broken YAML"],
+        ["broken.yaml:1", "broken YAML"],
+    ]
+
+
+def test_a_file_without_mistakes_gives_the_values_it_holds():
+    config = loaded("optim: {lr: 1e-6, betas: [0.9, 1]}\nrollout: {prompts: 1_000}\nlog: {wandb: off}").config
+    assert type(config) is Config and type(config.algorithm) is Plain
+    assert config.optim.lr == Constant(value=1e-6) and config.optim.betas == [0.9, 1]
+    assert config.rollout.prompts == 1000 and config.log.wandb == "off"
+
+
+def test_words_that_yaml_1_1_would_change_keep_the_meaning_of_their_place():
+    config = loaded("run: {name: 1.10}\nlog: {wandb: off, progress: off, project: no}").config
+    assert (config.run.name, config.log.wandb, config.log.progress, config.log.project) == ("1.10", "off", False, "no")
+    for name in ("7", "2024", "1e-6", "007", "0x1F", "1_000", "on"):
+        assert loaded(f"run: {{name: {name}}}").config.run.name == name
+        assert loaded("", f"run.name={name}").config.run.name == name
+    for word, value in {"on": True, "Yes": True, "true": True, "NO": False, "off": False}.items():
+        assert loaded("", f"log.progress={word}").config.log.progress is value
+    arguments = loaded("rollout: {server: {extra_args: [--seed, 3, on, 1.50]}}").config.rollout.server.extra_args
+    assert arguments == ["--seed", "3", "on", "1.50"]
+
+
+def test_null_and_blank():
+    assert loaded("teacher: null").config.teacher == NoTeacher()
+    assert loaded("rollout:\n  # prompts: 4\n").config.rollout.prompts == 16
+    assert loaded("", "data.answer_column=null").config.data.answer_column is None
+    Path("blank.yaml").write_text("rollout:\n  # prompts: 4\nteacher: null\n")
+    Path("a.yaml").write_text(BASE + "rollout: {prompts: 4}\nteacher: {backend: local, path: x}\n")
+    config = load(["a.yaml", "blank.yaml"], [], ALGORITHMS).config
+    assert config.rollout.prompts == 4 and config.teacher == NoTeacher()
+
+
+def test_overrides_are_words_unless_they_start_with_a_quote_or_a_bracket():
+    for text in ("Answer: briefly # please", "- x", "*x", "!x", "a, b", "x=y", "no"):
+        assert loaded("", f"data.system={text}").config.data.system == text
+    assert loaded("", "data.system='[INST] hi'").config.data.system == "[INST] hi"
+    urls = "rollout.server.urls=[http://a:1, http://b:2]"
+    assert loaded("", urls, "rollout.backend=vllm").config.rollout.server.urls == ["http://a:1", "http://b:2"]
+
+
+def test_schedules():
+    assert loaded("optim: {lr: 1}").config.optim.lr == Constant(value=1)
+    linear = loaded("optim: {lr: {kind: linear, start: 5e-3, end: 1e-3, over: 80}}").config.optim.lr
+    assert linear == Linear(kind="linear", start=5e-3, end=1e-3, over=80)
+    yaml = "optim: {lr: {kind: linear, start: 5e-3, end: 1e-3, over: 80}}"
+    step = Step(kind="step", start=1, end=2, at=3)
+    assert loaded(yaml, "optim.lr={kind: step, start: 1, end: 2, at: 3}").config.optim.lr == step
+    assert loaded(yaml, "optim.lr.over=90").config.optim.lr == linear.model_copy(update={"over": 90})
+    assert loaded(yaml, "optim.lr=2").config.optim.lr == Constant(value=2)
+
+
+def test_another_algorithm_or_teacher_replaces_the_section_and_the_same_one_is_merged():
+    yaml = "teacher: {backend: served, path: a, url: 'http://x:1', check_parity: true}"
+    taught = "model: {path: m}\ndata: {path: d}\nalgorithm: {name: taught, group_size: 4, kd: {coef: 3}}\n"
+    for order in (["algorithm.name=plain", "algorithm.clip=0.5"], ["algorithm.clip=0.5", "algorithm.name=plain"]):
+        assert loaded("", *order, base=taught).config.algorithm == Plain(name="plain", clip=0.5)
+    changed_my_mind = ["algorithm.name=taught", "algorithm.clip=0.5", "algorithm.name=plain"]
+    assert loaded("", *changed_my_mind, base=taught).config.algorithm == Plain(name="plain", clip=0.5)
+    same = loaded("", "algorithm.name=taught", "algorithm.kd.mask=failed", base=taught).config.algorithm
+    assert same == Taught(name="taught", group_size=4, kd=Imitation(coef=Constant(value=3), mask="failed"))
+    config = loaded(yaml, "teacher.backend=local", "teacher.path=b").config
+    assert config.teacher == LocalTeacher(backend="local", path="b")
+    Path("b.yaml").write_text("algorithm: {name: plain}\nteacher: {backend: none}\n")
+    Path("a.yaml").write_text(taught + yaml)
+    config = load(["a.yaml", "b.yaml"], [], ALGORITHMS).config
+    assert config.algorithm == Plain(name="plain") and config.teacher == NoTeacher()
+
+
+def test_references_are_resolved_in_the_config_and_kept_in_the_text(monkeypatch):
+    monkeypatch.setenv("RLKD_SECRET", "hunter2")
+    monkeypatch.setenv("RLKD_KIND", "taught")
+    monkeypatch.setenv("RLKD_SEED", "3")
+    result = loaded(
+        "run: {dir: '/x/${oc.env:RLKD_SECRET}', seed: '${oc.decode:${oc.env:RLKD_SEED}}', name: '${run.seed}'}\n"
+        "eval: {prompts: '${rollout.prompts}'}\n"
+        r"log: {project: 'a \${b}'}",
+        "algorithm.name=${oc.env:RLKD_KIND}",
+        "algorithm.kd.coef=2",
+    )
+    config = result.config
+    assert (config.run.dir, config.run.seed, config.run.name) == ("/x/hunter2", 3, "3")
+    assert config.eval.prompts == config.rollout.prompts  # of a default that nobody set
+    assert config.log.project == "a ${b}"
+    assert isinstance(config.algorithm, Taught)
+    assert "hunter2" not in result.text and "${oc.env:RLKD_SECRET}" in result.text and r"a \${b}" in result.text
+    wrong = lines("run: {seed: '${oc.env:RLKD_SECRET}'}")
+    assert "hunter2" not in "".join(wrong)
+
+
+def test_a_placeholder_is_filled_by_a_later_file_or_override():
+    assert loaded("run:\n  name: ???", "run.name=x").config.run.name == "x"
+    assert loaded("run: {name: x}", "run.name=???").config.run.name == "x"
+
+
+def test_anchors_and_merge_keys():
+    config = loaded("eval: &e {prompts: 3, samples: 2}\n").config
+    assert config.eval.prompts == 3
+    config = loaded("teacher: {backend: local, path: &p x}\neval: {path: *p}\n").config
+    assert config.eval.path == "x"
+    config = loaded("", base="model: &m {path: x}\ndata: {<<: *m, split: s}\nalgorithm: {name: plain}\n").config
+    assert (config.data.path, config.data.split) == ("x", "s")
+
+
+ROUND_TRIPS = [
+    "",
+    "run: {name: 1.10}\nlog: {project: no, wandb: off, progress: off}",
+    "data: {system: \"a\\nb: 'c' # ${data.split} \\\\${x}\"}\n",
+    "teacher: {backend: served, path: x, server: {launch: true, extra_args: ['1e-6', '012', on, 'null', '~', '1:3']}}",
+    "optim: {lr: {kind: cosine, start: 1e-5, end: 0, over: 9}}",
+    "reward: {functions: [{name: math, weight: 2, options: {a: 'off', b: [1e-3, true, null], c: {d: '1'}}}]}",
+]
+
+
+@pytest.mark.parametrize("yaml", ROUND_TRIPS)
+def test_the_text_shows_every_key_and_gives_the_same_config_again(yaml):
+    base = "\n".join(line for line in BASE.splitlines() if not (line.startswith("data") and yaml.startswith("data")))
+    yaml = yaml.replace("{system", "{path: x, system")
+    first = loaded(yaml, base=base + "\n")
+    Path("b.yaml").write_text(first.text, encoding="utf-8")
+    again = load(["b.yaml"], [], ALGORITHMS)
+    assert again.config == first.config and again.text == first.text
+
+    def shown(model: type[BaseModel], values: dict[str, object]) -> None:
+        assert list(values) == list(fields(model))
+        for name, value in values.items():
+            free = fields(model)[name].is_free  # a mapping of names of the user's
+            if isinstance(value, dict) and not free and name not in ("algorithm", "teacher", "lr"):
+                shown(fields(model)[name].models[0], value)
+
+    shown(Config, OmegaConf.to_container(OmegaConf.create(first.text)))  # other readers of YAML can read it too
+    assert "\t" not in first.text
+
+
+def test_a_plain_word_means_what_yaml_1_2_says():
+    for text, value in {"1e-6": 1e-6, "-3": -3, "+.5": 0.5, "1.": 1.0, "1_0": 10, "~": None, "True": True}.items():
+        assert scalar(text) == value and type(scalar(text)) is type(value)
+    for text in ("010", "0x1F", "12:30", "2024-01-01", "on", "y", "nan", "1e", ".", "-", "e5", "1.2.3", "_1"):
+        assert scalar(text) == text
+
+
+def test_command_line():
+    args = parse_args(["--config", "a.yaml", "x.y=1", "--config=b.yaml", "--print-config", "z=--w"])
+    assert args == Args(
+        files=("a.yaml", "b.yaml"), overrides=("x.y=1", "z=--w"), print_config=True, help=False, estimate=None
+    )
+    assert parse_args(["--help"]).help and parse_args(["-h"]).help
+    for argv, line in {
+        (): "command line: --config: missing; e.g. --config configs/quickstart.yaml",
+        ("a.yaml",): "command line: --config: missing; did you mean --config a.yaml?",
+        ("--config",): "command line: --config: wants a YAML file",
+        ("--config", "--help"): "command line: --config: wants a YAML file",
+        ("--confg", "a"): "command line: --confg: unknown flag; did you mean --config?",
+        ("--optim.lr=3",): "command line: --optim.lr: unknown flag; did you mean optim.lr=3?",
+        ("-x",): "command line: -x: unknown flag; there are --config, --print-config, --estimate, --help and key=value",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            parse_args(argv)
+        assert caught.value.lines == [line]
+
+
+def test_help_lists_every_key_of_every_kind_of_section():
+    text = help_text(ALGORITHMS)
+    listed = set(re.findall(r"^  ([\w.\[\]]+):", text, flags=re.MULTILINE))
+    assert {f"{section}.{key}" for section, key in Schema(ALGORITHMS).all_keys()} <= listed
+    assert {"teacher.url", "teacher.batch_tokens", "algorithm.kd.coef", "reward.functions[].weight"} <= listed
+    assert "run.seed: an integer ≥ 0 and < 2147483648; default 0" in text
+    assert "model.path: text; required" in text
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert all(f"kind: {kind}" in text for kind in ("constant", "linear", "cosine", "step", "piecewise"))
+
+
+def test_every_key_has_a_help_text():
+    def walk(model: type[BaseModel]) -> None:
+        for name, place in Schema(ALGORITHMS).fields(model).items():
+            if name != "algorithm" and model is not Config:
+                assert model.model_fields[name].description, f"{model.__name__}.{name}"
+            for inner in (*place.models, *(place.item.models if place.item else ())):
+                if not place.is_schedule:
+                    walk(inner)
+
+    walk(Config)
+
+
+def test_the_quickstart_and_the_registered_algorithms():
+    configs = Path(__file__).parents[3] / "configs"
+    with pytest.raises(ConfigError) as caught:
+        load([str(configs / "quickstart.yaml")], ["algorithm.kd.estimator=k1", "teacher.backend=none"])
+    assert [line.split(": ")[:2] for line in caught.value.lines] == [["command line", "algorithm.kd.estimator"]]
+    assert "algorithm.kd.coef" in help_text()
+
+
+FULL = (
+    BASE
+    + """\
+run: {name: x, seed: 3}
+teacher: {backend: local, path: t}
+rollout: {server: {urls: [], extra_args: [a]}}
+optim: {lr: {kind: linear, start: 1e-3, end: 0, over: 3}}
+reward: {functions: [{name: math, options: {a: 1}}]}
+eval: {path: "${data.path}"}
+"""
+)
+_PIECES = st.sampled_from(
+    ["{", "}", "[", "]", ":", ": ", "\n", "\n  ", "- ", "'", '"', "${", "}", "\\", "&a ", "*a", "!x ", "???", "~", "#",
+     "<<: ", "null", "on", "1e-6", "-1", ".inf", "\t", "name", "kind: ", "é", "\x00", "|", ">", "? ", "---", ",", "0"]
+)  # fmt: skip
+_OVERRIDES = st.builds(
+    lambda key, value: f"{key}={value}",
+    st.sampled_from(
+        ["run", "run.seed", "teacher", "teacher.backend", "optim.lr", "optim.lr.kind", "algorithm", "algorithm.name",
+         "reward.functions", "reward.functions.0", "eval.path", "rollout.server", "a.b", "data.", "model.path.x"]
+    ),
+    st.one_of(st.text(max_size=6), _PIECES, st.sampled_from(["{}", "[]", "{kind: step}", "${run}", "${oc.env:X}"])),
+)  # fmt: skip
+
+
+@pytest.mark.long
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    edits=st.lists(st.tuples(st.integers(0, len(FULL)), st.integers(0, 12), _PIECES), max_size=3),
+    overrides=st.lists(_OVERRIDES, max_size=2),
+)
+def test_whatever_is_written_ends_in_a_config_or_in_lines(edits, overrides):
+    text = FULL
+    for start, length, piece in edits:
+        text = text[:start] + piece + text[start + length :]
+    try:
+        result = loaded("", *overrides, base=text)
+    except ConfigError as error:
+        assert error.lines and all(line == " ".join(line.splitlines()) and ": " in line for line in error.lines)
+        return
+    Path("b.yaml").write_text(result.text, encoding="utf-8")
+    assert load(["b.yaml"], [], ALGORITHMS).config == result.config
+
+
+@pytest.mark.process
+def test_the_command_line_is_read_without_torch():
+    code = "import sys, rlkd.config.load; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3]).returncode == 0
+
+
+def test_a_key_cannot_break_its_line_or_steer_a_terminal():
+    assert lines('rollout: {"a\\n\\e[2J": 1}') == [
+        r"a.yaml:4: rollout.a\n\x1b[2J: unknown key; rollout has "
+        + ", ".join(fields(Config)["rollout"].models[0].model_fields)
+    ]
+
+
+def test_numbers_that_python_does_not_read_are_texts():
+    for text in ("1__0", "1_", "1__0.5", "1_.5", "9" * 5000, "-" + "9" * 301):
+        assert scalar(text) == text
+    assert scalar("1_0.2_5") == 10.25 and scalar("9" * 300) == 10**300 - 1
+
+
+@pytest.mark.parametrize(
+    ("yaml", "line"),
+    [
+        ("run: {name: " + "[" * 3000, "a.yaml: broken YAML: more than 50 sections and lists within each other"),
+        ("run: {name: " + "[" * 60 + "]" * 60 + "}", "a.yaml:4: broken YAML: more than 50 sections and lists with"),
+        ('run: {name: "a\\0b"}', "a.yaml:4: got a NUL character, which no file name or text here may hold; lea"),
+        ('run: {name: "\\ud83d"}', "a.yaml:4: got half of a surrogate pair, or bytes that are not UTF-8; write"),
+        ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)),
+         "a.yaml:1: broken YAML: more than 100000 values, when each alias (*) is written out"),
+    ],
+)  # fmt: skip
+def test_what_would_end_in_a_traceback_or_never(yaml, line):
+    assert lines(yaml)[0].startswith(line)
+
+
+@pytest.mark.parametrize("argument", ["run.name=a\udcff", "run.name=a\0", "run.name=" + "[" * 3000, "a." * 99 + "b=1"])
+def test_an_override_that_would_end_in_a_traceback(argument):
+    (line,) = lines("", argument)
+    assert line.startswith("command line: ") and len(line) < 300 and line.isprintable()

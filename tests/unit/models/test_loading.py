@@ -1,0 +1,113 @@
+"""A model folder that is not what it should be is one line, and nothing is made up in place of what it lacks."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlkd.builtin import resolve
+from rlkd.config.load import load
+from rlkd.distributed import RunStopped
+from rlkd.models.student import load_causal_lm
+from rlkd.planning.preflight import check
+
+QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(resolve("builtin:student"), "m")
+    return Path("m")
+
+
+def config(*overrides):
+    return load([QUICKSTART], ["eval.every=0", "teacher=null", "algorithm={name: grpo}", *overrides]).config
+
+
+def loaded(path="m", attention=None):
+    return load_causal_lm(str(path), torch.float32, attention=attention, trust_remote_code=False)
+
+
+def edit(folder, **changes):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | changes))
+
+
+def replace_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(said):
+    with pytest.raises(RunStopped, match=said) as caught:
+        loaded()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_model_is_loaded(folder):
+    replace_weights(folder, lambda weights: weights.update(more=torch.zeros(1)))  # what is not used harms nobody
+    assert loaded().num_parameters() > 0
+
+
+def test_weights_that_are_cut_off_or_absent(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    refused("the model m cannot be loaded: SafetensorError: .*not fully covered")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 123\n")
+    refused("the model m cannot be loaded: SafetensorError: ")
+    (folder / "model.safetensors").unlink()
+    refused("the model m cannot be loaded: OSError: .*no file named model.safetensors")
+
+
+def test_missing_weights_are_not_made_up(folder):
+    replace_weights(folder, lambda weights: weights.pop(DOWN))
+    refused(f"the model m: 1 weight is missing that its config.json asks for: {DOWN}; copy the whole folder again")
+
+
+def test_weights_of_another_model(folder):
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    edit(folder, num_hidden_layers=layers + 1)
+    refused(f"the model m: 9 weights are missing that its config.json asks for: model.layers.{layers}.")
+    edit(folder, num_hidden_layers=layers, vocab_size=120)
+    refused(
+        r"the model m: 1 weight is of another shape than .*: model.embed_tokens.weight is \[56, 64\], wanted \[120,"
+    )
+
+
+def test_weights_that_are_no_numbers(folder):
+    replace_weights(folder, lambda weights: weights[DOWN].fill_(float("nan")))
+    refused(f"the model m: 1 weight is not finite: {DOWN}; use another model")
+
+
+def test_an_attention_that_is_not_there(folder):
+    with pytest.raises(
+        RunStopped, match='the model m cannot be loaded: ValueError: Specified `attn_implementation="fl'
+    ):
+        loaded(attention="flash")
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_an_architecture_that_writes_no_text_is_known_before_anything_is_loaded(folder, kind):
+    edit(folder, model_type=kind)
+    assert check(config("model.path=m")) == [
+        f"model.path: m is of type {kind}, which transformers has no causal language model for; wants one that writes "
+        "text from left to right"
+    ]
+
+
+def test_a_config_json_of_wrong_types(folder):
+    edit(folder, hidden_size="big")
+    (line,) = check(config("model.path=m"))
+    assert line.startswith("model.path: m: ") and "'hidden_size' expected int, got str" in line
+
+
+def test_betas_are_below_one():
+    assert check(config("optim.betas=[1.5, 0.9]")) == [
+        "optim.betas: got 1.5, which AdamW refuses; wants two numbers ≥ 0 and < 1"
+    ]

@@ -1,0 +1,162 @@
+"""The memory estimate against models that are really built, trained and sampled from."""
+
+import pytest
+import torch
+from builders import Captured, config, real_batch
+from transformers import DynamicCache, Qwen2Config
+from vllm_fixtures import tiny_model
+
+from rlkd.algorithms import ALGORITHMS
+from rlkd.config.load import ConfigError, parse_args
+from rlkd.models.lora import inject
+from rlkd.models.student import blocks, load_causal_lm
+from rlkd.planning.memory import (
+    adapter_parameters,
+    block_activations,
+    kv_bytes,
+    report,
+    server_places,
+    shape,
+    shape_of,
+    trainer_place,
+)
+from rlkd.train import main
+
+# The figures of the model cards: Qwen2.5-7B has 7.61 billion parameters, 6.53 without embeddings; 28 layers, 28 query
+# heads and 4 key-value heads of 128.
+QWEN_7B = Qwen2Config(
+    vocab_size=152064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+    dtype="bfloat16",
+)
+
+
+def part(parts, what):
+    (found,) = [p for p in parts if p.what == what]
+    return found.bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_those_of_a_model_that_is_built(tied):
+    hf = tiny_model(0, tied=tied)
+    known = shape(hf.config)
+    assert known.parameters == sum(p.numel() for p in hf.parameters())
+    assert known.largest_block == sum(p.numel() for p in hf.model.layers[0].parameters())
+    assert known.outside == known.parameters - 2 * known.largest_block
+    assert known.output_layer == hf.lm_head.weight.numel()
+
+
+def test_a_7b_model_has_the_parameters_of_its_card_and_a_gqa_cache_of_56_kib_a_token():
+    known = shape(QWEN_7B)
+    assert known.parameters / 1e9 == pytest.approx(7.61, abs=0.01)
+    assert (known.parameters - 2 * known.output_layer) / 1e9 == pytest.approx(6.53, abs=0.01)
+    assert kv_bytes(known, 2) == 2 * 28 * 4 * 128 * 2 == 56 * 1024
+
+
+def test_the_cache_of_a_token_is_that_of_transformers():
+    """The teacher has fewer key heads than query heads."""
+    hf = load_causal_lm("builtin:teacher", torch.float32, attention=None, trust_remote_code=False)
+    cache = hf(input_ids=torch.zeros(3, 5, dtype=torch.int64), past_key_values=DynamicCache()).past_key_values
+    held = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    assert held == 3 * 5 * kv_bytes(shape_of("builtin:teacher"), 4)
+
+
+def test_what_a_training_step_keeps_is_what_is_estimated(tmp_path):
+    settings = config("trainer.accelerator=cpu", f"run.dir={tmp_path}")
+    trained = Captured(settings, real_batch(settings))
+    resident = trainer_place(settings).resident
+    assert part(resident, "gradients") == sum(t.nbytes for t in trained.gradients.values())
+    assert part(resident, "master weights") == sum(t.nbytes for t in trained.parameters.values())
+    moments = [t for state in trained.optimizer.state.values() for t in state.values() if t.ndim > 0]
+    assert part(resident, "AdamW's moments") == sum(t.full_tensor().nbytes for t in moments)
+    assert part(resident, "hf sampler") == part(resident, "master weights")
+    halves = trainer_place(config("trainer.devices=2")).resident
+    assert part(halves, "AdamW's moments") == part(resident, "AdamW's moments") / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_of_a_block_are_what_autograd_keeps(dtype):
+    """Without the softmax statistics and the rotary angles, which are small beside them in a real model."""
+    hf = tiny_model(0, tied=False).to(dtype)
+    known, tokens, storages = shape(hf.config), 2 * 64, {}
+    weights = {p.untyped_storage().data_ptr() for p in hf.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    kept = []
+    for layers in (1, 2):
+        hf.config.num_hidden_layers = layers
+        storages.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            states = hf.model(input_ids=ids, use_cache=False).last_hidden_state
+        kept.append(sum(size for size, _ in storages.values()))
+        del states
+    assert len(blocks(hf)) == 2
+    a_block = (kept[1] - kept[0]) / tokens
+    assert block_activations(known, dtype.itemsize) == pytest.approx(a_block, rel=0.15)
+
+
+def test_a_report_says_what_fits_and_what_does_not(tmp_path, capsys):
+    QWEN_7B.save_pretrained(tmp_path)
+    command = [
+        "--config",
+        "configs/kdrl.yaml",
+        f"model.path={tmp_path}",
+        f"teacher.path={tmp_path}",
+        "data.path=x.jsonl",
+    ]
+    small, large = ["trainer.devices=1"], ["trainer.devices=8", "rollout.server.devices=[[8]]"]
+    for devices in (small, [*large, "teacher.server.devices=[[9,10]]"]):
+        assert main([*command, *devices, "--estimate=80"]) == 0
+    one, eight = capsys.readouterr().out.split("student: ")[1:]
+    # 16 bytes a parameter stay: the figure of ZeRO (arXiv 1910.02054, §3.1), there with half-precision copies.
+    assert "28.37 GiB  master weights: 4 B · 7.62e9 parameters / 1" in one
+    assert "DOES NOT FIT in 80.00 GiB" in one and "DOES NOT FIT" not in eight
+    assert "7.09 GiB  AdamW's moments: 2 · 4 B · 7.62e9 parameters / 8" in eight
+    assert "28.37 GiB  while publishing: all weights in fp32, on every rank" in eight
+    # (0.85 · 80 − 14.19) GiB over 5,120 tokens of 56 KiB
+    assert "14.19 GiB  weights" in eight and "= 68.00 GiB, 196 such sequences side by side" in eight
+    assert "7.09 GiB  weights: 2 B · 7.62e9 parameters / 2" in eight and "28 KiB each" in eight
+    assert main([*command, "model.path=nowhere/at/all", "--estimate"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--estimate: nowhere/at/all: ")
+
+
+def test_every_model_of_a_trainer_is_counted():
+    own = "teacher={backend: self, weights: ema, dtype: bfloat16}"
+    settings = config("algorithm={name: opsd}", own, "rollout.backend=hf", group_size=None)
+    student = shape_of("builtin:student").parameters
+    resident = trainer_place(settings).resident
+    assert part(resident, "teacher (self)") == 2 * student and part(resident, "teacher's moving average") == 4 * student
+    settings = config("algorithm.reference_coef=0.1")
+    assert ALGORITHMS["kdrl"](settings).needs_reference
+    assert part(trainer_place(settings).resident, "reference") == 4 * student
+    assert part(trainer_place(settings).resident, "teacher") == 4 * shape_of("builtin:teacher").parameters
+
+
+def test_without_a_known_device_nothing_is_said_of_it():
+    assert "the device is not known: --estimate=GIB" in report(config(), None)
+    assert server_places(config()) == []
+    with pytest.raises(ConfigError, match="--estimate: got 'big', wants the GiB of a device, e.g. --estimate=80"):
+        parse_args(["--config", "x.yaml", "--estimate=big"])
+    assert parse_args(["--config", "x.yaml", "--estimate=80.5"]).estimate == 80.5
+
+
+def test_adapters_are_counted_as_they_are():
+    settings = config("model.lora={r: 4, alpha: 8}", "rollout.backend=hf")
+    hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
+    inject(hf, settings.model.lora, seed=0)
+    trained = sum(p.numel() for p in hf.parameters() if p.requires_grad)
+    assert adapter_parameters(settings) == trained > 0
+    parts = {part.what: part.bytes for part in trainer_place(settings).resident}
+    assert parts["AdamW's moments"] == 8 * trained and parts["adapters"] == parts["gradients"] == 4 * trained

@@ -1,0 +1,480 @@
+"""What is found out before any model is loaded: the exact line for each thing that is wrong."""
+
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from rlkd.builtin import resolve
+from rlkd.config.load import load
+from rlkd.config.schema import Config
+from rlkd.data.chat import load_tokenizer
+from rlkd.generation.sampler import end_ids
+from rlkd.models.vocabulary import load_config, vocabulary_size
+from rlkd.pipeline.build import build_sampler
+from rlkd.planning.preflight import check, check_evaluation
+from rlkd.train import main
+
+QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
+ROWS = [{"id": f"q{i}", "prompt": f"abc{i}", "answer": "x"} for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def config(*overrides: str) -> Config:
+    return load([QUICKSTART], ["eval.every=0", "data.limit=64", *overrides]).config
+
+
+def model_folder(name: str, positions: int = 512, extra: list[str] | None = None) -> str:
+    """A model without weights: preflight must not miss them."""
+    folder = Path(name)
+    shutil.copytree(resolve("builtin:student"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    if extra:
+        tokenizer = load_tokenizer(name)
+        tokenizer.add_tokens(extra)
+        tokenizer.save_pretrained(name)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": positions}))
+    return str(folder)
+
+
+def data_file(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+@contextmanager
+def server(model: str, length: int = 4096, routes: dict[str, Any] | None = None) -> Iterator[str]:
+    """The address of a server that answers a few GETs as vLLM does; `routes` replaces answers, None is a 404."""
+    answers: dict[str, Any] = {
+        "/health": {},
+        "/v1/models": {"data": [{"id": model, "root": model, "parent": None, "max_model_len": length}]},
+        "/weight_info": {"weight_version": "default"},
+    } | (routes or {})
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer = answers.get(self.path)
+            body = json.dumps(answer).encode() if not isinstance(answer, bytes) else answer
+            self.send_response(404 if answer is None else 200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    stub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{stub.server_address[1]}"
+    finally:
+        stub.shutdown()
+        stub.server_close()
+
+
+def with_servers(*urls: str, path: str = "builtin:student") -> Config:
+    return config(f"model.path={path}", "rollout.backend=vllm", f"rollout.server.urls=[{','.join(urls)}]")
+
+
+def test_the_quickstart_is_fine():
+    assert check(load([QUICKSTART]).config) == []
+
+
+def test_no_weights_are_read():
+    assert check(config(f"model.path={model_folder('m')}", "teacher.path=m")) == []
+
+
+def test_model_paths():
+    Path("empty").mkdir()
+    assert check(config("model.path=/no/such/folder")) == ["model.path: no folder /no/such/folder"]
+    assert check(config("teacher.path=~/m")) == ["teacher.path: no folder ~/m (~ is not expanded here)"]
+    assert check(config("model.path=empty")) == [
+        "model.path: empty has no config.json; wants a model folder in Hugging Face form"
+    ]
+    (line,) = check(config("model.path=builtin:studnet"))
+    assert line.startswith("model.path: ") and "builtin:student" in line
+    shutil.copy(Path(resolve("builtin:student")) / "config.json", "empty")
+    (line,) = check(config("teacher.path=empty"))
+    assert line.startswith("teacher.path: empty: no tokenizer in 'empty': ") and "\n" not in line
+
+
+def with_ends(name: str, generation: dict[str, Any] | None, **changes: Any) -> str:
+    """A model whose generation_config.json is `generation` (None: it has none), with changes to its config.json."""
+    folder = Path(model_folder(name))
+    (folder / "generation_config.json").unlink()
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(settings))
+    return name
+
+
+def test_the_ends_of_completions_are_found_wherever_a_model_names_them():
+    eos = load_tokenizer("builtin:student").eos_token_id
+    assert end_ids(with_ends("several", {"eos_token_id": [eos, 5]}), False) == (eos, 5)
+    assert end_ids(with_ends("in_config", None, eos_token_id=7), False) == (7,)
+    assert end_ids(with_ends("in_both", {"pad_token_id": 0}, eos_token_id=7), False) == (7,)
+    assert end_ids(with_ends("of_text", {}, eos_token_id=None, text_config={"eos_token_id": 6}), False) == (6,)
+    assert end_ids(with_ends("in_tokenizer", None, eos_token_id=None), False) == (eos,)
+    assert check(config("model.path=in_tokenizer", "teacher.path=in_config")) == []
+
+
+@pytest.mark.parametrize("value", [[], [1, 56], -1, "</s>"])
+def test_completions_that_never_end_are_refused(value):
+    with_ends("endless", {"eos_token_id": value})
+    line = (
+        f"{{}}: endless: eos_token_id of generation_config.json is {value}, wants the tokens that end a completion, "
+        "else none ever stops (ids below 56); give them in generation_config.json"
+    )
+    assert check(config("model.path=endless")) == [line.format("model.path")]
+    assert check_evaluation(load([QUICKSTART], ["model.path=endless"]).config) == [line.format("model.path")]
+    with server("teacher") as url:
+        served = config(f"teacher={{backend: served, path: endless, urls: [{url}]}}")
+        assert line.format("teacher.path") in check(served)
+
+
+LOCAL = "teacher={backend: local, path: endless}"
+OTHERS = "algorithm={name: opd, group_size: 1, student_share: 0.5, others: teacher, divergence: {tier: full}}"
+GUIDED = "algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}"
+
+
+@pytest.mark.parametrize("algorithm", [OTHERS, GUIDED])
+def test_a_teacher_in_process_that_writes_is_asked_for_its_end_too(algorithm):
+    with_ends("endless", {"eos_token_id": []})
+    (line,) = check(config(algorithm, LOCAL))
+    assert line.startswith("teacher.path: endless: eos_token_id of generation_config.json is [], wants")
+    assert check(config(OTHERS, "algorithm.student_share=1.0", LOCAL)) == []  # this one only scores
+
+
+def test_the_end_of_a_tokenizer_that_brings_its_own_code():
+    folder = Path(with_ends("coded", None, eos_token_id=None))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    eos = load_tokenizer("builtin:student").eos_token_id
+    assert end_ids("coded", trust_remote_code=True) == (eos,)
+    trusting = config("model.path=coded", "teacher.path=coded", "model.trust_remote_code=true")
+    assert check(trusting) == []
+    assert build_sampler(trusting).eos_ids == (eos,)
+
+
+def test_a_server_may_have_models_that_transformers_has_no_causal_class_for():
+    """vLLM loads Qwen3-VL and the like; in process they are still refused."""
+    folder = Path(model_folder("seeing"))
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen3_vl_text"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", "text_config": text}))
+    with server("seeing") as url:
+        assert check(config(f"teacher={{backend: served, path: seeing, urls: [{url}]}}")) == []
+    (line,) = check(config("teacher.path=seeing"))
+    assert line.startswith("teacher.path: seeing is of type qwen3_vl, which transformers has no causal language model")
+
+
+def test_a_model_without_an_end_anywhere_is_refused():
+    folder = Path(with_ends("endless", None, eos_token_id=None))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (line,) = check(config("model.path=endless"))
+    assert line.startswith("model.path: endless: eos_token_id of its tokenizer is None, wants the tokens that end")
+
+
+def test_teacher_and_student_must_share_a_vocabulary():
+    known = len(load_tokenizer("builtin:student"))
+    other = model_folder("other", extra=["<think>"])
+    (line,) = check(config(f"teacher.path={other}"))
+    assert line == (
+        f"teacher.path: other has another vocabulary than model.path: token {known} is unused in the first tokenizer, "
+        "but '<think>' in the second; token ids are compared one by one, so both must agree (model.path is the first)"
+    )
+    assert check(config(f"teacher.path={other}", f"model.path={other}")) == []
+
+
+def test_lengths_are_the_algorithms():
+    """Here the student is trained on more than it samples, and the teacher reads more than the student."""
+    model_folder("short", positions=90)
+    settings = ("algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}",)
+    assert check(config(*settings, "algorithm.feedback.max_prompt_tokens=50", "model.path=short")) == []
+    assert check(config(*settings, "model.path=short", "rollout.max_tokens=24")) == [
+        "algorithm.max_augmented_tokens: data.max_prompt_tokens + algorithm.max_augmented_tokens = 96, but model.path "
+        "short has 90 positions; lower one of them"
+    ]
+    assert check(config(*settings, "teacher.path=short")) == [
+        "algorithm.feedback.max_tokens: algorithm.feedback.max_prompt_tokens + algorithm.feedback.max_tokens = 120, "
+        "but teacher.path short has 90 positions; lower one of them"
+    ]
+
+
+def test_lengths_must_fit_both_models():
+    model_folder("short", positions=40)
+    line = (
+        "rollout.max_tokens: data.max_prompt_tokens + rollout.max_tokens = 48, but {} short has 40 positions; "
+        "lower one of them"
+    )
+    assert check(config("teacher.path=short")) == [line.format("teacher.path")]
+    assert check(config("model.path=short")) == [line.format("model.path")]
+    assert check(config("model.path=short", "rollout.max_tokens=8")) == []
+
+
+def test_data():
+    assert check(config(f"data.path={data_file(ROWS)}")) == []
+    (line,) = check(config("data.path=none.jsonl"))
+    assert line.startswith("data.path: none.jsonl: cannot be read: No such file")
+    (line,) = check(config("data.path=data.jsonl", "data.prompt_column=question"))
+    assert line == "data.path: data.jsonl:1: no column 'question' (data.prompt_column); it has: id, prompt, answer"
+    (line,) = check(config(f"data.path={data_file([], 'empty.jsonl')}"))
+    assert line == "data.path: empty.jsonl: the data set is empty"
+    (line,) = check(config(f"data.path={data_file(ROWS[:3], 'few.jsonl')}"))
+    assert line == "data.path: rollout.prompts is 16, but the data has only 3 prompts; lower it or use more data"
+    long = data_file([*ROWS, {"id": "long", "prompt": "a" * 99, "answer": "x"}], "long.jsonl")
+    (line,) = check(config(f"data.path={long}"))
+    assert line.startswith("data.path: long.jsonl:21: prompt '20' has ") and "data.max_prompt_tokens = 32" in line
+
+
+def test_held_out_data_is_read_only_where_it_is_used():
+    overrides = (f"data.path={data_file(ROWS)}", "eval.path=none.jsonl")
+    assert check(config(*overrides)) == []
+    (line,) = check(config(*overrides, "eval.every=5"))
+    assert line.startswith("eval.path: none.jsonl: cannot be read: No such file")
+
+
+def test_rewards():
+    (line,) = check(config("reward.functions=[{name: exact_macth}]"))
+    assert line.startswith("reward.functions: ") and "exact_match" in line
+
+
+def test_answers_of_the_data_that_math_cannot_use():
+    rows = [{"prompt": f"abc{i}", "answer": "1/0" if i == 7 else str(i)} for i in range(20)]
+    overrides = (f"data.path={data_file(rows)}", "reward.functions=[{name: math}]")
+    (line,) = check(config(*overrides))
+    assert line.startswith("data.path: reward 'math' cannot use the answers of the data: '7' (answer '1/0' makes math-")
+    (line,) = check(config(overrides[0], "data.answer_column=null"))
+    assert line.startswith("data.path: reward 'exact_match' needs an answer, but rows '0'; '1'; '2'; and 17 more have")
+    assert (
+        check(
+            config(
+                *overrides,
+                "algorithm={name: sft}",
+                "data.completion_column=answer",
+                "teacher=null",
+                "data.max_completion_tokens=16",
+            )
+        )
+        == []
+    )
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten():
+    Path("runs/quickstart").mkdir(parents=True)
+    Path("runs/quickstart/config.yaml").touch()  # another rank of this run may have written it
+    assert check(config()) == []
+    Path("runs/quickstart/metrics.jsonl").touch()
+    assert check(config()) == [
+        "run.name: runs/quickstart holds a run already; go on with it by run.resume=auto, or choose another run.name"
+    ]
+    assert check(config("run.resume=auto")) == []
+    assert check(config("run.name=other")) == []
+
+
+def test_where_a_run_cannot_be_written():
+    Path("file").touch()
+    line = "run.dir: {} is a file, where the run's directory {} should be; choose another run.dir"
+    assert check(config("run.dir=file")) == [line.format("file", "file/quickstart")]
+    assert check(config("run.dir=file/deeper")) == [line.format("file", "file/deeper/quickstart")]
+    assert check(config("run.dir=/dev/null")) == [line.format("/dev/null", "/dev/null/quickstart")]
+    Path("runs").mkdir()
+    (line,) = check(config(f"run.name={'n' * 300}"))
+    assert line.startswith("run.dir: runs/nnn") and line.endswith(
+        "File name too long; choose another run.dir or run.name"
+    )
+    if os.geteuid() != 0:  # root may write everywhere
+        Path("locked").mkdir(mode=0o500)
+        assert check(config("run.dir=locked/runs"))[0].startswith("run.dir: locked cannot be written to; ")
+
+
+def test_what_only_writing_finds_out_is_one_line_too(capsys):
+    assert main(["--config", QUICKSTART, "run.dir=/proc/runs"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("stopped: run.dir: /proc/runs/quickstart/config.yaml could not be written: ")
+
+
+LAUNCHED = ("rollout.backend=vllm", "rollout.server.launch=true")
+
+
+def test_gpus_of_servers(monkeypatch):
+    """What the machine has is what torch says of it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert check(config(*LAUNCHED)) == []
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == [
+        "rollout.server.devices: names GPU 5, but this machine shows 0 of them; [[]] is one server on the CPU"
+    ]
+    teacher = "teacher={backend: served, path: 'builtin:teacher', server: {launch: true, devices: [[3]], memory: 0.5}}"
+    assert check(config(teacher)) == [
+        "teacher.server.devices: names GPU 3, but this machine shows 0 of them; [[]] is one server on the CPU"
+    ]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[1, 4], [-1]]")) == [
+        "rollout.server.devices: names GPU 4, but this machine shows 4 of them, 0 to 3; name others",
+        "rollout.server.devices: names GPU -1, but this machine shows 4 of them, 0 to 3; name others",
+    ]
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[1, 1]]")) == [
+        "rollout.server.devices: [1, 1] names a GPU twice; each GPU of a server is another one"
+    ]
+    assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[1], [2]]")) == []
+    assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[1], [3]]")) == [
+        "rollout.server.devices: the servers on GPU 3 may take 1.35 times its memory together; lower "
+        "rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
+    ]
+    assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[3]]", "rollout.server.memory=0.5")) == []
+    monkeypatch.setenv("RANK", "1")  # of another node, which starts none
+    assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == []
+
+
+def test_a_checkpoint_to_resume_from_must_exist():
+    assert check(config("run.resume=Auto")) == [
+        "run.resume: no checkpoint Auto; wants never, auto, or the folder of a checkpoint"
+    ]
+    Path("runs/quickstart/checkpoints/iteration-000050").mkdir(parents=True)
+    assert check(config("run.resume=runs/quickstart/checkpoints/iteration-000050")) == []
+    assert check(config("run.resume=iteration-000050")) == [
+        "run.resume: no checkpoint iteration-000050; wants never, auto, or the folder of a checkpoint; "
+        "runs/quickstart has runs/quickstart/checkpoints/iteration-000050"
+    ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without GPUs")
+def test_devices():
+    assert check(config("trainer.accelerator=gpu")) == [
+        "trainer.devices: is 1 with trainer.accelerator gpu, but this node has 0; "
+        "lower it, or set trainer.accelerator: cpu"
+    ]
+
+
+def test_a_server_that_serves_the_model_is_fine():
+    folder = model_folder("m")
+    with server(folder) as by_path, server("m") as by_name:
+        assert check(with_servers(by_path, by_name, path=folder)) == []
+
+
+def test_servers_that_do_not_answer_are_named_with_their_key():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        line = f"no healthy server at {url} (GET /health, 5 s); start it, or correct the address"
+        assert check(with_servers(url)) == [f"rollout.server.urls: {line}"]
+        teacher = f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}"
+        assert check(config(teacher)) == [f"teacher.url: {line}"]
+    assert check(with_servers("localhost:8000")) == [
+        "rollout.server.urls: got 'localhost:8000', wants an address such as http://host:8000"
+    ]
+    (line,) = check(with_servers("http://localhost:port"))
+    assert line.startswith("rollout.server.urls: ") and "port" in line
+
+
+def test_each_of_several_teachers_is_looked_at():
+    other = model_folder("other", extra=["<think>"])
+    first = "{backend: local, name: a, path: 'builtin:teacher'}"
+    second = f"{{backend: served, name: b, path: {other}, url: 'http://127.0.0.1:9'}}"
+    problems = check(config(f"teacher={{backend: routed, teachers: [{first}, {second}]}}"))
+    assert len(problems) == 2
+    assert problems[0].startswith("teacher.teachers[1].path: other has another vocabulary than model.path: token ")
+    assert problems[1].startswith("teacher.teachers[1].url: no healthy server at http://127.0.0.1:9")
+
+
+@pytest.mark.long
+def test_a_server_of_another_model_or_kind_is_refused():
+    with server("somebody/else") as url:
+        (line,) = check(with_servers(url))
+        assert line.startswith(f"rollout.server.urls: {url} serves 'somebody/else', wanted '")
+    with server("student", length=40) as url:
+        (line,) = check(with_servers(url))
+        assert "--max-model-len 40" in line and "48 tokens" in line
+    with server("teacher", length=48) as url:  # scoring 48 tokens takes 49: the server must generate one
+        (line,) = check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}"))
+        assert line.startswith("teacher.url: ") and "49 tokens" in line
+    with server("student", routes={"/weight_info": None}) as url:
+        (line,) = check(with_servers(url))
+        assert line.startswith(f"rollout.server.urls: GET {url}/weight_info answered 404")
+    for answer in ({}, {"data": 3}, b"<html>"):
+        with server("student", routes={"/v1/models": answer}) as url:
+            (line,) = check(with_servers(url))
+            assert line.startswith(
+                f"rollout.server.urls: GET {url}/v1/models answered 200, but not as a vLLM server does: "
+            )
+    with server("teacher", routes={"/weight_info": None}) as url:  # a teacher never takes new weights
+        assert check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}")) == []
+
+
+def test_all_problems_come_at_once():
+    keys = [
+        line.split(":")[0]
+        for line in check(
+            config(
+                "run.resume=nowhere",
+                "model.path=/no/student",
+                "teacher.path=/no/teacher",
+                "reward.functions=[{name: nonsense}]",
+                "rollout.backend=vllm",
+                "rollout.server.urls=[x]",
+            )
+        )
+    ]
+    assert keys == ["run.resume", "model.path", "teacher.path", "reward.functions", "rollout.server.urls"]
+
+
+def test_torchrun_and_the_config_must_agree_on_the_number_of_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert check(config("trainer.devices=2")) == [
+        "trainer.devices: torchrun started 4 processes, but trainer.devices × trainer.num_nodes is 2 × 1; "
+        "make them agree"
+    ]
+
+
+def test_servers_that_other_nodes_cannot_reach_are_refused():
+    launched = ("rollout.backend=vllm", "rollout.server.launch=true", "trainer.num_nodes=2")
+    found = [line for line in check(config(*launched)) if line.startswith("rollout.server.host: ")]
+    assert len(found) == 1 and found[0].startswith("rollout.server.host: is 127.0.0.1, which the other nodes of")
+    assert not [
+        line
+        for line in check(config(*launched, "rollout.server.host=10.0.0.1"))
+        if line.startswith("rollout.server.host")
+    ]
+
+
+def test_each_model_is_read_once(monkeypatch):
+    """And again where its files have changed; a tokenizer reads the configuration of its model by itself."""
+    read: list[str] = []
+    for kind in (AutoConfig, AutoTokenizer):
+        plain = kind.from_pretrained
+        monkeypatch.setattr(
+            kind, "from_pretrained", lambda *a, _of=kind, _as=plain, **k: read.append(_of.__name__) or _as(*a, **k)
+        )
+    model_folder("mine")
+    model_folder("theirs")
+    settings = config("model.path=mine", "teacher.path=theirs")
+    assert check(settings) == []
+    assert read.count("AutoTokenizer") == 3 and read.count("AutoConfig") - 3 <= 2
+    assert vocabulary_size(settings.model) == 56
+    assert read.count("AutoTokenizer") == 3
+    load_config("mine", False).vocab_size = 3  # the caller's own copy
+    assert load_config("mine", False).vocab_size == 56
+    known = json.loads(Path("mine/config.json").read_text())
+    Path("mine/config.json").write_text(json.dumps(known | {"vocab_size": 50}))
+    assert vocabulary_size(settings.model) == 50
