@@ -11,6 +11,7 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoModelForCausalLM
 
+from rlkd.reporting.metric_reference import METRICS
 from rlkd.train import main
 from runs import ENV, train_ranks
 
@@ -255,5 +256,6 @@ def test_the_quickstart_learns_and_logs_to_wandb_offline(tmp_path):
     first, last = rows(folder)[0], rows(folder)[-1]
     assert first["iteration"] == 0 and set(first) >= {"eval/greedy", "eval/avg@k", "eval/pass@k"}
     assert last["eval/greedy"] > first["eval/greedy"] + 0.3
+    assert {name for row in rows(folder) for name in row} <= METRICS.keys(), "undeclared: rlkd/reporting"
     assert "before" in done.stdout and "report.html" in done.stdout
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
