@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import same_numbers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LINE = {"name": "a", "metrics": {"run": [{"loss": 0.1, "lr": 0.0}, {"loss": float("nan")}]}, "weights": {"w": "0f"}}
 
 
