@@ -63,6 +63,15 @@ def test_what_a_page_names_exists(page):
     assert sorted(name for name in dotted if not exists(name)) == []
 
 
+def test_the_table_of_folders_has_the_order_of_the_import_graph():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`rlkd/.*?) \|", page, re.MULTILINE)
+    listed = [re.sub(r"rlkd/|/|\.py", "", name) for row in rows for name in re.findall(r"`(.*?)`", row)]
+    script = (ROOT / "benchmarks" / "import_graph.py").read_text(encoding="utf-8")
+    (levels,) = re.findall(r"^LEVELS = (\(.*?\))$", script, re.MULTILINE | re.DOTALL)
+    assert tuple(listed) == ast.literal_eval(levels)
+
+
 def test_a_wrong_name_is_found():
     assert missing_paths("`rlkd/rollout/parts.py`, `rlkd/types.py`, `test_of_nothing.py`") == [
         "rlkd/rollout/parts.py",
