@@ -25,10 +25,10 @@ from rlkd.run.evaluation import Evaluate
 from rlkd.run.metrics_log import RunLog, progress
 from rlkd.run.publish import Publish
 from rlkd.run.resume import changes, resume_path
+from rlkd.run.safe_loading import SafeModelParallelStrategy
 from rlkd.run.wandb_logger import Samples, finish, loggers
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
-from rlkd.storage.safe_loading import SafeModelParallelStrategy
 
 
 def longest_wait(config: Config) -> timedelta:

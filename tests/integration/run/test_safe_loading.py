@@ -11,7 +11,7 @@ from run_results import saved
 from runs import arguments, start, train
 
 from rlkd.distributed import RunStopped
-from rlkd.storage.safe_loading import METADATA, SafeModelParallelStrategy, check_index
+from rlkd.run.safe_loading import METADATA, SafeModelParallelStrategy, check_index
 
 pytestmark = pytest.mark.process
 
@@ -102,7 +102,7 @@ def test_an_error_that_is_not_the_checkpoints_is_passed_on(error, tmp_path, monk
         raise error
 
     monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", fail)
-    monkeypatch.setattr("rlkd.storage.safe_loading.check_index", lambda _: None)
+    monkeypatch.setattr("rlkd.run.safe_loading.check_index", lambda _: None)
     with pytest.raises(type(error)) as caught:
         SafeModelParallelStrategy().load_checkpoint(tmp_path)
     assert caught.value is error

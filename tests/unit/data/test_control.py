@@ -139,7 +139,7 @@ def test_prompts_that_were_rendered_beforehand_are_not_read_as_letters_unasked(t
 
     def data(*overrides):
         settings = (f"data.path={path}", "data.chat_template=false", *overrides)
-        return load([str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")], settings).config.data
+        return load([str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")], settings).config.data
 
     with pytest.raises(DataError) as refused:
         load_source(data(), BYTES)
