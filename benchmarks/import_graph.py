@@ -82,7 +82,7 @@ def arrows(package: Path = PACKAGE) -> dict[tuple[str, str], list[str]]:
 
 
 def dangling(package: Path = PACKAGE) -> list[str]:
-    """Imports of a module that the package does not have. (An older install elsewhere on the path might answer them.)"""
+    """Imports of a module that the package does not have. Another install might answer them."""
     known = modules(package)
     found = []
     for file in known.values():
