@@ -12,9 +12,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from rlkd.config.load import ConfigError
 from rlkd.config.schema import WILDCARDS, Config, ServedTeacher, ServerConfig
-from rlkd.config.stages import load_stages
+from rlkd.config_file import ConfigError, load_stages
 from rlkd.generation.vllm import policy_role
 from rlkd.servers.command import ServerRole, server_command, server_environment
 from rlkd.servers.process import server_key

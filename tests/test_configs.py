@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.run.fit import run_stages
 
 FOLDER = Path(__file__).parents[1] / "configs"

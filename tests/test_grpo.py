@@ -9,7 +9,7 @@ from test_module import NO_CLIP, assert_moved, assert_same, own_logprobs
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
-from rlkd.config.load import load
+from rlkd.config_file import load
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate

@@ -17,9 +17,9 @@ import pytest
 import torch
 from test_run import saved
 
-from rlkd.config.load import load
 from rlkd.config.resume import checkpoints, exported
 from rlkd.config.stages import finished
+from rlkd.config_file import load
 from rlkd.reporting.report_page import write_report
 from rlkd.storage import atomic
 from runs import ENV, ROOT, Run, start, train

@@ -18,7 +18,7 @@ import torch
 import yaml
 from torch.distributed.run import get_args_parser
 
-from rlkd.config.load import load, parse_args
+from rlkd.config_file import load, parse_args
 from rlkd.serve import main as serve
 from rlkd.serve import plan
 

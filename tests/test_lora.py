@@ -20,7 +20,7 @@ from rlkd.algorithms import KDRL
 from rlkd.builtin import resolve
 from rlkd.config.load import ConfigError
 from rlkd.config.resume import checkpoints
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.data.chat import load_tokenizer
 from rlkd.models import lora
 from rlkd.models.logprob_head import Needs

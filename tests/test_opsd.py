@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkd.algorithms import OPSD, SDPO
-from rlkd.algorithms.privileged_prompt import ContextConfig
+from rlkd.algorithms.privileged_prompt_options import ContextConfig
 from rlkd.config.load import ConfigError
 from rlkd.data.chat import filled
 from rlkd.metrics import Meter

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 from rlkd.training.module import ALGORITHMS
 from runs import ENV, ROOT, train, train_ranks
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from rlkd.builtin import resolve
-from rlkd.config.load import load
 from rlkd.config.schema import Config
+from rlkd.config_file import load
 from rlkd.data.chat import load_tokenizer
 from rlkd.generation.sampler import end_ids
 from rlkd.planning.preflight import check, check_evaluation

@@ -3,7 +3,7 @@
 import pytest
 from builders import config
 
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 
 LAUNCHED = (
     *("rollout.backend=vllm", "rollout.server.launch=true", "rollout.server.devices=[[1]]"),

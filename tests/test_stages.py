@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from runs import train
 
 RECIPE = """

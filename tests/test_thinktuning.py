@@ -10,9 +10,10 @@ from builders import Captured, scored
 from test_module import own_logprobs
 
 from rlkd.algorithms import ThinkTuning, feedback
-from rlkd.algorithms.feedback import PATTERN, FeedbackConfig, parse
+from rlkd.algorithms.feedback import parse
+from rlkd.algorithms.feedback_options import PATTERN, FeedbackConfig
 from rlkd.builtin import tokenizer
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import filled, load_tokenizer
 from rlkd.losses import importance_weights
 from rlkd.metrics import Meter

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkd.algorithms.feedback import FeedbackConfig
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config.schedules import Linear, Schedule
 from rlkd.config.schema import Config, NoTeacher

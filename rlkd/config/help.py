@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +18,9 @@ from rlkd.config.schedules import Constant, Schedule
 from rlkd.config.schema import AlgorithmConfig, Config
 
 Algorithms = Mapping[str, type[AlgorithmConfig]]
+"""algorithm.name → class of the section `algorithm`."""
+LearnOptions = Callable[[str], type[AlgorithmConfig]]
+"""module:Class → class of that algorithm's section. Raises: ValueError, one line."""
 Path = tuple[str | int, ...]
 """A key: section, key, index in a list …"""
 

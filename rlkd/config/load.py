@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from rlkd.config.errors import ConfigError, Report, shown
-from rlkd.config.help import Algorithms, Path, Schema, Slot, default
+from rlkd.config.help import Algorithms, LearnOptions, Path, Schema, Slot, default
 from rlkd.config.schema import AlgorithmConfig, Config
 from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
 
@@ -93,21 +93,29 @@ def parse_args(argv: Sequence[str]) -> Args:
     return Args(tuple(files), tuple(overrides), print_config, help, estimate)
 
 
-def help_text(algorithms: Algorithms | None = None) -> str:
-    """Every dotted key with its type, default and help, in 100 columns."""
-    return (Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)).help_text()
+def help_text(algorithms: Algorithms, others: bool = False) -> str:
+    """Every dotted key with its type, default and help, in 100 columns.
+
+    Args:
+        algorithms: name → class of the `algorithm` section.
+        others: whether an algorithm outside the package may be named, as module:Class.
+    """
+    return Schema(algorithms, others).help_text()
 
 
-def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algorithms | None = None) -> Loaded:
+def load(
+    files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None
+) -> Loaded:
     """The configuration of YAML `files`, later ones on top, and `a.b=c` `overrides` on top of them.
 
     Args:
-        algorithms: name → class of the `algorithm` section; None: the registered ones.
+        algorithms: name → class of the `algorithm` section.
+        learn: finds that class for a name of the form module:Class; None: there are no such names.
 
     Raises: ConfigError with one line per mistake.
     """
     under, over, problems = read(files, overrides)
-    return checked(on_top(under, over), problems, algorithms)
+    return checked(on_top(under, over), problems, algorithms, learn)
 
 
 def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, list[str]]:
@@ -139,18 +147,24 @@ def set_by(under: Node, over: Node, path: Path) -> str:
     return at(on_top(under, over), path)[0].origin.rpartition(":")[0] or COMMAND_LINE
 
 
-def checked(root: Node, problems: Sequence[str], algorithms: Algorithms | None = None) -> Loaded:
+def checked(root: Node, problems: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None) -> Loaded:
     """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
-    unknown = _learn_outside(root) if algorithms is None else None
-    schema = Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)
+    outside = _outside_name(root) if learn is not None else None
+    unknown = None
+    if learn is not None and outside is not None and outside not in algorithms:
+        try:
+            algorithms = {**algorithms, outside: learn(outside)}
+        except ValueError as error:
+            unknown = f"got {shown(at(root, ('algorithm', 'name'))[0])}; {error}"
+    schema = Schema(algorithms, others=learn is not None)
     report = Report(root, schema, list(problems))
     if unknown is not None:
         report.say(("algorithm", "name"), unknown)
     return _Loading(root, schema, report).run()
 
 
-def _learn_outside(root: Node) -> str | None:
-    """Make an algorithm that is called module:Class known, before its section is read; else what is wrong with it."""
+def _outside_name(root: Node) -> str | None:
+    """algorithm.name where it has the form module:Class; None where it has not, or cannot be read."""
     node, exact = at(root, ("algorithm", "name"))
     name = node.value if exact else None
     if isinstance(name, str) and "${" in name:
@@ -158,21 +172,7 @@ def _learn_outside(root: Node) -> str | None:
             name = OmegaConf.select(OmegaConf.create(_plain(root)), "algorithm.name")
         except OmegaConfBaseException:
             return None  # reported where references are resolved
-    if not isinstance(name, str) or ":" not in name:
-        return None
-    from rlkd.algorithms import outside  # late: torch and Lightning take seconds
-
-    try:
-        outside.learn(name)
-    except ValueError as error:
-        return f"got {shown(node)}; {error}"
-    return None
-
-
-def _registered() -> Algorithms:
-    from rlkd.algorithms import ALGORITHMS  # late: torch and Lightning take seconds
-
-    return {name: module.Options for name, module in ALGORITHMS.items()}
+    return name if isinstance(name, str) and ":" in name else None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlkd.config.help import Algorithms
+from rlkd.config.help import Algorithms, LearnOptions
 from rlkd.config.load import ConfigError, Loaded, checked, on_top, read
 from rlkd.config.resume import exported
 from rlkd.config.schema import Config
@@ -38,9 +38,12 @@ class Stage:
     """Where the student comes from, once the stage before has ended; None: model.path as it stands."""
 
 
-def load_stages(files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms | None = None) -> list[Stage]:
+def load_stages(
+    files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None
+) -> list[Stage]:
     """The stages of a configuration, all checked; a run without stages is one stage.
 
+    `algorithms` and `learn` are those of `load`.
     What is written on the command line holds for every stage; `stages.NAME.key=value` for one.
     Raises: ConfigError with one line per mistake of the first wrong stage.
     """
@@ -49,7 +52,7 @@ def load_stages(files: Sequence[str], overrides: Sequence[str], algorithms: Algo
     command_line, of_command_line = _apart(over)
     names = list(dict.fromkeys([*of_stages, *of_command_line]))
     if not names:
-        return [Stage(None, checked(on_top(shared, command_line), problems, algorithms), None)]
+        return [Stage(None, checked(on_top(shared, command_line), problems, algorithms, learn), None)]
     stages: list[Stage] = []
     for name in names:
         if not _NAME.fullmatch(name):
@@ -58,7 +61,7 @@ def load_stages(files: Sequence[str], overrides: Sequence[str], algorithms: Algo
         for node in (of_stages.get(name), command_line, of_command_line.get(name)):
             root = root if node is None else on_top(root, node)
         try:
-            whole = checked(root, problems, algorithms)
+            whole = checked(root, problems, algorithms, learn)
         except ConfigError as error:
             raise ConfigError([f"stage {name}: {line}" for line in error.lines]) from error
         run = whole.config.run

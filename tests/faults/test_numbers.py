@@ -11,7 +11,7 @@ from test_run import arguments, saved
 
 from rlkd.algorithms import ALGORITHMS, KDRL
 from rlkd.config.resume import checkpoints
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate
 from rlkd.run.fit import run
