@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field
 
 from rlkd.config.help import Schema, fields
 from rlkd.config.schedules import Constant, Linear, Schedule, Step
-from rlkd.config.schema import AlgorithmConfig, Config, LocalTeacher, NoTeacher, Section
+from rlkd.config.schema import AlgorithmConfig, Config, LocalTeacherConfig, NoTeacherConfig, Section
 from rlkd.config.yaml_tree import scalar
 from rlkd.config_file import Args, ConfigError, Loaded, help_text, load, parse_args
 
@@ -288,13 +288,13 @@ def test_words_that_yaml_1_1_would_change_keep_the_meaning_of_their_place():
 
 
 def test_null_and_blank():
-    assert loaded("teacher: null").config.teacher == NoTeacher()
+    assert loaded("teacher: null").config.teacher == NoTeacherConfig()
     assert loaded("rollout:\n  # prompts: 4\n").config.rollout.prompts == 16
     assert loaded("", "data.answer_column=null").config.data.answer_column is None
     Path("blank.yaml").write_text("rollout:\n  # prompts: 4\nteacher: null\n")
     Path("a.yaml").write_text(BASE + "rollout: {prompts: 4}\nteacher: {backend: local, path: x}\n")
     config = load(["a.yaml", "blank.yaml"], [], ALGORITHMS).config
-    assert config.rollout.prompts == 4 and config.teacher == NoTeacher()
+    assert config.rollout.prompts == 4 and config.teacher == NoTeacherConfig()
 
 
 def test_overrides_are_words_unless_they_start_with_a_quote_or_a_bracket():
@@ -326,11 +326,11 @@ def test_another_algorithm_or_teacher_replaces_the_section_and_the_same_one_is_m
     same = loaded("", "algorithm.name=taught", "algorithm.kd.mask=failed", base=taught).config.algorithm
     assert same == Taught(name="taught", group_size=4, kd=Imitation(coef=Constant(value=3), mask="failed"))
     config = loaded(yaml, "teacher.backend=local", "teacher.path=b").config
-    assert config.teacher == LocalTeacher(backend="local", path="b")
+    assert config.teacher == LocalTeacherConfig(backend="local", path="b")
     Path("b.yaml").write_text("algorithm: {name: plain}\nteacher: {backend: none}\n")
     Path("a.yaml").write_text(taught + yaml)
     config = load(["a.yaml", "b.yaml"], [], ALGORITHMS).config
-    assert config.algorithm == Plain(name="plain") and config.teacher == NoTeacher()
+    assert config.algorithm == Plain(name="plain") and config.teacher == NoTeacherConfig()
 
 
 def test_references_are_resolved_in_the_config_and_kept_in_the_text(monkeypatch):

@@ -45,7 +45,7 @@ def test_the_command_line_answers_without_torch(arguments, code, said):
 
 
 def test_the_configuration_s_modules_and_the_options_import_no_torch():
-    files = [*(ROOT / "rlkd/config").glob("*.py"), *(ROOT / "rlkd/algorithms").glob("*_options.py")]
+    files = [*(ROOT / "rlkd/config").rglob("*.py"), *(ROOT / "rlkd/algorithms").glob("*_options.py")]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"]
     assert len(names) > len(OPTIONS)
     names = ["rlkd.config", "rlkd.algorithms.registry", "rlkd.config_file", "rlkd.train", *sorted(names)]

@@ -368,7 +368,9 @@ def test_all_problems_at_once():
 
 @pytest.mark.process
 def test_a_worker_imports_nothing_heavy():
-    heavy = "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
+    heavy = (
+        "torch lightning transformers numpy pydantic sympy math_verify multiprocessing rlkd.types rlkd.config"
+    )
     code = (
         "import sys; import rlkd.rewards.worker; from rlkd.rewards import registry; registry.resolve('exact_match');"
         f"registry.resolve('math'); print([m for m in '{heavy}'.split() if m in sys.modules])"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from rlkd.config.kinds import DivergenceKind
-from rlkd.config.schema import Config, NoTeacher, Section, SelfTeacher, ServedTeacher, ServerConfig
+from rlkd.config.schema import Config, NoTeacherConfig, Section, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
 
 if TYPE_CHECKING:  # these import torch, which reading a configuration does not need
     from rlkd.models.logprob_head import Comparison
@@ -90,7 +90,7 @@ class DivergenceConfig(Section):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         """Contradictions with the teacher: (key, one line) each."""
         teacher = config.teacher
-        if isinstance(teacher, NoTeacher):
+        if isinstance(teacher, NoTeacherConfig):
             return [("teacher.backend", f"is none, but algorithm.name {config.algorithm.name} imitates one; set it")]
         found = []
         servers = scoring_servers(config)
@@ -122,6 +122,6 @@ class DivergenceConfig(Section):
 
 def scoring_servers(config: Config) -> list[ServerConfig]:
     """The settings of the servers that score as teachers; none where all teachers are in the trainer's processes."""
-    if isinstance(config.teacher, SelfTeacher):
+    if isinstance(config.teacher, SelfTeacherConfig):
         return [config.rollout.server] if config.teacher.scorer == "policy_server" else []
-    return [teacher.server for _, teacher in config.teachers if isinstance(teacher, ServedTeacher)]
+    return [teacher.server for _, teacher in config.teachers if isinstance(teacher, ServedTeacherConfig)]

@@ -10,7 +10,7 @@ from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.algorithms.privileged_prompt_options import ContextConfig
 from rlkd.config.kinds import Reduction
-from rlkd.config.schema import Config, NoTeacher
+from rlkd.config.schema import Config, NoTeacherConfig
 
 
 class OPSDConfig(OPDConfig):
@@ -48,7 +48,7 @@ class OPSDConfig(OPDConfig):
             why = f"is {self.leakage_every}, but algorithm.context.reference is null: there is no hint; set one"
             found.append(("algorithm.leakage_every", why))
         teacher, temperature = config.teacher, config.rollout.temperature
-        if self.leakage_every and not isinstance(teacher, NoTeacher) and teacher.temperature != temperature:
+        if self.leakage_every and not isinstance(teacher, NoTeacherConfig) and teacher.temperature != temperature:
             why = (
                 f"is {self.leakage_every}, but teacher.temperature is {teacher.temperature} and rollout.temperature "
                 f"{temperature}: log π − log T estimates a KL at one temperature only; make them equal, or set "

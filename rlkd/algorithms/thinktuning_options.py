@@ -9,7 +9,7 @@ from pydantic import Field
 from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config.schedules import Linear, Schedule
-from rlkd.config.schema import Config, NoTeacher
+from rlkd.config.schema import Config, NoTeacherConfig
 
 Rule = Literal["ppo", "shaped", "sft", "mask"]
 
@@ -61,7 +61,7 @@ class ThinkTuningConfig(GRPOConfig):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
         asked, (low, high) = self.feedback, self.shaping
-        if isinstance(config.teacher, NoTeacher):
+        if isinstance(config.teacher, NoTeacherConfig):
             why = "is none, but algorithm.name thinktuning wants feedback; set local, served or self"
             found.append(("teacher.backend", why))
         if not asked.chat_template and (asked.system is not None or asked.behaviours):

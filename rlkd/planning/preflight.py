@@ -18,7 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedToke
 from rlkd.algorithms import ALGORITHMS
 from rlkd.builtin import resolve
 from rlkd.config.resume import checkpoints
-from rlkd.config.schema import Config, DataConfig, ServedTeacher, ServerConfig
+from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
 from rlkd.data.heldout import heldout
@@ -56,7 +56,7 @@ def check(config: Config) -> list[str]:
     lengths = config.algorithm.teacher_lengths(config)
     for key, settings in config.teachers:
         teacher = _model(f"{key}.path", settings.path, config.model.trust_remote_code, lengths, problems)
-        if teacher is not None and isinstance(settings, ServedTeacher):  # which may write
+        if teacher is not None and isinstance(settings, ServedTeacherConfig):  # which may write
             try:
                 end_ids(settings.path)
             except (ValueError, OSError) as error:
@@ -184,7 +184,7 @@ def _devices(config: Config) -> list[str]:
 def _launched(config: Config) -> dict[str, ServerConfig]:
     """section → settings of the servers that the run starts."""
     servers: dict[str, ServerConfig] = {"rollout.server": config.rollout.server}
-    if isinstance(config.teacher, ServedTeacher):
+    if isinstance(config.teacher, ServedTeacherConfig):
         servers["teacher.server"] = config.teacher.server
     return {key: server for key, server in servers.items() if server.launch}
 
@@ -345,7 +345,7 @@ def _servers(config: Config) -> list[str]:
     asked += [
         (f"{key}.{'url' if teacher.urls == [] else 'urls'}", url, teacher.server, teacher.path, teacher_longest(config))
         for key, teacher in config.teachers
-        if isinstance(teacher, ServedTeacher)
+        if isinstance(teacher, ServedTeacherConfig)
         for url in teacher.addresses
     ]
     problems = []
