@@ -258,15 +258,15 @@ def test_a_question_without_chat_template_and_with_a_system_message_in_the_data(
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("teacher=null", "teacher.backend: is none, but algorithm.name thinktuning wants feedback"),
-        ("algorithm.feedback.pattern='('", "algorithm.feedback.pattern: got '('; is no regular expression"),
+        ("teacher=null", "teacher.backend: is none, but algorithm.name thinktuning needs a teacher"),
+        ("algorithm.feedback.pattern='('", "algorithm.feedback.pattern: expected a regular expression"),
         (
             "algorithm.feedback.pattern='(?P<reason>a)'",
-            "algorithm.feedback.pattern: got '(?P<reason>a)'; has no group phrase",
+            "algorithm.feedback.pattern: expected a group named phrase, got '(?P<reason>a)'",
         ),
-        ("algorithm.feedback.user='{question}'", "algorithm.feedback.user: got '{question}'; has no {response}"),
-        ("algorithm.shaping=[0.1, 0.0]", "algorithm.shaping: is [0.1, 0.0], wants 0 ≤ first ≤ second"),
-        ("algorithm.shaping=[-0.1, 0.0]", "algorithm.shaping: is [-0.1, 0.0], wants 0 ≤ first ≤ second"),
+        ("algorithm.feedback.user='{question}'", "feedback.user: expected {response} in it, got '{question}'"),
+        ("algorithm.shaping=[0.1, 0.0]", "algorithm.shaping: expected 0 <= first <= second, got [0.1, 0.0]"),
+        ("algorithm.shaping=[-0.1, 0.0]", "algorithm.shaping: expected 0 <= first <= second, got [-0.1, 0.0]"),
         (
             "trainer.micro_batch_tokens=100",
             "trainer.micro_batch_tokens: is 100, less than one sequence of data.max_prompt_tokens + "

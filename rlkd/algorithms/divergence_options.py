@@ -32,8 +32,8 @@ class DivergenceConfig(Section):
     k: int = Field(100, ge=1, description="top_k: how many tokens")
     support: Literal["teacher", "student", "sampler"] = Field(
         "teacher",
-        description="top_k: whose likeliest tokens; student: at each update, wants a local teacher; sampler: the "
-        "student's when it sampled, wants a local teacher or vLLM servers with GPUs",
+        description="top_k: whose likeliest tokens; student: at each update, needs a local teacher; sampler: the "
+        "student's when it sampled, needs a local teacher or vLLM servers with GPUs",
     )
     tail: bool = Field(True, description="top_k: all other tokens are one more entry; false: renormalise over the k")
     form: Literal["advantage", "k2"] = Field(

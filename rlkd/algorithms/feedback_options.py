@@ -106,15 +106,17 @@ class FeedbackConfig(Section):
         try:
             groups = re.compile(value).groupindex
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from error
+            raise ValueError(f"expected a regular expression ({error})") from error
         missing = [name for name in ("reason", "phrase") if name not in groups]
         if missing:
-            raise ValueError(f"has no group {missing[0]}; write (?P<{missing[0]}>…) around that part of the answer")
+            raise ValueError(
+                f"expected a group named {missing[0]}; write (?P<{missing[0]}>…) around that part of the answer"
+            )
         return value
 
     @field_validator("user")
     @classmethod
     def _check_user(cls, value: str) -> str:
         if "{response}" not in value:
-            raise ValueError("has no {response}; the teacher must see what it is to judge")
+            raise ValueError("expected {response} in it; the teacher must see what it is to judge")
         return value

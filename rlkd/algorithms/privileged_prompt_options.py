@@ -39,14 +39,14 @@ class ContextConfig(Section):
     @classmethod
     def _has_the_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
-            raise ValueError("wants {prompt} in it, where the student's prompt stands")
+            raise ValueError("expected {prompt} in it, where the student's prompt goes")
         return value
 
     @field_validator("reference", "sibling", "feedback")
     @classmethod
     def _has_the_text(cls, value: str | None) -> str | None:
         if value is not None and "{text}" not in value:
-            raise ValueError("wants {text} in it; null leaves the part out")
+            raise ValueError("expected {text} in it; null leaves the part out")
         return value
 
     @field_validator("drop")
@@ -55,7 +55,7 @@ class ContextConfig(Section):
         try:
             re.compile(value)
         except re.error as error:
-            raise ValueError(f"is no regular expression: {error}") from error
+            raise ValueError(f"expected a regular expression ({error})") from error
         return value
 
     def parts(self, reference: str | None, sibling: str | None, feedback: str | None) -> list[str]:

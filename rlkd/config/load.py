@@ -25,7 +25,7 @@ _SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
 _GIB = re.compile(r"\d+(\.\d+)?")
 _DEEPEST = 20
 """A reference to a section that holds the reference would never end."""
-_AS_TEXT = "for the text itself write \\${ in place of ${"
+_AS_TEXT = "write \\${ for a literal ${"
 _FLAGS = ("--config", "--print-config", "--estimate", "--help")
 
 
@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str]) -> Args:
         if flag == "--config" and (equals or (rest and not rest[0].startswith("-"))):
             files.append(value if equals else rest.pop(0))
         elif flag == "--config":
-            lines.append(f"{COMMAND_LINE}: --config: wants a YAML file")
+            lines.append(f"{COMMAND_LINE}: --config: expected a YAML file, got nothing")
         elif argument == "--print-config":
             print_config = True
         elif argument in ("--help", "-h"):
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str]) -> Args:
         elif flag == "--estimate" and _GIB.fullmatch(value):
             estimate = float(value)
         elif flag == "--estimate":
-            lines.append(f"{COMMAND_LINE}: --estimate: got {value!r}, wants the GiB of a device, e.g. --estimate=80")
+            lines.append(f"{COMMAND_LINE}: --estimate: expected the GiB of a device, got {value!r}; e.g. --estimate=80")
         elif flag.startswith("-") and "." in flag and equals:
             lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
         elif flag.startswith("-"):
@@ -155,11 +155,11 @@ def checked(root: Node, problems: Sequence[str], algorithms: Algorithms, learn: 
         try:
             algorithms = {**algorithms, outside: learn(outside)}
         except ValueError as error:
-            unknown = f"got {shown(at(root, ('algorithm', 'name'))[0])}; {error}"
+            unknown = str(error)
     schema = Schema(algorithms, others=learn is not None)
     report = Report(root, schema, list(problems))
     if unknown is not None:
-        report.say(("algorithm", "name"), unknown)
+        report.refused(("algorithm", "name"), unknown)
     return _Loading(root, schema, report).run()
 
 
@@ -207,17 +207,19 @@ class _Loading:
             try:
                 OmegaConf.create({"text": node.value})
             except OmegaConfBaseException:
-                self.report.say(path, f"got {shown(node)}: ${{ starts no reference that can be read; {_AS_TEXT}")
+                self.report.say(
+                    path, f"expected a reference such as ${{oc.env:NAME}} after ${{, got {shown(node)}; {_AS_TEXT}"
+                )
                 return replace(node, value="")
         return node
 
     def _filled(self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None) -> Any:
-        """The plain value of `node` with every default of `place`, switches and names as their type wants them.
+        """The plain value of `node` with every default of `place`, switches and names as their type needs them.
 
         `defaults`: what a section that is set in part has elsewhere, where its place differs from its class.
         """
         if node.value == MISSING:
-            self.report.say(path, "is ???, which stands for a value that is still to be given")
+            self.report.say(path, "is ???, a placeholder; set a value")
             return MISSING
         if place is None:
             return self._free(node, path, known=False)
@@ -282,7 +284,7 @@ class _Loading:
         if isinstance(node.value, list):
             return [self._free(inner, (*path, i), known) for i, inner in enumerate(node.value)]
         if known and node.plain and isinstance(node.value, str) and node.value.lower() in _SWITCHES:
-            self.report.say(path, f"got {node.text}, a switch or a text? write true or false, or quote it")
+            self.report.say(path, f"expected true or false, or a quoted text, got {node.text}")
         return node.value
 
     def _resolved(self, container: DictConfig | ListConfig, path: Path) -> Any:
@@ -298,11 +300,11 @@ class _Loading:
                 self.report.blame_elsewhere(here)  # the ??? that it leads to
                 value = raw
             except OmegaConfBaseException as error:
-                self.report.say(here, f"got {raw!r}: {_why_unresolved(error)}")
+                self.report.say(here, f"expected a reference that resolves, got {raw!r}: {_why_unresolved(error)}")
                 value = raw
             if isinstance(value, DictConfig | ListConfig):
                 if len(here) > _DEEPEST:
-                    self.report.say(path[:1], "refers to a section that holds it")
+                    self.report.say(path[:1], "expected a value, got a reference to a section that contains it")
                     value = None
                 else:
                     value = self._resolved(value, here)

@@ -56,7 +56,7 @@ def load_stages(
     stages: list[Stage] = []
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ConfigError([f"stages: {name!r} is no name for a directory; wants letters, digits and . + - _"])
+            raise ConfigError([f"stages: expected a directory name of letters, digits and . + - _, got {name!r}"])
         root = shared
         for node in (of_stages.get(name), command_line, of_command_line.get(name)):
             root = root if node is None else on_top(root, node)
@@ -104,7 +104,7 @@ def _apart(root: Node) -> tuple[Node, dict[str, Node]]:
     rest = {key: node for key, node in root.value.items() if key != "stages"}
     stages = root.value["stages"]
     if not isinstance(stages.value, dict) or not all(isinstance(n.value, dict) for n in stages.value.values()):
-        raise ConfigError([f"{stages.origin}: stages: wants a mapping from a name to what that stage changes"])
+        raise ConfigError([f"{stages.origin}: stages: expected a mapping from each stage's name to its changes"])
     return replace(root, value=rest), stages.value
 
 

@@ -66,7 +66,7 @@ class DataConfig(Section):
     def _are_the_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
         taken = sorted(value.keys() & _NO_TEMPLATE_VARIABLES)
         if taken:
-            raise ValueError(f"has {taken[0]}, which is no variable of a template: it is set by other keys of data")
+            raise ValueError(f"expected variables of the chat template, got {taken[0]}, which other keys of data set")
         return value
 
 

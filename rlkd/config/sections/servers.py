@@ -54,7 +54,7 @@ class ServerConfig(Section):
     @classmethod
     def _reachable(cls, host: str) -> str:
         if host in WILDCARDS:
-            raise ValueError(f"is {host!r}, which is no address that a trainer could reach; name one of this machine")
+            raise ValueError("expected an address that trainers can connect to; name one of this machine")
         return host
 
 
