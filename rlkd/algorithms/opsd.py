@@ -29,14 +29,14 @@ class OPSD(OPD):
     Options: ClassVar[type[AlgorithmConfig]] = OPSDConfig
 
     @property
-    def algorithm(self) -> OPSDConfig:
+    def options(self) -> OPSDConfig:
         assert isinstance(self.config.algorithm, OPSDConfig)
         return self.config.algorithm
 
     @property
     def needs_rewards(self) -> bool:
         """They say who is a sibling to learn from, and what feedback there is."""
-        context = self.algorithm.context
+        context = self.options.context
         return context.sibling is not None or context.feedback is not None
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
@@ -47,10 +47,10 @@ class OPSD(OPD):
         correct_at = self.config.reward.correct_at
         siblings = [s for s in group if s is not scored and s.is_correct(correct_at)]
         text = self.text(siblings[0].rollout) if siblings else None
-        return self.algorithm.context.parts(scored.rollout.prompt.privileged, text, scored.feedback)
+        return self.options.context.parts(scored.rollout.prompt.privileged, text, scored.feedback)
 
     def _shown(self, prompt: Prompt, parts: Sequence[str]) -> tuple[int, ...] | None:
-        context = self.algorithm.context
+        context = self.options.context
         if "{context}" in context.template and not parts:
             return None
         ids = privileged_prompt(self.tokenizer, prompt, context.template, parts, self.config.data)
@@ -61,7 +61,7 @@ class OPSD(OPD):
     ) -> None:
         rows = [scored for group in groups for scored in group]
         meter.mean("context/share", sum(s.teacher is not None for s in rows), len(rows))
-        if self.algorithm.leakage_every and iteration % self.algorithm.leakage_every == 0:
+        if self.options.leakage_every and iteration % self.options.leakage_every == 0:
             assert teacher is not None
             self._leakage([group[0] for group in groups][:LEAKAGE_ROLLOUTS], teacher, meter)
 
@@ -74,7 +74,7 @@ class OPSD(OPD):
         for name, shown in (("right", hints), ("shuffled", [*hints[1:], *hints[:1]])):
             asked = []
             for scored, hint in zip(rows, shown, strict=True):
-                ids = self._shown(scored.rollout.prompt, self.algorithm.context.parts(hint, None, None))
+                ids = self._shown(scored.rollout.prompt, self.options.context.parts(hint, None, None))
                 if ids is not None and scored.rollout.oldest_version is not None:
                     asked.append((scored, Question(ids, scored.rollout.token_ids, meta=scored.rollout.prompt.meta)))
             scores = teacher.score([question for _, question in asked], Signal())

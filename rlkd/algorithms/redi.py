@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from rlkd.algorithms.base import Counts, Loss
 from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.redi_options import REDIConfig
 from rlkd.algorithms.sft import SFT
@@ -14,7 +15,6 @@ from rlkd.generation.sampler import Sampler
 from rlkd.losses import weighted_sum
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.teachers.teacher import Teacher
-from rlkd.training.module import Counts, Loss
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, written
 
 
@@ -28,7 +28,7 @@ class REDI(SFT):
     Options: ClassVar[type[AlgorithmConfig]] = REDIConfig
 
     @property
-    def algorithm(self) -> REDIConfig:
+    def options(self) -> REDIConfig:
         assert isinstance(self.config.algorithm, REDIConfig)
         return self.config.algorithm
 
@@ -39,7 +39,7 @@ class REDI(SFT):
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         chosen, rejected = group
-        return [replace(chosen, advantage=1.0), replace(rejected, advantage=-self.algorithm.alpha)]
+        return [replace(chosen, advantage=1.0), replace(rejected, advantage=-self.options.alpha)]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         """mask / (len_i · N_pairs): a pair is two sequences."""

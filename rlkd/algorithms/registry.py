@@ -1,6 +1,7 @@
 """The algorithms that a configuration may name. Importing this imports no algorithm, hence no torch.
 
-A built-in algorithm is two lines here: the class of its section, in `<name>_options.py`, and where its own class is.
+A built-in algorithm is one line here: its name and the class of its section, in `<name>_options.py`. Its own class is
+in `<name>.py`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.algorithms.kdrl_options import KDRLConfig
@@ -19,7 +20,10 @@ from rlkd.algorithms.sdpo_options import SDPOConfig
 from rlkd.algorithms.sft_options import SFTConfig
 from rlkd.algorithms.taid_options import TAIDConfig
 from rlkd.algorithms.thinktuning_options import ThinkTuningConfig
-from rlkd.config.schema import AlgorithmConfig
+from rlkd.config.schema import AlgorithmConfig, Config
+
+if TYPE_CHECKING:
+    from rlkd.algorithms.base import Algorithm
 
 OPTIONS: Mapping[str, type[AlgorithmConfig]] = {
     "grpo": GRPOConfig,
@@ -34,30 +38,26 @@ OPTIONS: Mapping[str, type[AlgorithmConfig]] = {
 }
 """algorithm.name → the class of the section `algorithm`, of every built-in algorithm."""
 
-CLASSES: Mapping[str, str] = {
-    "GRPO": "rlkd.algorithms.grpo",
-    "KDRL": "rlkd.algorithms.kdrl",
-    "OPD": "rlkd.algorithms.opd",
-    "OPSD": "rlkd.algorithms.opsd",
-    "REDI": "rlkd.algorithms.redi",
-    "SDPO": "rlkd.algorithms.sdpo",
-    "SFT": "rlkd.algorithms.sft",
-    "TAID": "rlkd.algorithms.taid",
-    "ThinkTuning": "rlkd.algorithms.thinktuning",
-}
-"""Class → module, of every built-in algorithm."""
+
+def algorithm_class(name: str) -> type[Algorithm]:
+    """The class of `algorithm.name`: a built-in one is in the file of its name. Imports torch."""
+    if name in OPTIONS:
+        importlib.import_module(f"rlkd.algorithms.{name}")
+    from rlkd.algorithms.base import ALGORITHMS
+
+    return ALGORITHMS[name]
 
 
-def import_class(name: str) -> Any:
-    """The built-in algorithm's class called `name`, e.g. GRPO. Imports torch."""
-    return getattr(importlib.import_module(CLASSES[name]), name)
+def build_algorithm(config: Config) -> Algorithm:
+    """The algorithm that a configuration names. Imports torch."""
+    return algorithm_class(config.algorithm.name)(config)
 
 
 def known_options() -> dict[str, type[AlgorithmConfig]]:
     """algorithm.name → the class of its section: the built-in algorithms, and those that other code has defined."""
-    if "rlkd.training.module" not in sys.modules:
+    if "rlkd.algorithms.base" not in sys.modules:
         return dict(OPTIONS)  # without the base class nothing can have been defined
-    from rlkd.training.module import ALGORITHMS
+    from rlkd.algorithms.base import ALGORITHMS
 
     return {**OPTIONS, **{name: algorithm.Options for name, algorithm in ALGORITHMS.items()}}
 

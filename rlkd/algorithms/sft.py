@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+from rlkd.algorithms.base import Algorithm, Counts, Loss
 from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.sft_options import SFTConfig
 from rlkd.config.schema import AlgorithmConfig
@@ -13,18 +14,17 @@ from rlkd.generation.sampler import Sampler
 from rlkd.losses import reduction_weights, weighted_sum
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Teacher
-from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
 
 
-class SFT(PolicyModule):
+class SFT(Algorithm):
     """L(θ) = −E_{(x, y) ~ data} [ Σ_t log π_θ(y_t | x, y_<t) / N ], at temperature 1."""
 
     Options: ClassVar[type[AlgorithmConfig]] = SFTConfig
     uses_rewards = False
 
     @property
-    def algorithm(self) -> SFTConfig:
+    def options(self) -> SFTConfig:
         assert isinstance(self.config.algorithm, SFTConfig)
         return self.config.algorithm
 
@@ -42,7 +42,7 @@ class SFT(PolicyModule):
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         mask, longest = batch.completion_mask, self.longest_completion
-        weights = reduction_weights(mask, self.algorithm.reduction, counts.tokens, counts.sequences, longest)
+        weights = reduction_weights(mask, self.options.reduction, counts.tokens, counts.sequences, longest)
         return replace(batch, weights=weights)
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
 from rlkd.config.schema import Config, LocalTeacherConfig, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
 from rlkd.generation.vllm import longest
@@ -206,7 +206,7 @@ def _training(config: Config, model: Shape) -> Part:
 def _beside(config: Config, model: Shape) -> list[Part]:
     """Whole models in every trainer process."""
     parts = []
-    if ALGORITHMS[config.algorithm.name](config).needs_reference and config.model.lora is None:
+    if build_algorithm(config).needs_reference and config.model.lora is None:
         parts.append(_copy(model, _BYTES[config.trainer.precision], "reference"))
     for key, teacher in config.teachers:
         if isinstance(teacher, LocalTeacherConfig):

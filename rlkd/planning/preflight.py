@@ -15,7 +15,7 @@ import httpx
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
 from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
@@ -341,7 +341,7 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
     """Answers of `key` that its rewards could not compare with; none where nothing depends on rewards."""
-    if not ALGORITHMS[config.algorithm.name](config).needs_rewards:
+    if not build_algorithm(config).needs_rewards:
         return []
     rows = ((prompt.id, prompt.answer) for prompt in prompts)
     return [f"{key}: {line}" for line in check_answers(config.reward.functions, rows)]

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlkd.algorithms import ALGORITHMS
-from rlkd.algorithms.registry import known_options, learn_options
+from rlkd.algorithms.registry import build_algorithm, known_options, learn_options
 from rlkd.config.load import ConfigError, checked, on_top, parse_args, read, set_by
 from rlkd.config.schema import Config
 from rlkd.data.heldout import heldout, heldout_prompts
@@ -83,14 +82,14 @@ def measured(config: Config) -> dict[str, float]:
 
     Raises: RunStopped, one line; also where what samples is not the model at `model.path`.
     """
-    loader = RolloutLoader(config, ALGORITHMS[config.algorithm.name](config))
+    loader = RolloutLoader(config, build_algorithm(config))
     prompts = heldout_prompts(config, loader.tokenizer)
     print(what_is_measured(config, len(prompts)), file=sys.stderr, flush=True)
     try:
         loader.policy.start()
         loader.policy.open()
         loader.policy.keep_loaded()
-        loader.rewards.open()
+        loader.line.rewards.open()
         check_sampler(config, loader, prompts)
         return evaluate(config, loader, prompts)
     finally:

@@ -48,6 +48,10 @@ class SelfTeacher(LocalScorer):
         if self.weights == "ema":
             self._average = {name: value.float().clone() for name, value in self.hf.state_dict().items()}
 
+    @property
+    def follows(self) -> bool:
+        return self.weights != "fixed"
+
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Follow the student to `version`; the version that it has already (a resumed run's first) changes nothing."""
         if self.weights == "live":

@@ -19,7 +19,7 @@ from rlkd.servers.command import ServerRole
 from rlkd.servers.pool import Answer, Job, ServerPool
 from rlkd.servers.process import server_counts
 from rlkd.servers.responses import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
-from rlkd.teachers.teacher import Question, check_scorable
+from rlkd.teachers.teacher import FixedTeacher, Question, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
 _PER_REQUEST = 16
@@ -47,7 +47,7 @@ def teacher_longest(config: Config) -> int:
     return sum(config.algorithm.teacher_lengths(config).values()) + 1
 
 
-class _ServedScorer:
+class _ServedScorer(FixedTeacher):
     """Asks servers for the log-probs of a prompt: prompt and completion, taken together."""
 
     pool: ServerPool

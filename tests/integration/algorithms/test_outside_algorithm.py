@@ -9,8 +9,8 @@ import pytest
 import yaml
 from runs import ENV, ROOT, train, train_ranks
 
+from rlkd.algorithms.base import ALGORITHMS
 from rlkd.config_file import ConfigError, load
-from rlkd.training.module import ALGORITHMS
 
 ALGORITHM = '''
 from dataclasses import replace
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import reduction_weights, weighted_sum
-from rlkd.training.module import Loss, PolicyModule
+from rlkd.algorithms.base import Algorithm, Loss
 
 
 class ShortestConfig(AlgorithmConfig):
@@ -29,7 +29,7 @@ class ShortestConfig(AlgorithmConfig):
     scale: float = Field(1.0, gt=0, description="factor of the loss")
 
 
-class Shortest(PolicyModule):
+class Shortest(Algorithm):
     """L(θ) = −scale · E[ Σ_t log π_θ(y*_t) / N ], y* the shortest completion of its group."""
 
     Options = ShortestConfig
@@ -99,7 +99,7 @@ def test_a_name_may_come_from_the_environment(here, monkeypatch):
 
 
 def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stand_beside(here):
-    source = "from rlkd.algorithms import GRPO\n\nclass Mine(GRPO):\n    pass\n"
+    source = "from rlkd.algorithms.grpo import GRPO\n\nclass Mine(GRPO):\n    pass\n"
     file = config_file("mine_a:Mine", "mine_a", source)
     Path(file).write_text(Path(file).read_text().replace("scale: 2.0", "baseline: leave_one_out\n  normalise: false"))
     assert load([file]).config.algorithm.baseline == "leave_one_out"
@@ -119,7 +119,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         (
             "wrong_c:Field",
             ALGORITHM,
-            "Field of wrong_c is no subclass of rlkd.training.module.PolicyModule; derive it from that",
+            "Field of wrong_c: expected a subclass of rlkd.algorithms.base.Algorithm; derive it from",
         ),
         ("wrong_d:X", "import nothing_like_it\n", "importing wrong_d raised ModuleNotFoundError: No module named "),
         ("wrong_e:X", "x = 1\ny = x / 0\n", "importing wrong_e raised ZeroDivisionError: division by zero at {here}:2"),
@@ -127,7 +127,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         ("wrong_g:X", "raise SystemExit(3)\n", "importing wrong_g raised SystemExit: 3 at {here}:1"),
         (
             "wrong_h:X",
-            "from rlkd.training.module import PolicyModule\n\nclass X(PolicyModule):\n    pass\n",
+            "from rlkd.algorithms.base import Algorithm\n\nclass X(Algorithm):\n    pass\n",
             "X has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section",
         ),
         ("'wrong_i:'", ALGORITHM, "expected module:Class, got 'wrong_i:'; e.g. my_algorithm:MyAlgorithm"),

@@ -8,9 +8,10 @@ import pytest
 import torch
 from builders import Captured, own_logprobs, scored
 
-from rlkd.algorithms import ThinkTuning, feedback
+from rlkd.algorithms import feedback
 from rlkd.algorithms.feedback import parse
 from rlkd.algorithms.feedback_options import PATTERN, FeedbackConfig
+from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.builtin import tokenizer
 from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import filled, load_tokenizer
@@ -450,8 +451,9 @@ def loader():
 
 
 def test_rewards_are_the_augmented_answers(loader):
-    prompts = loader.prompts.take(0, 4, 0, 1)
-    groups = loader.score(loader.reward(loader.algorithm.rollout(prompts, loader.policy, loader.teacher, 0)))
+    prompts = loader.line.prompts.take(0, 4, 0, 1)
+    rollouts = loader.algorithm.rollout(prompts, loader.policy, loader.line.teacher, 0)
+    groups = loader.line.score(loader.line.reward(rollouts))
     made = [s for group in groups for s in group if s.rollout.segments]
     assert len(made) == 4 and not any(loader.algorithm.failures.values())
     assert [s.teacher for s in made] == [None] * 4

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from vllm_fixtures import save_model
 
-from rlkd.algorithms import KDRL
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.builtin import resolve
 from rlkd.config.load import ConfigError
 from rlkd.config_file import load_stages

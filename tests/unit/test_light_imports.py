@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from import_graph import LEVELS
 
-from rlkd.algorithms import ALGORITHMS
-from rlkd.algorithms.registry import CLASSES, OPTIONS, import_class
+from rlkd.algorithms.registry import OPTIONS, algorithm_class
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "lightning", "transformers", "datasets", "vllm", "peft", "trl", "numpy"}
 
 pytestmark = pytest.mark.process
@@ -60,5 +60,15 @@ def test_the_configuration_s_modules_and_the_options_import_no_torch():
 
 
 def test_the_registry_has_the_options_of_every_built_in_algorithm():
-    classes = [import_class(name) for name in CLASSES]
-    assert {OPTIONS[name]: ALGORITHMS[name] for name in OPTIONS} == {found.Options: found for found in classes}
+    assert {name: algorithm_class(name).Options for name in OPTIONS} == dict(OPTIONS)
+
+
+def test_the_left_half_imports_no_lightning():
+    """Every file of the units up to `pipeline`, as benchmarks/import_graph.py lists them."""
+    left = LEVELS[: LEVELS.index("pipeline") + 1]
+    files = [file for unit in left for file in [*(ROOT / f"rlkd/{unit}").rglob("*.py"), *ROOT.glob(f"rlkd/{unit}.py")]]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
+    names = [name for name in names if name != "rlkd.weight_sync.file_engine"]  # vLLM imports it
+    assert "rlkd.pipeline.line" in names and "rlkd.algorithms.grpo" in names
+    _, modules, _ = run("\n".join(f"import {name}" for name in sorted(names)))
+    assert "torch" in modules and not {"lightning", "pytorch_lightning"} & modules
