@@ -12,9 +12,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from rlkd.config.load import ConfigError
-from rlkd.config.schema import WILDCARDS, Config, ServedTeacher, ServerConfig
-from rlkd.config.stages import load_stages
+from rlkd.config.schema import WILDCARDS, Config, ServedTeacherConfig, ServerConfig
+from rlkd.config_file import ConfigError, load_stages
 from rlkd.generation.vllm import policy_role
 from rlkd.servers.command import ServerRole, server_command, server_environment
 from rlkd.servers.process import server_key
@@ -43,7 +42,7 @@ def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
         if config.rollout.backend != "vllm":
             raise ValueError("rollout.backend: is hf, which samples in the trainer; set it to vllm to serve the policy")
         return policy_role(config), config.rollout.server
-    if not isinstance(config.teacher, ServedTeacher):
+    if not isinstance(config.teacher, ServedTeacherConfig):
         raise ValueError(f"teacher.backend: is {config.teacher.backend}; set it to served to serve the teacher")
     return teacher_role(config, config.teacher), config.teacher.server
 

@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config.load import load
 from rlkd.config.schema import Config
+from rlkd.config_file import load
 from rlkd.data.chat import read_prompt
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate

@@ -27,7 +27,7 @@ def learn(name: str) -> None:
         return
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name or module_name.startswith("."):
-        raise ValueError("wants module:Class, e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py")
+        raise ValueError("expected module:Class; e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py")
     sys.path[:] = search_path()
     try:
         module = importlib.import_module(module_name)

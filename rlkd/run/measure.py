@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config.load import ConfigError, load, on_top, parse_args, read, set_by
+from rlkd.algorithms.registry import known_options, learn_options
+from rlkd.config.load import ConfigError, checked, on_top, parse_args, read, set_by
 from rlkd.config.schema import Config
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.distributed import RunStopped
@@ -40,7 +41,7 @@ def asked_for(argv: Sequence[str]) -> Config:
     under, over, problems = read(args.files, args.overrides)
     if "stages" in on_top(under, over).value and not problems:
         raise ConfigError(["stages: evaluate one stage, whose run directory is <run.dir>/<run.name>/<stage>"])
-    config = load(args.files, args.overrides).config
+    config = checked(on_top(under, over), problems, known_options(), learn_options).config
     run_dir = run_directory(set_by(under, over, ("model", "path")), config)
     path = config.model.path
     if run_dir is not None:

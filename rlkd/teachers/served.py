@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkd.builtin import resolve
-from rlkd.config import schema as configuration
-from rlkd.config.schema import Config
+from rlkd.config.schema import Config, ServedTeacherConfig
 from rlkd.data.seeds import request_seed
 from rlkd.generation.sampler import Sampling, end_ids
 from rlkd.generation.vllm import VLLMSampler
@@ -32,7 +31,7 @@ _ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-l
 the whole vocabulary at once, 4 bytes each, few of them. It answers with the top 20 at most, unless told otherwise."""
 
 
-def teacher_role(config: Config, teacher: configuration.ServedTeacher) -> ServerRole:
+def teacher_role(config: Config, teacher: ServedTeacherConfig) -> ServerRole:
     """What a server of `teacher` must be started as."""
     return ServerRole(
         name="teacher",
@@ -102,7 +101,7 @@ class ServedTeacher(_ServedScorer):
     Its scores are at temperature 1: vLLM applies no temperature to them. Servers that go away are waited for.
     """
 
-    def __init__(self, config: Config, teacher: configuration.ServedTeacher) -> None:
+    def __init__(self, config: Config, teacher: ServedTeacherConfig) -> None:
         super().__init__(end_ids(teacher.path, config.model.trust_remote_code), vocabulary_size(config.model))
         self._config = config
         self._settings = teacher

@@ -20,7 +20,7 @@ from builders import (
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms import KDRL
-from rlkd.config.load import load
+from rlkd.config_file import load
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate

@@ -9,7 +9,7 @@ from builders import Captured, assert_same, config, opened, real_batch
 
 from rlkd.algorithms import TAID
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.models.student import load_causal_lm
 from rlkd.run.fit import run_stages
 from rlkd.types import AUTHORS

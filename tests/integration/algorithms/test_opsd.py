@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkd.algorithms import OPSD, SDPO
-from rlkd.algorithms.privileged_prompt import ContextConfig
+from rlkd.algorithms.privileged_prompt_options import ContextConfig
 from rlkd.config.load import ConfigError
 from rlkd.data.chat import filled
 from rlkd.metrics import Meter
@@ -233,9 +233,9 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
             ),
             "but rollout.backend is hf",
         ),
-        (("algorithm.context.template=x",), "wants {prompt} in it"),
-        (("algorithm.context.reference=x",), "wants {text} in it"),
-        (("algorithm.context.drop='('",), "is no regular expression"),
+        (("algorithm.context.template=x",), "expected {prompt} in it"),
+        (("algorithm.context.reference=x",), "expected {text} in it"),
+        (("algorithm.context.drop='('",), "expected a regular expression"),
         (("algorithm.context.reference=null", "algorithm.leakage_every=1"), "there is no hint"),
         (("data.path=x.jsonl",), "data.privileged_column: is null"),
         (

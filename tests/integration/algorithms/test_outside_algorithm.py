@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import ENV, ROOT, train, train_ranks
 
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 from rlkd.training.module import ALGORITHMS
 
 ALGORITHM = '''
@@ -88,7 +88,7 @@ def test_its_options_are_checked_and_its_name_is_kept(here):
         load([file], ["algorithm.scale=-1", "algorithm.scal=1"])
     assert sorted(caught.value.lines) == [
         "command line: algorithm.scal: unknown key; did you mean algorithm.scale?",
-        "command line: algorithm.scale: got -1, wants a number > 0",
+        "command line: algorithm.scale: expected a number > 0, got -1",
     ]
 
 
@@ -130,7 +130,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
             "from rlkd.training.module import PolicyModule\n\nclass X(PolicyModule):\n    pass\n",
             "X has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section",
         ),
-        ("'wrong_i:'", ALGORITHM, "wants module:Class, e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py"),
+        ("'wrong_i:'", ALGORITHM, "expected module:Class, got 'wrong_i:'; e.g. my_algorithm:MyAlgorithm"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line):
@@ -141,15 +141,15 @@ def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line
     with pytest.raises(ConfigError) as caught:
         load([file], ["optim.rl=1"])
     wrong, other = caught.value.lines
-    got = f"own.yaml:6: algorithm.name: got {name.strip(chr(39))!r}; "
-    assert wrong.startswith(got + line.replace("{here}", str(here / f"{module}.py"))), wrong
+    assert wrong.startswith("own.yaml:6: algorithm.name: ") and f"got {name.strip(chr(39))!r}; " in wrong, wrong
+    assert line.replace("{here}", str(here / f"{module}.py")) in wrong, wrong
     assert other.startswith("command line: optim.rl: unknown key")
 
 
 def test_an_unknown_name_says_that_it_may_be_ones_own(here):
     with pytest.raises(ConfigError) as caught:
         load([config_file("gppo", "unused")], [])
-    assert caught.value.lines[0].endswith(" | module:Class of your own; did you mean grpo?")
+    assert caught.value.lines[0].endswith(" | module:Class of your own, got 'gppo'; did you mean grpo?")
 
 
 @pytest.mark.process

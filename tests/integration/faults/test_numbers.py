@@ -10,7 +10,7 @@ from run_results import rows_so_far, saved, wait_for_rows
 from runs import ENV, arguments, start, train
 
 from rlkd.algorithms import ALGORITHMS, KDRL
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate
 from rlkd.run.fit import run

@@ -10,7 +10,7 @@ import torch
 from builders import config
 
 from rlkd.algorithms import GRPO, KDRL, OPD, SDPO, feedback
-from rlkd.algorithms.feedback import FeedbackConfig
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
 from rlkd.models.student import load_causal_lm

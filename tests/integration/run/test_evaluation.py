@@ -10,7 +10,7 @@ import torch
 from builders import config, opened
 
 from rlkd.builtin import resolve
-from rlkd.config.load import load
+from rlkd.config_file import load
 from rlkd.data.heldout import heldout_prompts
 from rlkd.evaluate import main
 from rlkd.generation.hf import HFSampler

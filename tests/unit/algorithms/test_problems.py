@@ -3,7 +3,7 @@
 import pytest
 from builders import config
 
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 
 LAUNCHED = (
     *("rollout.backend=vllm", "rollout.server.launch=true", "rollout.server.devices=[[1]]"),
@@ -42,11 +42,11 @@ LAUNCHED = (
             ("algorithm.importance=off", "algorithm.importance_level=sequence"),
             "algorithm.importance_level: is sequence, but algorithm.importance is off",
         ),
-        (("algorithm.dual_clip=1.0",), "algorithm.dual_clip: got 1.0, wants"),
-        (("algorithm.ratio_cap=0",), "algorithm.ratio_cap: got 0, wants"),
-        (("algorithm.resample_rounds=0",), "algorithm.resample_rounds: got 0, wants"),
-        (("algorithm.entropy_coef=-1",), "algorithm.entropy_coef: got -1, wants"),
-        (("algorithm.kd.coef=-1",), "algorithm.kd.coef: got -1, wants"),
+        (("algorithm.dual_clip=1.0",), "algorithm.dual_clip: expected a number > 1, or null, got 1.0"),
+        (("algorithm.ratio_cap=0",), "algorithm.ratio_cap: expected a number > 0, got 0"),
+        (("algorithm.resample_rounds=0",), "algorithm.resample_rounds: expected an integer >= 1, got 0"),
+        (("algorithm.entropy_coef=-1",), "algorithm.entropy_coef: expected a number >= 0, got -1"),
+        (("algorithm.kd.coef=-1",), "algorithm.kd.coef: expected a number"),
     ],
 )
 def test_one_contradiction_is_one_line(overrides, line):

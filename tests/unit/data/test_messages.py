@@ -5,10 +5,11 @@ import json
 import datasets
 import pytest
 
-from rlkd.algorithms.feedback import FeedbackConfig, question_ids
+from rlkd.algorithms.feedback import question_ids
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.algorithms.privileged_prompt import privileged_prompt
-from rlkd.config.load import ConfigError, load
 from rlkd.config.schema import DataConfig
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import decode, load_tokenizer
 from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source
@@ -213,7 +214,7 @@ def test_variables_of_the_template_come_from_the_config(tok, tmp_path):
     ]
     (line,) = check(load(["configs/quickstart.yaml"], [*keys, "data.chat_template=false"]).config)
     assert line.startswith("data.template_variables: has values, but data.chat_template is false")
-    with pytest.raises(ConfigError, match="data.template_variables: .*has tools, which is no variable of a template"):
+    with pytest.raises(ConfigError, match="data.template_variables: .*got tools, which other keys of data set"):
         load(["configs/quickstart.yaml"], ["data.template_variables={tools: []}"])
 
 

@@ -147,7 +147,7 @@ def test_every_model_of_a_trainer_is_counted():
 def test_without_a_known_device_nothing_is_said_of_it():
     assert "the device is not known: --estimate=GIB" in report(config(), None)
     assert server_places(config()) == []
-    with pytest.raises(ConfigError, match="--estimate: got 'big', wants the GiB of a device, e.g. --estimate=80"):
+    with pytest.raises(ConfigError, match="--estimate: expected the GiB of a device, got 'big'; e.g. --estimate=80"):
         parse_args(["--config", "x.yaml", "--estimate=big"])
     assert parse_args(["--config", "x.yaml", "--estimate=80.5"]).estimate == 80.5
 

@@ -6,7 +6,7 @@ import pytest
 from builders import config
 
 from rlkd.builtin import resolve
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.evaluate import main

@@ -1,0 +1,64 @@
+"""A configuration is read, printed, explained and refused without torch: the answer comes in a second, not in ten."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.registry import CLASSES, OPTIONS, import_class
+
+ROOT = Path(__file__).parents[3]
+HEAVY = {"torch", "lightning", "transformers", "datasets", "vllm", "peft", "trl", "numpy"}
+
+pytestmark = pytest.mark.process
+
+
+def run(code: str) -> tuple[Any, set[str], str]:
+    """(its variable `code`, the top-level modules it imported, its stderr) of a Python process that runs `code`."""
+    code = f"import json, sys\ncode = 0\n{code}\nsys.stdout.write('\\n' + json.dumps([code, list(sys.modules)]))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    code, modules = json.loads(done.stdout.splitlines()[-1])
+    return code, {name.partition(".")[0] for name in modules}, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["bad.key=1"], 2, "command line: bad: unknown key"),
+        (["algorithm.kd.estimator=k1"], 2, "command line: algorithm.kd.estimator: "),
+        (["algorithm={name: opd, divergence: {tier: full}}", "teacher={backend: served, path: x, url: y}"], 2, "tier"),
+        (["--print-config"], 0, ""),
+        (["--help"], 0, ""),
+    ],
+)
+def test_the_command_line_answers_without_torch(arguments, code, said):
+    config = ["--config", "configs/quickstart.yaml"]
+    got, modules, stderr = run(f"from rlkd.train import main\ncode = main({[*config, *arguments]!r})")
+    assert (got, modules & HEAVY) == (code, set()) and said in stderr
+
+
+def test_the_configuration_s_modules_and_the_options_import_no_torch():
+    files = [*(ROOT / "rlkd/config").rglob("*.py"), *(ROOT / "rlkd/algorithms").glob("*_options.py")]
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"]
+    assert len(names) > len(OPTIONS)
+    names = ["rlkd.config", "rlkd.algorithms.registry", "rlkd.config_file", "rlkd.train", *sorted(names)]
+    found, _, _ = run(
+        "import importlib\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module(name)\n"
+        f"    code = code or [name, *sorted({HEAVY} & set(sys.modules))]\n"
+        "    code = code if len(code) > 1 else 0"
+    )
+    assert not found, f"importing {found[0]} imports {found[1:]}"
+
+
+def test_the_registry_has_the_options_of_every_built_in_algorithm():
+    classes = [import_class(name) for name in CLASSES]
+    assert {OPTIONS[name]: ALGORITHMS[name] for name in OPTIONS} == {found.Options: found for found in classes}
