@@ -44,6 +44,21 @@ def test_the_command_line_answers_without_torch(arguments, code, said):
     assert (got, modules & HEAVY) == (code, set()) and said in stderr
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "code"),
+    [
+        ("evaluate", ["bad.key=1"], 2),
+        ("evaluate", ["--help"], 0),
+        ("serve", ["--role", "policy", "--host", "h", "--port", "1", "bad.key=1"], 2),
+        ("serve", ["--role", "policy", "--host", "h", "--port", "1"], 2),
+    ],
+)
+def test_the_other_programs_answer_without_torch_too(program, arguments, code):
+    arguments = ["--config", "configs/quickstart.yaml", *arguments]
+    got, modules, stderr = run(f"from rlkd.{program} import main\ncode = main({arguments!r})")
+    assert (got, modules & HEAVY) == (code, set()) and len(stderr.splitlines()) == (code == 2)
+
+
 def test_the_configuration_s_modules_and_the_options_import_no_torch():
     files = [*(ROOT / "rlkd/config").rglob("*.py"), *(ROOT / "rlkd/algorithms").glob("*_options.py")]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"]
