@@ -208,7 +208,7 @@ def test_dynamic_sampling_drops_what_is_all_right_or_all_wrong_whatever_the_leng
 
 
 def test_dapo_is_the_shipped_config():
-    assert (dapo().algorithm.filter, dapo().algorithm.resample_rounds) == ("correct", 10)
+    assert (dapo().options.filter, dapo().options.resample_rounds) == ("correct", 10)
 
 
 @pytest.mark.parametrize(

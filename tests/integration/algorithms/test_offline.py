@@ -130,8 +130,7 @@ def test_taids_t_never_falls_and_stays_between_the_line_and_its_end():
     module = TAID(taid(options=", t_start: 0.4, t_end: 0.9, over: 50, step: 0.05"))
     seen = []
     for iteration, loss in enumerate([1.0, 0.5, 0.9, 2.0, 0.1, 0.05] * 12):
-        module.iteration_ended(iteration, {"loss/kd": loss})
-        seen.append(module.row["taid/t"])
+        seen.append(module.iteration_ended(iteration, {"loss/kd": loss})["taid/t"])
         assert 0.4 + 0.5 * min(iteration / 50, 1) <= module.t + 1e-12 <= 0.9 + 1e-12
     assert seen == sorted(seen) and seen[:2] == [0.4, 0.4] and seen[-1] == 0.9
 

@@ -106,165 +106,55 @@ EXACT = {
 }
 
 PLACES = {
-    "run: {name: a b}": (
-        "a.yaml:4: run.name: ",
-        "got 'a b'",
-    ),
-    "run: {dir: null}": (
-        "a.yaml:4: run.dir: ",
-        "got null",
-    ),
-    "run: {dir: true}": (
-        "a.yaml:4: run.dir: ",
-        "got true",
-    ),
-    "checkpoint: {keep: true}": (
-        "a.yaml:4: checkpoint.keep: ",
-        "got true",
-    ),
-    "run: {seed: 010}": (
-        "a.yaml:4: run.seed: ",
-        "got '010'",
-    ),
-    "eval:\n  every: 1\n  prompts: [1]": (
-        "a.yaml:6: eval.prompts: ",
-        "got [1]",
-    ),
-    "rollout: 3": (
-        "a.yaml:4: rollout: ",
-        "got 3",
-    ),
-    "log: {wandb: on}": (
-        "a.yaml:4: log.wandb: ",
-        "got 'on'",
-        "did you mean online?",
-    ),
-    "optim: {lr: '1e-6'}": (
-        "a.yaml:4: optim.lr: ",
-        "got '1e-6'",
-        "drop the quotes",
-    ),
-    "optim: {lr: 12:30}": (
-        "a.yaml:4: optim.lr: ",
-        "got '12:30'",
-    ),
-    "optim: {lr: true}": (
-        "a.yaml:4: optim.lr: ",
-        "got true",
-    ),
-    "optim: {lr: {start: 1}}": (
-        "a.yaml:4: optim.lr.kind: ",
-        "missing",
-    ),
-    "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": (
-        "a.yaml:4: optim.lr.end: ",
-        "got 'x'",
-    ),
-    "optim: {lr: {kind: step, start: 1, end: 0, at: -1}}": (
-        "a.yaml:4: optim.lr.at: ",
-        "got -1",
-    ),
-    "lr: 3": (
-        "a.yaml:4: lr: ",
-        "did you mean optim.lr?",
-    ),
+    "run: {name: a b}": ("a.yaml:4: run.name: ", "got 'a b'"),
+    "run: {dir: null}": ("a.yaml:4: run.dir: ", "got null"),
+    "run: {dir: true}": ("a.yaml:4: run.dir: ", "got true"),
+    "checkpoint: {keep: true}": ("a.yaml:4: checkpoint.keep: ", "got true"),
+    "run: {seed: 010}": ("a.yaml:4: run.seed: ", "got '010'"),
+    "eval:\n  every: 1\n  prompts: [1]": ("a.yaml:6: eval.prompts: ", "got [1]"),
+    "rollout: 3": ("a.yaml:4: rollout: ", "got 3"),
+    "log: {wandb: on}": ("a.yaml:4: log.wandb: ", "got 'on'", "did you mean online?"),
+    "optim: {lr: '1e-6'}": ("a.yaml:4: optim.lr: ", "got '1e-6'", "drop the quotes"),
+    "optim: {lr: 12:30}": ("a.yaml:4: optim.lr: ", "got '12:30'"),
+    "optim: {lr: true}": ("a.yaml:4: optim.lr: ", "got true"),
+    "optim: {lr: {start: 1}}": ("a.yaml:4: optim.lr.kind: ", "missing"),
+    "optim: {lr: {kind: linear, start: 1, end: x, over: 3}}": ("a.yaml:4: optim.lr.end: ", "got 'x'"),
+    "optim: {lr: {kind: step, start: 1, end: 0, at: -1}}": ("a.yaml:4: optim.lr.at: ", "got -1"),
+    "lr: 3": ("a.yaml:4: lr: ", "did you mean optim.lr?"),
     "trainer: {temperature: 1}": (
         "a.yaml:4: trainer.temperature: ",
         "did you mean eval.temperature or rollout.temperature or teacher.temperature?",
     ),
-    "rollout:\n  server:\n    lunch: true": (
-        "a.yaml:6: rollout.server.lunch: ",
-        "did you mean rollout.server.launch?",
-    ),
-    "checkpoint: {zzz: 1}": (
-        "a.yaml:4: checkpoint.zzz: ",
-        "every, keep",
-    ),
-    "on: 1": (
-        "a.yaml:4: on: ",
-        "trainer, eval, log",
-    ),
-    "teacher: {path: x}": (
-        "a.yaml:4: teacher.backend: ",
-        "none | local | served",
-    ),
-    "teacher: {backend: lokal, path: 3}": (
-        "a.yaml:4: teacher.backend: ",
-        "got 'lokal'",
-        "did you mean local?",
-    ),
-    "teacher: {backend: served, path: x}": (
-        "a.yaml:4: teacher: ",
-        "teacher.server.launch",
-    ),
-    "reward:\n  functions:\n  - name: math\n  - weight: 2": (
-        "a.yaml:7: reward.functions[1].name: ",
-        "missing",
-    ),
-    "reward: {functions: []}": (
-        "a.yaml:4: reward.functions: ",
-        "got []",
-    ),
+    "rollout:\n  server:\n    lunch: true": ("a.yaml:6: rollout.server.lunch: ", "did you mean rollout.server.launch?"),
+    "checkpoint: {zzz: 1}": ("a.yaml:4: checkpoint.zzz: ", "every, keep"),
+    "on: 1": ("a.yaml:4: on: ", "trainer, eval, log"),
+    "teacher: {path: x}": ("a.yaml:4: teacher.backend: ", "none | local | served"),
+    "teacher: {backend: lokal, path: 3}": ("a.yaml:4: teacher.backend: ", "got 'lokal'", "did you mean local?"),
+    "teacher: {backend: served, path: x}": ("a.yaml:4: teacher: ", "teacher.server.launch"),
+    "reward:\n  functions:\n  - name: math\n  - weight: 2": ("a.yaml:7: reward.functions[1].name: ", "missing"),
+    "reward: {functions: []}": ("a.yaml:4: reward.functions: ", "got []"),
     "reward: {functions: [{name: math, options: {strict: off}}]}": (
         "a.yaml:4: reward.functions[0].options.strict: ",
         "got off",
     ),
     "run: [1": ("a.yaml:4: ",),
-    "run:\n  seed: 1\n  dir: x\n  seed: 2": (
-        "a.yaml:7: run.seed: ",
-        "first on line 5",
-    ),
-    "data: {split: x}": (
-        "a.yaml:4: data: ",
-        "first on line 2",
-    ),
-    "run: &x {seed: *x}": (
-        "a.yaml:4: ",
-        "anchor",
-    ),
-    "run: *x": (
-        "a.yaml:4: ",
-        "alias",
-    ),
-    "run: !!python/object:os.system {}": (
-        "a.yaml:4: ",
-        "python/object:os.system",
-    ),
-    "run: {seed: 1}\n---\nrun: 2": (
-        "a.yaml:5: ",
-        "single document",
-    ),
-    "? [1]\n: 2": (
-        "a.yaml:4: ",
-        "list",
-    ),
-    "run:\n  name: ${run.dir}\n  dir: ???": (
-        "a.yaml:6: run.dir: ",
-        "???",
-    ),
-    "data2: 1": (
-        "a.yaml:4: data2: ",
-        "did you mean data?",
-    ),
-    "eval: {path: 'a ${x} b'}": (
-        "a.yaml:4: eval.path: ",
-        "got 'a ${x} b'",
-        "write \\${",
-    ),
-    "eval: {path: 'a ${ b'}": (
-        "a.yaml:4: eval.path: ",
-        "got 'a ${ b'",
-        "write \\${",
-    ),
+    "run:\n  seed: 1\n  dir: x\n  seed: 2": ("a.yaml:7: run.seed: ", "first on line 5"),
+    "data: {split: x}": ("a.yaml:4: data: ", "first on line 2"),
+    "run: &x {seed: *x}": ("a.yaml:4: ", "anchor"),
+    "run: *x": ("a.yaml:4: ", "alias"),
+    "run: !!python/object:os.system {}": ("a.yaml:4: ", "python/object:os.system"),
+    "run: {seed: 1}\n---\nrun: 2": ("a.yaml:5: ", "single document"),
+    "? [1]\n: 2": ("a.yaml:4: ", "list"),
+    "run:\n  name: ${run.dir}\n  dir: ???": ("a.yaml:6: run.dir: ", "???"),
+    "data2: 1": ("a.yaml:4: data2: ", "did you mean data?"),
+    "eval: {path: 'a ${x} b'}": ("a.yaml:4: eval.path: ", "got 'a ${x} b'", "write \\${"),
+    "eval: {path: 'a ${ b'}": ("a.yaml:4: eval.path: ", "got 'a ${ b'", "write \\${"),
     "eval: {prompts: '${log.project}'}": (
         "a.yaml:4: eval.prompts: ",
         "got '${log.project}'",
         "${oc.decode:${log.project}}",
     ),
-    "eval: {path: '${eval}'}": (
-        "a.yaml:4: eval.path: ",
-        "got '${eval}'",
-    ),
+    "eval: {path: '${eval}'}": ("a.yaml:4: eval.path: ", "got '${eval}'"),
 }
 """What is written → where the line says it is, and what it must mention."""
 
@@ -285,57 +175,18 @@ def test_one_mistake_is_one_line_with_its_place(yaml):
 
 
 ON_THE_COMMAND_LINE = {
-    "foo": (
-        "command line: ",
-        "got 'foo'",
-    ),
-    "b.yaml": (
-        "command line: ",
-        "got 'b.yaml'",
-        "--config b.yaml",
-    ),
-    "=3": (
-        "command line: ",
-        "got '=3'",
-    ),
-    "a..b=3": (
-        "command line: ",
-        "got 'a..b=3'",
-    ),
-    "optim.lr=": (
-        "command line: optim.lr: ",
-        "got nothing",
-    ),
-    "optim.lrr=3": (
-        "command line: optim.lrr: ",
-        "did you mean optim.lr?",
-    ),
-    "algorithm=taught": (
-        "command line: algorithm: ",
-        "got 'taught'",
-        "did you mean algorithm.name: taught?",
-    ),
-    "algorithm.name=tought": (
-        "command line: algorithm.name: ",
-        "got 'tought'",
-        "did you mean taught?",
-    ),
-    "algorithm.kd.coef=1": (
-        "command line: algorithm.kd: ",
-        "algorithm.name: taught",
-    ),
-    "algorithm.clip=0": (
-        "command line: algorithm.clip: ",
-        "got 0",
-    ),
-    "teacher.backend=local": (
-        "command line: teacher.path: ",
-        "missing",
-    ),
-    "data.system=[INST] hi": (
-        "command line: data.system: ",
-        "quote",
-    ),
+    "foo": ("command line: ", "got 'foo'"),
+    "b.yaml": ("command line: ", "got 'b.yaml'", "--config b.yaml"),
+    "=3": ("command line: ", "got '=3'"),
+    "a..b=3": ("command line: ", "got 'a..b=3'"),
+    "optim.lr=": ("command line: optim.lr: ", "got nothing"),
+    "optim.lrr=3": ("command line: optim.lrr: ", "did you mean optim.lr?"),
+    "algorithm=taught": ("command line: algorithm: ", "got 'taught'", "did you mean algorithm.name: taught?"),
+    "algorithm.name=tought": ("command line: algorithm.name: ", "got 'tought'", "did you mean taught?"),
+    "algorithm.kd.coef=1": ("command line: algorithm.kd: ", "algorithm.name: taught"),
+    "algorithm.clip=0": ("command line: algorithm.clip: ", "got 0"),
+    "teacher.backend=local": ("command line: teacher.path: ", "missing"),
+    "data.system=[INST] hi": ("command line: data.system: ", "quote"),
 }
 
 

@@ -12,7 +12,7 @@ from import_graph import LEVELS
 
 from rlkd.algorithms.registry import OPTIONS, algorithm_class
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HEAVY = {"torch", "lightning", "transformers", "datasets", "vllm", "peft", "trl", "numpy"}
 
 pytestmark = pytest.mark.process
@@ -42,6 +42,21 @@ def test_the_command_line_answers_without_torch(arguments, code, said):
     config = ["--config", "configs/quickstart.yaml"]
     got, modules, stderr = run(f"from rlkd.train import main\ncode = main({[*config, *arguments]!r})")
     assert (got, modules & HEAVY) == (code, set()) and said in stderr
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "code"),
+    [
+        ("evaluate", ["bad.key=1"], 2),
+        ("evaluate", ["--help"], 0),
+        ("serve", ["--role", "policy", "--host", "h", "--port", "1", "bad.key=1"], 2),
+        ("serve", ["--role", "policy", "--host", "h", "--port", "1"], 2),
+    ],
+)
+def test_the_other_programs_answer_without_torch_too(program, arguments, code):
+    arguments = ["--config", "configs/quickstart.yaml", *arguments]
+    got, modules, stderr = run(f"from rlkd.{program} import main\ncode = main({arguments!r})")
+    assert (got, modules & HEAVY) == (code, set()) and len(stderr.splitlines()) == (code == 2)
 
 
 def test_the_configuration_s_modules_and_the_options_import_no_torch():
