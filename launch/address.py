@@ -1,7 +1,7 @@
-"""python launch/address.py HEAD: which of this machine's addresses and network interfaces lead to the machine HEAD.
+"""python launch/address.py HEAD: print this machine's address and network interface that lead to the machine HEAD.
 
-Prints `ADDRESS INTERFACE true|false`, the last for whether this machine is HEAD; it is left out on loopback, where
-every process could be.
+Prints `ADDRESS INTERFACE true|false`. The last word says whether this machine is HEAD; on loopback, where any process
+could be HEAD, it is omitted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 import psutil
 
 PATIENCE_S = 600.0
-"""For a name to be known: in Kubernetes it is when its pod has an address."""
+"""How long to wait until a name resolves: in Kubernetes it does once its pod has an address."""
 
 
 def resolved(host: str) -> tuple[socket.AddressFamily, str]:
-    """(family, address) of `host`. Raises: OSError when it has none within PATIENCE_S."""
+    """(family, address) of `host`. Raises: OSError if it does not resolve within PATIENCE_S."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
@@ -33,7 +33,7 @@ def resolved(host: str) -> tuple[socket.AddressFamily, str]:
 def local_address(family: socket.AddressFamily, head: str) -> str:
     """The address from which this machine reaches `head`."""
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 9))  # a datagram socket: nothing is sent
+        probe.connect((head, 9))  # a datagram socket, so nothing is sent
         return str(probe.getsockname()[0])
 
 
@@ -51,7 +51,8 @@ def main(host: str) -> int:
     loopback = ipaddress.ip_address(address).is_loopback
     if loopback and host != head:
         print(
-            f"HEAD: {host} is {head} on this machine, where no other can reach it; give an address that all can reach",
+            f"HEAD: expected an address that all machines can reach, got {host}, which is {head} on this machine; "
+            "give another",
             file=sys.stderr,
         )
         return 2

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on several machines: run the same command on each of NODES. HEAD is the name or address of one of them, at
-# which they meet; `run.dir` must be on a disk that all of them share.
+# Trains on several machines: run the same command on each of the NODES machines. HEAD is the name or address of one of
+# them, where they meet. `run.dir` must be on a disk that all of them share.
 #   NODES=2 PROCESSES=8 HEAD=10.0.0.1 launch/nodes.sh --config configs/kdrl.yaml key=value …
 set -euo pipefail
-: "${NODES:?wants the number of trainer machines, e.g. NODES=2}"
-: "${PROCESSES:?wants the number of trainer processes on each, one a GPU, e.g. PROCESSES=8}"
-: "${HEAD:?wants the name or address of one trainer machine, the same on all, e.g. HEAD=10.0.0.1}"
+: "${NODES:?expected the number of trainer machines, e.g. NODES=2}"
+: "${PROCESSES:?expected the number of trainer processes on each machine, one per GPU, e.g. PROCESSES=8}"
+: "${HEAD:?expected the name or address of one trainer machine, the same on all, e.g. HEAD=10.0.0.1}"
 
 here=$(dirname "$0")
-# Left to themselves, torchrun and gloo advertise whatever this machine's host name means, often 127.0.1.1.
+# By default torchrun and gloo advertise the address of this machine's host name, which is often 127.0.1.1.
 found=$("${PYTHON:-python}" "$here/address.py" "$HEAD")
 read -r address interface is_head <<<"$found"
 
-# About the store see one_box.sh.
+# For the reason of TORCH_DISABLE_SHARE_RDZV_TCP_STORE see one_box.sh.
 exec "$here/print_and_run.sh" env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 \
     "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}" "NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}" \
     "${PYTHON:-python}" -m torch.distributed.run --nnodes "$NODES" --nproc-per-node "$PROCESSES" \

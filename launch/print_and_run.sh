@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the command that it is given as it could be typed, and becomes it, unless DRY_RUN is set.
+# Prints the given command, quoted for a shell, and then executes it in place of itself, unless DRY_RUN is set.
 set -euo pipefail
 typed=()
 for word in "$@"; do

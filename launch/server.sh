@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Serves the policy or the teacher of a configuration to trainers on any machine, over TENSOR_PARALLEL × DATA_PARALLEL
-# GPUs of this one. The trainers and the server want the same RLKD_SERVER_KEY. HOST is the address of this machine; with
-# HEAD (the name or address of a trainer machine) in its place, the one that leads there.
+# Serves the policy or the teacher of a configuration to trainers on any machine, on TENSOR_PARALLEL × DATA_PARALLEL GPUs of
+# this machine. Trainers and server need the same RLKD_SERVER_KEY. HOST is the address of this machine. If you set HEAD
+# instead (the name or address of a trainer machine), the script uses the address that leads there.
 #   HEAD=10.0.0.1 TENSOR_PARALLEL=2 DATA_PARALLEL=4 launch/server.sh policy --config configs/kdrl.yaml key=value …
 set -euo pipefail
-role=${1:?wants policy or teacher, then --config X.yaml}
+role=${1:?expected policy or teacher, then --config X.yaml}
 here=$(dirname "$0")
 if [[ -z ${HOST:-} ]]; then
-    : "${HEAD:?wants the address of a trainer machine, e.g. HEAD=10.0.0.1; or set HOST, that of this one}"
+    : "${HEAD:?expected the address of a trainer machine, e.g. HEAD=10.0.0.1; or set HOST, the address of this machine}"
     found=$("${PYTHON:-python}" "$here/address.py" "$HEAD")
     read -r HOST _ <<<"$found"
 fi

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
@@ -54,6 +55,44 @@ def broadcast(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=_device())
     return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value`, by rank, on every rank (pickled; small things only)."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def require_same_names(names: Sequence[str], what: str) -> None:
+    """Raise unless every rank passes equal `names` in the same order. A collective.
+
+    Values that are combined over the ranks by their position, as in `all_reduce`, must stand under the same names on
+    every rank. One all-reduce of two numbers compares digests of 48 bits, which float64 holds exactly; the names
+    themselves are only sent when they differ.
+
+    Args:
+        what: what the names are of, for the message, such as "metrics".
+
+    Raises: RunStopped on all ranks together, with the names that are missing and where.
+    """
+    digest = float(int.from_bytes(hashlib.blake2b("\n".join(names).encode(), digest_size=6).digest(), "big"))
+    highest, minus_lowest = all_reduce([digest, -digest], "max")
+    if highest == -minus_lowest:
+        return
+    by_rank = gather(list(names))
+    faults = []
+    for name in sorted({name for names_there in by_rank for name in names_there}):
+        without = [str(place) for place, names_there in enumerate(by_rank) if name not in names_there]
+        if without:
+            faults.append(f"{name} is missing on rank {', '.join(without[:8])}{' and others' * (len(without) > 8)}")
+    found = "; ".join(faults[:8]) if faults else "another order or number of them"
+    raise RunStopped(
+        f"{what}: expected the same names on every rank, got differences: {found}; every rank must add every name, "
+        "with a value and a count of 0 where it has nothing to add"
+    )
 
 
 def barrier() -> None:

@@ -1,8 +1,11 @@
-"""Figures that add up over micro-batches and ranks before anybody divides."""
+"""Metrics that are summed over micro-batches and ranks first, and divided last."""
 
 from __future__ import annotations
 
+from collections import Counter
+
 from rlkd import distributed
+from rlkd.distributed import RunStopped
 
 
 class Meter:
@@ -39,8 +42,19 @@ class Meter:
             self.maximum(name, value)
 
     def reduce(self) -> dict[str, float]:
-        """The figures over all ranks. A collective: every rank must have collected the same names."""
+        """The metrics over all ranks. A collective; values are combined by position, so the names are compared first.
+
+        Raises: RunStopped on all ranks when their names differ, or when one name is two of mean, total and maximum.
+        """
         means, totals, maxima = sorted(self._means), sorted(self._totals), sorted(self._maxima)
+        kinds = {"mean": means, "total": totals, "maximum": maxima}
+        distributed.require_same_names([f"{kind} {n}" for kind, names in kinds.items() for n in names], "metrics")
+        repeated = sorted(name for name, times in Counter(means + totals + maxima).items() if times > 1)
+        if repeated:
+            which = [kind for kind, names in kinds.items() if repeated[0] in names]
+            raise RunStopped(
+                f"metrics: expected each name once, got {repeated[0]} as {' and as '.join(which)}; rename one of them"
+            )
         summed = distributed.all_reduce(
             [self._means[n][0] for n in means] + [self._means[n][1] for n in means] + [self._totals[n] for n in totals]
         )

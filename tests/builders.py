@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config.load import load
 from rlkd.config.schema import Config
+from rlkd.data.chat import read_prompt
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
@@ -17,6 +18,12 @@ from rlkd.teachers.teacher import Question
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
 GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
+
+
+def encode_prompt(*args, **settings):
+    """(messages, token ids) of `read_prompt`."""
+    reading = read_prompt(*args, **settings)
+    return reading.messages, reading.token_ids
 
 
 def config(*overrides: str, group_size: int | None = 4) -> Config:

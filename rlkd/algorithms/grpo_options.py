@@ -40,8 +40,8 @@ class GRPOConfig(AlgorithmConfig):
     )
     filter: Literal["reward", "correct"] = Field(
         "reward",
-        description="resample_rounds > 1 drops groups whose rewards are all equal, overlong_cache left aside, or that "
-        "have not both right and wrong answers (DAPO, Eq. 11; see reward.correct_at)",
+        description="With resample_rounds > 1, which groups are dropped. reward: all rewards equal (before the "
+        "overlong penalty). correct: all answers right or all wrong.",
     )
     surrogate: Literal["clipped", "cispo"] = Field(
         "clipped", description="PPO's clipped surrogate, or REINFORCE under a capped ratio: no token loses its gradient"

@@ -12,7 +12,8 @@ from torch import Tensor
 from rlkd.algorithms.advantages import distilled
 from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.data import seeds as noise
+from rlkd.data import seeds
+from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import (
     importance_weights,
@@ -76,7 +77,7 @@ class OPD(PolicyModule):
 
     def _is_students(self, prompt: Prompt, iteration: int) -> bool:
         """A coin of λ for each (seed, iteration, prompt)."""
-        draw = noise.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
+        draw = seeds.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
         return bool(draw < self.algorithm.student_share)
 
     def _by_others(self, prompts: Sequence[Prompt], teacher: Teacher | None, iteration: int) -> list[Rollout]:
@@ -144,7 +145,7 @@ class OPD(PolicyModule):
 
 
 def from_data(prompt: Prompt) -> Rollout:
-    """The prompt's completion that the data has. Raises: ValueError without one."""
+    """The prompt's completion that the data has. Raises: RunStopped without one."""
     if prompt.completion is None:
-        raise ValueError(f"prompt {prompt.id!r} has no completion; set data.completion_column")
+        raise RunStopped(f"prompt {prompt.id!r} has no completion; set data.completion_column")
     return written(prompt, prompt.completion, "data", "stop")

@@ -29,9 +29,13 @@ class OPDConfig(AlgorithmConfig):
         None,
         gt=0,
         description="full, top_k: each token that the student sampled counts min(π/π_old, cap) · min(π_old/π_sampler, "
-        "cap) times, as in SDPO's code; null: once, also with several updates an iteration",
+        "cap) times, as in SDPO's code; null: no weighting, even with several updates per iteration.",
     )
     mask_eos: bool = Field(False, description="no imitation on the end-of-sequence token, where chat templates differ")
+
+    @property
+    def teacher_writes(self) -> bool:
+        return self.student_share < 1 and self.others == "teacher"
 
     def trained_lengths(self, config: Config) -> dict[str, int]:
         if self.student_share == 1 or self.others == "teacher":

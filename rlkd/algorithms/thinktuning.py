@@ -16,7 +16,7 @@ from rlkd.algorithms.feedback import Failure
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.thinktuning_options import Rule, ThinkTuningConfig
 from rlkd.config.schema import Config
-from rlkd.data import seeds as noise
+from rlkd.data import seeds
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import advantage_shaping, weighted_sum
 from rlkd.metrics import Meter
@@ -97,7 +97,7 @@ class ThinkTuning(GRPO):
         """Which completions of a prompt get feedback, drawn by (seed, iteration, prompt)."""
         ended = [i for i, r in enumerate(group) if r.finish_reason == "stop" and len(r.token_ids) > 1]
         count = min(len(ended), max(self.algorithm.at_least, math.floor(len(ended) * share + 1e-9)))
-        draw = noise.generator(self.config.run.seed, iteration, "guided", group[0].prompt.id)
+        draw = seeds.generator(self.config.run.seed, iteration, "guided", group[0].prompt.id)
         return sorted(draw.choice(ended, count, replace=False).tolist()) if count else []
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> None:

@@ -42,6 +42,10 @@ class ThinkTuningConfig(GRPOConfig):
         [0.0, 0.1], min_length=2, max_length=2, description="shaped: γ at advantages of 4 and of −4; the more, the less"
     )
 
+    @property
+    def teacher_writes(self) -> bool:
+        return True
+
     def augmented_tokens(self, config: Config) -> int:
         """The longest completion with its feedback."""
         default = config.rollout.max_tokens + self.feedback.max_tokens

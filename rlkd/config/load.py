@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from rlkd.config.errors import ConfigError, Report, shown
 from rlkd.config.help import Algorithms, Path, Schema, Slot, default
-from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.config.schema import AlgorithmConfig, Config, Section
 from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
 
 __all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
@@ -191,6 +191,7 @@ class _Loading:
         values = self._filled(self.schema.root, resolved, ())  # again: what a reference stood for is known now
         config = self._checked(values)
         if config is not None and not self.report.lines:
+            _keep_set(config, root)
             for key, message in config.problems():
                 self.report.say(tuple(key.split(".")), message)
         if config is None or self.report.lines:
@@ -326,6 +327,17 @@ class _Loading:
         except ValidationError as error:
             self.report.pydantic(error.errors(), (), self.schema.root)
             return None
+
+
+def _keep_set(section: Section, node: Node) -> None:
+    """Leave in `model_fields_set` of the sections what `node` sets; validation saw every default beside it."""
+    if not isinstance(node.value, dict):  # a reference to another section, which counts as set whole
+        return
+    section.model_fields_set.intersection_update(node.value)
+    for name, inner in node.value.items():
+        below = getattr(section, name)
+        if isinstance(below, Section):
+            _keep_set(below, inner)
 
 
 def _plain(node: Node) -> Any:

@@ -375,6 +375,11 @@ class AlgorithmConfig(Section):
         """How many times `rollout.prompts` prompts an iteration may sample, to train on as many as that."""
         return 1
 
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether the teacher completes prompts or answers, rather than only scoring what is there."""
+        return False
+
     def trained_lengths(self, config: Config) -> dict[str, int]:
         """Key → tokens; together they are the longest sequence that the student is trained on."""
         return {

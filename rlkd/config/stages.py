@@ -20,9 +20,9 @@ from pathlib import Path
 
 from rlkd.config.help import Algorithms
 from rlkd.config.load import ConfigError, Loaded, checked, on_top, read
-from rlkd.config.resume import exported
 from rlkd.config.schema import Config
 from rlkd.config.yaml_tree import Node
+from rlkd.storage.run_folder import exported
 
 _NAME = re.compile(r"[\w.+-]+")
 

@@ -55,29 +55,6 @@ class Reading:
     chat_template: bool
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | Sequence[Mapping[str, Any]],
-    system: str | None = None,
-    chat_template: bool = True,
-    *,
-    variables: Mapping[str, Any] = NOTHING,
-    continue_final: bool = False,
-    spelled_tokens: bool = False,
-) -> tuple[Messages, tuple[int, ...]]:
-    """(messages, token ids) of `read_prompt`."""
-    reading = read_prompt(
-        tokenizer,
-        prompt,
-        system,
-        chat_template,
-        variables=variables,
-        continue_final=continue_final,
-        spelled_tokens=spelled_tokens,
-    )
-    return reading.messages, reading.token_ids
-
-
 def read_prompt(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Mapping[str, Any]],

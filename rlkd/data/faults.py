@@ -37,8 +37,8 @@ class Faults:
     def add(self, line: str, step: str = "", setting: str = "") -> None:
         """One fault of the present row.
 
-        `setting`: what may be at fault in the row's stead in a `step`, such as the key of a missing column. What every
-        row that reached the step has is said once.
+        `setting`: the config key that may be wrong instead of the row. If every row that reached `step` has the same
+        fault, it is reported once.
         """
         self._counts[step, setting] += 1
         kept = self._kept.setdefault((step, setting), [])

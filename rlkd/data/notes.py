@@ -63,6 +63,20 @@ class Notes:
             same = False
         self._unread[what] += same
 
+    def rendered_beforehand(self, total: int) -> str | None:
+        """One line where most of `total` prompts seem to have been put into a template before, but the control tokens
+        in them would be read as letters, and nobody has said that this is meant; else None."""
+        data, count = self._data, self._counts["spelled"]
+        if data.chat_template or data.special_tokens == "tokens" or "special_tokens" in data.model_fields_set:
+            return None
+        if 2 * count <= total:
+            return None
+        return (
+            f"expected prompts without special tokens (data.chat_template is false), got {count} of {total} that spell "
+            f"one, such as {self._examples['spelled']!r}; set data.special_tokens: tokens, for prompts that were put "
+            "into a template beforehand, or data.special_tokens: text to have them read as plain letters"
+        )
+
     def lines(self, total: int) -> list[str]:
         """One line a matter. `total`: how many prompts there are."""
         lines = []

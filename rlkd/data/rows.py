@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from rlkd.config.schema import DataConfig, MessageKeys
@@ -36,8 +36,16 @@ class Row:
     """All other columns. Rewards get them."""
 
     def canonical(self) -> bytes:
-        """What the row holds, wherever it stands."""
-        held = {name: value for name, value in asdict(self).items() if name != "where"}
+        """What the row holds, wherever it stands.
+
+        Checkpoints keep the digest of this. So a later field must have a default, and is left out while it holds that.
+        """
+        values = asdict(self)
+        held = {
+            field.name: values[field.name]
+            for field in fields(self)
+            if field.name != "where" and (field.default is MISSING or values[field.name] != field.default)
+        }
         return json.dumps(held, sort_keys=True).encode()
 
 
@@ -54,7 +62,10 @@ class _Missing(ValueError):
 
 
 def read(data: DataConfig, columns: Mapping[str, Any], where: str, number: int, nulls: bool) -> Row | list[Fault]:
-    """The row, or all that is wrong with it. `nulls`: what is null in messages and tools was not in the data."""
+    """The row, or all that is wrong with it.
+
+    `nulls`: whether nulls were filled in by the table format and should be removed.
+    """
     faults: list[Fault] = []
 
     def get(key: str, check: Callable[[Any, str], T]) -> T | None:

@@ -105,6 +105,9 @@ def load_source(
                 f"data.max_completion_tokens = {data.max_completion_tokens}; raise them"
             ]
         )
+    rendered = notes.rendered_beforehand(len(prompts))
+    if rendered is not None:
+        raise DataError([f"{path}: {rendered}"])
     lines = notes.lines(len(prompts))
     if skipped:
         lines.append(f"{skipped} rows over data.max_prompt_tokens or data.max_completion_tokens were skipped")

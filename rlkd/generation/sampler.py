@@ -81,7 +81,7 @@ class Sampler(Protocol):
         ...
 
 
-def end_ids(path: str) -> tuple[int, ...]:
+def end_ids(path: str, trust_remote_code: bool) -> tuple[int, ...]:
     """The token ids that end a completion: `eos_token_id` of the model's generation_config.json, which may be missing,
     else of its config.json, else of its tokenizer.
 
@@ -98,7 +98,7 @@ def end_ids(path: str) -> tuple[int, ...]:
         ((name, keys["eos_token_id"]) for name, keys in found if keys.get("eos_token_id") is not None), (None, None)
     )
     if where is None:
-        where, value = "its tokenizer", load_tokenizer(path).eos_token_id
+        where, value = "its tokenizer", load_tokenizer(path, trust_remote_code).eos_token_id
     ids = value if isinstance(value, list) else [value]
     vocabulary = config.get("vocab_size") or text.get("vocab_size")
     if not ids or not all(type(i) is int and 0 <= i < (vocabulary or i + 1) for i in ids):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlkd import distributed
@@ -26,7 +26,7 @@ from rlkd.models.loader_names import loader_names
 from rlkd.models.loading import check_whole, loading
 from rlkd.models.logprob_head import Needs, PolicyOutput, compared, token_logprobs
 from rlkd.models.output_check import check_output
-from rlkd.models.vocabulary import vocabulary_size
+from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.types import Batch
 
 
@@ -122,7 +122,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
     """
     folder = resolve(path)
     with loading(path):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = load_config(path, trust_remote_code)
         _without_dropout(config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

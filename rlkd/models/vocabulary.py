@@ -8,11 +8,17 @@ student or of a teacher.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+import copy
+import functools
+import os
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlkd.builtin import resolve
 from rlkd.config.schema import ModelConfig
 from rlkd.data.chat import load_tokenizer
+
+Stamp = tuple[tuple[str, int, int], ...]
 
 
 def vocabulary_size(model: ModelConfig) -> int:
@@ -20,8 +26,38 @@ def vocabulary_size(model: ModelConfig) -> int:
 
     That is every id which the tokenizer knows and for which the student has an embedding.
     """
-    tokenizer = load_tokenizer(model.path, model.trust_remote_code)
-    return min(tokenizer_size(tokenizer), embedding_rows(model.path, model.trust_remote_code))
+    folder = resolve(model.path)
+    return _vocabulary_size(os.path.abspath(folder), folder, model.trust_remote_code, _stamp(folder))
+
+
+@functools.lru_cache(maxsize=64)
+def _vocabulary_size(_: str, folder: str, trust_remote_code: bool, stamp: Stamp) -> int:
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    return min(tokenizer_size(tokenizer), embedding_rows(folder, trust_remote_code))
+
+
+def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The configuration of the model at `path` (folder, hub id, builtin:…), read once; the caller's own copy.
+
+    Raises: OSError, ValueError of transformers, and whatever code of the model's own raises.
+    """
+    folder = resolve(path)
+    return copy.deepcopy(_config(os.path.abspath(folder), folder, trust_remote_code, _stamp(folder)))
+
+
+@functools.lru_cache(maxsize=64)
+def _config(_: str, folder: str, trust_remote_code: bool, stamp: Stamp) -> PreTrainedConfig:
+    settings: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return settings
+
+
+def _stamp(folder: str) -> Stamp:
+    """(name, time, size) of the small files in a folder: a folder that was written again is read again."""
+    if not os.path.isdir(folder):
+        return ()
+    with os.scandir(folder) as files:
+        small = [file for file in files if file.name.endswith((".json", ".txt", ".model", ".py", ".jinja"))]
+        return tuple(sorted((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in small))
 
 
 def padding(model: ModelConfig, path: str) -> range:
@@ -36,5 +72,5 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def embedding_rows(path: str, trust_remote_code: bool) -> int:
     """How many rows the embeddings of the model at `path` have, by its config.json."""
-    settings = AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code)
+    settings = load_config(path, trust_remote_code)
     return int(settings.get_text_config().vocab_size)

@@ -20,10 +20,11 @@ from rlkd.teachers.teacher import Teacher
 
 def build_sampler(config: Config) -> Sampler:
     """The sampler that `rollout.backend` names, not yet opened."""
+    ends = end_ids(config.model.path, config.model.trust_remote_code)
     if config.rollout.backend == "hf":
-        return HFSampler(config, end_ids(config.model.path))
+        return HFSampler(config, ends)
     kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
-    return kind(config, end_ids(config.model.path))
+    return kind(config, ends)
 
 
 def build_teacher(config: Config, policy: Sampler) -> Teacher:
@@ -35,7 +36,8 @@ def build_teacher(config: Config, policy: Sampler) -> Teacher:
         if teacher.scorer == "local":
             return SelfTeacher(config)
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
-        return served.PolicyServerTeacher(policy, end_ids(config.model.path), base=teacher.weights == "fixed")
+        ends = end_ids(config.model.path, config.model.trust_remote_code)
+        return served.PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
     assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher)
 

@@ -6,14 +6,13 @@ import json
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from rlkd import distributed
-from rlkd.config.resume import save_data
 from rlkd.config.schema import Config, NoTeacher
 from rlkd.data.chat import last_user_text
 from rlkd.data.prompts import PromptStream
@@ -27,6 +26,7 @@ from rlkd.rewards.pool import RewardItem, RewardPool
 from rlkd.servers.client import ServerLost
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
+from rlkd.storage.run_folder import save_data
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Question
@@ -58,7 +58,8 @@ class RolloutLoader:
         self.algorithm = algorithm
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
-        source = load_source(config.data, self.tokenizer, ends=end_ids(config.model.path))
+        ends = end_ids(config.model.path, config.model.trust_remote_code)
+        source = load_source(config.data, self.tokenizer, ends=ends)
         self.data = source.identity
         if distributed.rank() == 0:
             for note in source.notes:
@@ -120,7 +121,7 @@ class RolloutLoader:
 
     def save(self, folder: Path) -> None:
         """Keep in a checkpoint's folder what a resumed run cannot recompute."""
-        save_data(self.data, folder)
+        save_data(asdict(self.data), folder)
         if isinstance(self.teacher, SelfTeacher):
             self.teacher.save(folder)
 

@@ -13,11 +13,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedTokenizerBase
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.builtin import resolve
-from rlkd.config.resume import checkpoints
 from rlkd.config.schema import Config, DataConfig, ServedTeacher, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
@@ -28,13 +27,14 @@ from rlkd.generation.sampler import end_ids
 from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
 from rlkd.models import lora
-from rlkd.models.vocabulary import embedding_rows, vocabulary_size
+from rlkd.models.vocabulary import embedding_rows, load_config, vocabulary_size
 from rlkd.rewards import registry
 from rlkd.rewards.answers import check_answers
 from rlkd.run.export import rehearse
 from rlkd.run.wandb_logger import tracking_problems
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.process import server_key
+from rlkd.storage.run_folder import checkpoints
 from rlkd.teachers.served import teacher_longest
 from rlkd.types import Prompt
 
@@ -52,13 +52,17 @@ def check(config: Config) -> list[str]:
     if wrong:
         problems.append(f"optim.betas: got {wrong[0]:g}, which AdamW refuses; wants two numbers ≥ 0 and < 1")
     lengths = config.algorithm.trained_lengths(config)
-    student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
+    trusted = config.model.trust_remote_code
+    student = _model("model.path", config.model.path, trusted, lengths, problems)
     lengths = config.algorithm.teacher_lengths(config)
     for key, settings in config.teachers:
-        teacher = _model(f"{key}.path", settings.path, config.model.trust_remote_code, lengths, problems)
-        if teacher is not None and isinstance(settings, ServedTeacher):  # which may write
+        served = isinstance(settings, ServedTeacher)
+        teacher = _model(f"{key}.path", settings.path, trusted, lengths, problems, loaded_here=not served)
+        if teacher is not None and (
+            served or config.algorithm.teacher_writes
+        ):  # a server's scorer is made with its ends
             try:
-                end_ids(settings.path)
+                end_ids(settings.path, trusted)
             except (ValueError, OSError) as error:
                 problems.append(f"{key}.path: {' '.join(str(error).split())}")
         difference = first_difference(student, teacher) if student is not None and teacher is not None else None
@@ -104,8 +108,8 @@ def _generation(config: Config) -> list[str]:
     """The student must say how completions end and how its logits are made, and have the layers to be adapted."""
     model = config.model
     try:
-        end_ids(model.path)
-        known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
+        end_ids(model.path, model.trust_remote_code)
+        known = load_config(model.path, model.trust_remote_code)
         logit_transform(known)
         if config.model.lora is not None:
             frozen = lora.unadapted(lora.skeleton(config.model), config.model.lora)
@@ -220,11 +224,18 @@ def _server_devices(config: Config, teacher: bool = True) -> list[str]:
 
 
 def _model(
-    key: str, path: str, trust_remote_code: bool, lengths: Mapping[str, int], problems: list[str]
+    key: str,
+    path: str,
+    trust_remote_code: bool,
+    lengths: Mapping[str, int],
+    problems: list[str],
+    *,
+    loaded_here: bool = True,
 ) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; None where something is wrong, which is then added to `problems`.
 
-    `lengths`: key → tokens, which together the model must have room for.
+    `lengths`: key → tokens, which together the model must have room for. `loaded_here`: by transformers, as a causal
+    language model; a server has models of its own, Qwen3-VL say, and answers for them itself.
     """
     try:
         folder = resolve(path)
@@ -239,14 +250,14 @@ def _model(
         problems.append(f"{key}: {path} has no config.json; wants a model folder in Hugging Face form")
         return None
     try:
-        model = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = load_config(path, trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code)
     except Exception as error:  # a model's files, and code that comes with it, raise anything
         what = path if Path(folder).is_dir() else f"{path} is no folder here, and as a hub id"
         problems.append(f"{key}: {what}: {' '.join(str(error).split())[:300]}")
         return None
     its_own = trust_remote_code and "AutoModelForCausalLM" in getattr(model, "auto_map", {})
-    if type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
+    if loaded_here and type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
         problems.append(
             f"{key}: {path} is of type {model.model_type}, which transformers has no causal language model for; wants "
             "one that writes text from left to right"
@@ -275,7 +286,7 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if held_out is not None and config.eval.every > 0:
         sources.append(("eval.path", held_out))
     try:
-        ends = end_ids(config.model.path)
+        ends = end_ids(config.model.path, config.model.trust_remote_code)
     except (ValueError, OSError):
         ends = ()  # said by _generation
     for key, source in sources:

@@ -18,68 +18,10 @@ from typing import Any
 import yaml
 
 from rlkd.config.schema import EvalConfig, RunConfig
+from rlkd.reporting.metric_reference import METRICS, panels
 from rlkd.reporting.svg_plots import Panel, Point, figure, finite_values, number
 from rlkd.storage import atomic
 
-GROUPS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
-    (
-        "Learning",
-        (
-            Panel("Reward", ("reward/mean",), "mean over an iteration's rollouts", smooth=True),
-            Panel("Accuracy", ("accuracy",), "share of rollouts that are right", share=True, smooth=True),
-            Panel("Held-out evaluation", ("eval/greedy", "eval/avg@*", "eval/pass@*"), "share of prompts", share=True),
-            Panel("Spread of rewards", ("reward/std",), "standard deviation", smooth=True),
-        ),
-    ),
-    (
-        "Losses",
-        (
-            Panel("Loss", ("loss",), "what was minimised", smooth=True, rounding=1e-7),
-            Panel("Policy gradient", ("loss/pg",), "its reinforcement-learning term", smooth=True, rounding=1e-7),
-            Panel("Distillation", ("loss/kd",), "its teacher term", smooth=True, rounding=1e-7),
-            Panel("KL to the teacher", ("kd/kl",), "nats per token", smooth=True),
-            Panel("Weight of distillation", ("kd/coef",), "β of the teacher term"),
-            Panel("Teacher over reward", ("kd/flipped",), "share of tokens whose advantage it reverses", smooth=True),
-            Panel("KL to the reference", ("reference/kl",), "nats per token", smooth=True),
-            Panel("Entropy", ("entropy",), "nats per token", smooth=True),
-            Panel("Learning rate", ("lr",)),
-        ),
-    ),
-    (
-        "Health",
-        (
-            Panel("Sampler against trainer, mean", ("mismatch/mean",), "|Δ log-prob| of a token, nats", smooth=True),
-            Panel("Sampler against trainer, largest", ("mismatch/max",), "|Δ log-prob| of a token, nats"),
-            Panel("Gradient norm", ("grad_norm",), "before clipping", smooth=True),
-            Panel("Clipped tokens", ("clip_fraction",), "share of tokens"),
-            Panel("Staleness", ("staleness/mean",), "iterations, sampler behind trainer"),
-            Panel("Reward errors", ("reward/errors",), "rollouts that no reward could judge"),
-        ),
-    ),
-    (
-        "Sizes",
-        (
-            Panel("Completion length", ("completion/length",), "tokens, mean", smooth=True),
-            Panel("Truncated completions", ("completion/truncated",), "share that ran out of tokens"),
-            Panel("Groups that teach nothing", ("groups/*",), "share of groups", share=True),
-            Panel("Tokens", ("tokens/*",), "per iteration"),
-        ),
-    ),
-    (
-        "Time and memory",
-        (
-            Panel(
-                "Where the time goes",
-                ("time/rollout", "time/reward", "time/teacher", "time/train", "time/publish", "time/wait"),
-                "seconds per iteration",
-            ),
-            Panel("Whole iteration", ("time/total",), "seconds"),
-            Panel("Throughput", ("tokens_per_s",), "tokens per second"),
-            Panel("Peak memory", ("memory/peak_gb",), "GiB on one device"),
-        ),
-    ),
-)
-_NOT_CURVES = {"iteration", "update"}
 _HUGE = 1e300  # beyond it the arithmetic of an axis overflows
 _SAMPLES = 12
 
@@ -100,7 +42,8 @@ def write_report(run_dir: str | Path) -> Path:
     # A key that the run left to its default may be absent. References such as ${oc.env:X} stay as written: secrets.
     run = RunConfig().model_dump() | config.get("run", {})
     evaluation = EvalConfig().model_dump() | config.get("eval", {})
-    series = {key: _series(rows, key) for key in sorted({key for row in rows for key in row} - _NOT_CURVES)}
+    not_curves = {name for name, metric in METRICS.items() if not metric.plotted}
+    series = {key: _series(rows, key) for key in sorted({key for row in rows for key in row} - not_curves)}
 
     done, planned = rows[-1]["iteration"] if rows else 0, run["iterations"]
     if isinstance(planned, int) and done < planned:
@@ -111,7 +54,8 @@ def write_report(run_dir: str | Path) -> Path:
         f'<p class="soft">{escape(algorithm)} on {escape(student)}</p>',
         _headline(series, done, f"of {planned}", evaluation["samples"]),
         *(f'<p class="notice">{escape(note)}</p>' for note in notes),
-        '<p class="soft axis">Every curve is by iteration; values that were not finite leave a gap.</p>',
+        '<p class="soft axis">Every curve is by iteration; values that were not finite leave a gap. '
+        "docs/metrics.md says what each metric means.</p>",
         *_curves(series),
         *_samples(run_dir / "rollouts"),
         f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>",
@@ -179,7 +123,7 @@ def _finite(value: float | None) -> float | None:
 
 def _headline(series: dict[str, list[Point]], done: int, planned: str, samples: int | str) -> str:
     tiles = [_tile("Iterations", f"{done:,}", planned)]
-    for key in _matching(series, Panel("", ("eval/greedy", "eval/avg@*", "eval/pass@*"))):
+    for key in (key for key in ("eval/greedy", "eval/avg@k", "eval/pass@k") if key in series):
         label = key.removeprefix("eval/").replace("@k", f"@{samples}")
         label = "Accuracy, greedy" if label == "greedy" else label
         points = [(at, value) for at, value in series[key] if value is not None]
@@ -211,21 +155,12 @@ def _duration(seconds: float) -> str:
 # Curves ----------------------------------------------------------------------------------------------------------
 
 
-def _matching(series: dict[str, list[Point]], panel: Panel) -> list[str]:
-    """The panel's metrics that the run has, in the panel's order."""
-    keys: list[str] = []
-    for wanted in panel.keys:
-        keys += [key for key in series if key == wanted or (wanted[-1] == "*" and key.startswith(wanted[:-1]))]
-    return keys
-
-
 def _curves(series: dict[str, list[Point]]) -> list[str]:
-    known = {key for _, panels in GROUPS for panel in panels for key in _matching(series, panel)}
-    others = tuple(Panel(key, (key,)) for key in series if key not in known)
+    others = tuple(Panel(key, (key,)) for key in series if key not in METRICS)
     iterations = [at for points in series.values() for at, _ in points]
     parts = []
-    for title, panels in (*GROUPS, ("Other metrics", others)):
-        present = [(panel, {key: series[key] for key in _matching(series, panel)}) for panel in panels]
+    for title, plots in (*panels(), ("Other metrics", others)):
+        present = [(plot, {key: series[key] for key in plot.keys if key in series}) for plot in plots]
         figures = [figure(panel, curves, iterations) for panel, curves in present if curves]
         if figures:
             parts.append(f'<h2>{escape(title)}</h2><div class="grid">{"".join(figures)}</div>')

@@ -18,7 +18,7 @@ Point = tuple[int, float | None]
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: its metrics (a name that ends in * takes all that begin so), and how they are drawn."""
+    """One plot: the names of its metrics, and how they are drawn."""
 
     title: str
     keys: tuple[str, ...]

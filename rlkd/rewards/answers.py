@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rlkd.rewards.math_answer import unreadable
+from rlkd.rewards.math_answer import too_long, unreadable
 
 if TYPE_CHECKING:  # as in `registry`
     from rlkd.config.schema import RewardFunction
@@ -37,8 +37,8 @@ def check_answers(functions: Sequence[RewardFunction], rows: Iterable[tuple[str,
         for name in ("exact_match", "math")
         if name in names and without
     ]
-    wrong = []
-    texts = list(of)
+    wrong = [f"{row[:40]!r} (answer {long[:40]!r} {why})" for long in of if (why := too_long(long)) for row in of[long]]
+    texts = [answer for answer in of if too_long(answer) is None]
     step = max(1.0, len(texts) / READ)
     for i in range(min(READ, len(texts))):
         answer = texts[int(i * step)]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlkd.rewards.math_bounds import SECONDS, OutOfTime, TooLarge, check, check_text, processor_time
+from rlkd.rewards.math_bounds import LONGEST, SECONDS, OutOfTime, TooLarge, check, check_text, processor_time
 from rlkd.rewards.math_numbers import apart
 
 _BOX = re.compile(r"\\boxed\s*\{")
@@ -89,6 +89,15 @@ def _boxed(content: str) -> str:
 def _content(answer: str) -> str:
     """What of the data's answer is the answer: the content of its last box, or all of it."""
     return answer if _BOX.search(answer) is None else last_box(answer) or ""
+
+
+def too_long(answer: str) -> str | None:
+    """Why no completion will equal the data's `answer`, where it is too long to be read; else None.
+
+    It equals the same text still, but nobody writes thousands of characters in a box: it is a whole solution, say.
+    """
+    length = len(_content(answer))
+    return f"has {length} characters, more than {LONGEST}, so it is never read" if length > LONGEST else None
 
 
 @functools.lru_cache(maxsize=1024)

@@ -14,13 +14,13 @@ import lightning
 from torch import Tensor
 
 from rlkd import distributed
-from rlkd.config.resume import checkpoints, iteration_of, save_config
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.run.export import export_student
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
+from rlkd.storage.run_folder import checkpoints, iteration_of, save_config
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch

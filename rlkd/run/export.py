@@ -11,18 +11,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from rlkd import distributed
 from rlkd.builtin import resolve
-from rlkd.config.resume import EXPORT_RECORD
 from rlkd.config.schema import Config, ModelConfig
 from rlkd.models import lora
 from rlkd.models.student import Student
+from rlkd.models.vocabulary import load_config
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
+from rlkd.storage.run_folder import EXPORT_RECORD
 
 
 def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
@@ -52,8 +53,10 @@ def export_dtype(config: Config) -> torch.dtype:
     if config.checkpoint.export_dtype != "auto":
         named: torch.dtype = getattr(torch, config.checkpoint.export_dtype)
         return named
-    source = AutoConfig.from_pretrained(resolve(config.model.path), trust_remote_code=config.model.trust_remote_code)
-    return source.dtype or source.get_text_config().dtype or torch.float32
+    source = load_config(config.model.path, config.model.trust_remote_code)
+    dtype = source.dtype or source.get_text_config().dtype or torch.float32
+    assert isinstance(dtype, torch.dtype)  # transformers reads its name
+    return dtype
 
 
 def export(
@@ -94,7 +97,7 @@ def rehearse(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     What transformers refuses to save is then known before the run. Raises: ValueError, OSError of transformers.
     """
     model = config.model
-    known = AutoConfig.from_pretrained(resolve(model.path), trust_remote_code=model.trust_remote_code)
+    known = load_config(model.path, model.trust_remote_code)
     export_dtype(config)
     with tempfile.TemporaryDirectory() as folder:
         _write_small_files(known, tokenizer, model, Path(folder))

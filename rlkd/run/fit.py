@@ -16,7 +16,6 @@ from transformers.utils import logging as transformers_logging
 
 from rlkd import distributed
 from rlkd.algorithms import ALGORITHMS
-from rlkd.config.resume import changes, resume_path
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
 from rlkd.pipeline.loader import RolloutLoader
@@ -25,10 +24,11 @@ from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
 from rlkd.run.metrics_log import RunLog, progress
 from rlkd.run.publish import Publish
+from rlkd.run.resume import changes, resume_path
+from rlkd.run.safe_loading import SafeModelParallelStrategy
 from rlkd.run.wandb_logger import Samples, finish, loggers
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
-from rlkd.storage.safe_loading import SafeModelParallelStrategy
 
 
 def longest_wait(config: Config) -> timedelta:

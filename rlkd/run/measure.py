@@ -10,13 +10,13 @@ import torch
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.config.load import ConfigError, load, on_top, parse_args, read, set_by
-from rlkd.config.resume import checkpoints, exported, iteration_of, seen_by
 from rlkd.config.schema import Config
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.build import build_reference
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.run.evaluation import evaluate
+from rlkd.storage.run_folder import checkpoints, exported, iteration_of, seen_by
 from rlkd.teachers.parity import sampler_gap
 from rlkd.types import Prompt
 

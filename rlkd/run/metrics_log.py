@@ -16,6 +16,7 @@ from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.reporting.metric_reference import CONSOLE
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
 from rlkd.training.callback import IterationCallback
@@ -88,12 +89,9 @@ class RunLog(IterationCallback):
         atomic.write(self.path, "".join(kept).encode())
 
 
-SHOWN = ("reward/mean", "accuracy", "loss", "kd/kl", "tokens_per_s", "eval/greedy")
-
-
 def shown(row: dict[str, float]) -> dict[str, str]:
-    """The figures for the console: those of SHOWN that the algorithm has."""
-    return {name: f"{row[name]:.3g}" for name in SHOWN if name in row}
+    """The metrics for the console: those of CONSOLE that the row has."""
+    return {name: f"{row[name]:.3g}" for name in CONSOLE if name in row}
 
 
 class IterationBar(RichProgressBar):

@@ -46,7 +46,9 @@ class Publish(IterationCallback):
         if config.publishes_adapter:
             served = student.adapter_weights()
         elif config.rollout.backend == "vllm":
-            served = student.loader_weights(weights)
+            # Unfused experts are a copy of most of the model. The file engine writes on rank 0 alone; the others send.
+            needed = distributed.rank() == 0 or config.rollout.server.weight_sync != "file"
+            served = distributed.on_every_rank(lambda: student.loader_weights(weights) if needed else {})
         loader.publish(weights, version, served)
         distributed.barrier()
         module.row["time/publish"] = time.perf_counter() - started

@@ -13,7 +13,7 @@ import tenacity
 
 from rlkd import distributed
 from rlkd.config.schema import ServerConfig
-from rlkd.distributed import on_rank_zero
+from rlkd.distributed import on_every_rank, on_rank_zero
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.command import ServerRole
 from rlkd.servers.padding_probe import check_padding
@@ -75,11 +75,15 @@ class ServerPool:
         key = server_key(self.config)
         if self.config.launch:
             urls, key = on_rank_zero(lambda: (wait_ready(self.servers), self._key))
-        for url in urls:
-            client = VLLMClient(url, self.config.request_timeout_s, key)
-            self.clients.append(client)
-            self._models[client.url] = client.model_card(model, self._longest)
-            self._load[client.url] = 0
+
+        def connect() -> None:
+            for url in urls:
+                client = VLLMClient(url, self.config.request_timeout_s, key)
+                self.clients.append(client)
+                self._models[client.url] = client.model_card(model, self._longest)
+                self._load[client.url] = 0
+
+        on_every_rank(connect)  # one rank alone may find a server unfit, and the others would wait in the next line
         on_rank_zero(self._check_padding)
 
     def _check_padding(self) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from rlkd.config.schema import Config, ServedTeacher, ServerConfig
-from rlkd.rollout import guardian
+from rlkd.servers import supervisor
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.command import ServerRole, server_command, server_environment
 
@@ -25,7 +25,7 @@ class VLLMServer:
     """One vLLM server process tree on this machine, which listens on `config.host` and asks for its key.
 
     `VLLMServer(...)` starts it and returns at once; `wait_ready` waits until it answers. It ends with `stop`, or when
-    this process ends in any way (see guardian.py).
+    this process ends in any way (see supervisor.py).
     """
 
     def __init__(
@@ -70,13 +70,13 @@ class VLLMServer:
         with open(self.log, "wb") as log:
             log.write((shlex.join(command) + "\n").encode())
             log.flush()
-            self._guardian = guardian.start(arguments, log, variables)
+            self._guardian = supervisor.start(arguments, log, variables)
         assert self._guardian.stdout is not None
         with self._guardian.stdout as said:
             first_line = said.readline()
         if not first_line:
             raise ServerError(self._epitaph("could not be started"))
-        self.pid = int(first_line)
+        self.pid: int = int(first_line)
         """Of the server's first process, which leads its process group; not of one that took its place."""
 
     @property
@@ -121,7 +121,7 @@ class VLLMServer:
         assert self._guardian.stdin is not None
         self._guardian.stdin.close()
         try:
-            self._guardian.wait(guardian.GRACE_S + 40.0)
+            self._guardian.wait(supervisor.GRACE_S + 40.0)
         except subprocess.TimeoutExpired:
             self._guardian.kill()  # the kernel then tells the server
             self._guardian.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,16 +11,29 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rlkd.distributed import RunStopped
 
+_DISK = re.compile(
+    r"inline_container\.cc|PytorchStreamWriter|Parent directory .* does not exist|cannot be opened|I/O error"
+)
+"""How torch (a RuntimeError) and safetensors speak of a disk that is full, read-only or gone."""
+
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
     """Around the writing of files; torch and safetensors each have their own error for a full disk.
 
-    Raises: RunStopped "`what` could not be written: …".
+    Raises: RunStopped "`what` could not be written: …" for an error of the disk; any other error as it is.
     """
     try:
         yield
-    except RunStopped:
-        raise
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        if not _of_disk(error):
+            raise
         raise RunStopped(f"{what} could not be written: {' '.join(str(error).split())[:300]}") from error
+
+
+def _of_disk(error: BaseException) -> bool:
+    if isinstance(error, CheckpointException):  # rank → (its error, its traceback)
+        return bool(error.failures) and all(_of_disk(failure[0]) for failure in error.failures.values())
+    if isinstance(error, OSError):
+        return True
+    return type(error) in (RuntimeError, SafetensorError) and _DISK.search(str(error)) is not None

@@ -98,7 +98,7 @@ class LocalScorer:
         return [score for score in scores if score is not None]
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
-        ends = end_ids(self.path)
+        ends = end_ids(self.path, self.trust_remote_code)
         if not self._writes:
             check_decode(self.hf, self.path)
             self._writes = True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
+from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.teachers.teacher import Question, Teacher
@@ -45,10 +46,10 @@ class RoutedTeacher:
         return self._ask(questions, lambda teacher, part: teacher.write(part, sampling, iteration))
 
     def _name(self, question: Question) -> str:
-        """Raises: ValueError for data that names no teacher of ours."""
+        """Raises: RunStopped for data that names no teacher of ours."""
         name = question.meta.get(self.column)
         if name not in self.teachers:
-            raise ValueError(
+            raise RunStopped(
                 f"teacher.column: a prompt has {self.column!r} = {name!r}, but the teachers are called "
                 f"{', '.join(self.teachers)}"
             )

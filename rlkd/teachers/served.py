@@ -103,7 +103,7 @@ class ServedTeacher(_ServedScorer):
     """
 
     def __init__(self, config: Config, teacher: configuration.ServedTeacher) -> None:
-        super().__init__(end_ids(teacher.path), vocabulary_size(config.model))
+        super().__init__(end_ids(teacher.path, config.model.trust_remote_code), vocabulary_size(config.model))
         self._config = config
         self._settings = teacher
         self._model_path = resolve(teacher.path)

@@ -296,13 +296,14 @@ class PolicyModule(lightning.LightningModule):
 
     @torch.no_grad()
     def _decay(self, lr: float) -> None:
-        """AdamW's decoupled decay, θ ← (1 − lr · weight_decay) θ, of all but vectors: norms and biases have none.
+        """AdamW's decoupled decay, θ ← (1 − lr · weight_decay) θ, of all but vectors, biases and `A_log`.
 
         Not by groups of the optimizer: older checkpoints have one group and could not be loaded.
         """
         if self.config.optim.weight_decay > 0:
-            for parameter in self.model.parameters():
-                if parameter.requires_grad and parameter.dim() > 1:
+            for name, parameter in self.model.named_parameters():
+                # Experts have biases, and Mamba a log-scale, of two dimensions.
+                if parameter.requires_grad and parameter.dim() > 1 and not name.endswith(("bias", "A_log")):
                     parameter.mul_(1.0 - lr * self.config.optim.weight_decay)
 
     def _check_gap(self, mismatch: Meter, iteration: int) -> None:
@@ -407,10 +408,8 @@ def check_mismatch(meter: Meter, config: Config, iteration: int, at_start: float
     """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
 
     Args:
-        at_start: where the sampler has the first weights that differ from those it was given at the start, what was
-            returned for those. A sampler that did not take over all of them is wrong by little after one small step, so
-            the bound is then the larger of SLACK · at_start and a tenth of `rollout.max_mismatch`. In bf16 the former
-            is the noise of this model on this hardware, which one step hardly changes; in fp32 the latter counts.
+        at_start: The gap measured on the start weights. Given only on the first iteration sampled with changed
+            weights.
 
     Returns: mismatch/mean; None where no token was the student's. Raises: RunStopped above the bound.
     """

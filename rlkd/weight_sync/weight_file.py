@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlkd.rollout import guardian
+from rlkd.servers import supervisor
 
 
 class SyncDirectory:
@@ -27,7 +27,7 @@ class SyncDirectory:
         parent = Path("/dev/shm" if directory is None else directory).resolve()
         parent.mkdir(parents=True, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix="rlkd-weights-", dir=parent))  # mode 0700
-        self._guardian: subprocess.Popen[bytes] | None = guardian.start(
+        self._guardian: subprocess.Popen[bytes] | None = supervisor.start(
             ["--remove", str(self.directory)], subprocess.DEVNULL
         )
 

@@ -118,9 +118,9 @@ def test_slurm_ends_with_the_trainers_own_exit_code(slurm):
     assert slurm(TRAINER_EXIT="4").wait() == 4
     job = slurm(POLICY_NODES="1")
     assert job.wait() == 2
-    assert "got 5, wants TRAINER_NODES + POLICY_NODES + TEACHER_NODES = 2 + 1 + 1; make" in job.output
+    assert "expected TRAINER_NODES + POLICY_NODES + TEACHER_NODES = 2 + 1 + 1, got 5" in job.output
 
 
 def test_slurm_ends_with_a_server(slurm):
     job = slurm(SERVERS_DIE="1", TRAINS_ON="1")
-    assert job.wait() == 1 and "a server ended during the run" in job.output
+    assert job.wait() == 1 and "a server exited during the run" in job.output

@@ -8,6 +8,7 @@ from builders import Captured, assert_moved, assert_same, config, groups, local_
 
 from rlkd.algorithms import OPD
 from rlkd.config.load import ConfigError
+from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
 from rlkd.losses import among
 from rlkd.losses import divergence as compared
@@ -277,7 +278,7 @@ def test_others_data_gives_the_completions_of_the_data():
             (rollout,) = group
             assert rollout.token_ids == rollout.prompt.completion
             assert set(rollout.authors()) == {"data"} and rollout.logprobs == (None,) * 3
-    with pytest.raises(ValueError, match=r"prompt 'p0' has no completion; set data.completion_column"):
+    with pytest.raises(RunStopped, match=r"prompt 'p0' has no completion; set data.completion_column"):
         rolled(settings(COMPLETIONS, student_share=0), None, prompts=[dataclasses.replace(PROMPTS[0], completion=None)])
 
 

@@ -8,7 +8,7 @@ import pytest
 from run_results import assert_same_run, wait_for_rows
 from runs import arguments, start, train
 
-from rlkd.config.resume import checkpoints
+from rlkd.storage.run_folder import checkpoints
 
 pytestmark = [
     pytest.mark.process,

@@ -10,11 +10,11 @@ from run_results import rows_so_far, saved, wait_for_rows
 from runs import ENV, arguments, start, train
 
 from rlkd.algorithms import ALGORITHMS, KDRL
-from rlkd.config.resume import checkpoints
 from rlkd.config.stages import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate
 from rlkd.run.fit import run
+from rlkd.storage.run_folder import checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -105,9 +105,12 @@ def own_logprobs(folder, sequences):
 
 def test_logprobs_are_the_models_own_trained_and_sampled_or_it_is_refused(family, tmp_path):
     if family in UNBUILT:
-        with pytest.raises((ImportError, AttributeError, TypeError, ValueError, RuntimeError, StrictDataclassError)):
+        with pytest.raises(
+            (ImportError, AttributeError, TypeError, ValueError, RuntimeError, StrictDataclassError)
+        ) as failed:
             write(family, tmp_path)
             load(tmp_path)
+        assert not isinstance(failed.value, RunStopped), "built, and refused: it belongs in REFUSED"
         return
     write(family, tmp_path, dropout=0.1)
     if family in REFUSED:

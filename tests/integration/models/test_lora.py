@@ -19,7 +19,6 @@ from vllm_fixtures import save_model
 from rlkd.algorithms import KDRL
 from rlkd.builtin import resolve
 from rlkd.config.load import ConfigError
-from rlkd.config.resume import checkpoints
 from rlkd.config.stages import load_stages
 from rlkd.data.chat import load_tokenizer
 from rlkd.models import lora
@@ -29,6 +28,7 @@ from rlkd.pipeline.collate import collate
 from rlkd.planning.preflight import check
 from rlkd.run.export import export_student
 from rlkd.run.fit import run_stages
+from rlkd.storage.run_folder import checkpoints
 from rlkd.train import main
 
 LORA = "model.lora={r: 4, alpha: 8}"

@@ -51,7 +51,12 @@ def test_noise_that_is_left_in_a_model_is_refused(tmp_path):
 
 def test_the_check_leaves_the_chosen_attention():
     """Flash attention would not run where the check does, on the CPU in fp32: it runs eager attention meanwhile."""
-    assert load("builtin:student", attention="flex_attention").config._attn_implementation == "flex_attention"
+    hf = load("builtin:student", attention="flex_attention")
+    during = []
+    hf.register_forward_pre_hook(lambda module, _: during.append(module.config._attn_implementation))
+    check_output(hf, "builtin:student")
+    assert set(during) == {"eager"}
+    assert hf.config._attn_implementation == "flex_attention"
 
 
 def test_loading_changes_no_weight_and_no_dropout_free_config():

@@ -10,6 +10,7 @@ from runs import config_files
 
 from rlkd.config.load import ConfigError
 from rlkd.config.stages import load_stages
+from rlkd.reporting.metric_reference import METRICS
 from rlkd.run.fit import run_stages
 
 FOLDER = Path(__file__).parents[3] / "configs"
@@ -61,6 +62,7 @@ def test_a_shipped_config_trains(config, tmp_path, monkeypatch):
         folder = Path(stage.loaded.config.run_dir)
         figures = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         assert [row["iteration"] for row in figures] == [1, 2] and all(row["grad_norm"] < 1e4 for row in figures)
+        assert {name for row in figures for name in row} <= METRICS.keys()
         assert (folder / "hf" / "model.safetensors").exists()
 
 

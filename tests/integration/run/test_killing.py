@@ -19,10 +19,10 @@ from run_results import saved
 from runs import ENV, ROOT, Run, start, train
 
 from rlkd.config.load import load
-from rlkd.config.resume import checkpoints, exported
 from rlkd.config.stages import finished
 from rlkd.reporting.report_page import write_report
 from rlkd.storage import atomic
+from rlkd.storage.run_folder import checkpoints, exported
 
 pytestmark = pytest.mark.process
 

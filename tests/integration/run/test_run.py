@@ -12,6 +12,7 @@ from run_results import rows, saved
 from runs import ENV, TORCHRUN, arguments, train_small
 from transformers import AutoModelForCausalLM
 
+from rlkd.reporting.metric_reference import METRICS
 from rlkd.train import main
 
 pytestmark = pytest.mark.process
@@ -213,5 +214,6 @@ def test_the_quickstart_learns_and_logs_to_wandb_offline(tmp_path):
     first, last = rows(folder)[0], rows(folder)[-1]
     assert first["iteration"] == 0 and set(first) >= {"eval/greedy", "eval/avg@k", "eval/pass@k"}
     assert last["eval/greedy"] > first["eval/greedy"] + 0.3
+    assert {name for row in rows(folder) for name in row} <= METRICS.keys(), "undeclared: rlkd/reporting"
     assert "before" in done.stdout and "report.html" in done.stdout
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))

@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from run_results import saved
 from runs import arguments, start, train
 
 from rlkd.distributed import RunStopped
-from rlkd.storage.safe_loading import METADATA, check_index
+from rlkd.run.safe_loading import METADATA, SafeModelParallelStrategy, check_index
 
 pytestmark = pytest.mark.process
 
@@ -93,3 +94,15 @@ def test_a_file_that_is_no_index_is_one_line(tmp_path):
     (tmp_path / METADATA).write_bytes(b"")
     with pytest.raises(RunStopped, match=r"/\.metadata is no index of a checkpoint: .*; choose another checkpoint"):
         check_index(tmp_path)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RunStopped("another line")])
+def test_an_error_that_is_not_the_checkpoints_is_passed_on(error, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ModelParallelStrategy, "load_checkpoint", fail)
+    monkeypatch.setattr("rlkd.run.safe_loading.check_index", lambda _: None)
+    with pytest.raises(type(error)) as caught:
+        SafeModelParallelStrategy().load_checkpoint(tmp_path)
+    assert caught.value is error

@@ -75,7 +75,7 @@ def client(server):
 
 @pytest.fixture
 def sampler(server):
-    made = LoraVLLMSampler(settings(f"rollout.server.urls=[{server.url}]"), end_ids("builtin:student"))
+    made = LoraVLLMSampler(settings(f"rollout.server.urls=[{server.url}]"), end_ids("builtin:student", False))
     made.open()
     yield made
     made.close()

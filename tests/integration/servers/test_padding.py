@@ -181,7 +181,7 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
     settings = served_config(paths, 7, "rollout.server.launch=false", f"rollout.server.urls=['{server.url}']")
     teacher_of = f"teacher={{backend: served, path: '{paths[7]}', url: '{server.url}'}}"
     hf = AutoModelForCausalLM.from_pretrained(paths[3], dtype=torch.float32)  # the same model, padded otherwise
-    sampler = VLLMSampler(settings, end_ids(paths[7]))
+    sampler = VLLMSampler(settings, end_ids(paths[7], False))
     sampler.open()
     try:
         sampler.publish(AutoModelForCausalLM.from_pretrained(paths[7], dtype=torch.float32).state_dict(), 0)
@@ -201,7 +201,7 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
         assert max(gaps) < 1e-4
         scorers = (
             ServedTeacher(served_config(paths, 3, teacher_of), served_config(paths, 3, teacher_of).teacher),
-            PolicyServerTeacher(sampler, end_ids(paths[7])),
+            PolicyServerTeacher(sampler, end_ids(paths[7], False)),
         )
         for scorer in scorers:
             scorer.open()

@@ -1,8 +1,10 @@
 """What only spells a special token stays text; all else is read as the template's own rendering is."""
 
 import json
+from pathlib import Path
 
 import pytest
+from builders import encode_prompt
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_of_a_kind import CHATML, byte_level, sentencepiece_like
@@ -10,8 +12,10 @@ from transformers import ByT5Tokenizer
 
 from rlkd.algorithms.feedback import FeedbackConfig, question_ids
 from rlkd.algorithms.privileged_prompt import privileged_prompt
+from rlkd.config.load import load
 from rlkd.config.schema import DataConfig
-from rlkd.data.chat import decode, encode_prompt, load_tokenizer
+from rlkd.data.chat import decode, load_tokenizer
+from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source
 from rlkd.types import Prompt, written
 
@@ -126,6 +130,29 @@ def test_how_many_prompts_spell_one_is_said(tmp_path):
     assert "is read as that token" in old.notes[0]
     assert old[1].token_ids == own_ids(BYTES, old[1].messages)
     assert load_source(data.model_copy(update={"limit": 1}), BYTES).notes == ()
+
+
+def test_prompts_that_were_rendered_beforehand_are_not_read_as_letters_unasked(tmp_path):
+    texts = ["<|im_start|>a", "<|im_start|>b", "c"]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text, "answer": "a"}) + "\n" for text in texts))
+
+    def data(*overrides):
+        settings = (f"data.path={path}", "data.chat_template=false", *overrides)
+        return load([str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")], settings).config.data
+
+    with pytest.raises(DataError) as refused:
+        load_source(data(), BYTES)
+    assert refused.value.lines == [
+        f"{path}: expected prompts without special tokens (data.chat_template is false), got 2 of 3 that spell one, "
+        "such as '<|im_start|>'; set data.special_tokens: tokens, for prompts that were put into a template "
+        "beforehand, or data.special_tokens: text to have them read as plain letters"
+    ]
+    assert load_source(data("data.special_tokens=tokens"), BYTES)[0].token_ids == tuple(BYTES.encode(texts[0]))
+    assert decode(BYTES, load_source(data("data.special_tokens=text"), BYTES)[0].token_ids) == texts[0]
+    assert load_source(data("data.chat_template=true"), BYTES).notes  # there a prompt is what a user wrote
+    path.write_text("".join(json.dumps({"prompt": text, "answer": "a"}) + "\n" for text in [*texts, "d"]))
+    assert len(load_source(data(), BYTES)) == 4, "half of them are not most of them"
 
 
 def test_a_letter_that_is_marked_as_special_cannot_be_told_from_text(tmp_path):

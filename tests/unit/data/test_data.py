@@ -7,12 +7,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+from builders import encode_prompt
 from lines import assert_lines, one_line
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rlkd.config.schema import DataConfig
-from rlkd.data.chat import encode_prompt, first_difference, load_tokenizer
+from rlkd.data.chat import first_difference, load_tokenizer
 from rlkd.data.faults import DataError
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source, read_rows

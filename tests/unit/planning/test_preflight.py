@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 from lines import assert_lines
+from transformers import AutoConfig, AutoTokenizer
 
 from rlkd.builtin import resolve
 from rlkd.config.load import load
 from rlkd.config.schema import Config
 from rlkd.data.chat import load_tokenizer
 from rlkd.generation.sampler import end_ids
+from rlkd.models.vocabulary import load_config, vocabulary_size
+from rlkd.pipeline.build import build_sampler
 from rlkd.planning.preflight import check, check_evaluation
 from rlkd.train import main
 
@@ -124,11 +127,11 @@ def with_ends(name: str, generation: dict[str, Any] | None, **changes: Any) -> s
 
 def test_the_ends_of_completions_are_found_wherever_a_model_names_them():
     eos = load_tokenizer("builtin:student").eos_token_id
-    assert end_ids(with_ends("several", {"eos_token_id": [eos, 5]})) == (eos, 5)
-    assert end_ids(with_ends("in_config", None, eos_token_id=7)) == (7,)
-    assert end_ids(with_ends("in_both", {"pad_token_id": 0}, eos_token_id=7)) == (7,)
-    assert end_ids(with_ends("of_text", {}, eos_token_id=None, text_config={"eos_token_id": 6})) == (6,)
-    assert end_ids(with_ends("in_tokenizer", None, eos_token_id=None)) == (eos,)
+    assert end_ids(with_ends("several", {"eos_token_id": [eos, 5]}), False) == (eos, 5)
+    assert end_ids(with_ends("in_config", None, eos_token_id=7), False) == (7,)
+    assert end_ids(with_ends("in_both", {"pad_token_id": 0}, eos_token_id=7), False) == (7,)
+    assert end_ids(with_ends("of_text", {}, eos_token_id=None, text_config={"eos_token_id": 6}), False) == (6,)
+    assert end_ids(with_ends("in_tokenizer", None, eos_token_id=None), False) == (eos,)
     assert check(config("model.path=in_tokenizer", "teacher.path=in_config")) == []
 
 
@@ -141,6 +144,45 @@ def test_completions_that_never_end_are_refused(value):
     with server("teacher") as url:
         found = check(config(f"teacher={{backend: served, path: endless, urls: [{url}]}}"))
     assert_lines([line for line in found if line.startswith("teacher.path")], ("teacher.path: ", *parts))
+
+
+LOCAL = "teacher={backend: local, path: endless}"
+OTHERS = "algorithm={name: opd, group_size: 1, student_share: 0.5, others: teacher, divergence: {tier: full}}"
+GUIDED = "algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}"
+
+
+@pytest.mark.parametrize("algorithm", [OTHERS, GUIDED])
+def test_a_teacher_in_process_that_writes_is_asked_for_its_end_too(algorithm):
+    with_ends("endless", {"eos_token_id": []})
+    (line,) = check(config(algorithm, LOCAL))
+    assert line.startswith("teacher.path: endless: eos_token_id of generation_config.json is [], wants")
+    assert check(config(OTHERS, "algorithm.student_share=1.0", LOCAL)) == []  # this one only scores
+
+
+def test_the_end_of_a_tokenizer_that_brings_its_own_code():
+    folder = Path(with_ends("coded", None, eos_token_id=None))
+    (folder / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    eos = load_tokenizer("builtin:student").eos_token_id
+    assert end_ids("coded", trust_remote_code=True) == (eos,)
+    trusting = config("model.path=coded", "teacher.path=coded", "model.trust_remote_code=true")
+    assert check(trusting) == []
+    assert build_sampler(trusting).eos_ids == (eos,)
+
+
+def test_a_server_may_have_models_that_transformers_has_no_causal_class_for():
+    """vLLM loads Qwen3-VL and the like; in process they are still refused."""
+    folder = Path(model_folder("seeing"))
+    text = json.loads((folder / "config.json").read_text()) | {"model_type": "qwen3_vl_text"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "qwen3_vl", "text_config": text}))
+    with server("seeing") as url:
+        assert check(config(f"teacher={{backend: served, path: seeing, urls: [{url}]}}")) == []
+    (line,) = check(config("teacher.path=seeing"))
+    assert line.startswith("teacher.path: seeing is of type qwen3_vl, which transformers has no causal language model")
 
 
 def test_a_model_without_an_end_anywhere_is_refused():
@@ -380,3 +422,25 @@ def test_servers_that_other_nodes_cannot_reach_are_refused():
         for line in check(config(*launched, "rollout.server.host=10.0.0.1"))
         if line.startswith("rollout.server.host")
     ]
+
+
+def test_each_model_is_read_once(monkeypatch):
+    """And again where its files have changed; a tokenizer reads the configuration of its model by itself."""
+    read: list[str] = []
+    for kind in (AutoConfig, AutoTokenizer):
+        plain = kind.from_pretrained
+        monkeypatch.setattr(
+            kind, "from_pretrained", lambda *a, _of=kind, _as=plain, **k: read.append(_of.__name__) or _as(*a, **k)
+        )
+    model_folder("mine")
+    model_folder("theirs")
+    settings = config("model.path=mine", "teacher.path=theirs")
+    assert check(settings) == []
+    assert read.count("AutoTokenizer") == 3 and read.count("AutoConfig") - 3 <= 2
+    assert vocabulary_size(settings.model) == 56
+    assert read.count("AutoTokenizer") == 3
+    load_config("mine", False).vocab_size = 3  # the caller's own copy
+    assert load_config("mine", False).vocab_size == 56
+    known = json.loads(Path("mine/config.json").read_text())
+    Path("mine/config.json").write_text(json.dumps(known | {"vocab_size": 50}))
+    assert vocabulary_size(settings.model) == 50

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from rlkd.reporting.metric_reference import METRICS
 from rlkd.reporting.report_page import write_report
 
 CONFIG = """\
@@ -111,6 +112,16 @@ def test_the_page_is_well_formed_and_every_plot_parses(run_dir: Path) -> None:
         "Whole iteration: time/total by iteration",
         "my/<figure>: my/<figure> by iteration",
     ]
+
+
+def test_what_is_declared_has_its_plot_and_the_rest_is_among_the_others(run_dir: Path) -> None:
+    names = [*METRICS, "tokens/of_my_own"]
+    write_lines(run_dir / "metrics.jsonl", [{"iteration": i + 1} | dict.fromkeys(names[1:], 0.5) for i in range(2)])
+    labels = [svg.get("aria-label") for svg in Page(write_report(run_dir)).svgs() if svg.get("role") == "img"]
+    assert labels.pop() == "tokens/of_my_own: tokens/of_my_own by iteration"
+    plots = [label.removesuffix(" by iteration").split(": ", 1) for label in labels]
+    expected = {name: metric.panel or metric.title for name, metric in METRICS.items() if metric.plotted}
+    assert {name: title for title, shown in plots for name in shown.split(", ")} == expected
 
 
 @pytest.mark.parametrize(

@@ -379,6 +379,19 @@ def test_answers_that_math_cannot_use_are_named_before_a_run():
     assert "'q2'" not in line and line.count("Can't evaluate nan or zoo") == 3
 
 
+def test_an_answer_that_is_too_long_to_be_read_is_named_before_a_run():
+    """Wherever it stands, not only among those that are read."""
+    fractions = [rf"\frac{{{i}}}{{7}}" for i in range(300)]
+    solution = "so " * 1400
+    (line,) = answers("math", *fractions[:150], solution, *fractions[150:])
+    assert line == (
+        f"reward 'math' cannot use the answers of the data: 'q150' (answer '{solution[:40]}' has 4200 characters, more "
+        "than 4000, so it is never read); correct them or drop them"
+    )
+    assert answers("math", solution + r"\boxed{\frac{1}{2}}") == []  # the box is the answer
+    assert answers("exact_match", solution) == []
+
+
 def test_rows_without_an_answer_are_named_before_a_run():
     assert_lines(answers("math", "7", None), ("reward 'math'", "'q1'", "data.answer_column"))
     assert_lines(answers("exact_match", "7", None), ("reward 'exact_match'", "'q1'", "data.answer_column"))

@@ -8,6 +8,7 @@ import torch
 from builders import config, local_scorer
 
 from rlkd.algorithms import KDRL
+from rlkd.distributed import RunStopped
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampling, end_ids
 from rlkd.models.student import load_causal_lm
@@ -55,7 +56,7 @@ def line():
     """A loader whose sampler holds the student's start."""
     settings = config("rollout.max_mismatch=0.001")
     loader = RolloutLoader(settings, KDRL(settings))
-    loader.policy = HFSampler(settings, end_ids(settings.model.path))
+    loader.policy = HFSampler(settings, end_ids(settings.model.path, False))
     loader.policy.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
     loader.policy.publish(hf.state_dict(), 0)
@@ -263,10 +264,10 @@ def test_an_unknown_teacher_is_one_clear_error(routed):
     message = r"teacher.column: a prompt has 'whose' = 'medium', but the teachers are called small, large"
     questions = asked(["small", "medium", "large"], QUESTIONS)
     for ask in (partial(routed.score, signal=Signal()), partial(routed.write, sampling=HOT, iteration=0)):
-        with pytest.raises(ValueError, match=message) as caught:
+        with pytest.raises(RunStopped, match=message) as caught:
             ask(questions)
         assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="'whose' = None"):
+    with pytest.raises(RunStopped, match="'whose' = None"):
         routed.score(QUESTIONS, Signal())
 
 

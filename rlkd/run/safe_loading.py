@@ -80,6 +80,8 @@ class SafeModelParallelStrategy(ModelParallelStrategy):
         with _data_only():
             try:
                 return super().load_checkpoint(checkpoint_path, weights_only=True)
+            except (RunStopped, torch.OutOfMemoryError):
+                raise  # both are RuntimeErrors, and neither is the checkpoint's fault
             except (pickle.UnpicklingError, CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
                 named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
                 if named is None:

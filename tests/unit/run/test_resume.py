@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import asdict, make_dataclass
 
 import pytest
 from builders import config
@@ -9,10 +10,12 @@ from lines import assert_lines
 
 from rlkd.algorithms import ALGORITHMS
 from rlkd.builtin import resolve
-from rlkd.config.resume import FILE, FREE, changes, save_config, save_data
 from rlkd.data.chat import load_tokenizer
+from rlkd.data.rows import Row
 from rlkd.data.sources import load_source
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.run.resume import FREE, changes
+from rlkd.storage.run_folder import FILE, save_config, save_data
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 
@@ -81,10 +84,27 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_only_when_it_is_set
         *above, name = key.split(".")
         del functools.reduce(dict.__getitem__, above, saved)[name]
     (folder / FILE).write_text(json.dumps(saved))
-    assert changes(config(*plain)) == []
-    for key, value in zip(newer, ("3.0", "true", "true"), strict=True):
-        (line,) = changes(config(*plain, f"{key}={value}"))
-        assert_lines([line], (f"{key}: ", value.capitalize(), "iteration-000003", "absent"))
+    as_it_was = (*plain, "algorithm.ratio_cap=null", "algorithm.context.feedback_beside_sibling=true")
+    assert changes(config(*as_it_was)) == []
+    (line,) = changes(config(*as_it_was, "algorithm.mask_eos=true"))
+    assert line.startswith("algorithm.mask_eos: is True, but iteration-000003 was trained with absent")
+    (line,) = changes(config(*as_it_was, "algorithm.ratio_cap=3.0"))
+    assert line.startswith("algorithm.ratio_cap: is 3.0, but iteration-000003 was trained with None")
+    beside, cap = changes(config(*plain))  # SDPO's defaults of today are another objective
+    assert beside.startswith("algorithm.context.feedback_beside_sibling: is False, but iteration-000003 was trained w")
+    assert cap.startswith("algorithm.ratio_cap: is 2.0, but iteration-000003 was trained with None")
+
+
+def test_the_ratio_cap_of_grpo_is_no_weight_of_a_divergence(tmp_path):
+    """It is another key of the same name, and never was null."""
+    where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "algorithm={name: grpo}", "teacher=null")
+    folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
+    folder.mkdir(parents=True)
+    save_config(config(*where), folder)
+    saved = json.loads((folder / FILE).read_text())
+    del saved["algorithm"]["ratio_cap"]
+    (folder / FILE).write_text(json.dumps(saved))
+    assert changes(config(*where)) == []
 
 
 def test_each_changed_key_is_a_line_and_a_section_may_be_named_whole(resumed):
@@ -106,7 +126,7 @@ def with_data(tmp_path):
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         old = config(*where[:4])
         save_config(old, folder)
-        save_data(load_source(old.data, load_tokenizer("builtin:student")).identity, folder)
+        save_data(asdict(load_source(old.data, load_tokenizer("builtin:student")).identity), folder)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return changes(config(*where))
 
@@ -144,6 +164,29 @@ def test_another_key_of_data_is_said_by_itself(with_data):
     assert with_data(ROWS, "data.limit=2", "run.accept_changes=[data.limit]") == []
 
 
+def test_a_key_that_does_not_change_the_rows_does_not_excuse_other_rows(with_data):
+    accepted = ("data.max_prompt_tokens=99", "run.accept_changes=[data.max_prompt_tokens]")
+    assert with_data(ROWS, *accepted) == []
+    (line,) = with_data(ROWS[:2], *accepted)
+    assert line.startswith("data.path: ") and "now holds 2 rows" in line
+    columns = ("data.privileged_column=level", "run.accept_changes=[data.privileged_column]")
+    assert with_data(ROWS, *columns) == []
+
+
+def test_the_digest_of_a_row_outlives_new_fields():
+    """Old checkpoints keep the digest of these very bytes."""
+    row = {"where": "f:1", "id": "0", "prompt": "p", "answer": "a", "meta": {"level": 1}}
+    row |= dict.fromkeys(("privileged", "completion", "rejected", "tools"))
+    old = (
+        b'{"answer": "a", "completion": null, "id": "0", "meta": {"level": 1}, "privileged": null, "prompt": "p", '
+        b'"rejected": null, "tools": null}'
+    )
+    assert Row(**row).canonical() == old
+    later = make_dataclass("Later", [("images", "str | None", None)], bases=(Row,), frozen=True, kw_only=True)
+    assert later(**row).canonical() == old
+    assert later(**row, images="x").canonical() != old
+
+
 def test_a_checkpoint_from_before_there_was_a_digest_goes_on(resumed):
     assert resumed(()) == []
 
@@ -156,9 +199,10 @@ def test_a_key_that_is_newer_than_the_checkpoint_was_its_default(resumed, tmp_pa
         del saved["data"][key]
     file.write_text(json.dumps(saved))
     where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
+    (line,) = changes(config(*where))
+    assert line.startswith("data.special_tokens: is text, but iteration-000003 was trained with tokens; put it back")
+    where = (*where, "data.special_tokens=tokens")  # what a prompt spelled was always the token then
     assert changes(config(*where)) == []
-    (line,) = changes(config(*where, "data.special_tokens=tokens"))
-    assert_lines([line], ("data.special_tokens: ", "tokens", "iteration-000003"))
     (line,) = changes(config(*where, "data.template_variables={thinking: true}"))
     assert_lines([line], ("data.template_variables.thinking: ", "True"))
 

@@ -7,20 +7,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlkd.config.schema import Config, Section
-
-if TYPE_CHECKING:
-    from rlkd.data.sources import Identity
-
-NAME = re.compile(r"iteration-(\d{6,})")
-FILE = "config.json"
-"""In a checkpoint's folder: the configuration that it was trained under."""
-DATA_FILE = "data.json"
-"""Beside it: how many rows of data it was trained on, and their digest. Older checkpoints have none."""
-EXPORT_RECORD = "rlkd.json"
-"""In `<run>/hf`: what transformers does not ask for."""
+from rlkd.data.sources import identity
+from rlkd.storage.run_folder import DATA_FILE, FILE, checkpoints
 
 FREE = re.compile(
     r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
@@ -28,17 +19,15 @@ FREE = re.compile(
 )
 """Keys that may change without a word: how long, where and on what a run runs, and what is looked at."""
 
+FORMERLY: Mapping[str, Any] = {
+    "algorithm.context.feedback_beside_sibling": True,
+    "algorithm.ratio_cap": None,
+    "data.special_tokens": "tokens",
+}
+"""Keys whose default is not what a run did before there was the key, and what it did then."""
 
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first. Unfinished ones have another name until they are whole."""
-    folder = Path(run_dir, "checkpoints")
-    found = [p for p in folder.iterdir() if NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=iteration_of)
-
-
-def iteration_of(checkpoint: Path) -> int:
-    """How many iterations a checkpoint has seen."""
-    return int(checkpoint.name.removeprefix("iteration-"))
+_ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)")
+"""Keys that say what the rows of the data hold: under other ones their digest is another too."""
 
 
 def resume_path(config: Config) -> Path | None:
@@ -51,27 +40,6 @@ def resume_path(config: Config) -> Path | None:
     return Path(config.run.resume)
 
 
-def exported(run_dir: str | Path) -> int:
-    """How many iterations the student in `<run>/hf` has seen; 0 where none was exported."""
-    return seen_by(Path(run_dir, "hf"))
-
-
-def seen_by(student: str | Path) -> int:
-    """How many iterations an exported student, in the folder `student`, has seen; 0 for any other model."""
-    record = Path(student, EXPORT_RECORD)
-    return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.exists() else 0
-
-
-def save_config(config: Config, folder: Path) -> None:
-    """Keep `config` in a checkpoint's folder."""
-    (folder / FILE).write_text(json.dumps(config.model_dump(mode="json"), indent=1), encoding="utf-8")
-
-
-def save_data(data: Identity, folder: Path) -> None:
-    """Keep in a checkpoint's folder what the data is that the run reads."""
-    (folder / DATA_FILE).write_text(json.dumps(asdict(data)), encoding="utf-8")
-
-
 def changes(config: Config) -> list[str]:
     """What stands in the way of resuming, one line a key; empty: nothing, or there is no checkpoint yet.
 
@@ -79,7 +47,7 @@ def changes(config: Config) -> list[str]:
 
     A run that goes on under another learning rate, say, is no longer the run that its directory and its plots say it
     is: such a key must be named in `run.accept_changes`. A key that the checkpoint does not know is a newer one: it is
-    no change as long as it has its default.
+    no change as long as it has its default, or for those of FORMERLY the value that a run without the key went by.
     """
     checkpoint = resume_path(config)
     if checkpoint is None:
@@ -93,6 +61,7 @@ def changes(config: Config) -> list[str]:
             f"run.resume: {checkpoint} is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…"
         ]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
+    before = _formerly(now) | before
     unsaid = tuple(_unsaid(config))
     lines, changed = [], []
     for key in sorted(before.keys() | now.keys()):
@@ -105,7 +74,7 @@ def changes(config: Config) -> list[str]:
                 f"{key}: is {now.get(key, 'absent')}, but {checkpoint.name} was trained with "
                 f"{before.get(key, 'absent')}; put it back, or accept it by run.accept_changes=[{key}]"
             )
-    if not any(key.startswith("data.") for key in changed) and not _accepted(config, "data.path"):
+    if not any(map(_ROWS.fullmatch, changed)) and not _accepted(config, "data.path"):
         lines += _changed_data(config, checkpoint)
     return lines
 
@@ -120,8 +89,6 @@ def _accepted(config: Config, key: str) -> bool:
 
 def _changed_data(config: Config, checkpoint: Path) -> list[str]:
     """One line where the data is no longer what it was, though the configuration of it is the same."""
-    from rlkd.data.sources import identity  # transformers, which takes seconds
-
     try:
         saved = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -138,8 +105,20 @@ def _changed_data(config: Config, checkpoint: Path) -> list[str]:
     ]
 
 
+def _formerly(now: Mapping[str, Any]) -> dict[str, Any]:
+    """What of FORMERLY applies to the run `now`, {dotted key: value}.
+
+    The `ratio_cap` of GRPO and its relatives is another key: it is as old as cispo, which alone reads it.
+    """
+    distils = "algorithm.divergence.kind" in now
+    return {key: old for key, old in FORMERLY.items() if key in now and (distils or key != "algorithm.ratio_cap")}
+
+
 def _unsaid(section: Section, place: Any = None, above: str = "") -> Iterator[str]:
-    """Dotted keys with the default of their place; `place`: the section that stands here by default, if any does."""
+    """Keys of `section` that still have their default.
+
+    `place`: the default section here, whose values override the fields' own defaults.
+    """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         default = getattr(place, name) if type(place) is type(section) else field.default

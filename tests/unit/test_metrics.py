@@ -1,0 +1,146 @@
+"""Metrics over ranks: sums before quotients, under the same names everywhere; and the declaration of each."""
+
+import ast
+import fnmatch
+import json
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from runs import ENV, ROOT
+
+from rlkd.distributed import RunStopped
+from rlkd.metrics import Meter
+from rlkd.reporting.metric_reference import METRICS, SECTIONS, panels
+
+TWO_RANKS = """
+import json, sys
+import torch.distributed as dist
+from rlkd.distributed import RunStopped
+from rlkd.metrics import Meter
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+
+
+def reduced(*others):
+    meter = Meter()
+    meter.mean("reward/mean", total=1.0 + 2 * rank, count=1.0 + rank)
+    meter.mean("of/none", 0.0, 0.0)
+    meter.total("tokens", 10.0 + rank)
+    meter.maximum("slowest", -1.0 - rank)
+    for kind, name in others:
+        getattr(meter, kind)(name, 1.0)
+    try:
+        return meter.reduce()
+    except RunStopped as stopped:
+        return str(stopped)
+
+
+print(json.dumps([
+    reduced(),
+    reduced(("total", "x/b" if rank else "x/a")),
+    reduced(*[("total", "x/a")] * rank),
+    reduced(("total" if rank else "maximum", "x/a")),
+    reduced(),
+]))
+"""
+
+
+@pytest.mark.process
+def test_ranks_that_hold_other_names_are_told_which(tmp_path):
+    """Summed by position they would be mixed without an error, or one rank would wait for ever."""
+    command = [sys.executable, "-c", TWO_RANKS]
+    environment = ENV | {"PYTHONPATH": str(ROOT)}
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, env=environment)
+        for rank in range(2)
+    ]
+    try:
+        said = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert said[0] == said[1]
+    equal, other, fewer, kind, again = said[0]
+    assert equal == again == {"reward/mean": 4 / 3, "tokens": 21.0, "slowest": -1.0}
+    assert "total x/a is missing on rank 1; total x/b is missing on rank 0" in other
+    assert "total x/a is missing on rank 0" in fewer and "x/b" not in fewer and "reward/mean" not in fewer
+    assert "maximum x/a is missing on rank 1; total x/a is missing on rank 0" in kind
+
+
+def test_a_name_with_two_meanings_is_refused():
+    """Only one of the two could stand in the row."""
+    meter = Meter()
+    meter.maximum("lr", 1e-6)
+    meter.total("lr", 2.0)
+    with pytest.raises(RunStopped, match="got lr as total and as maximum"):
+        meter.reduce()
+
+
+# What is declared ----------------------------------------------------------------------------------------------------
+
+WRITERS = ("mean", "total", "maximum", "lap")
+"""Methods whose first argument is the name of a metric."""
+NAME = re.compile(r"[a-z_]+/[a-z_@]+")
+
+
+def written() -> set[str]:
+    """The names of metrics in the package's code, with * for each part that is only known at run time."""
+    found, parts = set(), set()
+    for file in (ROOT / "rlkd").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(file.read_text()))) if file.name != "metric_reference.py" else []
+        for node in nodes:
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in WRITERS:
+                found |= {pattern(argument) for argument in node.args[:1]}
+            if isinstance(node, ast.JoinedStr):
+                parts |= set(node.values)
+        texts = [node.value for node in nodes if isinstance(node, ast.Constant) and node not in parts]
+        found |= {text for text in texts if isinstance(text, str) and NAME.fullmatch(text)}
+    return found - {"", "application/json"}
+
+
+def pattern(argument: ast.expr) -> str:
+    """The text that a literal is, also an f-string's; empty for anything else."""
+    if isinstance(argument, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "*" for part in argument.values)
+    return argument.value if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else ""
+
+
+def test_every_metric_that_the_package_names_is_declared():
+    names = written()
+    assert {"grad_norm", "reward/mean", "time/dump", "leakage/kl_*", "guided/*_failures"} <= names
+    assert not [name for name in names if not fnmatch.filter(METRICS, name)]
+
+
+def test_every_declared_metric_is_written():
+    """Names without a slash may be keys of any dictionary: the runs of shipped configs and the quickstart have them."""
+    patterns = written()
+    slashed = [name for name in METRICS if "/" in name]
+    assert not [name for name in slashed if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    assert set(METRICS) - set(slashed) == {
+        *("iteration", "update", "accuracy", "loss", "nll", "entropy", "lr"),
+        *("grad_norm", "clip_fraction", "tokens_per_s"),
+    }
+
+
+def test_a_declaration_says_what_its_reader_needs():
+    assert len(METRICS) == sum(len(metrics) for _, metrics in SECTIONS), "a name is declared once"
+    for metric in METRICS.values():
+        assert metric.title and metric.help.endswith("."), metric.name
+    titles = [panel.title for _, plots in panels() for panel in plots]
+    assert len(set(titles)) == len(titles), "two plots that are not meant to be one have one title"
+    for _, plots in panels():
+        for panel in plots:
+            assert {METRICS[name].unit for name in panel.keys} == {panel.note}, f"{panel.title}: one axis, one unit"
+    assert {name for _, plots in panels() for panel in plots for name in panel.keys} == {
+        name for name, metric in METRICS.items() if metric.plotted
+    }
+
+
+def test_the_page_of_metrics_is_what_its_command_writes():
+    """If not: python benchmarks/metrics_reference.py"""
+    command = runpy.run_path(str(ROOT / "benchmarks" / "metrics_reference.py"))
+    assert command["PAGE"].read_text(encoding="utf-8") == command["page"]()
