@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import logprob_head as policy_head
 from rlkd.models.logprob_head import Comparison, compared
-from rlkd.types import Batch
+from rlkd.types import Batch, BatchScores
 
 VOCABULARY, HIDDEN, TOKENS = 151_936, 256, 2_048
 VARIANTS = ("chunked full", "naive full", "chunked student_top_k")
@@ -45,10 +45,15 @@ def inputs(vocabulary: int, tokens: int) -> tuple[Tensor, torch.nn.Linear, Batch
         advantages=torch.zeros(shape),
         rewards=torch.zeros(1),
         weight_version=torch.zeros(1, dtype=torch.int64),
-        teacher_index=torch.zeros(1, dtype=torch.int64),
-        teacher_hidden=3 * torch.randn(*shape, HIDDEN),
-        teacher_layers=(OutputLayer(weight=torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5, bias=None),),
-        distil_weights=mask / mask.sum(),
+        scores={
+            "teacher": BatchScores(
+                logprobs=torch.zeros(shape),
+                index=torch.zeros(1, dtype=torch.int64),
+                hidden=3 * torch.randn(*shape, HIDDEN),
+                layers=(OutputLayer(weight=torch.randn(vocabulary, HIDDEN) / HIDDEN**0.5, bias=None),),
+            )
+        },
+        loss_weights={"kd": mask / mask.sum()},
     )
     return (3 * torch.randn(*shape, HIDDEN)).requires_grad_(), head, batch
 
@@ -60,10 +65,10 @@ def run(variant: str, hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> No
         comparison = Comparison(kind="reverse_kl", temperature=1.0, support=support, k=100)  # type: ignore[arg-type]
         compared(hidden, head, batch, comparison, LlamaConfig())[0].backward()
         return
-    assert batch.teacher_hidden is not None and batch.distil_weights is not None
+    assert batch.scores["teacher"].hidden is not None
     log_s = head(hidden[:, :-1]).log_softmax(-1)
-    log_t = (batch.teacher_hidden[:, 1:] @ batch.teacher_layers[0].weight.T).log_softmax(-1)
-    ((log_s.exp() * (log_s - log_t)).sum(-1) * batch.distil_weights[:, 1:]).sum().backward()
+    log_t = (batch.scores["teacher"].hidden[:, 1:] @ batch.scores["teacher"].layers[0].weight.T).log_softmax(-1)
+    ((log_s.exp() * (log_s - log_t)).sum(-1) * batch.loss_weights["kd"][:, 1:]).sum().backward()
 
 
 def measured(variant: str) -> dict[str, Any]:

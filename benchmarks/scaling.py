@@ -164,7 +164,6 @@ def fixed(lora: bool) -> dict[str, float]:
         advantages=torch.zeros(1, 2),
         rewards=torch.zeros(1),
         weight_version=torch.zeros(1, dtype=torch.int64),
-        teacher_index=torch.zeros(1, dtype=torch.int64),
     )
     noise = np.random.default_rng(0).random((1, 33))
     seconds: dict[int, dict[str, float]] = {}

@@ -24,8 +24,9 @@ from rlkd.metrics import Meter
 FinishReason = Literal["stop", "length"]
 """`stop`: the last token is the end-of-sequence token that the author chose. `length`: the budget ran out."""
 
-Author = Literal["student", "teacher", "glue", "data"]
-"""Who wrote a token: the student sampled it, a teacher did, it joins two parts, or it stands in the data set."""
+Author = Literal["student", "teacher", "glue", "data", "environment"]
+"""Who wrote a token: the student sampled it, a teacher did, it joins two parts, it is from the data set, or an
+environment answered with it: then it is context, and no term of a loss acts on it."""
 AUTHORS: tuple[Author, ...] = get_args(Author)
 """Their order gives the codes of `Batch.authors`."""
 
@@ -194,11 +195,11 @@ class ScoredRollout:
     algorithm asks for none."""
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
-    teacher: TeacherScores | None = None
-    reference: TeacherScores | None = None
-    """The same tokens scored by the frozen start of the student, when the loss has a KL to it."""
-    distil: tuple[bool, ...] | None = None
-    """Per completion token, whether the distillation term acts on it; None: no distillation."""
+    scores: Mapping[str, TeacherScores] = field(default_factory=dict)
+    """By who scored the completion: `teacher`, and `reference`, the student's frozen start, where a loss has a KL to
+    it. A name is absent where that one was not asked."""
+    masks: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
+    """By name, per completion token, whether it is under that mask; the algorithm's terms name them (`Term`)."""
     error: str | None = None
     """Why the reward could not be computed."""
     feedback: str | None = None
@@ -206,22 +207,70 @@ class ScoredRollout:
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)
-        for name, scores in (("teacher", self.teacher), ("reference", self.reference)):
-            if scores is not None and len(scores.logprobs) != length:
+        for name, scores in self.scores.items():
+            if len(scores.logprobs) != length:
                 raise ValueError(f"the {name} scored {len(scores.logprobs)} tokens of a completion of {length}")
-        if self.distil is not None and len(self.distil) != length:
-            raise ValueError(f"distil has {len(self.distil)} entries for a completion of {length}")
+        for name, mask in self.masks.items():
+            if len(mask) != length:
+                raise ValueError(f"the mask {name} has {len(mask)} entries for a completion of {length}")
 
-        if self.distil is not None and any(self.distil) and self.teacher is None:
-            raise ValueError("distil marks tokens that no teacher scored")
+    @property
+    def teacher(self) -> TeacherScores | None:
+        """The teacher's scores; None where it was not asked."""
+        return self.scores.get("teacher")
+
+    def with_scores(self, name: str, scores: TeacherScores) -> ScoredRollout:
+        """The rollout with what one more model thinks of it."""
+        return dataclasses.replace(self, scores={**self.scores, name: scores})
+
+    def with_mask(self, name: str, mask: tuple[bool, ...]) -> ScoredRollout:
+        """The rollout with one more mask."""
+        return dataclasses.replace(self, masks={**self.masks, name: mask})
 
     def is_correct(self, correct_at: float) -> bool | None:
         """Whether the reward reaches `correct_at`, up to the rounding of a weighted sum; None without a reward."""
         return None if self.reward is None else self.reward >= correct_at - 1e-6
 
 
-_OF_ROWS = ("lengths", "rewards", "weight_version", "teacher_index")
-_OF_VECTORS = ("teacher_top_ids", "teacher_top_logprobs", "teacher_hidden")
+@dataclass(frozen=True, kw_only=True)
+class BatchScores:
+    """What one model thinks of the completions of a batch; meaningful where it was asked."""
+
+    logprobs: Tensor  # [B, T], at the temperature of whoever scored
+    top_ids: Tensor | None = None  # [B, T, K] int64
+    top_logprobs: Tensor | None = None  # [B, T, K]
+    hidden: Tensor | None = None  # [B, T, H]: column t is what token t is predicted from
+    index: Tensor | None = None  # [B] int64: which of `layers` belongs to the row
+    layers: tuple[OutputLayer, ...] = ()
+    """The output layers for `hidden`. They do not change while the batch lives."""
+
+    def check(self, name: str, shape: torch.Size) -> None:
+        """Raises: AssertionError where a shape is not that of a batch [B, T]."""
+        assert self.logprobs.shape == shape, f"{name}.logprobs: expected {tuple(shape)}, got {self.logprobs.shape}"
+        assert self.index is None or self.index.shape == shape[:1], f"{name}.index: expected [B]"
+        for part in ("top_ids", "top_logprobs", "hidden"):
+            value = getattr(self, part)
+            assert value is None or value.shape[:2] == shape, f"{name}.{part}: expected [B, T, …], got {value.shape}"
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> BatchScores:
+        """On `device`, all but the vectors of every token: a device need not hold an iteration's hidden states."""
+        return dataclasses.replace(
+            self,
+            logprobs=self.logprobs.to(device, **kwargs),
+            index=None if self.index is None else self.index.to(device, **kwargs),
+            layers=tuple(layer.to(device) for layer in self.layers),
+        )
+
+    def rows(self, index: Tensor, length: int) -> BatchScores:
+        """The rows `index` [b], cut to `length`."""
+        picked: dict[str, Any] = {"index": None if self.index is None else self.index[index.to(self.index.device)]}
+        for part in ("logprobs", "top_ids", "top_logprobs", "hidden"):
+            value = getattr(self, part)
+            picked[part] = None if value is None else value[index.to(value.device), :length]
+        return dataclasses.replace(self, **picked)
+
+
+_OF_ROWS = ("lengths", "rewards", "weight_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,50 +289,54 @@ class Batch:
     rewards: Tensor  # [B] fp32, NaN where there is none
     weight_version: Tensor  # [B] int64: the oldest version that sampled a token of the row, −1 where none did
     old_logprobs: Tensor | None = None  # [B, T] the trainer's own, at the start of the iteration
-    teacher_logprobs: Tensor | None = None  # [B, T], at the teacher's temperature
-    teacher_top_ids: Tensor | None = None  # [B, T, K] int64
-    teacher_top_logprobs: Tensor | None = None  # [B, T, K]
-    teacher_hidden: Tensor | None = None  # [B, T, H]: column t is what the teacher predicts token t from
-    teacher_index: Tensor | None = None  # [B] int64: which of `teacher_layers` belongs to the row
-    teacher_layers: tuple[OutputLayer, ...] = ()
-    reference_logprobs: Tensor | None = None  # [B, T], at the rollout temperature
-    distil_mask: Tensor | None = None  # [B, T] bool: tokens on which the distillation term acts
-    weights: Tensor | None = None  # [B, T] of the policy term; made once an update from global counts
-    distil_weights: Tensor | None = None  # [B, T] of the distillation term
-    token_weights: Tensor | None = None  # [B, T] 1/N on every completion token: means for the log
-    student_weights: Tensor | None = None  # [B, T] 1/N on every token that the student sampled: likewise
+    scores: Mapping[str, BatchScores] = field(default_factory=dict)
+    """By who scored: `teacher`, `reference` (at the rollout temperature), or a name that the algorithm gives."""
+    masks: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T] bool
+    """The masks that the algorithm's terms name beside `completion` and `student`."""
+    loss_weights: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T]
+    """By term: the weight of each token in it, made once an update from global counts (`Term`)."""
     metrics: Meter = field(default_factory=Meter)
     """What is known of this rank's rollouts before training."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
-        assert len(shape) == 2, f"input_ids is {tuple(shape)}, wants [B, T]"
+        assert len(shape) == 2, f"input_ids: expected [B, T], got {tuple(shape)}"
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                wanted = shape[:1] if f.name in _OF_ROWS else shape
-                got = value.shape[:2] if f.name in _OF_VECTORS else value.shape
-                assert got == wanted, f"{f.name} is {tuple(value.shape)}, wants {tuple(wanted)}"
+                expected = shape[:1] if f.name in _OF_ROWS else shape
+                assert value.shape == expected, f"{f.name}: expected {tuple(expected)}, got {tuple(value.shape)}"
+        for name, scores in self.scores.items():
+            scores.check(name, shape)
         columns = torch.arange(shape[1], device=self.input_ids.device)
         real = columns < self.lengths[:, None]
         assert not bool((self.completion_mask & ~real).any()), "completion_mask covers padding"
         assert not bool(self.completion_mask[:, 0].any()), "column 0 has no past and cannot be trained"
         assert not bool((self.student_mask & ~self.completion_mask).any()), "student_mask exceeds completion_mask"
-        if self.distil_mask is not None:
-            assert not bool((self.distil_mask & ~self.completion_mask).any()), "distil_mask exceeds completion_mask"
+        for name, mask in self.masks.items():
+            assert mask.shape == shape, f"the mask {name}: expected {tuple(shape)}, got {tuple(mask.shape)}"
+            assert not bool((mask & ~self.completion_mask).any()), f"the mask {name} exceeds completion_mask"
+        for name, weights in self.loss_weights.items():
+            assert weights.shape == shape, f"the weights of {name}: expected {tuple(shape)}, got {tuple(weights.shape)}"
+
+    def mask(self, name: str) -> Tensor:
+        """[B, T] bool: `completion`, `student`, or one of `masks`."""
+        return {"completion": self.completion_mask, "student": self.student_mask, **self.masks}[name]
+
+    def weighted(self, **weights: Tensor) -> Batch:
+        """The batch with other weights [B, T] for these terms."""
+        return dataclasses.replace(self, loss_weights={**self.loss_weights, **weights})
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Batch:
-        """The same batch on `device` (Lightning asks for this of a custom batch).
-
-        Vectors of every token stay where they are: a device need not hold an iteration's hidden states at once.
-        """
-        moved = {
+        """The same batch on `device` (Lightning asks for this of a custom batch)."""
+        moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, **kwargs)
             for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor) and f.name not in _OF_VECTORS
+            if isinstance(getattr(self, f.name), Tensor)
         }
-        layers = tuple(layer.to(device) for layer in self.teacher_layers)
-        return dataclasses.replace(self, teacher_layers=layers, **moved)
+        for name in ("scores", "masks", "loss_weights"):
+            moved[name] = {key: value.to(device, **kwargs) for key, value in getattr(self, name).items()}
+        return dataclasses.replace(self, **moved)
 
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` [b], cut to their longest length. Metrics stay with the whole batch."""
@@ -294,6 +347,10 @@ class Batch:
             if isinstance(value, Tensor):
                 where = index.to(value.device)
                 picked[f.name] = value[where] if f.name in _OF_ROWS else value[where, :length]
+        for name in ("masks", "loss_weights"):
+            found = getattr(self, name)
+            picked[name] = {key: value[index.to(value.device), :length] for key, value in found.items()}
+        picked["scores"] = {key: value.rows(index, length) for key, value in self.scores.items()}
         return dataclasses.replace(self, **picked)
 
     def __len__(self) -> int:

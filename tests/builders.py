@@ -16,7 +16,7 @@ from rlkd.pipeline.loader import RolloutLoader
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import Question
 from rlkd.training.module import PolicyModule
-from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
+from rlkd.types import Batch, BatchScores, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
 GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
 
@@ -51,10 +51,18 @@ def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRol
         "rollout": rollout,
         "reward": reward,
         "error": "failed" if reward is None else None,
-        "teacher": TeacherScores(logprobs=tuple(logprobs[1].tolist())),
-        "reference": TeacherScores(logprobs=tuple(logprobs[2].tolist())),
+        "scores": {
+            "teacher": TeacherScores(logprobs=tuple(logprobs[1].tolist())),
+            "reference": TeacherScores(logprobs=tuple(logprobs[2].tolist())),
+        },
     }
     return ScoredRollout(**(filled | changes))
+
+
+def with_scores(batch: Batch, name: str, **changes) -> Batch:
+    """The batch with other tensors in what `name` said of it."""
+    before = batch.scores.get(name) or BatchScores(logprobs=torch.zeros_like(batch.advantages))
+    return replace(batch, scores={**batch.scores, name: replace(before, **changes)})
 
 
 LENGTHS = (5, 1, 9, 3, 7, 12, 2, 4)
@@ -67,7 +75,7 @@ def groups(algorithm, lengths=LENGTHS, rewards=REWARDS, teacher=None):
     if teacher is not None:
         questions = [Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
         answers = teacher.score(questions, algorithm.signal)
-        rows = [replace(s, teacher=answer) for s, answer in zip(rows, answers, strict=True)]
+        rows = [s.with_scores("teacher", answer) for s, answer in zip(rows, answers, strict=True)]
     return [algorithm.advantages(rows[:4]), algorithm.advantages(rows[4:])]
 
 

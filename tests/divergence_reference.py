@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig
 
-from rlkd.types import Batch
+from rlkd.types import Batch, BatchScores
 
 PLAIN = LlamaConfig()
 
@@ -13,6 +13,7 @@ def normal(seed, *shape, dtype=torch.float64, scale=1.0):
 
 
 def batch_of(weights, **changes):
+    """Of a teacher with these `BatchScores`."""
     rows, columns = weights.shape
     on = weights != 0
     filled = {
@@ -26,11 +27,13 @@ def batch_of(weights, **changes):
         "advantages": torch.zeros(rows, columns),
         "rewards": torch.zeros(rows),
         "weight_version": torch.zeros(rows, dtype=torch.int64),
-        "teacher_index": torch.zeros(rows, dtype=torch.int64),
-        "distil_mask": on,
-        "distil_weights": weights,
+        "masks": {"kd": on},
+        "loss_weights": {"kd": weights},
     }
-    return Batch(**(filled | changes))
+    scores = BatchScores(
+        logprobs=torch.zeros(rows, columns), **({"index": torch.zeros(rows, dtype=torch.int64)} | changes)
+    )
+    return Batch(**filled, scores={"teacher": scores})
 
 
 def reference(logits_s, logits_t, comparison):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlkd.config.kinds import Reduction
 from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
 from rlkd.data.chat import completion_text, load_tokenizer
 from rlkd.generation.sampler import Sampler, Sampling
@@ -37,13 +38,30 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Counts over all ranks and micro-batches of one update."""
+class Term:
+    """One weighted sum over tokens, of a loss or of a metric: which tokens it acts on, and what it is a mean over.
 
-    tokens: float
-    sequences: float
-    distil_tokens: float
-    distil_sequences: float
+    Masks are called `completion`, `student` (the tokens that it sampled), or as the algorithm calls them in
+    `ScoredRollout.masks`.
+    """
+
+    mask: str | tuple[str, ...] = "completion"
+    """The tokens with a weight: those under this mask, or under all of several."""
+    mean_over: str | None = None
+    """The mask whose tokens and sequences are counted; None: `mask`."""
+    reduction: Reduction = "token_mean"
+    sequences_per_unit: int = 1
+    """Of how many sequences one unit of the mean consists; 2 for pairs."""
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        return (self.mask,) if isinstance(self.mask, str) else self.mask
+
+    @property
+    def counted(self) -> str:
+        """The mask that is counted over all ranks and micro-batches of an update."""
+        assert self.mean_over is not None or isinstance(self.mask, str), "of several masks, name the one that counts"
+        return self.masks[0] if self.mean_over is None else self.mean_over
 
 
 class Algorithm:
@@ -124,6 +142,21 @@ class Algorithm:
         """
         return scored.rollout.prompt.token_ids
 
+    def scorers(self) -> Mapping[str, Teacher]:
+        """Scorers beside the configured teacher and the reference, by name, not yet opened. Default: none.
+
+        Their scores are in `ScoredRollout.scores` and `Batch.scores` under that name.
+        """
+        return {}
+
+    def scorer_prompt(self, name: str, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
+        """What the scorer called `name` reads before the completion; None: it is not asked."""
+        return self.teacher_prompt(scored, group) if name == "teacher" else scored.rollout.prompt.token_ids
+
+    def scorer_signal(self, name: str) -> Signal:
+        """What the scorer called `name` must give for each token."""
+        return self.signal if name == "teacher" else Signal()
+
     def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
         """Whether training on the group could change the student; asked before a teacher is.
 
@@ -132,7 +165,7 @@ class Algorithm:
         return True
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
+        """Who gets credit? The group of one prompt, with `advantage` and the masks of `terms` filled in."""
         raise NotImplementedError
 
     @property
@@ -152,12 +185,17 @@ class Algorithm:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether `loss` reads `batch.reference_logprobs`."""
+        """Whether `loss` reads `batch.scores["reference"]`."""
         return False
 
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        """The batch with `weights` (and `distil_weights`) from the counts of the whole update."""
-        raise NotImplementedError
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        """The weighted sums of `loss`, by the names under which their weights are in `batch.loss_weights`.
+
+        Two are always there, for metrics: `token`, 1/N on every completion token, and `student`, 1/N on every token
+        that the student sampled.
+        """
+        return {"token": Term(), "student": Term(mask="student")}
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         """What is minimised?"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.algorithms.advantages import group_relative, leave_one_out, overlong_penalty
-from rlkd.algorithms.base import Algorithm, Counts, Loss
+from rlkd.algorithms.base import Algorithm, Loss, Term
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import (
@@ -21,7 +21,6 @@ from rlkd.losses import (
     importance_weights,
     kl_k2,
     kl_k3,
-    reduction_weights,
     sequence_old_logprobs,
     weighted_sum,
 )
@@ -100,15 +99,9 @@ class GRPO(Algorithm):
     def needs_reference(self) -> bool:
         return self.options.reference_coef > 0
 
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        weights = reduction_weights(
-            batch.completion_mask,
-            self.options.reduction,
-            counts.tokens,
-            counts.sequences,
-            self.longest_completion,
-        )
-        return replace(batch, weights=weights)
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        return {**super().terms, "policy": Term(reduction=self.options.reduction)}
 
     def importance(self, batch: Batch) -> Tensor | float:
         """[B, T] weight between sampler and trainer, or 1."""
@@ -145,31 +138,30 @@ class GRPO(Algorithm):
     def policy_loss(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> Loss:
         """The surrogate of `advantages` [B, T], the entropy bonus, and the KL to the reference where there is one."""
         options = self.options
-        assert batch.weights is not None and batch.token_weights is not None and output.entropy is not None
+        assert output.entropy is not None
+        weights = batch.loss_weights
         per_token, bound = self.surrogate(output, batch, advantages)
-        total = weighted_sum(per_token * self.importance(batch), batch.weights)
+        total = weighted_sum(per_token * self.importance(batch), weights["policy"])
         metrics = {
             "loss/pg": total.detach(),
-            "clip_fraction": weighted_sum(bound.float(), batch.token_weights),
-            "entropy": weighted_sum(output.entropy.detach(), batch.token_weights),
+            "clip_fraction": weighted_sum(bound.float(), weights["token"]),
+            "entropy": weighted_sum(output.entropy.detach(), weights["token"]),
         }
         if options.entropy_coef > 0:
-            total = total - options.entropy_coef * weighted_sum(output.entropy, batch.token_weights)
+            total = total - options.entropy_coef * weighted_sum(output.entropy, weights["token"])
         if options.reference_coef > 0:
-            assert batch.reference_logprobs is not None
             estimator = {"k2": kl_k2, "k3": kl_k3}[options.reference_estimator]
             # Prompts and padding have no score: there the student is its own reference, so that nothing overflows.
-            reference = torch.where(batch.completion_mask, batch.reference_logprobs, output.logprobs.detach())
+            reference = torch.where(batch.completion_mask, batch.scores["reference"].logprobs, output.logprobs.detach())
             to_reference = estimator(output.logprobs, reference)
-            total = total + options.reference_coef * weighted_sum(to_reference, batch.weights)
+            total = total + options.reference_coef * weighted_sum(to_reference, weights["policy"])
             metrics["reference/kl"] = self.measured_kl(output, reference, batch)
         return Loss(total=total, metrics=metrics)
 
     def measured_kl(self, output: PolicyOutput, others: Tensor, batch: Batch) -> Tensor:
         """KL(π‖·) a token, estimated on what the student sampled, of `others` [B, T] log-probs; for the log."""
-        assert batch.student_weights is not None
         value = kl_k3(output.logprobs.detach(), others)
-        return weighted_sum(value * self.current_policy(output, batch), batch.student_weights)
+        return weighted_sum(value * self.current_policy(output, batch), batch.loss_weights["student"])
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         return self.policy_loss(output, batch, batch.advantages)

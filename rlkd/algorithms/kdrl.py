@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 
 from rlkd.algorithms.advantages import distilled
-from rlkd.algorithms.base import Counts, Loss
+from rlkd.algorithms.base import Loss, Term
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl_options import KDRLConfig
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weighted_sum
+from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, weighted_sum
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.types import Batch, ScoredRollout
 
@@ -40,8 +39,8 @@ class KDRL(GRPO):
         return self.config.algorithm
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        marks = self._distilled(group)
-        return [replace(s, distil=mark) for s, mark in zip(super().advantages(group), marks, strict=True)]
+        masks = self._distilled(group)
+        return [s.with_mask("kd", mask) for s, mask in zip(super().advantages(group), masks, strict=True)]
 
     def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
         """By its rewards, or by the teacher: a group whose rewards are all equal is what distillation is for."""
@@ -60,46 +59,36 @@ class KDRL(GRPO):
         }[self.options.kd.mask]
         return [distilled(s.rollout, keep, self.options.kd.mask_eos) for s, keep in zip(group, kept, strict=True)]
 
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        batch = super().weigh(batch, counts)
-        assert batch.distil_mask is not None
-        kept = self.options.kd.denominator == "kept"
-        normaliser = batch.distil_mask if kept else batch.completion_mask
-        over_all = reduction_weights(
-            normaliser,
-            self.options.reduction,
-            counts.distil_tokens if kept else counts.tokens,
-            counts.distil_sequences if kept else counts.sequences,
-            self.longest_completion,
-        )
-        return replace(batch, distil_weights=torch.where(batch.distil_mask, over_all, 0.0))
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        counted = "kd" if self.options.kd.denominator == "kept" else "completion"
+        return {**super().terms, "kd": Term(mask="kd", mean_over=counted, reduction=self.options.reduction)}
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         kd = self.options.kd
         beta, policy_coef = kd.coef(iteration), self.options.policy_coef(iteration)
-        assert batch.teacher_logprobs is not None
-        assert batch.weights is not None and batch.distil_weights is not None and batch.token_weights is not None
+        weights = batch.loss_weights
         # Prompts and padding have no score: there the student is its own teacher, so that nothing overflows.
-        teacher = torch.where(batch.completion_mask, batch.teacher_logprobs, output.logprobs.detach())
+        teacher = torch.where(batch.completion_mask, batch.scores["teacher"].logprobs, output.logprobs.detach())
         log_ratio = kl_k1_advantage(output.logprobs, teacher)  # R_t = log T − log π
         advantages = policy_coef * batch.advantages
-        share = torch.where(batch.weights > 0, batch.distil_weights / batch.weights, 0.0)
+        share = torch.where(weights["policy"] > 0, weights["kd"] / weights["policy"], 0.0)
         if kd.form == "advantage":
             policy = self.policy_loss(output, batch, advantages + beta * share * log_ratio)
-            total, kd_loss = policy.total, weighted_sum(-log_ratio, batch.distil_weights)
+            total, kd_loss = policy.total, weighted_sum(-log_ratio, weights["kd"])
         else:
             policy = self.policy_loss(output, batch, advantages)
             estimator = {"k2": kl_k2, "k3": kl_k3}[kd.estimator]
             per_token = estimator(output.logprobs, teacher)
-            kd_loss = weighted_sum(per_token * self.current_policy(output, batch), batch.distil_weights)
+            kd_loss = weighted_sum(per_token * self.current_policy(output, batch), weights["kd"])
             total = policy.total + beta * kd_loss
         # The teacher's advantage beside A: minus the slope of its estimator in log π.
         pull = torch.expm1(log_ratio) if kd.estimator == "k3" else log_ratio
         flipped = (advantages + beta * share * pull) * advantages < 0
         metrics = policy.metrics | {
             "loss/kd": kd_loss.detach(),
-            "kd/coef": torch.tensor(beta) * batch.token_weights.sum(),
+            "kd/coef": torch.tensor(beta) * weights["token"].sum(),
             "kd/kl": self.measured_kl(output, teacher, batch),
-            "kd/flipped": weighted_sum(flipped.float(), batch.token_weights),
+            "kd/flipped": weighted_sum(flipped.float(), weights["token"]),
         }
         return Loss(total=total, metrics=metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.algorithms.advantages import distilled
-from rlkd.algorithms.base import Algorithm, Counts, Loss
+from rlkd.algorithms.base import Algorithm, Loss, Term
 from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.data import seeds
@@ -21,7 +21,6 @@ from rlkd.losses import (
     kl_k1_advantage,
     kl_k2,
     kl_k3,
-    reduction_weights,
     weighted_sum,
 )
 from rlkd.models.logprob_head import Needs, PolicyOutput
@@ -90,44 +89,39 @@ class OPD(Algorithm):
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         spared = self.options.mask_eos
-        return [replace(s, distil=distilled(s.rollout, s.teacher is not None, spared)) for s in group]
+        return [s.with_mask("kd", distilled(s.rollout, s.teacher is not None, spared)) for s in group]
 
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        assert batch.distil_mask is not None
-        weights = reduction_weights(
-            batch.distil_mask,
-            self.options.reduction,
-            counts.distil_tokens,
-            counts.distil_sequences,
-            self.longest_completion,
-        )
-        # Where a KL is estimated, all completions are the student's; those without a context have no score.
-        own = (batch.student_mask & batch.distil_mask).float() / max(counts.distil_tokens, 1.0)
-        return replace(batch, distil_weights=weights, student_weights=own)
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        return {
+            **super().terms,
+            "kd": Term(mask="kd", reduction=self.options.reduction),
+            # Where a KL is estimated, all completions are the student's; those without a context have no score.
+            "student": Term(mask=("student", "kd"), mean_over="kd"),
+        }
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
-        assert batch.distil_weights is not None and batch.token_weights is not None and output.entropy is not None
-        metrics = {"entropy": weighted_sum(output.entropy.detach(), batch.token_weights)}
+        assert output.entropy is not None
+        weights = batch.loss_weights
+        metrics = {"entropy": weighted_sum(output.entropy.detach(), weights["token"])}
         if output.divergence is None:
-            total = weighted_sum(self._on_sampled_tokens(output, batch), batch.distil_weights)
+            total = weighted_sum(self._on_sampled_tokens(output, batch), weights["kd"])
         else:
             assert output.token_divergence is not None
             scale = self.options.divergence.scale
             total = scale * output.divergence
-            metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, batch.distil_weights)
+            metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, weights["kd"])
         of_samples = self.options.student_share == 1 and self.teacher_temperature == self.config.rollout.temperature
         if of_samples:  # else it would be no estimate of a KL
-            assert batch.student_weights is not None
             value = kl_k3(output.logprobs.detach(), self._teacher_logprobs(output, batch))
-            metrics["kd/kl"] = weighted_sum(value * self._ratio(output, batch).detach(), batch.student_weights)
+            metrics["kd/kl"] = weighted_sum(value * self._ratio(output, batch).detach(), weights["student"])
         return Loss(total=total, metrics=metrics | {"loss/kd": total.detach()})
 
     def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T]; where there is no score the student is its own teacher, so that nothing overflows."""
-        if batch.teacher_logprobs is None:  # no completion of this rank had a context
+        if "teacher" not in batch.scores:  # no completion of this rank had a context
             return output.logprobs.detach()
-        assert batch.distil_mask is not None
-        return torch.where(batch.distil_mask, batch.teacher_logprobs, output.logprobs.detach())
+        return torch.where(batch.masks["kd"], batch.scores["teacher"].logprobs, output.logprobs.detach())
 
     def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T] with the expected gradient of KL(π‖T), corrected for tokens that older weights or others' drew."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from rlkd.algorithms.base import Counts, Loss
+from rlkd.algorithms.base import Loss, Term
 from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.redi_options import REDIConfig
 from rlkd.algorithms.sft import SFT
@@ -41,17 +41,19 @@ class REDI(SFT):
         chosen, rejected = group
         return [replace(chosen, advantage=1.0), replace(rejected, advantage=-self.options.alpha)]
 
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
+    @property
+    def terms(self) -> Mapping[str, Term]:
         """mask / (len_i · N_pairs): a pair is two sequences."""
-        return super().weigh(batch, replace(counts, sequences=counts.sequences / 2))
+        terms = super().terms
+        return {**terms, "policy": replace(terms["policy"], sequences_per_unit=2)}
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         loss = super().loss(output, batch, iteration)
-        assert batch.weights is not None
+        weights = batch.loss_weights["policy"]
         logprobs, chosen = output.logprobs.detach(), (batch.advantages > 0).float()
         sides = {
-            "chosen/logprob": weighted_sum(logprobs, batch.weights * chosen),
-            "rejected/logprob": weighted_sum(logprobs, batch.weights * (1.0 - chosen)),
+            "chosen/logprob": weighted_sum(logprobs, weights * chosen),
+            "rejected/logprob": weighted_sum(logprobs, weights * (1.0 - chosen)),
         }
         return replace(loss, metrics=loss.metrics | sides)
 

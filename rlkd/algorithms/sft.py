@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from rlkd.algorithms.base import Algorithm, Counts, Loss
+from rlkd.algorithms.base import Algorithm, Loss, Term
 from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.sft_options import SFTConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.generation.sampler import Sampler
-from rlkd.losses import reduction_weights, weighted_sum
+from rlkd.losses import weighted_sum
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
@@ -40,18 +40,18 @@ class SFT(Algorithm):
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         return [replace(scored, advantage=1.0) for scored in group]
 
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        mask, longest = batch.completion_mask, self.longest_completion
-        weights = reduction_weights(mask, self.options.reduction, counts.tokens, counts.sequences, longest)
-        return replace(batch, weights=weights)
+    @property
+    def terms(self) -> Mapping[str, Term]:
+        return {**super().terms, "policy": Term(reduction=self.options.reduction)}
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
-        assert batch.weights is not None and batch.token_weights is not None and output.entropy is not None
-        total = weighted_sum(-output.logprobs * batch.advantages, batch.weights)
+        assert output.entropy is not None
+        weights = batch.loss_weights
+        total = weighted_sum(-output.logprobs * batch.advantages, weights["policy"])
         return Loss(
             total=total,
             metrics={
-                "nll": weighted_sum(-output.logprobs.detach(), batch.token_weights),
-                "entropy": weighted_sum(output.entropy.detach(), batch.token_weights),
+                "nll": weighted_sum(-output.logprobs.detach(), weights["token"]),
+                "entropy": weighted_sum(output.entropy.detach(), weights["token"]),
             },
         )

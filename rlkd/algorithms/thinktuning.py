@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -116,17 +115,14 @@ class ThinkTuning(GRPO):
             meter.total(f"guided/{kind}_failures", float(self.failures[kind]))
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
-        assert batch.weights is not None
-        advantages = batch.advantages
+        advantages, weights = batch.advantages, batch.loss_weights["policy"]
         rare = (advantages < 0) & (output.logprobs.detach() < math.log(RARE))
         shaped, sft = self._under("shaped", batch) & ~rare, self._under("sft", batch)
         elsewhere = shaped | sft | self._under("mask", batch)
-        policy = self.policy_loss(
-            output, replace(batch, weights=torch.where(elsewhere, 0.0, batch.weights)), advantages
-        )
+        policy = self.policy_loss(output, batch.weighted(policy=torch.where(elsewhere, 0.0, weights)), advantages)
         aware = advantage_shaping(output.logprobs, advantages, self.options.shaping[0], self.options.shaping[1])
         imitated = torch.where(advantages > 0, -output.logprobs, 0.0)
-        guided = weighted_sum(torch.where(shaped, aware, imitated), torch.where(shaped | sft, batch.weights, 0.0))
+        guided = weighted_sum(torch.where(shaped, aware, imitated), torch.where(shaped | sft, weights, 0.0))
         return Loss(total=policy.total + guided, metrics=policy.metrics | {"loss/guided": guided.detach()})
 
     def _under(self, rule: Rule, batch: Batch) -> Tensor:

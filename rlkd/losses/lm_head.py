@@ -87,6 +87,10 @@ class OutputLayer:
         hidden = hidden[:, : self.weight.shape[1]].to(self.weight.dtype)
         return shaped(projected(hidden, self.weight[:vocabulary], bias), self.scale, self.softcap)
 
+    def copy(self) -> OutputLayer:
+        """The layer in memory of its own."""
+        return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
     def to(self, device: torch.device | str) -> OutputLayer:
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from rlkd.losses import DivergenceKind, among, divergence, renormalised, with_tail
 from rlkd.losses.lm_head import OutputLayer, logit_transform, projected, shaped
-from rlkd.types import Batch
+from rlkd.types import Batch, BatchScores
 
 VOCABULARY_CHUNK = 8192
 """Columns of logits that exist at a time, for up to 4,096 tokens."""
@@ -36,7 +36,7 @@ class Comparison:
     clip: float | None = None
     """Cap of each vocabulary entry's share."""
     support: Literal["full", "given", "student_top_k"] = "full"
-    """given: the tokens `batch.teacher_top_ids`; the others want `batch.teacher_hidden`."""
+    """given: the tokens `top_ids` of the scores; the others need their `hidden`."""
     k: int = 0
     """Of student_top_k."""
     tail: bool = True
@@ -45,6 +45,10 @@ class Comparison:
     """TAID: the teacher's logits become (1 − blend) · student + blend · teacher, detached."""
     ratio_cap: float | None = None
     """Tokens count as often as `losses.token_ratios` says, with this cap; None: once."""
+    scores: str = "teacher"
+    """Whose scores in `Batch.scores` the student is compared with."""
+    term: str = "kd"
+    """Whose weights in `Batch.loss_weights` the sum takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +68,7 @@ class PolicyOutput:
     logprobs: Tensor  # [B, T] fp32
     entropy: Tensor | None = None  # [B, T] fp32
     divergence: Tensor | None = None
-    """Scalar Σ divergence · ratio · batch.distil_weights, with gradient: it is formed in the forward, chunk by chunk.
+    """Scalar Σ divergence · ratio · weight of its term, with gradient: it is formed in the forward, chunk by chunk.
     The ratio is that of `Comparison.ratio_cap`, or 1."""
     token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
 
@@ -115,7 +119,7 @@ def compared(
     config: PreTrainedConfig,
     ratios: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ divergence · ratio · `batch.distil_weights`, and the divergence of every token that has a weight.
+    """Σ divergence · ratio · weight of `comparison.term`, and the divergence of every token that has a weight.
 
     Only such tokens are looked at, a few at a time. Vocabularies of unequal width (padding of the embeddings; the
     tokenizers agree) are compared on the columns that both have.
@@ -127,23 +131,24 @@ def compared(
 
     Returns: (scalar with gradient, [B, T] fp32 without). Column t: token t given tokens < t.
     """
-    assert batch.distil_weights is not None and batch.teacher_index is not None
-    weights = batch.distil_weights if ratios is None else batch.distil_weights * ratios
+    scores, of_term = batch.scores[comparison.scores], batch.loss_weights[comparison.term]
+    assert scores.index is not None
+    weights = of_term if ratios is None else of_term * ratios
     scale, softcap = logit_transform(config)
     total = hidden.new_zeros((), dtype=torch.float32)
-    per_token = torch.zeros_like(batch.distil_weights)
-    teachers = range(max(1, len(batch.teacher_layers)))
+    per_token = torch.zeros_like(of_term)
+    teachers = range(max(1, len(scores.layers)))
     for teacher in teachers:
-        of_teacher = batch.teacher_index == teacher if len(teachers) > 1 else torch.ones_like(batch.teacher_index) > 0
-        row, column = ((batch.distil_weights != 0) & of_teacher[:, None]).nonzero(as_tuple=True)
+        of_teacher = scores.index == teacher if len(teachers) > 1 else torch.ones_like(scores.index) > 0
+        row, column = ((of_term != 0) & of_teacher[:, None]).nonzero(as_tuple=True)
         width = head.weight.shape[0]
         if comparison.support != "given":
-            width = min(width, batch.teacher_layers[teacher].weight.shape[0])
+            width = min(width, scores.layers[teacher].weight.shape[0])
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
         if width < len(weight):  # a slice's gradient is one more tensor of the layer's size
             weight, bias = weight[:width], None if bias is None else bias[:width]
-        against = _against(batch, comparison, teacher, row, column, width)
+        against = _against(scores, comparison, teacher, row, column, width)
 
         def values(raw: Tensor, chunk: slice, against: Callable[..., Tensor] = against) -> Tensor:
             return against(shaped(raw, scale, softcap), chunk)
@@ -157,7 +162,7 @@ def compared(
 
 
 def _against(
-    batch: Batch, comparison: Comparison, teacher: int, row: Tensor, column: Tensor, width: int
+    scores: BatchScores, comparison: Comparison, teacher: int, row: Tensor, column: Tensor, width: int
 ) -> Callable[[Tensor, slice], Tensor]:
     """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
@@ -168,17 +173,17 @@ def _against(
         return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
 
     def by_given_tokens(logits: Tensor, chunk: slice) -> Tensor:
-        assert batch.teacher_top_ids is not None and batch.teacher_top_logprobs is not None
-        ids = picked(batch.teacher_top_ids, chunk)
-        log_t = picked(batch.teacher_top_logprobs, chunk).to(logits.dtype)
+        assert scores.top_ids is not None and scores.top_logprobs is not None
+        ids = picked(scores.top_ids, chunk)
+        log_t = picked(scores.top_logprobs, chunk).to(logits.dtype)
         absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
         log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
         log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
     def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
-        assert batch.teacher_hidden is not None
-        theirs = batch.teacher_layers[teacher].logits(picked(batch.teacher_hidden, chunk), width)
+        assert scores.hidden is not None
+        theirs = scores.layers[teacher].logits(picked(scores.hidden, chunk), width)
         theirs = theirs.to(logits.dtype)
         if comparison.blend is not None:
             theirs = torch.lerp(logits.detach(), theirs, comparison.blend)

@@ -27,13 +27,16 @@ def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> L
     policy = build_sampler(config)
     # With adapters the student itself holds its start, and scores as the reference where it is trained.
     apart = algorithm.needs_reference and config.model.lora is None
+    scorers: dict[str, Teacher] = {"teacher": build_teacher(config, policy)} if algorithm.uses_teacher else {}
+    if apart:
+        scorers["reference"] = build_reference(config)
+    scorers |= algorithm.scorers()
     return Line(
         config=config,
         algorithm=algorithm,
         prompts=prompts,
         policy=policy,
-        teacher=build_teacher(config, policy) if algorithm.uses_teacher else None,
-        reference=build_reference(config) if apart else None,
+        scorers=scorers,
         rewards=RewardPool(config.reward),
     )
 

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.metrics import Meter
-from rlkd.types import AUTHORS, Batch, ScoredRollout
+from rlkd.types import AUTHORS, Batch, BatchScores, ScoredRollout
 
 
 def collate(
     groups: Sequence[Sequence[ScoredRollout]],
     iteration: int,
-    layers: tuple[OutputLayer, ...] = (),
+    layers: Mapping[str, tuple[OutputLayer, ...]] = MappingProxyType({}),
     *,
     mask_failed: bool = True,
+    metrics: Meter | None = None,
 ) -> Batch:
     """One row a rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked whole.
 
-    Masks come from lengths, never from token ids (padding may equal end-of-sequence). Sampler log-probs are NaN
-    where the student did not sample, so that a use outside the mask shows. `layers`: the teachers' output layers,
-    where they gave hidden states.
+    Masks come from lengths and authors, never from token ids (padding may equal end-of-sequence). What an environment
+    wrote is context: no mask covers it. Sampler log-probs are NaN where the student did not sample, so that a use
+    outside the mask shows.
+
+    Args:
+        layers: by the name of the scores: the output layers, where they have hidden states.
+        metrics: what is known of the rollouts; None: nothing.
     """
     rows = [scored for group in groups for scored in group]
     longest = max(len(s.rollout.prompt.token_ids) + len(s.rollout.token_ids) for s in rows)
@@ -35,13 +41,7 @@ def collate(
     authors = torch.zeros(shape, dtype=torch.int64)
     sampler_logprobs = torch.full(shape, math.nan)
     advantages = torch.zeros(shape)
-    teacher = torch.zeros(shape) if any(s.teacher is not None for s in rows) else None
-    # Teachers of several widths share one tensor. What a narrower one leaves free is no token, not token 0.
-    top_ids = _filled(shape, [s.teacher.top_ids for s in rows if s.teacher is not None], -1)
-    top_logprobs = _filled(shape, [s.teacher.top_logprobs for s in rows if s.teacher is not None], -math.inf)
-    hidden = _filled(shape, [s.teacher.hidden for s in rows if s.teacher is not None], 0)
-    reference = torch.zeros(shape) if all(s.reference is not None for s in rows) else None
-    distil = torch.zeros(shape, dtype=torch.bool) if all(s.distil is not None for s in rows) else None
+    masks = {name: torch.zeros(shape, dtype=torch.bool) for name in _names(rows, "masks")}
     lengths = []
     for i, scored in enumerate(rows):
         rollout = scored.rollout
@@ -50,25 +50,15 @@ def collate(
         lengths.append(end)
         counted = scored.error is None or not mask_failed
         by_student = torch.tensor(rollout.student_tokens())
+        trained = torch.tensor([author != "environment" for author in rollout.authors()]) & counted
         input_ids[i, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
-        completion_mask[i, start:end] = counted
+        completion_mask[i, start:end] = trained
         student_mask[i, start:end] = by_student & counted
         authors[i, start:end] = torch.tensor([AUTHORS.index(author) for author in rollout.authors()])
         sampler_logprobs[i, start:end] = torch.tensor([math.nan if p is None else p for p in rollout.logprobs])
         advantages[i, start:end] = scored.advantage
-        if teacher is not None and scored.teacher is not None:
-            teacher[i, start:end] = torch.tensor(scored.teacher.logprobs)
-            for whole, part in (
-                (top_ids, scored.teacher.top_ids),
-                (top_logprobs, scored.teacher.top_logprobs),
-                (hidden, scored.teacher.hidden),
-            ):
-                if whole is not None and part is not None:
-                    whole[i, start:end, : part.shape[1]] = part
-        if reference is not None and scored.reference is not None:
-            reference[i, start:end] = torch.tensor(scored.reference.logprobs)
-        if distil is not None and scored.distil is not None:
-            distil[i, start:end] = torch.tensor(scored.distil) & counted
+        for name, mask in masks.items():
+            mask[i, start:end] = torch.tensor(scored.masks[name]) & trained
     return Batch(
         iteration=iteration,
         input_ids=input_ids,
@@ -80,15 +70,41 @@ def collate(
         advantages=advantages,
         rewards=torch.tensor([math.nan if s.reward is None else s.reward for s in rows]),
         weight_version=torch.tensor([-1 if v is None else v for v in (s.rollout.oldest_version for s in rows)]),
-        teacher_logprobs=teacher,
-        teacher_top_ids=top_ids,
-        teacher_top_logprobs=top_logprobs,
-        teacher_hidden=hidden,
-        teacher_index=torch.tensor([0 if s.teacher is None else s.teacher.teacher for s in rows]),
-        teacher_layers=layers,
-        reference_logprobs=reference,
-        distil_mask=distil,
+        masks=masks,
+        scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in _names(rows, "scores")},
+        metrics=Meter() if metrics is None else metrics,
     )
+
+
+def _names(rows: Sequence[ScoredRollout], which: str) -> list[str]:
+    """The keys of one dictionary of the rows, in a fixed order."""
+    return sorted({name for row in rows for name in getattr(row, which)})
+
+
+def _scores(
+    rows: Sequence[ScoredRollout], name: str, shape: tuple[int, int], layers: tuple[OutputLayer, ...]
+) -> BatchScores:
+    """What one scorer said of the rows, zeros where it was not asked."""
+    given = [row.scores[name] for row in rows if name in row.scores]
+    logprobs = torch.zeros(shape)
+    # Scorers of several widths share one tensor. What a narrower one leaves free is no token, not token 0.
+    vectors = {
+        "top_ids": _filled(shape, [scores.top_ids for scores in given], -1),
+        "top_logprobs": _filled(shape, [scores.top_logprobs for scores in given], -math.inf),
+        "hidden": _filled(shape, [scores.hidden for scores in given], 0),
+    }
+    for i, row in enumerate(rows):
+        if name not in row.scores:
+            continue
+        start = len(row.rollout.prompt.token_ids)
+        end = start + len(row.rollout.token_ids)
+        logprobs[i, start:end] = torch.tensor(row.scores[name].logprobs)
+        for part, full in vectors.items():
+            value = getattr(row.scores[name], part)
+            if full is not None and value is not None:
+                full[i, start:end, : value.shape[1]] = value
+    index = torch.tensor([row.scores[name].teacher if name in row.scores else 0 for row in rows])
+    return BatchScores(logprobs=logprobs, index=index, layers=layers, **vectors)
 
 
 def _filled(shape: tuple[int, int], parts: Sequence[torch.Tensor | None], value: float) -> torch.Tensor | None:

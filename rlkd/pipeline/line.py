@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
@@ -19,9 +19,8 @@ from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler
 from rlkd.metrics import Meter
 from rlkd.rewards.pool import RewardItem, RewardPool
-from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import Question, Teacher
-from rlkd.types import Rollout, ScoredRollout, Signal
+from rlkd.types import Rollout, ScoredRollout
 
 Groups = list[list[ScoredRollout]]
 """One list a prompt."""
@@ -50,9 +49,14 @@ class Line:
     algorithm: Algorithm
     prompts: PromptStream
     policy: Sampler
-    teacher: Teacher | None
-    reference: LocalScorer | None
+    scorers: Mapping[str, Teacher]
+    """By name: `teacher`, `reference` where the loss has a KL to it, and what the algorithm adds."""
     rewards: RewardPool
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The configured teacher."""
+        return self.scorers.get("teacher")
 
     def walk(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
         """One iteration's share of this rank, which is a function of the seed and the iteration.
@@ -125,21 +129,18 @@ class Line:
         return [[next(scored) for _ in group] for group in groups]
 
     def score(self, groups: Sequence[Sequence[ScoredRollout]]) -> list[list[ScoredRollout]]:
-        """Each rollout with the log-probs of the teacher, and of the reference, where the algorithm asks for them."""
+        """Each rollout with what every scorer thinks of it: the teacher, the reference, and the algorithm's own."""
         rows = [scored for group in groups for scored in group]
-        if self.teacher is not None:
-            prompts = [self.algorithm.teacher_prompt(scored, group) for group in groups for scored in group]
+        for name, scorer in self.scorers.items():
+            prompts = [self.algorithm.scorer_prompt(name, scored, group) for group in groups for scored in group]
             asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
             questions = [
                 Question(prompts[i] or (), r.token_ids, ids=r.top_ids, meta=r.prompt.meta)
                 for i, r in ((i, rows[i].rollout) for i in asked)
             ]
-            for i, scores in zip(asked, self.teacher.score(questions, self.algorithm.signal), strict=True):
-                rows[i] = replace(rows[i], teacher=scores)
-        if self.reference is not None:
-            questions = [Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
-            scores_of = self.reference.score(questions, Signal())
-            rows = [replace(s, reference=r) for s, r in zip(rows, scores_of, strict=True)]
+            scores_of = scorer.score(questions, self.algorithm.scorer_signal(name))
+            for i, scores in zip(asked, scores_of, strict=True):
+                rows[i] = rows[i].with_scores(name, scores)
         scored = iter(rows)
         return [[next(scored) for _ in group] for group in groups]
 

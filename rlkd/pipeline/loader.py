@@ -25,6 +25,7 @@ from rlkd.servers.client import ServerLost
 from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import save_data
 from rlkd.teachers.parity import check_parity
+from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, ScoredRollout
 
 T = TypeVar("T")
@@ -64,7 +65,7 @@ class RolloutLoader:
 
     def open(self) -> None:
         """Load models, connect to or start servers, start reward workers. Every rank calls it, once."""
-        parts = [part for part in (self.line.policy, self.line.teacher, self.line.reference) if part is not None]
+        parts: list[Sampler | Teacher] = [self.line.policy, *self.line.scorers.values()]
         for part in parts:
             part.start()
         for part in parts:
@@ -86,9 +87,8 @@ class RolloutLoader:
     def close(self) -> None:
         """Stop all that `open` started."""
         self.line.rewards.close()
-        for scorer in (self.line.teacher, self.line.reference):
-            if scorer is not None:
-                scorer.close()
+        for scorer in self.line.scorers.values():
+            scorer.close()
         self.line.policy.close()
 
     def publish(self, weights: Mapping[str, Tensor], version: int, served: Mapping[str, Tensor] | None = None) -> None:
@@ -101,24 +101,24 @@ class RolloutLoader:
             served: what servers get (`weight_sync.publish`); None: the sampler in this process gets `weights`.
         """
         self.line.policy.publish(weights if served is None else served, version)
-        if self.line.teacher is not None:
-            self.line.teacher.publish(weights, version)
+        for scorer in self.line.scorers.values():
+            scorer.publish(weights, version)
 
     @property
     def teacher_follows(self) -> bool:
         """Whether a teacher in this process takes over what is published."""
-        return self.line.teacher is not None and self.line.teacher.follows
+        return any(scorer.follows for scorer in self.line.scorers.values())
 
     def save(self, folder: Path) -> None:
         """Keep in a checkpoint's folder what a resumed run cannot recompute."""
         save_data(asdict(self.data), folder)
-        if self.line.teacher is not None:
-            self.line.teacher.save(folder)
+        for scorer in self.line.scorers.values():
+            scorer.save(folder)
 
     def restore(self, folder: Path) -> None:
         """Be as `save` left it; the iteration is restored already."""
-        if self.line.teacher is not None:
-            self.line.teacher.restore(folder, self.iteration)
+        for scorer in self.line.scorers.values():
+            scorer.restore(folder, self.iteration)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -142,11 +142,11 @@ class RolloutLoader:
         """
         drawn, groups, clock = self.with_servers(lambda: self._walk(iteration))
         clock.lap("time/wait")
-        wants_layers = self.line.teacher is not None and self.algorithm.signal.tier == "hidden"
-        layers = self.line.teacher.layers() if self.line.teacher and wants_layers else ()
-        batch = collate(groups, iteration, layers, mask_failed=self.algorithm.masks_failed)
-        batch.metrics.merge(describe(drawn, iteration, self.config.reward.correct_at))
-        batch.metrics.merge(clock.meter)
+        metrics = describe(drawn, iteration, self.config.reward.correct_at)
+        metrics.merge(clock.meter)
+        hidden = [name for name in self.line.scorers if self.algorithm.scorer_signal(name).tier == "hidden"]
+        layers = {name: self.line.scorers[name].layers() for name in hidden}
+        batch = collate(groups, iteration, layers, mask_failed=self.algorithm.masks_failed, metrics=metrics)
         if self.algorithm.needs_rewards:
             check_errors(drawn, self.config, f"iteration {iteration + 1}")
         return batch

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlkd import distributed
 from rlkd.config.schema import Config, SelfTeacherConfig
+from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.teachers.local import LocalScorer
 
@@ -51,6 +52,11 @@ class SelfTeacher(LocalScorer):
     @property
     def follows(self) -> bool:
         return self.weights != "fixed"
+
+    def layers(self) -> tuple[OutputLayer, ...]:
+        """A copy where the weights move: a batch may still be trained on when the next ones are published."""
+        layers = super().layers()
+        return tuple(layer.copy() for layer in layers) if self.follows else layers
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Follow the student to `version`; the version that it has already (a resumed run's first) changes nothing."""

@@ -56,9 +56,6 @@ def weightless(batch: Batch) -> Batch:
         row,
         completion_mask=off,
         student_mask=off,
-        weights=zeros,
-        token_weights=zeros,
-        student_weights=zeros,
-        distil_mask=None if row.distil_mask is None else off,
-        distil_weights=None if row.distil_weights is None else zeros,
+        masks=dict.fromkeys(row.masks, off),
+        loss_weights=dict.fromkeys(row.loss_weights, zeros),
     )

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlkd import distributed
-from rlkd.algorithms.base import Algorithm, Counts
+from rlkd.algorithms.base import Algorithm
 from rlkd.algorithms.registry import build_algorithm
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
-from rlkd.losses import counts
 from rlkd.metrics import Meter
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.models.student import Student, build_student
+from rlkd.training.loss_weights import with_loss_weights
 from rlkd.training.micro_batches import split_by_tokens, updates, weightless
-from rlkd.types import Batch
+from rlkd.types import Batch, BatchScores
 
 RECENT = 20
 """Updates over which skipped ones are counted."""
@@ -104,7 +104,8 @@ class PolicyModule(lightning.LightningModule):
         meter.maximum("lr", lr)
         if self.algorithm.needs_reference and self.config.model.lora is not None:
             with self.model.without_adapters():  # the reference is in the student: no second copy
-                batch = replace(batch, reference_logprobs=self._own_logprobs(batch))
+                reference = BatchScores(logprobs=self._own_logprobs(batch))
+            batch = replace(batch, scores={**batch.scores, "reference": reference})
         per_iteration = self.config.trainer.updates_per_iteration
         if per_iteration > 1:
             batch = self._with_old_logprobs(batch, meter)
@@ -124,7 +125,7 @@ class PolicyModule(lightning.LightningModule):
 
     def _update(self, batch: Batch, optimizer: Any, meter: Meter) -> None:
         """One optimizer step on `batch`, this rank's share of the update."""
-        batch = self._weighed(batch)
+        batch = with_loss_weights(batch, self.algorithm)
         first = batch.old_logprobs is None
         sums: dict[str, float] = {}
         mismatch = Meter()
@@ -200,19 +201,6 @@ class PolicyModule(lightning.LightningModule):
         self.skipped = checkpoint["skipped"]
         self._first_gaps = checkpoint.get("first_gaps", [])  # absent in checkpoints from before there were any
         self.algorithm.load_state_dict(checkpoint)
-
-    def _weighed(self, batch: Batch) -> Batch:
-        """Weights from the counts over all ranks: the only place where normalisation is decided."""
-        distil = batch.distil_mask if batch.distil_mask is not None else torch.zeros_like(batch.completion_mask)
-        own = float(batch.student_mask.sum())
-        *total, own = distributed.all_reduce([*counts(batch.completion_mask), *counts(distil), own])
-        over_all = Counts(tokens=total[0], sequences=total[1], distil_tokens=total[2], distil_sequences=total[3])
-        batch = replace(
-            batch,
-            token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0),
-            student_weights=batch.student_mask.float() / max(own, 1.0),
-        )
-        return self.algorithm.weigh(batch, over_all)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """This rank's micro-batches, filled up with weightless ones to the largest number of any rank.

@@ -43,7 +43,7 @@ def test_versions_must_cover_every_sampled_token():
 
 def test_teacher_scores_must_fit_and_be_finite():
     with pytest.raises(ValueError, match="the teacher scored 3 tokens of a completion of 4"):
-        dataclasses.replace(scored(0, 4, 1.0), teacher=TeacherScores(logprobs=(-1.0,) * 3))
+        scored(0, 4, 1.0).with_scores("teacher", TeacherScores(logprobs=(-1.0,) * 3))
     with pytest.raises(ValueError, match="log-prob of completion token 1 is -inf"):
         TeacherScores(logprobs=(-1.0, -math.inf))
 
@@ -62,14 +62,14 @@ def test_columns_speak_of_their_own_token():
         start, end = len(s.rollout.prompt.token_ids), int(batch.lengths[row])
         assert tuple(batch.input_ids[row, start:end].tolist()) == s.rollout.token_ids
         assert batch.sampler_logprobs[row, start:end].tolist() == pytest.approx(s.rollout.logprobs)
-        assert batch.teacher_logprobs[row, start:end].tolist() == pytest.approx(s.teacher.logprobs)
+        assert batch.scores["teacher"].logprobs[row, start:end].tolist() == pytest.approx(s.teacher.logprobs)
         assert batch.completion_mask[row].nonzero().squeeze(1).tolist() == list(range(start, end))
 
 
 def test_a_failed_reward_masks_its_row_and_is_counted():
     made = groups(KDRL(config()), rewards=(1.0, None, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))
     batch = collate(made, 0)
-    assert not batch.completion_mask[1].any() and not batch.distil_mask[1].any()
+    assert not batch.completion_mask[1].any() and not batch.masks["kd"][1].any()
     row = describe(made, 0, 1.0).reduce()
     assert row["reward/errors"] == 1 and row["reward/mean"] == pytest.approx(1 / 7)
     assert row["groups/all_wrong"] == 0.5
@@ -79,7 +79,7 @@ def test_a_batch_refuses_masks_on_padding_and_shapes_that_differ():
     batch = collate(groups(KDRL(config())), 0)
     with pytest.raises(AssertionError, match="covers padding"):
         dataclasses.replace(batch, completion_mask=torch.ones_like(batch.completion_mask))
-    with pytest.raises(AssertionError, match="advantages is"):
+    with pytest.raises(AssertionError, match="advantages: expected"):
         dataclasses.replace(batch, advantages=batch.advantages[:, :-1])
 
 

@@ -148,7 +148,7 @@ def test_truncation_and_length_leave_distillation_alone():
     options = ("algorithm.mask_truncated=true", "algorithm.overlong_cache=12")
     plain, changed = groups(KDRL(config(*made))), groups(KDRL(config(*made, *options)))
     pairs = [(a, b) for one, other in zip(plain, changed, strict=True) for a, b in zip(one, other, strict=True)]
-    assert [a.distil for a, _ in pairs] == [b.distil for _, b in pairs]
+    assert [a.masks["kd"] for a, _ in pairs] == [b.masks["kd"] for _, b in pairs]
     assert any(a.advantage != b.advantage for a, b in pairs)
 
 
@@ -163,7 +163,7 @@ def test_the_overlong_penalty_enters_the_comparison_but_not_the_reward():
 
 
 def group_of(*rewards):
-    return [scored(i, 5, r, teacher=None, reference=None) for i, r in enumerate(rewards)]
+    return [scored(i, 5, r, scores={}) for i, r in enumerate(rewards)]
 
 
 def test_a_group_carries_a_gradient_where_its_advantages_are_not_all_zero():
@@ -185,10 +185,7 @@ PUNISHED = [
 def long_group(answers):
     """One prompt's answers as (reward, tokens)."""
     prompt = scored(1, 1, 0.0).rollout.prompt
-    return [
-        scored(0, 1, reward, teacher=None, reference=None, rollout=written(prompt, (7,) * n, "data", "stop"))
-        for reward, n in answers
-    ]
+    return [scored(0, 1, reward, scores={}, rollout=written(prompt, (7,) * n, "data", "stop")) for reward, n in answers]
 
 
 def dapo(*overrides):
@@ -245,7 +242,7 @@ def test_a_measured_kl_is_that_of_the_current_policy_by_enumeration():
         batch,
         old_logprobs=placed(old),
         sampler_logprobs=placed(old),
-        student_weights=placed(old.exp()),
+        loss_weights={"student": placed(old.exp())},
     )
     measured = GRPOModule(settings).measured_kl(PolicyOutput(logprobs=placed(current)), placed(other), batch)
     assert float(measured) == pytest.approx(float((current.exp() * (current - other)).sum()), abs=1e-12)

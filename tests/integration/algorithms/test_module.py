@@ -4,7 +4,19 @@ import dataclasses
 
 import pytest
 import torch
-from builders import GRPO, LENGTHS, NO_CLIP, REWARDS, Captured, assert_moved, assert_same, config, groups, own_logprobs
+from builders import (
+    GRPO,
+    LENGTHS,
+    NO_CLIP,
+    REWARDS,
+    Captured,
+    assert_moved,
+    assert_same,
+    config,
+    groups,
+    own_logprobs,
+    with_scores,
+)
 
 from rlkd.algorithms.grpo import GRPO as GRPOModule
 from rlkd.algorithms.kdrl import KDRL
@@ -67,9 +79,10 @@ def test_masked_samples_change_nothing():
     made = groups(algorithm, rewards=(1.0, 0.0, None, 1.0, 0.0, 0.0, 0.0, 0.0))
     batch = collate(made, 0)
     other = dataclasses.replace(
-        batch,
+        with_scores(
+            batch, "teacher", logprobs=batch.scores["teacher"].logprobs.index_fill(0, torch.tensor([2]), -99.0)
+        ),
         input_ids=batch.input_ids.index_fill(0, torch.tensor([2]), 7),
-        teacher_logprobs=batch.teacher_logprobs.index_fill(0, torch.tensor([2]), -99.0),
         advantages=batch.advantages.index_fill(0, torch.tensor([2]), 5.0),
     )
     a, b = Captured(config(), batch), Captured(config(), other)
@@ -99,15 +112,15 @@ def test_groups_without_variance_keep_their_distillation_gradient():
 def test_reward_guided_masks_on_a_two_by_four_matrix(mask, kept):
     algorithm = KDRL(config(f"algorithm.kd.mask={mask}"))
     rows = [s for group in groups(algorithm) for s in group]
-    assert [all(s.distil) for s in rows] == kept
-    assert [any(s.distil) for s in rows] == kept
+    assert [all(s.masks["kd"]) for s in rows] == kept
+    assert [any(s.masks["kd"]) for s in rows] == kept
 
 
 def test_mask_eos_spares_the_last_token_of_finished_completions_only():
     algorithm = KDRL(config("algorithm.kd.mask_eos=true"))
     for s in (s for group in groups(algorithm) for s in group):
         finished = s.rollout.finish_reason == "stop"
-        assert s.distil == (True,) * (len(s.distil) - 1) + (not finished,)
+        assert s.masks["kd"] == (True,) * (len(s.masks["kd"]) - 1) + (not finished,)
 
 
 def test_denominator_kept_rescales_by_the_kept_share():
@@ -136,11 +149,8 @@ def test_a_token_is_flipped_where_the_teacher_reverses_its_advantage(log_ratio, 
     """A = 1 and R = log T − log π everywhere, β = 0.2: A + βR against A."""
     settings = config(*options)
     batch = collate(groups(KDRL(settings)), 0)
-    batch = dataclasses.replace(
-        batch,
-        advantages=torch.ones_like(batch.advantages),
-        teacher_logprobs=own_logprobs(settings, batch) + log_ratio,
-    )
+    batch = with_scores(batch, "teacher", logprobs=own_logprobs(settings, batch) + log_ratio)
+    batch = dataclasses.replace(batch, advantages=torch.ones_like(batch.advantages))
     assert Captured(settings, batch).row["kd/flipped"] == pytest.approx(flipped)
 
 
@@ -160,7 +170,7 @@ def test_weight_decay_leaves_norms_and_biases_alone():
 def test_a_teacher_equal_to_the_student_gives_no_distillation():
     settings = config("algorithm.policy_coef=0", "algorithm.kd.coef=1")
     batch = collate(groups(KDRL(settings)), 0)
-    captured = Captured(settings, dataclasses.replace(batch, teacher_logprobs=own_logprobs(settings, batch)))
+    captured = Captured(settings, with_scores(batch, "teacher", logprobs=own_logprobs(settings, batch)))
     assert captured.row["kd/kl"] == pytest.approx(0.0, abs=1e-9)
     assert max(g.abs().max() for g in captured.gradients.values()) < 1e-5
 
@@ -179,7 +189,7 @@ def test_the_second_of_two_updates_sees_a_ratio():
 def test_reference_kl_is_zero_at_the_start_and_pulls_back_elsewhere():
     settings = config(*GRPO, "algorithm.reference_coef=1", NO_CLIP)
     batch = collate(groups(GRPOModule(settings), rewards=(0.0,) * 8), 0)
-    start = Captured(settings, dataclasses.replace(batch, reference_logprobs=own_logprobs(settings, batch)))
+    start = Captured(settings, with_scores(batch, "reference", logprobs=own_logprobs(settings, batch)))
     assert start.row["reference/kl"] == pytest.approx(0.0, abs=1e-9)
     assert max(g.abs().max() for g in start.gradients.values()) < 1e-5
     elsewhere = Captured(settings, batch)
@@ -196,7 +206,7 @@ def test_a_prompt_token_that_the_student_finds_impossible_does_no_harm(estimator
     own = own_logprobs(settings, batch)
     assert own[~batch.completion_mask].min() < -200, "else nothing could overflow"
     teacher = torch.where(batch.completion_mask, own - 0.1, 0.0)
-    captured = Captured(settings, dataclasses.replace(batch, teacher_logprobs=teacher))
+    captured = Captured(settings, with_scores(batch, "teacher", logprobs=teacher))
     assert all(g.isfinite().all() for g in captured.gradients.values())
 
 

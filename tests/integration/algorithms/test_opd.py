@@ -42,7 +42,7 @@ def teacher():
 
 def captured(made, teacher):
     module = OPD(made)
-    layers = teacher.layers() if module.signal.tier == "hidden" else ()
+    layers = {"teacher": teacher.layers()} if module.signal.tier == "hidden" else {}
     return Captured(made, collate(groups(module, teacher=teacher), 0, layers))
 
 
@@ -83,7 +83,7 @@ def test_on_policy_the_samplers_top_k_is_the_students(rest):
         for whose in ("student", "sampler")
     )
     batch = real_batch(later)
-    assert batch.teacher_hidden is None and batch.teacher_top_ids.shape[-1] == 5
+    assert batch.scores["teacher"].hidden is None and batch.scores["teacher"].top_ids.shape[-1] == 5
     now, then = Captured(first, real_batch(first)), Captured(later, batch)
     assert_moved(now)
     assert_same(now.gradients, then.gradients, 1e-5)
@@ -114,7 +114,7 @@ def test_the_full_tier_is_the_mean_reverse_kl_by_a_plain_forward(teacher):
 def moved_on(made, teacher):
     """A batch whose tokens an older policy drew, and a sampler that differs from both."""
     module = OPD(made)
-    layers = teacher.layers() if module.signal.tier == "hidden" else ()
+    layers = {"teacher": teacher.layers()} if module.signal.tier == "hidden" else {}
     batch = collate(groups(module, teacher=teacher), 0, layers)
     own = own_logprobs(made, batch)
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
@@ -180,12 +180,12 @@ def test_mask_eos_spares_the_last_token_of_finished_completions_only(teacher):
         algorithm = OPD(plain.model_copy(update={"algorithm": plain.algorithm.model_copy(update={"mask_eos": True})}))
         for s in (s for group in groups(algorithm) for s in group):
             ended = s.rollout.finish_reason == "stop"
-            assert s.distil == (True,) * (len(s.distil) - 1) + (not ended,)
-    assert all(all(s.distil) for group in groups(OPD(settings())) for s in group)
+            assert s.masks["kd"] == (True,) * (len(s.masks["kd"]) - 1) + (not ended,)
+    assert all(all(s.masks["kd"]) for group in groups(OPD(settings())) for s in group)
     made = settings(mask_eos="true")
-    batch = collate(groups(OPD(made), teacher=teacher), 0, teacher.layers())
+    batch = collate(groups(OPD(made), teacher=teacher), 0, {"teacher": teacher.layers()})
     last = (torch.arange(len(batch)), batch.lengths - 1)
-    other = batch.input_ids.index_put(last, torch.where(batch.distil_mask[last], batch.input_ids[last], 9))
+    other = batch.input_ids.index_put(last, torch.where(batch.masks["kd"][last], batch.input_ids[last], 9))
     a, b = Captured(made, batch), Captured(made, dataclasses.replace(batch, input_ids=other))
     assert_moved(a)
     assert_same(a.gradients, b.gradients, 0)
@@ -196,11 +196,11 @@ def test_the_kl_that_is_logged_is_a_mean_over_tokens_whatever_the_reduction(teac
     """k3 under the current policy, corrected for the older one that drew the tokens."""
     made = settings(**options)
     batch = moved_on(made, teacher)
-    unscored = batch.distil_mask.index_fill(0, torch.tensor([0]), False)  # a completion without a context
-    batch = dataclasses.replace(batch, distil_mask=unscored)
-    own, mask = own_logprobs(made, batch), batch.distil_mask
+    unscored = batch.masks["kd"].index_fill(0, torch.tensor([0]), False)  # a completion without a context
+    batch = dataclasses.replace(batch, masks={"kd": unscored})
+    own, mask = own_logprobs(made, batch), batch.masks["kd"]
     ratio = torch.exp(own - batch.old_logprobs) * torch.exp(batch.old_logprobs - batch.sampler_logprobs).clamp(max=2.0)
-    gap = batch.teacher_logprobs - own
+    gap = batch.scores["teacher"].logprobs - own
     wanted = ((gap.expm1() - gap) * ratio)[mask].mean()
     assert Captured(made, batch).row["kd/kl"] == pytest.approx(wanted.item(), rel=1e-4)
 
@@ -210,7 +210,7 @@ def test_dr_grpo_divides_by_the_longest_completion_that_there_can_be(teacher):
     sampled = settings(reduction="dr_grpo")
     mixed = settings(COMPLETIONS, "data.max_completion_tokens=64", student_share=0.5, reduction="dr_grpo")
     assert [OPD(made).longest_completion for made in (sampled, mixed)] == [16, 64]
-    batch = collate(groups(OPD(sampled), teacher=teacher), 0, teacher.layers())
+    batch = collate(groups(OPD(sampled), teacher=teacher), 0, {"teacher": teacher.layers()})
     one, other = Captured(sampled, batch), Captured(mixed, batch)
     assert_same(one.gradients, {n: 4 * g for n, g in other.gradients.items()}, 1e-6)
 
@@ -306,8 +306,8 @@ def test_completions_by_others_are_distilled_too_and_are_no_mismatch(teacher):
     rollouts, _ = rolled(made, None, prompts=PROMPTS[:4])
     rows = [ScoredRollout(rollout=group[0], reward=None) for group in rollouts]
     scores = teacher.score([Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows], module.signal)
-    rows = [dataclasses.replace(s, teacher=score) for s, score in zip(rows, scores, strict=True)]
-    found = Captured(made, collate([module.advantages([s]) for s in rows], 0, teacher.layers()))
+    rows = [s.with_scores("teacher", score) for s, score in zip(rows, scores, strict=True)]
+    found = Captured(made, collate([module.advantages([s]) for s in rows], 0, {"teacher": teacher.layers()}))
     assert_moved(found)
     assert found.row["kd/divergence"] > 0.01
     assert "mismatch/mean" not in found.row

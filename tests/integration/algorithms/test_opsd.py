@@ -86,15 +86,19 @@ def test_teacher_and_student_prompts_of_different_length_align():
         assert len(ids) > start, "the hint is longer than nothing"
         with torch.no_grad():
             logits = teacher.hf(torch.tensor([[*ids, *completion]])).logits[0, len(ids) - 1 : -1]
-            ours = batch.teacher_layers[0].logits(batch.teacher_hidden[row, start:end], logits.shape[1])
+            ours = (
+                batch.scores["teacher"]
+                .layers[0]
+                .logits(batch.scores["teacher"].hidden[row, start:end], logits.shape[1])
+            )
         torch.testing.assert_close(ours, logits, atol=1e-4, rtol=0)
         own = logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).squeeze(1)
-        torch.testing.assert_close(batch.teacher_logprobs[row, start:end], own, atol=1e-4, rtol=0)
+        torch.testing.assert_close(batch.scores["teacher"].logprobs[row, start:end], own, atol=1e-4, rtol=0)
     loader.close()
 
 
 def scored_of(rollout):
-    return dataclasses.replace(scored(0, 1, 0.0), rollout=rollout, teacher=None, reference=None)
+    return dataclasses.replace(scored(0, 1, 0.0), rollout=rollout, scores={})
 
 
 def test_the_clip_caps_what_one_vocabulary_entry_may_do():
@@ -106,7 +110,7 @@ def test_the_clip_caps_what_one_vocabulary_entry_may_do():
 
 def attempts(*rewards, feedback=None):
     prompt = Prompt(id="q", messages=({"role": "user", "content": "reverse: ab"},), token_ids=(4, 5))
-    rows = [scored(i, 3, r, teacher=None, feedback=feedback) for i, r in enumerate(rewards)]
+    rows = [scored(i, 3, r, scores={}, feedback=feedback) for i, r in enumerate(rewards)]
     return [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, prompt=prompt)) for s in rows]
 
 
@@ -120,8 +124,11 @@ def test_a_sibling_is_the_first_other_success_and_who_has_none_is_masked():
     prompts = [sdpo.teacher_prompt(s, alone) for s in alone]
     assert prompts[1] is None and prompts[0] is not None and prompts[2] is not None
     score = TeacherScores(logprobs=(-1.0, -1.0, -1.0))
-    asked = [dataclasses.replace(s, teacher=None if p is None else score) for s, p in zip(alone, prompts, strict=True)]
-    assert [s.distil for s in sdpo.advantages(asked)] == [(True,) * 3, (False,) * 3, (True,) * 3]
+    asked = [
+        dataclasses.replace(s, scores={} if p is None else {"teacher": score})
+        for s, p in zip(alone, prompts, strict=True)
+    ]
+    assert [s.masks["kd"] for s in sdpo.advantages(asked)] == [(True,) * 3, (False,) * 3, (True,) * 3]
 
 
 def test_thoughts_are_left_out_of_a_sibling_and_feedback_is_shown():
@@ -175,9 +182,12 @@ def test_a_failed_reward_takes_no_completion_from_sdpo():
     assert [s.error for s in group] == ["failed", None, "failed"]
     score = TeacherScores(logprobs=(-1.0, -1.0, -1.0))
     prompts = [sdpo.teacher_prompt(s, group) for s in group]
-    asked = [dataclasses.replace(s, teacher=None if p is None else score) for s, p in zip(group, prompts, strict=True)]
+    asked = [
+        dataclasses.replace(s, scores={} if p is None else {"teacher": score})
+        for s, p in zip(group, prompts, strict=True)
+    ]
     batch = collate([sdpo.advantages(asked)], 0, mask_failed=sdpo.masks_failed)
-    assert batch.distil_mask.sum(1).tolist() == [3, 0, 3]
+    assert batch.masks["kd"].sum(1).tolist() == [3, 0, 3]
 
 
 def test_a_context_that_is_too_long_counts_as_none():

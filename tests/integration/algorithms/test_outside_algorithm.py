@@ -18,8 +18,8 @@ from dataclasses import replace
 from pydantic import Field
 
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.losses import reduction_weights, weighted_sum
-from rlkd.algorithms.base import Algorithm, Loss
+from rlkd.losses import weighted_sum
+from rlkd.algorithms.base import Algorithm, Loss, Term
 
 
 class ShortestConfig(AlgorithmConfig):
@@ -38,12 +38,12 @@ class Shortest(Algorithm):
         shortest = min(len(s.rollout.token_ids) for s in group)
         return [replace(s, advantage=float(len(s.rollout.token_ids) == shortest)) for s in group]
 
-    def weigh(self, batch, counts):
-        weights = reduction_weights(batch.completion_mask, "token_mean", counts.tokens, counts.sequences, 1)
-        return replace(batch, weights=weights)
+    @property
+    def terms(self):
+        return {"imitation": Term()}
 
     def loss(self, output, batch, iteration):
-        total = weighted_sum(-output.logprobs * batch.advantages, batch.weights)
+        total = weighted_sum(-output.logprobs * batch.advantages, batch.loss_weights["imitation"])
         return Loss(total=self.config.algorithm.scale * total)
 '''
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import Captured, own_logprobs, scored
+from builders import Captured, own_logprobs, scored, with_scores
 
 from rlkd.algorithms import feedback
 from rlkd.algorithms.feedback import parse
@@ -356,7 +356,7 @@ def test_negative_advantages_sft_none_and_rare_shaped_tokens_as_ppo():
     assert distance(captured("sft", **negative), mask) == 0
     algorithm = ThinkTuning(config("algorithm.teacher_tokens=shaped", "algorithm.shaping=[0.1, 0.1]"))
     batch = collate(rows(**negative), 0)
-    batch = replace(batch, weights=batch.completion_mask.float(), token_weights=batch.completion_mask.float())
+    batch = batch.weighted(**dict.fromkeys(("policy", "token", "student"), batch.completion_mask.float()))
 
     def gradient(probability):
         logprobs = torch.full_like(batch.advantages, math.log(probability)).requires_grad_()
@@ -431,7 +431,7 @@ def test_the_kl_to_the_reference_is_measured_on_the_students_tokens():
     measured = []
     for elsewhere in (0.0, -3.0):
         reference = torch.where(batch.student_mask, own - 1.0, own + elsewhere)
-        fresh = replace(batch, reference_logprobs=reference, sampler_logprobs=own)
+        fresh = replace(with_scores(batch, "reference", logprobs=reference), sampler_logprobs=own)
         measured.append(Captured(settings, fresh).row["reference/kl"])
     assert measured == pytest.approx([math.exp(-1.0)] * 2, rel=1e-4)  # k3 at log T − log π = −1: e^−1 + 1 − 1
 

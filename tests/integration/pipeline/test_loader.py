@@ -124,7 +124,7 @@ def test_a_failed_reward_takes_no_completion_from_a_distillation_that_asks_for_n
     made.close()
     assert 0 < batch.rewards.isnan().sum() < 16
     assert batch.metrics.reduce()["reward/errors"] == batch.rewards.isnan().sum()
-    assert batch.completion_mask.any(1).all() and torch.equal(batch.distil_mask, batch.completion_mask)
+    assert batch.completion_mask.any(1).all() and torch.equal(batch.masks["kd"], batch.completion_mask)
 
 
 def test_failed_rewards_stop_a_distillation_that_needs_them():
@@ -230,7 +230,7 @@ def test_a_group_that_the_teacher_can_teach_is_never_resampled():
     made.close()
     assert len(drawn) == len(groups) == 4
     assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"
-    assert all(all(s.distil) for group in groups for s in group)
+    assert all(all(s.masks["kd"]) for group in groups for s in group)
 
 
 @pytest.fixture

@@ -86,7 +86,7 @@ def test_chunked_from_hidden_states(monkeypatch, beta, kind, config, scale, soft
     weights = torch.linspace(0.1, 1.0, T).expand(B, T).clone()
     weights[:, 0] = 0
     comparison = Comparison(kind=kind, temperature=0.7, beta=beta)
-    batch = batch_of(weights, teacher_hidden=states, teacher_layers=(theirs,))
+    batch = batch_of(weights, hidden=states, layers=(theirs,))
     ours, per_token = compared(hidden, head, batch, comparison, config)
     trl, _ = chunked_divergence.ChunkedDivergenceFunction.apply(
         hidden[:, :-1].flatten(0, 1), head.weight, head.bias, states[:, 1:].flatten(0, 1), theirs.weight, theirs.bias,

@@ -20,7 +20,8 @@ from rlkd.algorithms.advantages import group_relative, leave_one_out, overlong_p
 from rlkd.algorithms.grpo import GRPO as GRPOModule
 from rlkd.losses import importance_weights
 from rlkd.models.logprob_head import PolicyOutput
-from rlkd.types import Batch
+from rlkd.training.loss_weights import with_loss_weights
+from rlkd.types import Batch, BatchScores
 
 pytestmark = pytest.mark.long
 
@@ -103,7 +104,7 @@ def made():
         rewards=torch.zeros(ROWS),
         weight_version=torch.zeros(ROWS, dtype=torch.int64),
         old_logprobs=old,
-        reference_logprobs=logprobs.detach() + noise(0.6),
+        scores={"reference": BatchScores(logprobs=logprobs.detach() + noise(0.6))},
     )
     return batch, logprobs, torch.rand(ROWS, COLUMNS, generator=generator, requires_grad=True)
 
@@ -113,7 +114,7 @@ def ours(made, *options):
     options = [f"algorithm.{o}" for o in options]
     algorithm = GRPOModule(config(*GRPO, f"rollout.max_tokens={LONGEST}", *options))
     output = PolicyOutput(logprobs=logprobs, entropy=entropy)
-    return algorithm.loss(output, algorithm._weighed(batch), 0).total
+    return algorithm.loss(output, with_loss_weights(batch, algorithm), 0).total
 
 
 def theirs(made, importance=None, **attributes):
@@ -134,7 +135,7 @@ def theirs(made, importance=None, **attributes):
         "advantages": batch.advantages[:, -1],
         "num_items_in_batch": mask.sum(),
         "old_per_token_logps": batch.old_logprobs[:, completion],
-        "ref_per_token_logps": batch.reference_logprobs[:, completion],
+        "ref_per_token_logps": batch.scores["reference"].logprobs[:, completion],
         "importance_sampling_ratio": importance,
     }
     return trainer._compute_loss(None, inputs)

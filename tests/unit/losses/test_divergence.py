@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from builders import with_scores
 from divergence_reference import PLAIN, batch_of, gradients, normal, reference
 from transformers import CohereConfig, Gemma2Config
 
@@ -49,14 +50,12 @@ def weights_of_tokens(dtype=torch.float64):
 def with_teacher(weights, theirs, comparison, hidden=None, width=V):
     """A batch whose teacher has hidden states, and says its top k where the comparison asks for that."""
     hidden = normal(20, *weights.shape, theirs.weight.shape[1]) if hidden is None else hidden
-    batch = batch_of(weights, teacher_hidden=hidden, teacher_layers=(theirs,))
+    batch = batch_of(weights, hidden=hidden, layers=(theirs,))
     if comparison.support != "given":
         return batch
     logits = theirs.logits(hidden.flatten(0, 1), width).view(*weights.shape, -1)
     top = (logits / comparison.temperature).log_softmax(-1).topk(comparison.k)
-    return dataclasses.replace(
-        batch, teacher_hidden=None, teacher_layers=(), teacher_top_ids=top.indices, teacher_top_logprobs=top.values
-    )
+    return with_scores(batch, "teacher", hidden=None, layers=(), top_ids=top.indices, top_logprobs=top.values)
 
 
 def naive(hidden, output, batch, theirs, teacher_hidden, comparison, width=V):
@@ -64,8 +63,8 @@ def naive(hidden, output, batch, theirs, teacher_hidden, comparison, width=V):
     logits_s = torch.roll(output(hidden), 1, dims=1)[..., :width]
     logits_t = (teacher_hidden @ theirs.weight.T + theirs.bias)[..., :width]
     values = reference(logits_s, logits_t, comparison)
-    on = batch.distil_weights != 0
-    return (torch.where(on, values, 0.0) * batch.distil_weights).sum(), torch.where(on, values, 0.0).detach()
+    on = batch.loss_weights["kd"] != 0
+    return (torch.where(on, values, 0.0) * batch.loss_weights["kd"]).sum(), torch.where(on, values, 0.0).detach()
 
 
 def assert_close(got, wanted, tolerance=1e-10):
@@ -247,13 +246,13 @@ def test_tokens_without_weight_do_not_matter_even_as_nan(support, tail):
     comparison = Comparison(kind="reverse_kl", temperature=1.0, support=support, k=4, tail=tail)
     hidden, output, theirs = normal(5, B, T, H), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
-    off = batch.distil_weights == 0
-    names = ("teacher_top_logprobs",) if support == "given" else ("teacher_hidden",)
-    spoilt = {name: getattr(batch, name).masked_fill(off[..., None], math.nan) for name in names}
+    off = batch.loss_weights["kd"] == 0
+    name = "top_logprobs" if support == "given" else "hidden"
+    spoilt = {name: getattr(batch.scores["teacher"], name).masked_fill(off[..., None], math.nan)}
     # the state that a token is predicted from is the one before it
     bad_hidden = hidden.masked_fill(torch.roll(off, -1, dims=1)[..., None], math.nan).requires_grad_()
     clean = compared(hidden, output, batch, comparison, PLAIN)
-    value, per_token = compared(bad_hidden, output, dataclasses.replace(batch, **spoilt), comparison, PLAIN)
+    value, per_token = compared(bad_hidden, output, with_scores(batch, "teacher", **spoilt), comparison, PLAIN)
     assert value == clean[0] and torch.equal(per_token, clean[1])
     (gradient,) = gradients(value, bad_hidden)
     assert gradient.isfinite().all()
@@ -315,7 +314,7 @@ def test_a_teachers_token_that_the_student_has_no_column_for_counts_to_the_rest(
     weights = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     log_t = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).log().expand(1, 2, 3)
     comparison = Comparison(kind="reverse_kl", temperature=1.0, support="given", k=3)
-    batch = batch_of(weights, teacher_top_ids=torch.tensor([[[0, 0, 0], [3, 9, -1]]]), teacher_top_logprobs=log_t)
+    batch = batch_of(weights, top_ids=torch.tensor([[[0, 0, 0], [3, 9, -1]]]), top_logprobs=log_t)
     value, _ = compared(hidden, output, batch, comparison, PLAIN)
     s = float(output(hidden[0, 0]).softmax(-1)[3])
     assert float(value) == pytest.approx(s * math.log(s / 0.5) + (1 - s) * math.log((1 - s) / 0.5))
@@ -332,7 +331,7 @@ def test_each_row_is_compared_with_its_own_teacher(chunked, support):
     both = states[0].clone()
     both[1] = torch.nn.functional.pad(states[1][1], (0, 2), value=99.0)
     weights = weights_of_tokens()
-    batch = batch_of(weights, teacher_hidden=both, teacher_layers=layers, teacher_index=index)
+    batch = batch_of(weights, hidden=both, layers=layers, index=index)
     value, per_token = compared(hidden, output, batch, comparison, PLAIN)
     parts = [
         naive(hidden, output, batch_of(weights * (index == i)[:, None]), layers[i], states[i], comparison)
@@ -373,7 +372,7 @@ def test_logits_are_shaped_as_each_architecture_does(chunked, config, scale, sof
     logits = scale * torch.roll(output(hidden), 1, dims=1)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     raw = normal(20, B, T, H_TEACHER) @ theirs.weight.T + theirs.bias
-    wanted = (reference(logits, 5 * torch.tanh(3 * raw / 5), comparison) * batch.distil_weights).sum()
+    wanted = (reference(logits, 5 * torch.tanh(3 * raw / 5), comparison) * batch.loss_weights["kd"]).sum()
     assert_close(value, wanted)
     inputs = (hidden, output.weight, output.bias)
     for got, want in zip(gradients(value, *inputs), gradients(wanted, *inputs), strict=True):
@@ -390,7 +389,7 @@ def test_half_precision_rounds_its_inputs_and_nothing_else(support, kind):
     theirs = OutputLayer(weight=theirs.weight.bfloat16(), bias=theirs.bias.bfloat16())
     hidden = normal(5, B, T, H).bfloat16().requires_grad_()
     states = normal(20, B, T, H_TEACHER).bfloat16()
-    batch = batch_of(weights, teacher_hidden=states, teacher_layers=(theirs,))
+    batch = batch_of(weights, hidden=states, layers=(theirs,))
     value, _ = compared(hidden, output, batch, comparison, PLAIN)
     value.backward()
     exact = torch.nn.Linear(H, V, dtype=torch.float64)

@@ -148,22 +148,27 @@ def test_column_t_is_what_the_teacher_predicts_token_t_from_whatever_its_prompt(
     rows = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         rollout = written(Prompt(id=str(i), messages=(), token_ids=prompt), completion, "data", "stop")
-        rows.append(ScoredRollout(rollout=rollout, reward=None, teacher=scores[i], distil=(True,) * len(completion)))
-    batch = collate([rows], 0, teacher.layers() if tier == "hidden" else ())
+        rows.append(
+            ScoredRollout(
+                rollout=rollout, reward=None, scores={"teacher": scores[i]}, masks={"kd": (True,) * len(completion)}
+            )
+        )
+    batch = collate([rows], 0, {"teacher": teacher.layers()} if tier == "hidden" else {})
+    found = batch.scores["teacher"]
     for row, (prompt, question) in enumerate(zip(prompts, questions, strict=True)):
         truth = plain_distribution(teacher.hf, question)
         for t, token in enumerate(question.completion):
             column = len(prompt) + t
-            assert batch.input_ids[row, column] == token and batch.distil_mask[row, column]
-            assert float(batch.teacher_logprobs[row, column]) == pytest.approx(float(truth[t, token]), abs=1e-4)
+            assert batch.input_ids[row, column] == token and batch.masks["kd"][row, column]
+            assert float(found.logprobs[row, column]) == pytest.approx(float(truth[t, token]), abs=1e-4)
             if tier == "hidden":
-                states = batch.teacher_hidden[row, column][None]
-                got = batch.teacher_layers[0].logits(states, 56)[0].log_softmax(-1)
+                states = found.hidden[row, column][None]
+                got = found.layers[0].logits(states, 56)[0].log_softmax(-1)
                 torch.testing.assert_close(got, truth[t], atol=1e-4, rtol=0)
             else:
-                ids = batch.teacher_top_ids[row, column]
+                ids = found.top_ids[row, column]
                 torch.testing.assert_close(truth[t, ids], truth[t].topk(6).values, atol=1e-4, rtol=0)
-                torch.testing.assert_close(batch.teacher_top_logprobs[row, column], truth[t, ids], atol=1e-4, rtol=0)
+                torch.testing.assert_close(found.top_logprobs[row, column], truth[t, ids], atol=1e-4, rtol=0)
 
 
 def test_what_a_narrow_teacher_leaves_free_is_no_token():
@@ -177,13 +182,13 @@ def test_what_a_narrow_teacher_leaves_free_is_no_token():
             top_logprobs=torch.full((2, k), -1.0),
             hidden=torch.full((2, k), 1.0001, dtype=dtype),
         )
-        return ScoredRollout(rollout=rollout, reward=None, teacher=teacher, distil=(True, True))
+        return ScoredRollout(rollout=rollout, reward=None, scores={"teacher": teacher}, masks={"kd": (True, True)})
 
     batch = collate([[row(2, torch.bfloat16), row(3, torch.float32)]], 0)
-    assert batch.teacher_top_ids[:, 1].tolist() == [[1, 2, -1], [1, 2, 3]]
-    assert batch.teacher_top_logprobs[:, 1].tolist() == [[-1, -1, -torch.inf], [-1, -1, -1]]
-    assert batch.teacher_hidden.dtype == torch.float32
-    assert batch.teacher_hidden[1, 2].tolist() == pytest.approx([1.0001] * 3, abs=1e-6)
+    assert batch.scores["teacher"].top_ids[:, 1].tolist() == [[1, 2, -1], [1, 2, 3]]
+    assert batch.scores["teacher"].top_logprobs[:, 1].tolist() == [[-1, -1, -torch.inf], [-1, -1, -1]]
+    assert batch.scores["teacher"].hidden.dtype == torch.float32
+    assert batch.scores["teacher"].hidden[1, 2].tolist() == pytest.approx([1.0001] * 3, abs=1e-6)
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [((), (7,)), ((4,), ())])
