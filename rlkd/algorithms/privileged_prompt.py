@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config.schema import DataConfig, Section
-from rlkd.data.chat import filled, read_as_configured
+from rlkd.data.chat import filled, read_as_configured, refusing
 from rlkd.types import Prompt
 
 
@@ -87,4 +87,5 @@ def privileged_prompt(
     told = {"prompt": messages[asked]["content"] or "", "context": "".join(parts)}
     messages[asked] = {**messages[asked], "content": filled(template, told)}
     shown = messages if data.chat_template else messages[asked]["content"]
-    return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids
+    with refusing(prompt):
+        return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids

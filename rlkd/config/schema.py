@@ -15,6 +15,9 @@ from rlkd.config.schedules import Constant, Schedule
 LARGEST_SERVED_RANK = 512
 """Of an adapter at a vLLM 0.32 server."""
 
+COLDEST_SERVED = 0.01
+"""vLLM silently raises a lower temperature, but for 0 (greedy), to this."""
+
 WILDCARDS = ("", "0.0.0.0", "::")
 """What a server may listen on, but nobody can reach."""
 
@@ -551,6 +554,12 @@ class Config(Section):
                     "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
                 )
             )
+        if self.rollout.backend == "vllm":
+            asked = {"rollout.temperature": self.rollout.temperature}
+            if self.eval.every:
+                asked["eval.temperature"] = self.eval.temperature
+            why = f"but vLLM silently raises it to {COLDEST_SERVED}; set it to at least that"
+            found += [(key, f"is {value}, {why}") for key, value in asked.items() if value < COLDEST_SERVED]
         longest = self.data.max_prompt_tokens + self.rollout.max_tokens
         trained = self.algorithm.trained_lengths(self)
         if self.trainer.micro_batch_tokens < sum(trained.values()):
