@@ -10,7 +10,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.algorithms.feedback_options import FeedbackConfig
-from rlkd.data.chat import completion_text, encode_after, filled, read_prompt
+from rlkd.data.chat import completion_text, encode_after, filled, read_prompt, refusing
 from rlkd.data.control import spelled
 from rlkd.types import Author, Completion, Prompt, Rollout, Segment
 
@@ -60,10 +60,11 @@ def question_ids(options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, ro
     """What the teacher reads of `rollout`."""
     response = completion_text(tokenizer, rollout.token_ids, rollout.finish_reason)
     messages = chat(options, question_text(rollout.prompt), response)
-    if options.chat_template:
-        variables = {name: value for name, value in rollout.prompt.variables.items() if name != "tools"}
-        return read_prompt(tokenizer, messages, variables=variables).token_ids
-    return read_prompt(tokenizer, messages[0]["content"], chat_template=False).token_ids
+    with refusing(rollout.prompt):
+        if options.chat_template:
+            variables = {name: value for name, value in rollout.prompt.variables.items() if name != "tools"}
+            return read_prompt(tokenizer, messages, variables=variables).token_ids
+        return read_prompt(tokenizer, messages[0]["content"], chat_template=False).token_ids
 
 
 def answered(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config.schema import DataConfig
-from rlkd.data.chat import filled, read_as_configured
+from rlkd.data.chat import filled, read_as_configured, refusing
 from rlkd.types import Prompt
 
 
@@ -26,4 +26,5 @@ def privileged_prompt(
     told = {"prompt": messages[asked]["content"] or "", "context": "".join(parts)}
     messages[asked] = {**messages[asked], "content": filled(template, told)}
     shown = messages if data.chat_template else messages[asked]["content"]
-    return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids
+    with refusing(prompt):
+        return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids

@@ -11,6 +11,7 @@ from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.redi_options import REDIConfig
 from rlkd.algorithms.sft import SFT
 from rlkd.config.schema import AlgorithmConfig
+from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler
 from rlkd.losses import weighted_sum
 from rlkd.models.logprob_head import PolicyOutput
@@ -60,5 +61,5 @@ class REDI(SFT):
 
 def _rejected(prompt: Prompt) -> Rollout:
     if prompt.rejected is None:
-        raise ValueError(f"prompt {prompt.id!r} has no rejected completion; set data.rejected_column")
+        raise RunStopped(f"prompt {prompt.id!r}: expected a rejected completion, got none; set data.rejected_column")
     return written(prompt, prompt.rejected, "data", "stop")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 LARGEST_SERVED_RANK = 512
 """The largest rank of an adapter that vLLM 0.32 serves."""
 
+COLDEST_SERVED = 0.01
+"""vLLM silently raises a lower temperature to this, except 0, which is greedy."""
+
 
 def contradictions(config: Config) -> list[tuple[str, str]]:
     """Each contradiction between keys of different sections: (first key, one line that names both and the fix)."""
@@ -52,6 +55,12 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
                 "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
             )
         )
+    if config.rollout.backend == "vllm":
+        asked = {"rollout.temperature": config.rollout.temperature}
+        if config.eval.every:
+            asked["eval.temperature"] = config.eval.temperature
+        why = f"but vLLM silently raises it to {COLDEST_SERVED}; set it to at least that"
+        found += [(key, f"is {value}, {why}") for key, value in asked.items() if value < COLDEST_SERVED]
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     trained = config.algorithm.trained_lengths(config)
     if config.trainer.micro_batch_tokens < sum(trained.values()):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlkd.config.schema import DataConfig
 from rlkd.data import control
+from rlkd.distributed import RunStopped
+from rlkd.types import Prompt
 
 Messages = tuple[Mapping[str, Any], ...]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -200,6 +203,21 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
     Other special tokens stay: <think> is one in many vocabularies. `finish_reason` as in `Rollout`.
     """
     return decode(tokenizer, token_ids[:-1] if finish_reason == "stop" else token_ids)
+
+
+@contextmanager
+def refusing(prompt: Prompt) -> Iterator[None]:
+    """Around the reading of what a teacher is shown of `prompt`, which is made while the run goes on.
+
+    Raises: RunStopped where the chat template refuses it: preflight has seen the student's prompts alone.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise RunStopped(
+            f"prompt {prompt.id!r}: expected a chat template that renders what the teacher is shown, got: {error}; "
+            "change the template of algorithm.context or algorithm.feedback, or the tokenizer's chat template"
+        ) from error
 
 
 def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:

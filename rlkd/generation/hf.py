@@ -42,8 +42,13 @@ class HFSampler:
     def open(self) -> None:
         model = self.config.model
         dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
-        hf = load_causal_lm(model.path, dtype, attention=model.attention, trust_remote_code=model.trust_remote_code)
-        torch.nn.Module.to(hf, local_device(self.config.trainer.accelerator))
+        hf = load_causal_lm(
+            model.path,
+            dtype,
+            attention=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            device=local_device(self.config.trainer.accelerator),
+        )
         self._hf = hf.eval()
         check_decode(hf, model.path)
 

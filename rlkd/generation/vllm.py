@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlkd import distributed
 from rlkd.builtin import resolve
+from rlkd.config.cross_checks import COLDEST_SERVED
 from rlkd.config.schema import LARGEST_SERVED_RANK, Config, SelfTeacherConfig
 from rlkd.data.seeds import request_seed
 from rlkd.distributed import RunStopped, on_rank_zero
@@ -44,9 +45,6 @@ One request is a prompt with all its samples."""
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_SERVED_RANK)
 """What vLLM 0.32 can be started for; an adapter of a smaller rank is padded."""
-
-_COLDEST = 0.01
-"""vLLM silently raises a lower temperature to this."""
 
 
 def policy_role(config: Config) -> ServerRole:
@@ -273,9 +271,10 @@ class VLLMSampler:
         Raises: ServerLost when no server is in service; ServerError for an answer that is not complete and finite;
             ValueError for a temperature that vLLM would change.
         """
-        if 0 < sampling.temperature < _COLDEST:
+        if 0 < sampling.temperature < COLDEST_SERVED:
             raise ValueError(
-                f"the temperature is {sampling.temperature}, but vLLM silently raises it to {_COLDEST}; use 0 (greedy)"
+                f"the temperature is {sampling.temperature}, but vLLM silently raises it to {COLDEST_SERVED}; use 0 "
+                "(greedy)"
             )
 
         def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:

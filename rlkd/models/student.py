@@ -115,8 +115,18 @@ def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
     keys.missing_keys[:] = [name for name in keys.missing_keys if lora.is_adapter(name)]
 
 
-def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool) -> PreTrainedModel:
+def load_causal_lm(
+    path: str,
+    dtype: torch.dtype,
+    *,
+    attention: str | None,
+    trust_remote_code: bool,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
     """The model at `path` (folder, hub id, builtin:…) in evaluation mode, without dropout even in training mode.
+
+    Args:
+        device: where it is moved once it is loaded; None: it stays on the CPU.
 
     Raises: RunStopped, one line, when it cannot be loaded whole, or rlkd would compute its log-probs wrongly.
     """
@@ -136,7 +146,13 @@ def load_causal_lm(path: str, dtype: torch.dtype, *, attention: str | None, trus
     hf: PreTrainedModel
     hf, report = loaded
     check_whole(hf, path, report)
-    check_output(hf, path)
+    quantised = getattr(hf.config, "quantization_config", None) is not None
+    if not quantised:
+        check_output(hf, path)  # before the move: on the CPU it holds in every type, whatever kernels a GPU has
+    if device is not None:
+        torch.nn.Module.to(hf, device)
+    if quantised:
+        check_output(hf, path)  # the kernels of most quantised types run on a GPU only
     return hf
 
 

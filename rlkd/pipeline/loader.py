@@ -70,7 +70,7 @@ class RolloutLoader:
             part.start()
         for part in parts:
             part.open()
-        self.line.rewards.open()
+        distributed.on_every_rank(self.line.rewards.open)  # a module may be absent on one node alone
 
     def check_parity(self) -> None:
         """The start-up check that `teacher.check_parity` asks for; wants the untrained student in the sampler."""

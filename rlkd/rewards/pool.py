@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlkd.config.schema import RewardConfig, RewardFunction
+from rlkd.distributed import RunStopped
 from rlkd.rewards import LARGEST, registry
 
 START_TIMEOUT_S = 120.0
@@ -180,7 +181,7 @@ class RewardPool:
     def open(self) -> None:
         """Start the workers and wait until each has loaded the functions.
 
-        Raises: ValueError, one line, where a function cannot be loaded; RuntimeError where a worker cannot start.
+        Raises: RunStopped where a function cannot be loaded, or a worker cannot start.
         """
         assert not self._workers, "the pool is open"
         functions = [[f.name, f.options] for f in self._functions]
@@ -204,7 +205,7 @@ class RewardPool:
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """The rewards of `items`, in their order. Each function has `timeout_s` seconds for each item.
 
-        Raises: ValueError where meta or messages are not JSON; RuntimeError where a worker cannot be restarted.
+        Raises: RunStopped where meta or messages are not JSON, or a worker cannot be restarted.
         """
         assert self._workers, "the pool is not open"
         payloads = [_payload(item) for item in items]
@@ -295,7 +296,10 @@ def _payload(item: RewardItem) -> bytes:
             }
         ).encode()
     except (TypeError, ValueError) as error:
-        raise ValueError(f"meta or messages of prompt {item.prompt[:40]!r} are not JSON: {error}") from error
+        raise RunStopped(
+            f"prompt {item.prompt[:40]!r}: expected columns and messages that are JSON, which rewards are given, got: "
+            f"{registry.one_line(error)}; write such values as texts, or leave their columns out of the data"
+        ) from error
 
 
 def _message(job: _Job, payload: bytes) -> bytes:
@@ -306,7 +310,7 @@ def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
     """Note down one message of a worker."""
     if not worker.ready:
         if message["ready"] is not None:
-            raise ValueError(message["ready"])
+            raise RunStopped(message["ready"])
         worker.ready = True
         return
     item, function, value, error, words = message
@@ -320,7 +324,7 @@ def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
 def _blame(worker: _Worker, cause: str, queue: deque[_Job], values: list[list[_Value]]) -> None:
     """The call in progress failed by `cause`; what else the worker held goes back to the head of the queue."""
     if not worker.ready:
-        raise RuntimeError(f"a reward worker did not start: {cause}; see its output above")
+        raise RunStopped(f"a reward worker did not start: {cause}; see its output above")
     if worker.jobs:
         values[worker.jobs[0].item][worker.jobs[0].functions.popleft()] = (None, cause, None)
     queue.extendleft(reversed([job for job in worker.jobs if job.functions]))

@@ -11,9 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from rlkd.distributed import RunStopped
 
-_DISK = re.compile(
-    r"inline_container\.cc|PytorchStreamWriter|Parent directory .* does not exist|cannot be opened|I/O error"
-)
+_DISK = re.compile(r"inline_container\.cc|Parent directory .* does not exist|I/O error")
 """How torch (a RuntimeError) and safetensors speak of a disk that is full, read-only or gone."""
 
 
@@ -28,7 +26,7 @@ def writing(what: str) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         if not _of_disk(error):
             raise
-        raise RunStopped(f"{what} could not be written: {' '.join(str(error).split())[:300]}") from error
+        raise RunStopped(f"{what} could not be written: {_said(error)}") from error
 
 
 def _of_disk(error: BaseException) -> bool:
@@ -37,3 +35,10 @@ def _of_disk(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return True
     return type(error) in (RuntimeError, SafetensorError) and _DISK.search(str(error)) is not None
+
+
+def _said(error: BaseException) -> str:
+    """On one line. A CheckpointException would begin with the traceback of a rank, and not come to what went wrong."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split())[:300]

@@ -59,8 +59,13 @@ class LocalScorer(FixedTeacher):
         pass
 
     def open(self) -> None:
-        hf = load_causal_lm(self.path, self.dtype, attention=self.attention, trust_remote_code=self.trust_remote_code)
-        torch.nn.Module.to(hf, local_device(self.accelerator))
+        hf = load_causal_lm(
+            self.path,
+            self.dtype,
+            attention=self.attention,
+            trust_remote_code=self.trust_remote_code,
+            device=local_device(self.accelerator),
+        )
         self._hf = hf.eval().requires_grad_(False)
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from builders import (
     own_logprobs,
     with_scores,
 )
+from families import write
 
 from rlkd.algorithms.grpo import GRPO as GRPOModule
 from rlkd.algorithms.kdrl import KDRL
@@ -154,17 +155,32 @@ def test_a_token_is_flipped_where_the_teacher_reverses_its_advantage(log_ratio, 
     assert Captured(settings, batch).row["kd/flipped"] == pytest.approx(flipped)
 
 
-def test_weight_decay_leaves_norms_and_biases_alone():
+@pytest.mark.parametrize(
+    ("family", "of_two_dimensions"),
+    [
+        (None, ()),
+        ("gpt_oss", ("experts.gate_up_proj_bias", "experts.down_proj_bias")),
+        ("mamba", ("A_log",)),
+    ],
+)
+def test_weight_decay_leaves_norms_biases_and_log_scales_alone(family, of_two_dimensions, tmp_path):
     """As AdamW's on the rest: θ ← (1 − lr · decay) θ before the step, which does not depend on θ."""
-    rate, decay = 0.01, 0.3
-    settings = (f"optim.lr={rate}", NO_CLIP)
-    start = dict(load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False).state_dict())
+    rate, decay, path = 0.01, 0.3, "builtin:student"
+    if family is not None:
+        write(family, tmp_path)
+        path = str(tmp_path)
+    settings = (*GRPO, f"model.path={path}", f"optim.lr={rate}", NO_CLIP)
+    start = dict(load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False).state_dict())
     plain, decayed = Captured(config(*settings)), Captured(config(*settings, f"optim.weight_decay={decay}"))
-    vectors = [name for name, p in plain.parameters.items() if p.dim() == 1]
-    assert any("norm" in name for name in vectors)
+    spared = [name for name, p in plain.parameters.items() if p.dim() == 1 or name.endswith(of_two_dimensions)]
+    assert any("norm" in name for name in spared)
+    for ending in of_two_dimensions:
+        assert any(name.endswith(ending) and plain.parameters[name].dim() == 2 for name in spared), ending
     for name, value in plain.parameters.items():
-        shrunk = value if name in vectors else value - rate * decay * start[name]
-        torch.testing.assert_close(decayed.parameters[name], shrunk, atol=1e-7, rtol=0)
+        shrunk = value if name in spared else value - rate * decay * start[name]
+        torch.testing.assert_close(
+            decayed.parameters[name], shrunk, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_a_teacher_equal_to_the_student_gives_no_distillation():

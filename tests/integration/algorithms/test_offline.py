@@ -7,12 +7,14 @@ import pytest
 import torch
 from builders import Captured, assert_same, config, opened, real_batch
 
+from rlkd.algorithms import redi
 from rlkd.algorithms.taid import TAID
 from rlkd.config.load import ConfigError
 from rlkd.config_file import load_stages
+from rlkd.distributed import RunStopped
 from rlkd.models.student import load_causal_lm
 from rlkd.run.fit import run_stages
-from rlkd.types import AUTHORS
+from rlkd.types import AUTHORS, Prompt
 
 pytestmark = pytest.mark.long
 
@@ -46,6 +48,12 @@ def settings(name, path="builtin:reverse", *overrides, options=""):
     teacher = [] if name in ("taid", "opd") else ["teacher=null"]
     everything = [f"data.path={path}", *columns, *LIMIT, NO_CLIP, *overrides, algorithm, *teacher]
     return config(*everything, group_size=None)
+
+
+def test_a_prompt_without_a_rejected_completion_is_one_line():
+    """Rows of a file are checked when they are read; a source of one's own may lack it."""
+    with pytest.raises(RunStopped, match="^prompt 'p': expected a rejected completion, got none; set data.rej"):
+        redi._rejected(Prompt(id="p", messages=(), token_ids=(5,)))
 
 
 def plain_nll(batch, per_sequence):

@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlkd.algorithms.opsd import OPSD
+from rlkd.algorithms.privileged_prompt import privileged_prompt
 from rlkd.algorithms.privileged_prompt_options import ContextConfig
 from rlkd.algorithms.sdpo import SDPO
 from rlkd.config.load import ConfigError
-from rlkd.data.chat import filled
+from rlkd.data.chat import filled, load_tokenizer
+from rlkd.distributed import RunStopped
 from rlkd.metrics import Meter
 from rlkd.pipeline.collate import collate
 from rlkd.teachers.teacher import Question
@@ -51,6 +53,21 @@ def test_an_empty_privileged_prompt_and_the_start_as_teacher_give_no_loss(diverg
     assert abs(captured.row["loss"]) < 1e-6 and largest(captured) < 1e-5
     hinted = settings(f"algorithm.divergence={divergence}")
     assert largest(Captured(hinted, real_batch(hinted))) > 1e-2
+
+
+def test_a_hint_that_the_chat_template_refuses_is_one_line():
+    """The student's prompts were rendered before the run began; the teacher's are made while it runs."""
+    tokenizer = load_tokenizer("builtin:student")
+    tokenizer.chat_template = "{% if 'hint' in messages[0].content %}{{ raise_exception('too much') }}{% endif %}"
+    data, prompt = (
+        config().data,
+        Prompt(id="p7", messages=({"role": "user", "content": "reverse: abc"},), token_ids=(5,)),
+    )
+    privileged_prompt(tokenizer, prompt, "{prompt}", [], data)
+    with pytest.raises(
+        RunStopped, match="^prompt 'p7': expected a chat template [^\n]*too much; change the template [^\n]*$"
+    ):
+        privileged_prompt(tokenizer, prompt, "{prompt}{context}", [" hint: cba"], data)
 
 
 def test_permuting_the_hints_changes_the_loss():

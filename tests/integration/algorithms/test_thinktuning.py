@@ -1,5 +1,6 @@
 """ThinkTuning: what is appended, to which rollouts, and which loss acts on it."""
 
+import copy
 import functools
 import math
 from dataclasses import replace
@@ -15,6 +16,7 @@ from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.builtin import tokenizer
 from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import filled, load_tokenizer
+from rlkd.distributed import RunStopped
 from rlkd.losses import importance_weights
 from rlkd.metrics import Meter
 from rlkd.models.logprob_head import PolicyOutput
@@ -250,6 +252,15 @@ def test_a_question_without_chat_template_and_with_a_system_message_in_the_data(
     prompt = replace(rollout.prompt, messages=({"role": "system", "content": "be brief"}, *rollout.prompt.messages))
     asked = feedback.question_ids(options, TOK, replace(rollout, prompt=prompt))
     assert TOK.decode(asked) == "reverse: abc answer: cbb"
+
+
+def test_a_question_that_the_chat_template_refuses_is_one_line():
+    tokenizer = copy.deepcopy(TOK)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(
+        RunStopped, match="^prompt '[^\n]*: expected a chat template [^\n]*no system role; change [^\n]*$"
+    ):
+        feedback.question_ids(FeedbackConfig(), tokenizer, sampled())
 
 
 # ---- configuration -----------------------------------------------------------------------------------------------

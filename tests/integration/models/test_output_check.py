@@ -1,5 +1,8 @@
 """What is found out about a model when it is loaded: that its log-probs are those that rlkd computes."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from builders import GRPO, Captured, config
@@ -57,6 +60,50 @@ def test_the_check_leaves_the_chosen_attention():
     check_output(hf, "builtin:student")
     assert set(during) == {"eager"}
     assert hf.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize(("quantised", "where"), [(False, "cpu"), (True, "meta")])
+def test_a_quantised_model_is_checked_after_its_move(quantised, where, tmp_path):
+    """Most quantised types run on a GPU only. Here the meta device stands for one: nothing can be computed there."""
+    shutil.copytree(resolve("builtin:student"), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "modeling_watched.py").write_text(WATCHED)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    settings |= {"architectures": ["Watched"], "auto_map": {"AutoModelForCausalLM": "modeling_watched.Watched"}}
+    settings["marked_as_quantised"] = quantised
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    seen = tmp_path / "seen"
+
+    def load_there():
+        device = torch.device("meta")
+        load_causal_lm(str(tmp_path), torch.float32, attention=None, trust_remote_code=True, device=device)
+
+    if quantised:
+        with pytest.raises(RunStopped, match="which is not what Watched does: "):
+            load_there()
+    else:
+        load_there()
+    assert set(seen.read_text().split()) == {where}
+
+
+WATCHED = """
+import os
+from transformers import LlamaForCausalLM
+
+class Watched(LlamaForCausalLM):
+    @classmethod
+    def from_pretrained(cls, folder, *args, **kwargs):
+        loaded = super().from_pretrained(folder, *args, **kwargs)
+        model = loaded[0]
+        model.seen = os.path.join(folder, "seen")
+        if model.config.marked_as_quantised:  # after loading, where transformers would look for its quantiser
+            model.config.quantization_config = {"quant_method": "made up"}
+        return loaded
+
+    def forward(self, *args, **kwargs):
+        with open(self.seen, "a") as file:
+            file.write(f"{self.device.type}\\n")
+        return super().forward(*args, **kwargs)
+"""
 
 
 def test_loading_changes_no_weight_and_no_dropout_free_config():

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rlkd.config.schema import RewardConfig, RewardFunction
+from rlkd.distributed import RunStopped
 from rlkd.rewards.pool import RewardItem, RewardPool, part_names
 
 pytestmark = pytest.mark.process
@@ -190,7 +191,9 @@ def test_a_coroutine_function_is_awaited_on_one_loop():
 
 def test_meta_that_is_not_json_is_named():
     with pool("double") as scorer:
-        with pytest.raises(ValueError, match="meta or messages of prompt 'p' are not JSON"):
+        with pytest.raises(
+            RunStopped, match="^prompt 'p': expected columns and messages that are JSON, [^\n]*; write such"
+        ):
             scorer.score([RewardItem(completion="", answer=None, prompt="p", meta={"x": object()})])
         assert scorer.score(items("a"))[0].reward == 2.0
 
@@ -299,14 +302,14 @@ def test_a_worker_that_died_between_two_calls_is_replaced():
 
 
 def test_a_name_that_the_worker_cannot_load_is_told_by_open(mine):
-    with pytest.raises(ValueError, match="reward 'nosuch_x:f': importing nosuch_x raised ModuleNotFoundError"):
+    with pytest.raises(RunStopped, match="^reward 'nosuch_x:f': importing nosuch_x raised ModuleNotFoundError"):
         pool("nosuch_x:f").open()
     assert running(mine, 0) == 0
 
 
 def test_a_module_that_ends_its_worker_is_told_by_open(mine, tmp_path):
     (tmp_path / "fatal_x.py").write_text("import os; os._exit(9)")
-    with pytest.raises(RuntimeError, match="did not start: its process exited with status 9"):
+    with pytest.raises(RunStopped, match="did not start: its process exited with status 9"):
         pool("fatal_x:f").open()
     assert running(mine, 0) == 0
 

@@ -286,6 +286,18 @@ def test_overrides_are_words_unless_they_start_with_a_quote_or_a_bracket():
     assert loaded("", urls, "rollout.backend=vllm").config.rollout.server.urls == ["http://a:1", "http://b:2"]
 
 
+def test_a_temperature_that_vllm_would_raise_is_told_before_the_run():
+    served = "rollout: {backend: vllm, temperature: 0.009, server: {launch: true}}\neval: {temperature: 0.001, path: x}"
+    with pytest.raises(ConfigError) as caught:
+        loaded(served)
+    assert [line.split(": ", 1)[1] for line in caught.value.lines] == [
+        f"{key}: is {value}, but vLLM silently raises it to 0.01; set it to at least that"
+        for key, value in (("rollout.temperature", 0.009), ("eval.temperature", 0.001))
+    ]
+    loaded(served.replace("0.009", "0.01"), "eval.every=0")
+    loaded("rollout: {temperature: 0.009}")
+
+
 def test_schedules():
     assert loaded("optim: {lr: 1}").config.optim.lr == Constant(value=1)
     linear = loaded("optim: {lr: {kind: linear, start: 5e-3, end: 1e-3, over: 80}}").config.optim.lr

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from rlkd.builtin import resolve
 from rlkd.config_file import load
 from rlkd.distributed import RunStopped
+from rlkd.models.loading import check_whole
 from rlkd.models.student import load_causal_lm
 from rlkd.planning.preflight import check
 
@@ -111,3 +112,15 @@ def test_betas_are_below_one():
     assert check(config("optim.betas=[1.5, 0.9]")) == [
         "optim.betas: got 1.5, which AdamW refuses; wants two numbers ≥ 0 and < 1"
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+def test_weights_of_8_bits_are_looked_at_too(dtype):
+    layer = torch.nn.Linear(2, 2, dtype=torch.float32)
+    layer.weight = torch.nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+    report = {"missing_keys": [], "mismatched_keys": []}
+    check_whole(layer, "m", report)
+    if dtype.is_floating_point:
+        layer.weight = torch.nn.Parameter(torch.full((2, 2), torch.nan).to(dtype), requires_grad=False)
+        with pytest.raises(RunStopped, match="^the model m: 1 weight is not finite: weight; use another model$"):
+            check_whole(layer, "m", report)

@@ -1,9 +1,12 @@
 """Only an error of the disk is reported as one."""
 
 import errno
+import resource
+from contextlib import contextmanager
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -13,10 +16,35 @@ from rlkd.storage.disk_errors import writing
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("save", [torch.save, save_file])
-def test_a_folder_that_is_gone_is_one_line(save, tmp_path):
-    with pytest.raises(RunStopped, match="^x could not be written: "), writing("x"):
-        save({"a": torch.ones(3)}, tmp_path / "gone" / "a")
+SAVE = {
+    "torch": torch.save,
+    "safetensors": save_file,
+    "dcp": lambda tensors, path: dcp.save(tensors, checkpoint_id=path, no_dist=True),
+}
+# torch and safetensors say in words of their own what went wrong; `dcp` makes folders that are missing.
+CAUSES = [(kind, cause) for kind in SAVE for cause in ("gone", "no folder", "a folder", "too large")]
+
+
+@contextmanager
+def files_up_to(size):
+    before, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before, hard))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize(("kind", "cause"), [c for c in CAUSES if c not in (("dcp", "gone"), ("dcp", "a folder"))])
+def test_what_each_library_says_of_a_disk_is_one_line(kind, cause, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    where = {"gone": "gone/a", "no folder": "file/a", "a folder": "folder", "too large": "a"}[cause]
+    with files_up_to(100_000), pytest.raises(RunStopped) as caught, writing("x"):
+        SAVE[kind]({"a": torch.ones(100_000 if cause == "too large" else 3)}, tmp_path / where)
+    said = str(caught.value)
+    assert said.startswith("x could not be written: ") and "\n" not in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
