@@ -41,10 +41,16 @@ LEVELS = (
     "serve",
     "train",
 )
+PUBLIC = {"rlkd.algorithms": "public names of algorithms"}
+"""A package's `__init__` that only hands out names of other units, and only when they are asked for: it stands above
+all units, and its folder where `LEVELS` says. `rlkd.algorithms.GRPO` is a LightningModule made in `training`, while
+`rlkd.algorithms.grpo` is below it. Nothing in rlkd may import such a name."""
 
 
 def unit(module: str) -> str:
     """The unit of a dotted module name: `rlkd.data.chat` → `data`."""
+    if module in PUBLIC:
+        return PUBLIC[module]
     return module.split(".")[1] if "." in module else ""
 
 
@@ -82,7 +88,7 @@ def arrows(package: Path = PACKAGE) -> dict[tuple[str, str], list[str]]:
 
 
 def dangling(package: Path = PACKAGE) -> list[str]:
-    """Imports of a module that the package does not have. (An older install elsewhere on the path might answer them.)"""
+    """Imports of a module that the package does not have. Another install might answer them."""
     known = modules(package)
     found = []
     for file in known.values():
@@ -110,7 +116,7 @@ def main() -> int:
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE
     found = arrows(package)
     units = sorted({unit(module) for module in modules(package)} - {""})
-    rank = {name: place for place, name in enumerate(LEVELS)}
+    rank = {name: place for place, name in enumerate((*LEVELS, *PUBLIC.values()))}
     upward = {pair: places for pair, places in found.items() if rank.get(pair[0], -1) < rank.get(pair[1], 10**6)}
     unlisted = [name for name in units if name not in rank]
     loops = circles(found)

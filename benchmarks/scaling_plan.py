@@ -17,11 +17,8 @@ import cost_model as cost
 from cost_model import Machine, Model, dense
 from transformers import DeepseekV3Config, PreTrainedConfig, Qwen2Config
 
-from rlkd.algorithms import ALGORITHMS
-from rlkd.config.load import load
+from rlkd.config_file import load
 from rlkd.planning.memory import GIB, Shape, shape, trainer_place
-
-assert ALGORITHMS  # known to configs once imported
 
 H100 = Machine(
     flops=0.45 * 989e12,  # assumed share

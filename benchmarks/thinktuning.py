@@ -23,8 +23,8 @@ import torch
 from learning import mean_sd
 
 from rlkd.builtin import task
-from rlkd.config.load import load
 from rlkd.config.schema import Config
+from rlkd.config_file import load
 from rlkd.data.chat import completion_text, load_tokenizer
 from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.hf import HFSampler

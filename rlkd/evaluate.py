@@ -10,7 +10,6 @@ import json
 import sys
 
 from rlkd.config.load import ConfigError
-from rlkd.distributed import RunStopped
 
 
 def main(argv: list[str]) -> int:
@@ -18,9 +17,7 @@ def main(argv: list[str]) -> int:
 
     Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr), 1 where the evaluation stopped.
     """
-    from rlkd.planning.preflight import check_evaluation
-    from rlkd.run.fit import quiet
-    from rlkd.run.measure import asked_for, measured
+    from rlkd.run.asked_for import asked_for
 
     if {"--help", "-h"} & set(argv):
         print(f"{__doc__}\nKeys are those of rlkd.train; python -m rlkd.train --help lists them.")
@@ -30,6 +27,11 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print("\n".join(error.lines), file=sys.stderr)
         return 2
+    from rlkd.distributed import RunStopped
+    from rlkd.planning.preflight import check_evaluation
+    from rlkd.run.fit import quiet
+    from rlkd.run.measure import measured
+
     problems = check_evaluation(config)
     if problems:
         print("\n".join(problems), file=sys.stderr)

@@ -11,14 +11,13 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from rlkd.config.load import ConfigError
-from rlkd.config.schema import WILDCARDS, Config, ServedTeacher, ServerConfig
-from rlkd.config.stages import load_stages
-from rlkd.generation.vllm import policy_role
-from rlkd.servers.command import ServerRole, server_command, server_environment
-from rlkd.servers.process import server_key
-from rlkd.teachers.served import teacher_role
+from rlkd.config.schema import WILDCARDS, Config, ServedTeacherConfig, ServerConfig
+from rlkd.config_file import ConfigError, load_stages
+
+if TYPE_CHECKING:  # what imports torch is imported once the configuration is right
+    from rlkd.servers.command import ServerRole
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,9 +41,13 @@ def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
     if role == "policy":
         if config.rollout.backend != "vllm":
             raise ValueError("rollout.backend: is hf, which samples in the trainer; set it to vllm to serve the policy")
+        from rlkd.generation.vllm import policy_role
+
         return policy_role(config), config.rollout.server
-    if not isinstance(config.teacher, ServedTeacher):
+    if not isinstance(config.teacher, ServedTeacherConfig):
         raise ValueError(f"teacher.backend: is {config.teacher.backend}; set it to served to serve the teacher")
+    from rlkd.teachers.served import teacher_role
+
     return teacher_role(config, config.teacher), config.teacher.server
 
 
@@ -61,6 +64,9 @@ def plan(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         raise ValueError(f"stages: want different {args.role} servers; set launch: true, and each starts its own")
     if args.host in WILDCARDS:
         raise ValueError(f"--host: got {args.host!r}, wants the address of this machine at which trainers reach it")
+    from rlkd.servers.command import server_command, server_environment
+    from rlkd.servers.process import server_key
+
     key = server_key(config)
     if key is None:
         raise ValueError(

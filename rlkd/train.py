@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
 def main(argv: list[str]) -> int:
     """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr), 1 where the run stopped."""
-    from rlkd.config.load import ConfigError, help_text, parse_args
-    from rlkd.config.stages import load_stages
+    from rlkd.config_file import ConfigError, help_text, load_stages, parse_args
 
     try:
         args = parse_args(argv)

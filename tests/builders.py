@@ -6,15 +6,16 @@ import lightning
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from rlkd.algorithms import ALGORITHMS
-from rlkd.config.load import load
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.config.schema import Config
+from rlkd.config_file import load
 from rlkd.data.chat import read_prompt
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import Question
+from rlkd.training.module import PolicyModule
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
 GRPO = ("algorithm={name: grpo, group_size: 4}", "teacher=null")
@@ -95,7 +96,7 @@ class Captured:
     """One iteration through a real Trainer: gradients (whole), figures, parameters after the step."""
 
     def __init__(self, settings: Config, batch=None):
-        module = ALGORITHMS[settings.algorithm.name](settings)
+        module = PolicyModule(settings)
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
@@ -106,7 +107,7 @@ class Captured:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, OneBatch(batch if batch is not None else collate(groups(module), 0)))
+        trainer.fit(module, OneBatch(batch if batch is not None else collate(groups(module.algorithm), 0)))
         self.student = module.model
         named = dict(module.model.hf.named_parameters())
         self.gradients = {name: p.grad.full_tensor().clone() for name, p in named.items() if p.requires_grad}
@@ -117,7 +118,7 @@ class Captured:
 
 def opened(settings: Config, weights=None) -> RolloutLoader:
     """A loader whose sampler and teacher hold the student's start, ready for `batch`. Close it."""
-    loader = RolloutLoader(settings, ALGORITHMS[settings.algorithm.name](settings))
+    loader = RolloutLoader(settings, build_algorithm(settings))
     loader.open()
     hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
     loader.publish(hf.state_dict() if weights is None else weights, 0)

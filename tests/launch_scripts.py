@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch.distributed.run import get_args_parser
 
-from rlkd.config.load import load, parse_args
+from rlkd.config_file import load, parse_args
 from rlkd.serve import plan
 
 SNAPSHOTS = Path(__file__).with_name("launch_snapshots")

@@ -26,5 +26,5 @@ def main(_argv) -> None:
         )
         rank = trainer.global_rank
         rows = [scored(i, 12, float(i % 2)) for i in range(8)] if rank == 0 else [scored(i, 1, None) for i in range(2)]
-        trainer.fit(module, OneBatch(collate([module.advantages(rows)], 0)))
+        trainer.fit(module, OneBatch(collate([module.algorithm.advantages(rows)], 0)))
         print(f"rank {rank} trained {module.row['tokens/trained']:.0f} tokens in {updates} updates")

@@ -18,11 +18,11 @@ from rlkd.config.schema import (
     Config,
     DataConfig,
     ModelConfig,
-    NoTeacher,
+    NoTeacherConfig,
     RolloutConfig,
     RolloutServerConfig,
     RunConfig,
-    ServedTeacher,
+    ServedTeacherConfig,
 )
 from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler, policy_role
@@ -126,7 +126,7 @@ def run_config(policy_path: str, *urls: str, max_tokens: int = 24, run_dir: str 
         data=DataConfig(path="unused.jsonl", max_prompt_tokens=32),
         algorithm=AlgorithmConfig(name="none"),
         rollout=RolloutConfig(backend="vllm", max_tokens=max_tokens, server=server),
-        teacher=ServedTeacher(backend="served", path=policy_path, url=urls[0]) if urls else NoTeacher(),
+        teacher=ServedTeacherConfig(backend="served", path=policy_path, url=urls[0]) if urls else NoTeacherConfig(),
     )
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from rlkd.config.schema import Config, NoTeacher, Section, SelfTeacher, ServedTeacher, ServerConfig
-from rlkd.losses import DivergenceKind
-from rlkd.models.logprob_head import Comparison
-from rlkd.types import Signal
+from rlkd.config.kinds import DivergenceKind
+from rlkd.config.schema import Config, NoTeacherConfig, Section, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
+
+if TYPE_CHECKING:  # these import torch, which reading a configuration does not need
+    from rlkd.models.logprob_head import Comparison
+    from rlkd.types import Signal
 
 
 class DivergenceConfig(Section):
@@ -30,8 +32,8 @@ class DivergenceConfig(Section):
     k: int = Field(100, ge=1, description="top_k: how many tokens")
     support: Literal["teacher", "student", "sampler"] = Field(
         "teacher",
-        description="top_k: whose likeliest tokens; student: at each update, wants a local teacher; sampler: the "
-        "student's when it sampled, wants a local teacher or vLLM servers with GPUs",
+        description="top_k: whose likeliest tokens; student: at each update, needs a local teacher; sampler: the "
+        "student's when it sampled, needs a local teacher or vLLM servers with GPUs",
     )
     tail: bool = Field(True, description="top_k: all other tokens are one more entry; false: renormalise over the k")
     form: Literal["advantage", "k2"] = Field(
@@ -41,11 +43,18 @@ class DivergenceConfig(Section):
     @property
     def signal(self) -> Signal:
         """What the teacher must give."""
+        from rlkd.types import Signal
+
         if self.tier == "sampled":
             return Signal()
-        if self.tier == "top_k" and self.support != "student":
-            return Signal(tier="top_k", k=self.k) if self.support == "teacher" else Signal(tier="given")
-        return Signal(tier="hidden")
+        if self.needs_distribution:
+            return Signal(tier="hidden")
+        return Signal(tier="top_k", k=self.k) if self.support == "teacher" else Signal(tier="given")
+
+    @property
+    def needs_distribution(self) -> bool:
+        """Whether the teacher must give its whole distribution at each token."""
+        return self.tier == "full" or (self.tier == "top_k" and self.support == "student")
 
     @property
     def sampler_top_k(self) -> int:
@@ -58,6 +67,8 @@ class DivergenceConfig(Section):
         """What the forward must give; None where the log-probs of the sampled tokens are enough."""
         if self.tier == "sampled":
             return None
+        from rlkd.models.logprob_head import Comparison
+
         top: Literal["given", "student_top_k"] = "student_top_k" if self.support == "student" else "given"
         return Comparison(
             kind=self.kind,
@@ -79,11 +90,11 @@ class DivergenceConfig(Section):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         """Contradictions with the teacher: (key, one line) each."""
         teacher = config.teacher
-        if isinstance(teacher, NoTeacher):
+        if isinstance(teacher, NoTeacherConfig):
             return [("teacher.backend", f"is none, but algorithm.name {config.algorithm.name} imitates one; set it")]
         found = []
         servers = scoring_servers(config)
-        if self.signal.tier == "hidden" and servers:
+        if self.needs_distribution and servers:
             why = (
                 f"is {self.tier}, which needs the teacher's whole distribution, but the teacher is behind a server; "
                 "use top_k with support: teacher or sampler, or sampled, or a local teacher"
@@ -111,6 +122,6 @@ class DivergenceConfig(Section):
 
 def scoring_servers(config: Config) -> list[ServerConfig]:
     """The settings of the servers that score as teachers; none where all teachers are in the trainer's processes."""
-    if isinstance(config.teacher, SelfTeacher):
+    if isinstance(config.teacher, SelfTeacherConfig):
         return [config.rollout.server] if config.teacher.scorer == "policy_server" else []
-    return [teacher.server for _, teacher in config.teachers if isinstance(teacher, ServedTeacher)]
+    return [teacher.server for _, teacher in config.teachers if isinstance(teacher, ServedTeacherConfig)]

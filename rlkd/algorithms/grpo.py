@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.algorithms.advantages import group_relative, leave_one_out, overlong_penalty
+from rlkd.algorithms.base import Algorithm, Counts, Loss
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import (
@@ -25,13 +26,12 @@ from rlkd.losses import (
     weighted_sum,
 )
 from rlkd.models.logprob_head import Needs, PolicyOutput
-from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Rollout, ScoredRollout
 
 __all__ = ["GRPO", "GRPOConfig"]
 
 
-class GRPO(PolicyModule):
+class GRPO(Algorithm):
     """J(θ) = E[ Σ_i Σ_t min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) / N ] − c · KL(π_θ, π_ref) + h · H(π_θ)
 
     with A_i = (r_i − mean(r)) / std(r) over the G completions of one prompt. arXiv 2402.03300, Eq. 3; 1/N is the
@@ -45,7 +45,7 @@ class GRPO(PolicyModule):
     Options: ClassVar[type[AlgorithmConfig]] = GRPOConfig
 
     @property
-    def algorithm(self) -> GRPOConfig:
+    def options(self) -> GRPOConfig:
         assert isinstance(self.config.algorithm, GRPOConfig)
         return self.config.algorithm
 
@@ -55,11 +55,11 @@ class GRPO(PolicyModule):
     def credit(self, group: Sequence[ScoredRollout]) -> list[float]:
         """The advantage of each completion, from the rewards alone; 0 in a group that dynamic sampling drops."""
         rewards = [self._compared(scored) for scored in group]
-        if self.algorithm.resample_rounds > 1 and not self._tells_apart(group):
+        if self.options.resample_rounds > 1 and not self._tells_apart(group):
             return [0.0] * len(group)
-        if self.algorithm.baseline == "leave_one_out":
+        if self.options.baseline == "leave_one_out":
             return leave_one_out(rewards)
-        return group_relative(rewards, self.algorithm.normalise)
+        return group_relative(rewards, self.options.normalise)
 
     def _compared(self, scored: ScoredRollout) -> float | None:
         """The reward as the comparison sees it; None: it takes no part.
@@ -69,7 +69,7 @@ class GRPO(PolicyModule):
         distillation, the KL to the reference, the entropy. It stays in the normaliser too, so that their coefficients
         keep their meaning beside the policy term.
         """
-        rollout, options = scored.rollout, self.algorithm
+        rollout, options = scored.rollout, self.options
         if scored.reward is None or (options.mask_truncated and rollout.finish_reason == "length"):
             return None
         return scored.reward + overlong_penalty(len(rollout.token_ids), self.limit(rollout), options.overlong_cache)
@@ -85,11 +85,11 @@ class GRPO(PolicyModule):
         has no say: else answers that are all wrong would be trained on as soon as one of them is a token too long.
         """
         compared = [scored for scored in group if self._compared(scored) is not None]
-        if self.algorithm.filter == "correct":
+        if self.options.filter == "correct":
             return len({scored.is_correct(self.config.reward.correct_at) for scored in compared}) > 1
         return len({scored.reward for scored in compared}) > 1
 
-    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+    def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
         return any(self.credit(group))
 
     @property
@@ -98,12 +98,12 @@ class GRPO(PolicyModule):
 
     @property
     def needs_reference(self) -> bool:
-        return self.algorithm.reference_coef > 0
+        return self.options.reference_coef > 0
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         weights = reduction_weights(
             batch.completion_mask,
-            self.algorithm.reduction,
+            self.options.reduction,
             counts.tokens,
             counts.sequences,
             self.longest_completion,
@@ -112,7 +112,7 @@ class GRPO(PolicyModule):
 
     def importance(self, batch: Batch) -> Tensor | float:
         """[B, T] weight between sampler and trainer, or 1."""
-        options = self.algorithm
+        options = self.options
         if options.importance == "off":
             return 1.0
         assert batch.old_logprobs is not None
@@ -132,7 +132,7 @@ class GRPO(PolicyModule):
 
     def surrogate(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T] to be minimised, and [B, T] bool where its clip or cap binds."""
-        options, current, old = self.algorithm, output.logprobs, batch.old_logprobs
+        options, current, old = self.options, output.logprobs, batch.old_logprobs
         assert old is not None
         if options.ratio == "sequence":
             old = sequence_old_logprobs(current, old, batch.completion_mask)
@@ -144,7 +144,7 @@ class GRPO(PolicyModule):
 
     def policy_loss(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> Loss:
         """The surrogate of `advantages` [B, T], the entropy bonus, and the KL to the reference where there is one."""
-        options = self.algorithm
+        options = self.options
         assert batch.weights is not None and batch.token_weights is not None and output.entropy is not None
         per_token, bound = self.surrogate(output, batch, advantages)
         total = weighted_sum(per_token * self.importance(batch), batch.weights)

@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from rlkd.config.kinds import Reduction
 from rlkd.config.schema import AlgorithmConfig, Config
-from rlkd.losses import Reduction
 
 
 class GRPOConfig(AlgorithmConfig):

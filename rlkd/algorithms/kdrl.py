@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 
 from rlkd.algorithms.advantages import distilled
+from rlkd.algorithms.base import Counts, Loss
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl_options import KDRLConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import kl_k1_advantage, kl_k2, kl_k3, reduction_weights, weighted_sum
 from rlkd.models.logprob_head import PolicyOutput
-from rlkd.training.module import Counts, Loss
 from rlkd.types import Batch, ScoredRollout
 
 __all__ = ["KDRL", "KDRLConfig"]
@@ -35,7 +35,7 @@ class KDRL(GRPO):
     uses_teacher = True
 
     @property
-    def algorithm(self) -> KDRLConfig:
+    def options(self) -> KDRLConfig:
         assert isinstance(self.config.algorithm, KDRLConfig)
         return self.config.algorithm
 
@@ -43,12 +43,12 @@ class KDRL(GRPO):
         marks = self._distilled(group)
         return [replace(s, distil=mark) for s, mark in zip(super().advantages(group), marks, strict=True)]
 
-    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+    def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
         """By its rewards, or by the teacher: a group whose rewards are all equal is what distillation is for."""
-        if self.algorithm.policy_coef(iteration) > 0 and super().carries_gradient(group, iteration):
+        if self.options.policy_coef(iteration) > 0 and super().has_gradient(group, iteration):
             return True
         kept = (any(mark) and s.error is None for s, mark in zip(group, self._distilled(group), strict=True))
-        return self.algorithm.kd.coef(iteration) > 0 and any(kept)
+        return self.options.kd.coef(iteration) > 0 and any(kept)
 
     def _distilled(self, group: Sequence[ScoredRollout]) -> list[tuple[bool, ...]]:
         """Per completion and token, whether the teacher is imitated there: decided by the reward as it was given."""
@@ -57,17 +57,17 @@ class KDRL(GRPO):
             "none": [True] * len(group),
             "response": [c is False for c in correct],
             "group": [True not in correct] * len(group),
-        }[self.algorithm.kd.mask]
-        return [distilled(s.rollout, keep, self.algorithm.kd.mask_eos) for s, keep in zip(group, kept, strict=True)]
+        }[self.options.kd.mask]
+        return [distilled(s.rollout, keep, self.options.kd.mask_eos) for s, keep in zip(group, kept, strict=True)]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         batch = super().weigh(batch, counts)
         assert batch.distil_mask is not None
-        kept = self.algorithm.kd.denominator == "kept"
+        kept = self.options.kd.denominator == "kept"
         normaliser = batch.distil_mask if kept else batch.completion_mask
         over_all = reduction_weights(
             normaliser,
-            self.algorithm.reduction,
+            self.options.reduction,
             counts.distil_tokens if kept else counts.tokens,
             counts.distil_sequences if kept else counts.sequences,
             self.longest_completion,
@@ -75,8 +75,8 @@ class KDRL(GRPO):
         return replace(batch, distil_weights=torch.where(batch.distil_mask, over_all, 0.0))
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
-        kd = self.algorithm.kd
-        beta, policy_coef = kd.coef(iteration), self.algorithm.policy_coef(iteration)
+        kd = self.options.kd
+        beta, policy_coef = kd.coef(iteration), self.options.policy_coef(iteration)
         assert batch.teacher_logprobs is not None
         assert batch.weights is not None and batch.distil_weights is not None and batch.token_weights is not None
         # Prompts and padding have no score: there the student is its own teacher, so that nothing overflows.

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config.schedules import Constant, Linear, Schedule
-from rlkd.config.schema import Config, NoTeacher, Section
+from rlkd.config.schema import Config, NoTeacherConfig, Section
 
 
 class DistillationConfig(Section):
@@ -54,7 +54,7 @@ class KDRLConfig(GRPOConfig):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
         teacher, temperature = config.teacher, config.rollout.temperature
-        if isinstance(teacher, NoTeacher):
+        if isinstance(teacher, NoTeacherConfig):
             why = "is none, but algorithm.name kdrl imitates a teacher; set local or served"
             found.append(("teacher.backend", why))
         elif teacher.temperature != temperature:

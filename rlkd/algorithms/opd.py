@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlkd.algorithms.advantages import distilled
+from rlkd.algorithms.base import Algorithm, Counts, Loss
 from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.data import seeds
@@ -25,11 +26,10 @@ from rlkd.losses import (
 )
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Question, Teacher
-from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal, written
 
 
-class OPD(PolicyModule):
+class OPD(Algorithm):
     """L(θ) = E_x E_{y ~ π_θ(·|x)} [ Σ_t D( π_T(·|x, y_<t), π_θ(·|x, y_<t) ) / N ]
 
     GKD, arXiv 2306.13649, Eq. 4 at λ = 1: no gradient flows through the sampling. D is a KL or the generalised JSD(β)
@@ -44,7 +44,7 @@ class OPD(PolicyModule):
     masks_failed = False
 
     @property
-    def algorithm(self) -> OPDConfig:
+    def options(self) -> OPDConfig:
         assert isinstance(self.config.algorithm, OPDConfig)
         return self.config.algorithm
 
@@ -54,15 +54,15 @@ class OPD(PolicyModule):
 
     @property
     def signal(self) -> Signal:
-        return self.algorithm.divergence.signal
+        return self.options.divergence.signal
 
     @property
     def sampling(self) -> Sampling:
-        return replace(super().sampling, top_k=self.algorithm.divergence.sampler_top_k)
+        return replace(super().sampling, top_k=self.options.divergence.sampler_top_k)
 
     @property
     def needs(self) -> Needs:
-        options = self.algorithm
+        options = self.options
         comparison = options.divergence.comparison(self.teacher_temperature, ratio_cap=options.ratio_cap)
         return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
 
@@ -78,10 +78,10 @@ class OPD(PolicyModule):
     def _is_students(self, prompt: Prompt, iteration: int) -> bool:
         """A coin of λ for each (seed, iteration, prompt)."""
         draw = seeds.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
-        return bool(draw < self.algorithm.student_share)
+        return bool(draw < self.options.student_share)
 
     def _by_others(self, prompts: Sequence[Prompt], teacher: Teacher | None, iteration: int) -> list[Rollout]:
-        if self.algorithm.others == "data":
+        if self.options.others == "data":
             return [from_data(prompt) for prompt in prompts]
         assert teacher is not None
         questions = [Question(p.token_ids, name=p.id, meta=p.meta) for p in prompts]
@@ -89,14 +89,14 @@ class OPD(PolicyModule):
         return [written(p, c.token_ids, "teacher", c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        spared = self.algorithm.mask_eos
+        spared = self.options.mask_eos
         return [replace(s, distil=distilled(s.rollout, s.teacher is not None, spared)) for s in group]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         assert batch.distil_mask is not None
         weights = reduction_weights(
             batch.distil_mask,
-            self.algorithm.reduction,
+            self.options.reduction,
             counts.distil_tokens,
             counts.distil_sequences,
             self.longest_completion,
@@ -112,10 +112,10 @@ class OPD(PolicyModule):
             total = weighted_sum(self._on_sampled_tokens(output, batch), batch.distil_weights)
         else:
             assert output.token_divergence is not None
-            scale = self.algorithm.divergence.scale
+            scale = self.options.divergence.scale
             total = scale * output.divergence
             metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, batch.distil_weights)
-        of_samples = self.algorithm.student_share == 1 and self.teacher_temperature == self.config.rollout.temperature
+        of_samples = self.options.student_share == 1 and self.teacher_temperature == self.config.rollout.temperature
         if of_samples:  # else it would be no estimate of a KL
             assert batch.student_weights is not None
             value = kl_k3(output.logprobs.detach(), self._teacher_logprobs(output, batch))
@@ -132,14 +132,14 @@ class OPD(PolicyModule):
     def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T] with the expected gradient of KL(π‖T), corrected for tokens that older weights or others' drew."""
         teacher, ratio = self._teacher_logprobs(output, batch), self._ratio(output, batch)
-        if self.algorithm.divergence.form == "k2":
+        if self.options.divergence.form == "k2":
             return kl_k2(output.logprobs, teacher) * ratio.detach()
         return -kl_k1_advantage(output.logprobs, teacher) * ratio
 
     def _ratio(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T] π/π_old · min(π_old/π_sampler, cap): a token of the sample is as if the policy had drawn it now."""
         assert batch.old_logprobs is not None
-        cap = self.algorithm.importance_cap
+        cap = self.options.importance_cap
         importance = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.student_mask, "truncate", cap)
         return torch.exp(output.logprobs - batch.old_logprobs) * importance
 

@@ -7,8 +7,8 @@ from typing import Literal
 from pydantic import Field
 
 from rlkd.algorithms.divergence_options import DivergenceConfig
+from rlkd.config.kinds import Reduction
 from rlkd.config.schema import AlgorithmConfig, Config
-from rlkd.losses import Reduction
 
 
 class OPDConfig(AlgorithmConfig):

@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
-
-from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.algorithms.opd import OPD
-from rlkd.algorithms.opd_options import OPDConfig
-from rlkd.algorithms.privileged_prompt import ContextConfig, privileged_prompt
-from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
-from rlkd.losses import Reduction
+from rlkd.algorithms.opsd_options import OPSDConfig
+from rlkd.algorithms.privileged_prompt import privileged_prompt
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.metrics import Meter
 from rlkd.teachers.teacher import Question, Teacher
 from rlkd.types import Prompt, ScoredRollout, Signal
 
 LEAKAGE_ROLLOUTS = 32
 """Of each rank, that a leakage check scores twice."""
-
-
-class OPSDConfig(OPDConfig):
-    """On-policy self-distillation (arXiv 2601.18734): the student that is shown a solution teaches the one that is not.
-
-    Usual teacher: {backend: self, weights: fixed}.
-    """
-
-    name: Literal["opsd"] = Field(description="opsd")  # type: ignore[assignment]
-    group_size: int = Field(1, ge=1, description="completions per prompt")
-    divergence: DivergenceConfig = Field(
-        DivergenceConfig(kind="forward_kl", clip=0.05), description="what is minimised at each token"
-    )
-    reduction: Reduction = Field("sequence_mean", description="normaliser: tokens of a sequence, then sequences, or …")
-    context: ContextConfig = Field(
-        ContextConfig(reference="A reference solution:\n{text}"), description="what only the teacher is shown"
-    )
-    leakage_every: int = Field(
-        0, ge=0, description="iterations between checks of the hints: divergence under the right and a shuffled one"
-    )
-
-    def teacher_lengths(self, config: Config) -> dict[str, int]:
-        return {
-            "algorithm.context.max_tokens": self.context.max_tokens,
-            "rollout.max_tokens": config.rollout.max_tokens,
-        }
-
-    def problems(self, config: Config) -> list[tuple[str, str]]:
-        found = super().problems(config)
-        builtin = config.data.path.startswith("builtin:")  # it has a column of its own
-        if self.context.reference is not None and config.data.privileged_column is None and not builtin:
-            why = "is null, but algorithm.context.reference shows it to the teacher; name the column of the solutions"
-            found.append(("data.privileged_column", why))
-        if self.leakage_every and self.context.reference is None:
-            why = f"is {self.leakage_every}, but algorithm.context.reference is null: there is no hint; set one"
-            found.append(("algorithm.leakage_every", why))
-        teacher, temperature = config.teacher, config.rollout.temperature
-        if self.leakage_every and not isinstance(teacher, NoTeacher) and teacher.temperature != temperature:
-            why = (
-                f"is {self.leakage_every}, but teacher.temperature is {teacher.temperature} and rollout.temperature "
-                f"{temperature}: log π − log T estimates a KL at one temperature only; make them equal, or set "
-                "algorithm.leakage_every: 0"
-            )
-            found.append(("algorithm.leakage_every", why))
-        return found
 
 
 class OPSD(OPD):
@@ -78,14 +29,14 @@ class OPSD(OPD):
     Options: ClassVar[type[AlgorithmConfig]] = OPSDConfig
 
     @property
-    def algorithm(self) -> OPSDConfig:
+    def options(self) -> OPSDConfig:
         assert isinstance(self.config.algorithm, OPSDConfig)
         return self.config.algorithm
 
     @property
     def needs_rewards(self) -> bool:
         """They say who is a sibling to learn from, and what feedback there is."""
-        context = self.algorithm.context
+        context = self.options.context
         return context.sibling is not None or context.feedback is not None
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
@@ -96,10 +47,10 @@ class OPSD(OPD):
         correct_at = self.config.reward.correct_at
         siblings = [s for s in group if s is not scored and s.is_correct(correct_at)]
         text = self.text(siblings[0].rollout) if siblings else None
-        return self.algorithm.context.parts(scored.rollout.prompt.privileged, text, scored.feedback)
+        return self.options.context.parts(scored.rollout.prompt.privileged, text, scored.feedback)
 
     def _shown(self, prompt: Prompt, parts: Sequence[str]) -> tuple[int, ...] | None:
-        context = self.algorithm.context
+        context = self.options.context
         if "{context}" in context.template and not parts:
             return None
         ids = privileged_prompt(self.tokenizer, prompt, context.template, parts, self.config.data)
@@ -110,7 +61,7 @@ class OPSD(OPD):
     ) -> None:
         rows = [scored for group in groups for scored in group]
         meter.mean("context/share", sum(s.teacher is not None for s in rows), len(rows))
-        if self.algorithm.leakage_every and iteration % self.algorithm.leakage_every == 0:
+        if self.options.leakage_every and iteration % self.options.leakage_every == 0:
             assert teacher is not None
             self._leakage([group[0] for group in groups][:LEAKAGE_ROLLOUTS], teacher, meter)
 
@@ -123,7 +74,7 @@ class OPSD(OPD):
         for name, shown in (("right", hints), ("shuffled", [*hints[1:], *hints[:1]])):
             asked = []
             for scored, hint in zip(rows, shown, strict=True):
-                ids = self._shown(scored.rollout.prompt, self.algorithm.context.parts(hint, None, None))
+                ids = self._shown(scored.rollout.prompt, self.options.context.parts(hint, None, None))
                 if ids is not None and scored.rollout.oldest_version is not None:
                     asked.append((scored, Question(ids, scored.rollout.token_ids, meta=scored.rollout.prompt.meta)))
             scores = teacher.score([question for _, question in asked], Signal())

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
+from rlkd.algorithms.base import ALGORITHMS, Algorithm
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.rewards.registry import one_line, search_path
-from rlkd.training.module import ALGORITHMS, PolicyModule
 
 
 def learn(name: str) -> None:
@@ -27,7 +27,7 @@ def learn(name: str) -> None:
         return
     module_name, _, class_name = name.partition(":")
     if not module_name or not class_name or module_name.startswith("."):
-        raise ValueError("wants module:Class, e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py")
+        raise ValueError("expected module:Class; e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py")
     sys.path[:] = search_path()
     try:
         module = importlib.import_module(module_name)
@@ -39,15 +39,16 @@ def learn(name: str) -> None:
         near = difflib.get_close_matches(class_name, classes, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"module {module_name} has no class {class_name}{hint}")
-    if not (isinstance(found, type) and issubclass(found, PolicyModule)):
+    if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ValueError(
-            f"{class_name} of {module_name} is no subclass of rlkd.training.module.PolicyModule; derive it from that"
+            f"{class_name} of {module_name}: expected a subclass of rlkd.algorithms.base.Algorithm; derive it from "
+            "that, or from an algorithm such as rlkd.algorithms.grpo.GRPO"
         )
     _call(name, found)
 
 
-def _call(name: str, found: type[PolicyModule]) -> None:
-    """Define a subclass of `found` whose Options are called `name`, which makes it known (`PolicyModule`)."""
+def _call(name: str, found: type[Algorithm]) -> None:
+    """Define a subclass of `found` whose Options are called `name`, which makes it known (`Algorithm`)."""
     options = getattr(found, "Options", None)
     if not (isinstance(options, type) and issubclass(options, AlgorithmConfig)):
         raise ValueError(

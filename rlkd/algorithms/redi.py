@@ -4,34 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
-
+from rlkd.algorithms.base import Counts, Loss
 from rlkd.algorithms.opd import from_data
-from rlkd.algorithms.sft import SFT, SFTConfig
-from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.algorithms.redi_options import REDIConfig
+from rlkd.algorithms.sft import SFT
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.generation.sampler import Sampler
 from rlkd.losses import weighted_sum
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.teachers.teacher import Teacher
-from rlkd.training.module import Counts, Loss
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, written
-
-
-class REDIConfig(SFTConfig):
-    """REDI (arXiv 2505.24850): pairs of `data.completion_column` and `data.rejected_column`."""
-
-    name: Literal["redi"] = Field(description="redi")  # type: ignore[assignment]
-    group_size: Literal[2] = Field(2, description="two completions per prompt: the chosen and the rejected one")  # type: ignore[assignment]
-    reduction: Literal["sequence_mean"] = Field("sequence_mean", description="Eq. 5: tokens of a trace, then pairs")
-    alpha: float = Field(0.8, ge=0, le=1, description="α, weight of the rejected trace; 0: SFT, 1: symmetric")
-
-    def problems(self, config: Config) -> list[tuple[str, str]]:
-        found = super().problems(config)
-        if config.data.rejected_column is None:
-            found.append(("data.rejected_column", "is null, but algorithm.name redi trains on pairs; name the column"))
-        return found
 
 
 class REDI(SFT):
@@ -44,7 +28,7 @@ class REDI(SFT):
     Options: ClassVar[type[AlgorithmConfig]] = REDIConfig
 
     @property
-    def algorithm(self) -> REDIConfig:
+    def options(self) -> REDIConfig:
         assert isinstance(self.config.algorithm, REDIConfig)
         return self.config.algorithm
 
@@ -55,7 +39,7 @@ class REDI(SFT):
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         chosen, rejected = group
-        return [replace(chosen, advantage=1.0), replace(rejected, advantage=-self.algorithm.alpha)]
+        return [replace(chosen, advantage=1.0), replace(rejected, advantage=-self.options.alpha)]
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         """mask / (len_i · N_pairs): a pair is two sequences."""

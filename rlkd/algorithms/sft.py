@@ -4,49 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
-
+from rlkd.algorithms.base import Algorithm, Counts, Loss
 from rlkd.algorithms.opd import from_data
-from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.algorithms.sft_options import SFTConfig
+from rlkd.config.schema import AlgorithmConfig
 from rlkd.generation.sampler import Sampler
-from rlkd.losses import Reduction, reduction_weights, weighted_sum
+from rlkd.losses import reduction_weights, weighted_sum
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Teacher
-from rlkd.training.module import Counts, Loss, PolicyModule
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
 
 
-class SFTConfig(AlgorithmConfig):
-    """Supervised fine-tuning on `data.completion_column`."""
-
-    name: Literal["sft"] = Field(description="sft")
-    group_size: Literal[1] = Field(1, description="one completion per prompt: the data's")
-    reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
-
-    def trained_lengths(self, config: Config) -> dict[str, int]:
-        return {
-            "data.max_prompt_tokens": config.data.max_prompt_tokens,
-            "data.max_completion_tokens": config.data.max_completion_tokens,
-        }
-
-    def problems(self, config: Config) -> list[tuple[str, str]]:
-        found = super().problems(config)
-        if config.data.completion_column is None:
-            why = f"is null, but algorithm.name {self.name} trains on the completions of the data; name their column"
-            found.append(("data.completion_column", why))
-        return found
-
-
-class SFT(PolicyModule):
+class SFT(Algorithm):
     """L(θ) = −E_{(x, y) ~ data} [ Σ_t log π_θ(y_t | x, y_<t) / N ], at temperature 1."""
 
     Options: ClassVar[type[AlgorithmConfig]] = SFTConfig
     uses_rewards = False
 
     @property
-    def algorithm(self) -> SFTConfig:
+    def options(self) -> SFTConfig:
         assert isinstance(self.config.algorithm, SFTConfig)
         return self.config.algorithm
 
@@ -64,7 +42,7 @@ class SFT(PolicyModule):
 
     def weigh(self, batch: Batch, counts: Counts) -> Batch:
         mask, longest = batch.completion_mask, self.longest_completion
-        weights = reduction_weights(mask, self.algorithm.reduction, counts.tokens, counts.sequences, longest)
+        weights = reduction_weights(mask, self.options.reduction, counts.tokens, counts.sequences, longest)
         return replace(batch, weights=weights)
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from pydantic import Field
-
-from rlkd.algorithms.divergence_options import DivergenceConfig
 from rlkd.algorithms.opd import OPD
-from rlkd.algorithms.opd_options import OPDConfig
+from rlkd.algorithms.taid_options import TAIDConfig
 from rlkd.config.schema import AlgorithmConfig, Config
 from rlkd.models.logprob_head import Needs
-
-
-class TAIDConfig(OPDConfig):
-    """Temporally adaptive interpolated distillation (arXiv 2501.16937), on the completions of the data."""
-
-    name: Literal["taid"] = Field(description="taid")  # type: ignore[assignment]
-    group_size: int = Field(1, ge=1, description="completions per prompt")
-    student_share: float = Field(0.0, ge=0, le=1, description="share of prompts that the student completes; paper: 0")
-    divergence: DivergenceConfig = Field(
-        DivergenceConfig(kind="forward_kl"), description="of the interpolated teacher; full, or student_top_k"
-    )
-    t_start: float = Field(0.4, ge=0, le=1, description="the teacher's share of the logits at the start")
-    t_end: float = Field(1.0, ge=0, le=1, description="its largest share")
-    over: int = Field(1000, ge=1, description="iterations in which t rises to t_end at the latest, in a straight line")
-    step: float = Field(5e-4, ge=0, description="α: largest adaptive step of t in an iteration")
-    momentum: float = Field(0.99, ge=0, lt=1, description="β: of the loss's relative change")
-
-    def problems(self, config: Config) -> list[tuple[str, str]]:
-        found = super().problems(config)
-        if self.divergence.signal.tier != "hidden":
-            why = "needs the teacher's whole distribution to interpolate; use full, or top_k with support: student"
-            found.append(("algorithm.divergence.tier", why))
-        if self.t_end < self.t_start:
-            found.append(("algorithm.t_end", f"is {self.t_end}, below algorithm.t_start = {self.t_start}; raise it"))
-        return found
 
 
 class TAID(OPD):
@@ -53,40 +26,38 @@ class TAID(OPD):
 
     def __init__(self, config: Config):
         super().__init__(config)
-        self.t = self.algorithm.t_start
+        self.t = self.options.t_start
         self.momentum = 0.0
         self.before: float | None = None
         """The loss of the last iteration."""
 
     @property
-    def algorithm(self) -> TAIDConfig:
+    def options(self) -> TAIDConfig:
         assert isinstance(self.config.algorithm, TAIDConfig)
         return self.config.algorithm
 
     @property
     def needs(self) -> Needs:
-        options = self.algorithm
+        options = self.options
         comparison = options.divergence.comparison(self.teacher_temperature, blend=self.t, ratio_cap=options.ratio_cap)
         return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
 
-    def iteration_ended(self, iteration: int) -> None:
-        self.row["taid/t"] = self.t
-        loss, options = self.row["loss/kd"], self.algorithm
+    def iteration_ended(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
+        used, loss, options = self.t, row["loss/kd"], self.options
         if not math.isfinite(loss):
-            return  # its updates were skipped, and so is its step
+            return {"taid/t": used}  # its updates were skipped, and so is its step
         if self.before is not None:  # the first iteration only leaves its loss
             self.momentum = options.momentum * self.momentum + (1.0 - options.momentum) * _change(self.before, loss)
             sigmoid = 0.5 * (1.0 + math.tanh(0.5 * self.momentum))  # finite for any momentum
             line = options.t_start + (options.t_end - options.t_start) * min(iteration / options.over, 1.0)
             self.t = min(options.t_end, max(line, self.t + options.step * sigmoid * (1.0 - self.t)))
         self.before = loss
+        return {"taid/t": used}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["taid"] = {"t": self.t, "momentum": self.momentum, "before": self.before}
+    def state_dict(self) -> dict[str, Any]:
+        return {"taid": {"t": self.t, "momentum": self.momentum, "before": self.before}}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
+    def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         state = checkpoint["taid"]
         self.t, self.momentum, self.before = state["t"], state["momentum"], state["before"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlkd.algorithms import feedback
+from rlkd.algorithms.base import Loss
 from rlkd.algorithms.feedback import Failure
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.thinktuning_options import Rule, ThinkTuningConfig
@@ -22,7 +23,6 @@ from rlkd.losses import advantage_shaping, weighted_sum
 from rlkd.metrics import Meter
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.teachers.teacher import Question, Teacher
-from rlkd.training.module import Loss
 from rlkd.types import AUTHORS, Batch, Prompt, Rollout, ScoredRollout
 
 RARE = 0.01
@@ -52,7 +52,7 @@ class ThinkTuning(GRPO):
         self._failed_in: int | None = None
 
     @property
-    def algorithm(self) -> ThinkTuningConfig:
+    def options(self) -> ThinkTuningConfig:
         assert isinstance(self.config.algorithm, ThinkTuningConfig)
         return self.config.algorithm
 
@@ -62,10 +62,10 @@ class ThinkTuning(GRPO):
         groups = super().rollout(prompts, policy, teacher, iteration)
         if iteration != self._failed_in:  # an iteration may draw several blocks, and begin anew: it draws the same
             self._failed, self._failed_in = {}, iteration
-        share = self.algorithm.guided(iteration)
-        if share <= self.algorithm.off_below:
+        share = self.options.guided(iteration)
+        if share <= self.options.off_below:
             return groups
-        asked, budget = self.algorithm.feedback, self.algorithm.augmented_tokens(self.config)
+        asked, budget = self.options.feedback, self.options.augmented_tokens(self.config)
         questions: dict[tuple[int, int], Question] = {}
         for g, i in [(g, i) for g, group in enumerate(groups) for i in self._chosen(group, share, iteration)]:
             prompt, ids = groups[g][i].prompt, feedback.question_ids(asked, self.tokenizer, groups[g][i])
@@ -96,7 +96,7 @@ class ThinkTuning(GRPO):
     def _chosen(self, group: Sequence[Rollout], share: float, iteration: int) -> list[int]:
         """Which completions of a prompt get feedback, drawn by (seed, iteration, prompt)."""
         ended = [i for i, r in enumerate(group) if r.finish_reason == "stop" and len(r.token_ids) > 1]
-        count = min(len(ended), max(self.algorithm.at_least, math.floor(len(ended) * share + 1e-9)))
+        count = min(len(ended), max(self.options.at_least, math.floor(len(ended) * share + 1e-9)))
         draw = seeds.generator(self.config.run.seed, iteration, "guided", group[0].prompt.id)
         return sorted(draw.choice(ended, count, replace=False).tolist()) if count else []
 
@@ -124,14 +124,14 @@ class ThinkTuning(GRPO):
         policy = self.policy_loss(
             output, replace(batch, weights=torch.where(elsewhere, 0.0, batch.weights)), advantages
         )
-        aware = advantage_shaping(output.logprobs, advantages, self.algorithm.shaping[0], self.algorithm.shaping[1])
+        aware = advantage_shaping(output.logprobs, advantages, self.options.shaping[0], self.options.shaping[1])
         imitated = torch.where(advantages > 0, -output.logprobs, 0.0)
         guided = weighted_sum(torch.where(shaped, aware, imitated), torch.where(shaped | sft, batch.weights, 0.0))
         return Loss(total=policy.total + guided, metrics=policy.metrics | {"loss/guided": guided.detach()})
 
     def _under(self, rule: Rule, batch: Batch) -> Tensor:
         """[B, T] bool: the tokens of others that `rule` is for."""
-        rules = {"teacher": self.algorithm.teacher_tokens, "glue": self.algorithm.glue_tokens}
+        rules = {"teacher": self.options.teacher_tokens, "glue": self.options.glue_tokens}
         rules["glue"] = rules["glue"] or rules["teacher"]
         authors = [AUTHORS.index(author) for author in ("teacher", "glue") if rules[author] == rule]
         return torch.isin(batch.authors, torch.tensor(authors, device=batch.authors.device, dtype=batch.authors.dtype))

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from rlkd.algorithms.feedback import FeedbackConfig
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.algorithms.grpo_options import GRPOConfig
 from rlkd.config.schedules import Linear, Schedule
-from rlkd.config.schema import Config, NoTeacher
+from rlkd.config.schema import Config, NoTeacherConfig
 
 Rule = Literal["ppo", "shaped", "sft", "mask"]
 
@@ -65,13 +65,13 @@ class ThinkTuningConfig(GRPOConfig):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
         asked, (low, high) = self.feedback, self.shaping
-        if isinstance(config.teacher, NoTeacher):
-            why = "is none, but algorithm.name thinktuning wants feedback; set local, served or self"
+        if isinstance(config.teacher, NoTeacherConfig):
+            why = "is none, but algorithm.name thinktuning needs a teacher for its feedback; set local, served or self"
             found.append(("teacher.backend", why))
         if not asked.chat_template and (asked.system is not None or asked.behaviours):
             why = "is false, but a system message and examples are turns of a chat; set system: null, behaviours: []"
             found.append(("algorithm.feedback.chat_template", why))
         if not 0 <= low <= high:
-            why = f"is [{low}, {high}], wants 0 ≤ first ≤ second: else π / (π + γ) has no bound"
+            why = f"expected 0 <= first <= second, got [{low}, {high}]; otherwise π / (π + γ) has no bound"
             found.append(("algorithm.shaping", why))
         return found

@@ -1,4 +1,4 @@
-"""Mistakes in a configuration, one line each: where it was set, dotted key, what stands there, what is wanted."""
+"""Mistakes in a configuration, one line each: `FILE:LINE: key: expected X, got Y; fix`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from rlkd.config.help import Path, Schema, Slot, choices, dotted, wants
+from rlkd.config.help import Path, Schema, Slot, choices, dotted, expected
 from rlkd.config.yaml_tree import COMMAND_LINE, Node, at, scalar
 
 _LONGEST = 60
@@ -72,13 +72,13 @@ class Report:
         kinds = list(place.variants)
         if exact and not isinstance(node.value, dict) and node.value is not None:
             hint = f"; did you mean {dotted(path)}.{place.tag}: {node.value}?" if node.value in kinds else ""
-            self.say(path, f"got {shown(node)}, wants {wants(place)}{hint}")
+            self.say(path, f"expected {expected(place)}, got {shown(node)}{hint}")
             return
         path = (*path, place.tag)
         tag, exact = at(self.root, path)
-        got = f"got {shown(tag)}" if exact else "missing"
         own = " | module:Class of your own" if self.schema.others and place is self.schema.algorithm else ""
-        self.say(path, f"{got}, wants {' | '.join(kinds)}{own}{_near(tag.value, kinds) if exact else ''}")
+        names = f"expected {' | '.join(kinds)}{own}"
+        self.say(path, f"{names}, got {shown(tag)}{_near(tag.value, kinds)}" if exact else f"missing; {names}")
 
     def pydantic(self, errors: Sequence[ErrorDetails], above: Path, place: Slot) -> None:
         """One line for each of pydantic's errors about the value at `above`, a place of type `place`."""
@@ -90,25 +90,34 @@ class Report:
             elif kind.startswith("union_tag_") or (slot.tag is not None and not slot.is_schedule):
                 self.unknown_kind(slot, path)
             elif kind == "missing":
-                self.say(path, f"missing, wants {wants(slot)}")
+                self.say(path, f"missing; expected {expected(slot)}")
             elif kind in ("value_error", "assertion_error"):
-                node, exact = at(self.root, path)
-                got = f"got {shown(node)}; " if exact and not isinstance(node.value, dict | list) else ""
-                self.say(path, f"{got}{error['ctx']['error']}")
+                self.refused(path, str(error["ctx"]["error"]))
             else:
-                wanted = "a finite number" if kind == "finite_number" else wants(slot)
-                self.say(path, self._wrong(path, slot, error["input"], wanted))
+                what = "a finite number" if kind == "finite_number" else expected(slot)
+                self.say(path, self._wrong(path, slot, error["input"], what))
 
-    def _wrong(self, path: Path, slot: Slot, value: Any, wanted: str) -> str:
+    def refused(self, path: Path, why: str) -> None:
+        """Add the message of a validator of ours, with the value that it refused."""
+        node, exact = at(self.root, path)
+        what, semicolon, fix = why.partition("; ")
+        if not exact or isinstance(node.value, dict | list):
+            self.say(path, why)
+        elif what.startswith("expected "):
+            self.say(path, f"{what}, got {shown(node)}{semicolon}{fix}")
+        else:
+            self.say(path, f"got {shown(node)}; {why}")
+
+    def _wrong(self, path: Path, slot: Slot, value: Any, what: str) -> str:
         node, exact = at(self.root, path)
         if not exact:  # it came from a reference
-            return f"got {type(value).__name__} from {shown(node)}, wants {wanted}"
-        line = f"got {shown(node)}, wants {wanted}"
+            return f"expected {what}, got {type(value).__name__} from {shown(node)}"
+        line = f"expected {what}, got {shown(node)}"
         if not isinstance(node.value, str):
             return line
         numeric = {int, float} & set(slot.members) or slot.is_schedule
         if numeric and "${" in node.value:
-            return f"{line}; it stands for a text: ${{oc.decode:{node.value}}} reads the number in it"
+            return f"{line}; a reference gives a text: write ${{oc.decode:{node.value}}} to read the number in it"
         if numeric and not isinstance(scalar(node.value), str):
             return f"{line}; drop the quotes"
         return line + _near(node.value, choices(slot))

@@ -1,10 +1,10 @@
-"""Reads the configuration classes as a schema: which keys there are, what each wants, and the text of `--help`."""
+"""Reads the configuration classes as a schema: which keys there are, what each expects, and the text of `--help`."""
 
 from __future__ import annotations
 
 import textwrap
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -18,6 +18,9 @@ from rlkd.config.schedules import Constant, Schedule
 from rlkd.config.schema import AlgorithmConfig, Config
 
 Algorithms = Mapping[str, type[AlgorithmConfig]]
+"""algorithm.name → class of the section `algorithm`."""
+LearnOptions = Callable[[str], type[AlgorithmConfig]]
+"""module:Class → class of that algorithm's section. Raises: ValueError, one line."""
 Path = tuple[str | int, ...]
 """A key: section, key, index in a list …"""
 
@@ -102,14 +105,14 @@ def plain(value: Any) -> Any:
     return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def wants(place: Slot) -> str:
-    """What may stand in a slot, in words: `an integer ≥ 1`, `hf | vllm`, `a list of text, or null`."""
+def expected(place: Slot) -> str:
+    """What may stand in a slot, in words: `an integer >= 1`, `hf | vllm`, `a list of text, or null`."""
     if place.is_schedule:
         words = [f"a number, or a schedule with kind: {' | '.join(place.variants)}"]
     elif place.tag is not None:
         words = [f"a section with {place.tag}: {' | '.join(place.variants)}"]
     else:
-        words = [_wants_one(member) + _limits(place.metadata) for member in place.members]
+        words = [_expected_one(member) + _limits(place.metadata) for member in place.members]
     return ", or ".join([*words, *(["null"] if place.nullable else [])])
 
 
@@ -149,7 +152,7 @@ class Schema:
         lines += ["", "schedules: a number is constant; otherwise a mapping with kind; iteration 0 is the first"]
         for tag, model in slot(Schedule).variants.items():
             about = " ".join((model.__doc__ or "").split("\n")[0].split())
-            keys = ", ".join(f"{key}: {wants(s)}" for key, s in fields(model).items() if key != "kind")
+            keys = ", ".join(f"{key}: {expected(s)}" for key, s in fields(model).items() if key != "kind")
             lines += [f"  kind: {tag}", *_wrapped(f"{about} {keys}", 6)]
         return "\n".join(lines) + "\n"
 
@@ -159,7 +162,7 @@ _USAGE = (
     "",
     "A later file, and a key=value, goes on top of what stands before it; another algorithm.name or",
     "teacher.backend replaces the whole section. ${oc.env:NAME} reads an environment variable;",
-    "\\${ stands for the text ${. on, off, yes, no are switches only where a switch is wanted.",
+    "\\${ stands for the text ${. on, off, yes, no are switches only for a key that is true or false.",
     "",
     "--config FILE     YAML; several are merged, later ones on top",
     "key=value         e.g. optim.lr=1e-5 or rollout.server.urls='[\"http://localhost:8000\"]'",
@@ -209,7 +212,7 @@ def _keys_help(path: str, model: type[BaseModel], defaults: Mapping[str, Any] | 
             continue
         value = default(field) if defaults is None else defaults[name]
         shown = "required" if value is PydanticUndefined else f"default {_flow(value)}"
-        lines += _wrapped(f"{key}: {wants(place)}; {shown}", 2)
+        lines += _wrapped(f"{key}: {expected(place)}; {shown}", 2)
         if field.description:
             lines += _wrapped(field.description, 6)
         for inner in models:
@@ -233,11 +236,11 @@ def _tag(field: FieldInfo) -> str | None:
     return field.discriminator
 
 
-def _wants_one(member: Any) -> str:
+def _expected_one(member: Any) -> str:
     if get_origin(member) is Literal:
         return " | ".join(str(choice) for choice in get_args(member))
     if get_origin(member) is list:
-        one = wants(slot(get_args(member)[0]))
+        one = expected(slot(get_args(member)[0]))
         plurals = {"an integer": "integers", "a number": "numbers", "text": "texts", "a list of": "lists of"}
         for singular, plural in plurals.items():
             one = one.replace(singular, plural, 1) if one.startswith(singular) else one
@@ -255,16 +258,16 @@ def _limits(metadata: tuple[Any, ...]) -> str:
     most = [part.max_length for part in metadata if isinstance(part, bounds.MaxLen)]
     if least or most:
         words = [f"at least {n}" for n in least] + [f"at most {n}" for n in most]
-        return f" ({least[0] if least == most else ', '.join(words)} of them)"
+        return f" (exactly {least[0]})" if least == most else f" ({', '.join(words)})"
     found = []
     for part in metadata:
         match part:
             case bounds.Ge(ge=limit):
-                found.append(f"≥ {limit}")
+                found.append(f">= {limit}")
             case bounds.Gt(gt=limit):
                 found.append(f"> {limit}")
             case bounds.Le(le=limit):
-                found.append(f"≤ {limit}")
+                found.append(f"<= {limit}")
             case bounds.Lt(lt=limit):
                 found.append(f"< {limit}")
             case object(pattern=str(pattern)):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,8 +11,9 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
+from rlkd.config.command_line import Args, parse_args
 from rlkd.config.errors import ConfigError, Report, shown
-from rlkd.config.help import Algorithms, Path, Schema, Slot, default
+from rlkd.config.help import Algorithms, LearnOptions, Path, Schema, Slot, default
 from rlkd.config.schema import AlgorithmConfig, Config, Section
 from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
 
@@ -22,11 +21,9 @@ __all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
 
 _TAGS: Mapping[tuple[str, ...], str] = {("algorithm",): "name", ("teacher",): "backend"}
 _SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
-_GIB = re.compile(r"\d+(\.\d+)?")
 _DEEPEST = 20
 """A reference to a section that holds the reference would never end."""
-_AS_TEXT = "for the text itself write \\${ in place of ${"
-_FLAGS = ("--config", "--print-config", "--estimate", "--help")
+_AS_TEXT = "write \\${ for a literal ${"
 
 
 @dataclass(frozen=True)
@@ -38,76 +35,29 @@ class Loaded:
     """YAML with every default, interpolations as they were written; loading it gives the same `config`."""
 
 
-@dataclass(frozen=True)
-class Args:
-    """The command line."""
+def help_text(algorithms: Algorithms, others: bool = False) -> str:
+    """Every dotted key with its type, default and help, in 100 columns.
 
-    files: tuple[str, ...]
-    overrides: tuple[str, ...]
-    print_config: bool
-    help: bool
-    estimate: float | None
-    """GiB of a device; 0: whatever this machine has; None: not asked for."""
-
-
-def parse_args(argv: Sequence[str]) -> Args:
-    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--help]`.
-
-    Raises: ConfigError on an unknown flag, or without a file.
+    Args:
+        algorithms: name → class of the `algorithm` section.
+        others: whether an algorithm outside the package may be named, as module:Class.
     """
-    files, overrides, lines = [], [], []
-    print_config = help = False
-    estimate: float | None = None
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        flag, equals, value = argument.partition("=")
-        if flag == "--config" and (equals or (rest and not rest[0].startswith("-"))):
-            files.append(value if equals else rest.pop(0))
-        elif flag == "--config":
-            lines.append(f"{COMMAND_LINE}: --config: wants a YAML file")
-        elif argument == "--print-config":
-            print_config = True
-        elif argument in ("--help", "-h"):
-            help = True
-        elif argument == "--estimate":
-            estimate = 0.0
-        elif flag == "--estimate" and _GIB.fullmatch(value):
-            estimate = float(value)
-        elif flag == "--estimate":
-            lines.append(f"{COMMAND_LINE}: --estimate: got {value!r}, wants the GiB of a device, e.g. --estimate=80")
-        elif flag.startswith("-") and "." in flag and equals:
-            lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
-        elif flag.startswith("-"):
-            near = difflib.get_close_matches(flag, _FLAGS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_FLAGS)} and key=value"
-            lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; {hint}")
-        else:
-            overrides.append(argument)
-    if not files and not help and not lines:
-        guess = [argument for argument in overrides if argument.endswith((".yaml", ".yml")) and "=" not in argument]
-        hint = f"did you mean --config {guess[0]}?" if guess else "e.g. --config configs/quickstart.yaml"
-        lines.append(f"{COMMAND_LINE}: --config: missing; {hint}")
-    if lines:
-        raise ConfigError(lines)
-    return Args(tuple(files), tuple(overrides), print_config, help, estimate)
+    return Schema(algorithms, others).help_text()
 
 
-def help_text(algorithms: Algorithms | None = None) -> str:
-    """Every dotted key with its type, default and help, in 100 columns."""
-    return (Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)).help_text()
-
-
-def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algorithms | None = None) -> Loaded:
+def load(
+    files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None
+) -> Loaded:
     """The configuration of YAML `files`, later ones on top, and `a.b=c` `overrides` on top of them.
 
     Args:
-        algorithms: name → class of the `algorithm` section; None: the registered ones.
+        algorithms: name → class of the `algorithm` section.
+        learn: finds that class for a name of the form module:Class; None: there are no such names.
 
     Raises: ConfigError with one line per mistake.
     """
     under, over, problems = read(files, overrides)
-    return checked(on_top(under, over), problems, algorithms)
+    return checked(on_top(under, over), problems, algorithms, learn)
 
 
 def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, list[str]]:
@@ -139,18 +89,24 @@ def set_by(under: Node, over: Node, path: Path) -> str:
     return at(on_top(under, over), path)[0].origin.rpartition(":")[0] or COMMAND_LINE
 
 
-def checked(root: Node, problems: Sequence[str], algorithms: Algorithms | None = None) -> Loaded:
+def checked(root: Node, problems: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None) -> Loaded:
     """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
-    unknown = _learn_outside(root) if algorithms is None else None
-    schema = Schema(_registered(), others=True) if algorithms is None else Schema(algorithms)
+    outside = _outside_name(root) if learn is not None else None
+    unknown = None
+    if learn is not None and outside is not None and outside not in algorithms:
+        try:
+            algorithms = {**algorithms, outside: learn(outside)}
+        except ValueError as error:
+            unknown = str(error)
+    schema = Schema(algorithms, others=learn is not None)
     report = Report(root, schema, list(problems))
     if unknown is not None:
-        report.say(("algorithm", "name"), unknown)
+        report.refused(("algorithm", "name"), unknown)
     return _Loading(root, schema, report).run()
 
 
-def _learn_outside(root: Node) -> str | None:
-    """Make an algorithm that is called module:Class known, before its section is read; else what is wrong with it."""
+def _outside_name(root: Node) -> str | None:
+    """algorithm.name where it has the form module:Class; None where it has not, or cannot be read."""
     node, exact = at(root, ("algorithm", "name"))
     name = node.value if exact else None
     if isinstance(name, str) and "${" in name:
@@ -158,21 +114,7 @@ def _learn_outside(root: Node) -> str | None:
             name = OmegaConf.select(OmegaConf.create(_plain(root)), "algorithm.name")
         except OmegaConfBaseException:
             return None  # reported where references are resolved
-    if not isinstance(name, str) or ":" not in name:
-        return None
-    from rlkd.algorithms import outside  # late: torch and Lightning take seconds
-
-    try:
-        outside.learn(name)
-    except ValueError as error:
-        return f"got {shown(node)}; {error}"
-    return None
-
-
-def _registered() -> Algorithms:
-    from rlkd.algorithms import ALGORITHMS  # late: torch and Lightning take seconds
-
-    return {name: module.Options for name, module in ALGORITHMS.items()}
+    return name if isinstance(name, str) and ":" in name else None
 
 
 @dataclass
@@ -208,17 +150,19 @@ class _Loading:
             try:
                 OmegaConf.create({"text": node.value})
             except OmegaConfBaseException:
-                self.report.say(path, f"got {shown(node)}: ${{ starts no reference that can be read; {_AS_TEXT}")
+                self.report.say(
+                    path, f"expected a reference such as ${{oc.env:NAME}} after ${{, got {shown(node)}; {_AS_TEXT}"
+                )
                 return replace(node, value="")
         return node
 
     def _filled(self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None) -> Any:
-        """The plain value of `node` with every default of `place`, switches and names as their type wants them.
+        """The plain value of `node` with every default of `place`, switches and names as their type needs them.
 
         `defaults`: what a section that is set in part has elsewhere, where its place differs from its class.
         """
         if node.value == MISSING:
-            self.report.say(path, "is ???, which stands for a value that is still to be given")
+            self.report.say(path, "is ???, a placeholder; set a value")
             return MISSING
         if place is None:
             return self._free(node, path, known=False)
@@ -283,7 +227,7 @@ class _Loading:
         if isinstance(node.value, list):
             return [self._free(inner, (*path, i), known) for i, inner in enumerate(node.value)]
         if known and node.plain and isinstance(node.value, str) and node.value.lower() in _SWITCHES:
-            self.report.say(path, f"got {node.text}, a switch or a text? write true or false, or quote it")
+            self.report.say(path, f"expected true or false, or a quoted text, got {node.text}")
         return node.value
 
     def _resolved(self, container: DictConfig | ListConfig, path: Path) -> Any:
@@ -299,11 +243,11 @@ class _Loading:
                 self.report.blame_elsewhere(here)  # the ??? that it leads to
                 value = raw
             except OmegaConfBaseException as error:
-                self.report.say(here, f"got {raw!r}: {_why_unresolved(error)}")
+                self.report.say(here, f"expected a reference that resolves, got {raw!r}: {_why_unresolved(error)}")
                 value = raw
             if isinstance(value, DictConfig | ListConfig):
                 if len(here) > _DEEPEST:
-                    self.report.say(path[:1], "refers to a section that holds it")
+                    self.report.say(path[:1], "expected a value, got a reference to a section that contains it")
                     value = None
                 else:
                     value = self._resolved(value, here)

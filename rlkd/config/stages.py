@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rlkd.config.help import Algorithms
+from rlkd.config.help import Algorithms, LearnOptions
 from rlkd.config.load import ConfigError, Loaded, checked, on_top, read
 from rlkd.config.schema import Config
 from rlkd.config.yaml_tree import Node
@@ -38,9 +38,12 @@ class Stage:
     """Where the student comes from, once the stage before has ended; None: model.path as it stands."""
 
 
-def load_stages(files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms | None = None) -> list[Stage]:
+def load_stages(
+    files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None
+) -> list[Stage]:
     """The stages of a configuration, all checked; a run without stages is one stage.
 
+    `algorithms` and `learn` are those of `load`.
     What is written on the command line holds for every stage; `stages.NAME.key=value` for one.
     Raises: ConfigError with one line per mistake of the first wrong stage.
     """
@@ -49,16 +52,16 @@ def load_stages(files: Sequence[str], overrides: Sequence[str], algorithms: Algo
     command_line, of_command_line = _apart(over)
     names = list(dict.fromkeys([*of_stages, *of_command_line]))
     if not names:
-        return [Stage(None, checked(on_top(shared, command_line), problems, algorithms), None)]
+        return [Stage(None, checked(on_top(shared, command_line), problems, algorithms, learn), None)]
     stages: list[Stage] = []
     for name in names:
         if not _NAME.fullmatch(name):
-            raise ConfigError([f"stages: {name!r} is no name for a directory; wants letters, digits and . + - _"])
+            raise ConfigError([f"stages: expected a directory name of letters, digits and . + - _, got {name!r}"])
         root = shared
         for node in (of_stages.get(name), command_line, of_command_line.get(name)):
             root = root if node is None else on_top(root, node)
         try:
-            whole = checked(root, problems, algorithms)
+            whole = checked(root, problems, algorithms, learn)
         except ConfigError as error:
             raise ConfigError([f"stage {name}: {line}" for line in error.lines]) from error
         run = whole.config.run
@@ -101,7 +104,7 @@ def _apart(root: Node) -> tuple[Node, dict[str, Node]]:
     rest = {key: node for key, node in root.value.items() if key != "stages"}
     stages = root.value["stages"]
     if not isinstance(stages.value, dict) or not all(isinstance(n.value, dict) for n in stages.value.values()):
-        raise ConfigError([f"{stages.origin}: stages: wants a mapping from a name to what that stage changes"])
+        raise ConfigError([f"{stages.origin}: stages: expected a mapping from each stage's name to its changes"])
     return replace(root, value=rest), stages.value
 
 

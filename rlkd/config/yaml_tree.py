@@ -70,7 +70,7 @@ def read_file(path: str, problems: list[str]) -> Node | None:
         if root is None:
             return Node({}, path)
         if not isinstance(root, yaml.MappingNode):
-            problems.append(f"{path}:{_line(root)}: wants sections such as model: and data:, got {_kind(root)}")
+            problems.append(f"{path}:{_line(root)}: expected sections such as model: and data:, got {_kind(root)}")
             return None
         _check_size(root)
         return replace(_node(root, f"{path}:{_line(root)}", path, problems), origin=path)
@@ -88,7 +88,7 @@ def read_override(argument: str, problems: list[str]) -> Node | None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         hint = f"; for a file write --config {argument}" if argument.endswith((".yaml", ".yml")) else ""
-        problems.append(f"{COMMAND_LINE}: {argument!r}: wants section.key=value{hint}")
+        problems.append(f"{COMMAND_LINE}: expected section.key=value, got {argument!r}{hint}")
         return None
     wrong = _unfit(argument)
     if wrong is not None or len(parts) > MAX_DEPTH:
@@ -161,7 +161,7 @@ def _node(
     if len(above) > MAX_DEPTH:
         raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=composed.start_mark)
     if not composed.tag.startswith("tag:yaml.org,2002:") or composed.tag.split(":")[-1] not in ("str", "map", "seq"):
-        problems.append(f"{place(composed)}: the tag {composed.tag} is not read here; write the plain value")
+        problems.append(f"{place(composed)}: expected a plain value, got the tag {composed.tag}; remove the tag")
     if isinstance(composed, yaml.ScalarNode):
         plain = composed.style is None
         wrong = _unfit(composed.value)
@@ -178,14 +178,14 @@ def _node(
     inherited: dict[str, Node] = {}
     for key, value in composed.value:
         if not isinstance(key, yaml.ScalarNode):
-            problems.append(f"{place(key)}: a key must be a word, got {_kind(key)}")
+            problems.append(f"{place(key)}: expected a word as a key, got {_kind(key)}")
         elif key.value == "<<" and key.style is None:
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 node = _node(source, place(key), file, problems, above, section)
                 if isinstance(node.value, dict):
                     inherited = node.value | inherited
                 else:
-                    problems.append(f"{place(key)}: << wants a mapping, got {_kind(source)}")
+                    problems.append(f"{place(key)}: <<: expected a mapping, got {_kind(source)}")
         else:
             dotted = f"{section}.{key.value}" if section else key.value
             node = _node(value, place(key), file, problems, above, dotted)
@@ -216,9 +216,9 @@ def _check_size(root: yaml.Node) -> None:
 def _unfit(text: str) -> str | None:
     """What keeps a text from being written to a file, or from naming one."""
     if "\0" in text:
-        return "got a NUL character, which no file name or text here may hold; leave it out"
+        return "expected text without NUL characters, got one; remove it"
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        return "got half of a surrogate pair, or bytes that are not UTF-8; write the character itself, in UTF-8"
+        return "expected UTF-8 text, got half of a surrogate pair or other bytes; write the character itself, in UTF-8"
     return None
 
 

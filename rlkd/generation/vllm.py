@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlkd import distributed
 from rlkd.builtin import resolve
-from rlkd.config.schema import LARGEST_SERVED_RANK, Config, SelfTeacher
+from rlkd.config.schema import LARGEST_SERVED_RANK, Config, SelfTeacherConfig
 from rlkd.data.seeds import request_seed
 from rlkd.distributed import RunStopped, on_rank_zero
 from rlkd.generation.sampler import Sampling
@@ -94,7 +94,7 @@ def policy_role(config: Config) -> ServerRole:
 def longest(config: Config) -> int:
     """Tokens of the longest sequence that a policy server sees."""
     teacher, own = config.teacher, config.data.max_prompt_tokens + config.rollout.max_tokens
-    if isinstance(teacher, SelfTeacher) and teacher.scorer == "policy_server":
+    if isinstance(teacher, SelfTeacherConfig) and teacher.scorer == "policy_server":
         # what it scores or writes as a teacher, and the token that vLLM generates beyond what it scores
         return max(own, sum(config.algorithm.teacher_lengths(config).values()) + 1)
     return own

@@ -1,7 +1,7 @@
 """Losses: pure functions of tensors, per token. They know no mask, no config, no model."""
 
+from rlkd.config.kinds import DivergenceKind, Reduction
 from rlkd.losses.divergence import (
-    DivergenceKind,
     among,
     divergence,
     forward_kl,
@@ -19,7 +19,7 @@ from rlkd.losses.policy_gradient import (
     clipped_tokens,
     sequence_old_logprobs,
 )
-from rlkd.losses.reduction import Reduction, counts, reduction_weights, weighted_sum
+from rlkd.losses.reduction import counts, reduction_weights, weighted_sum
 
 __all__ = [
     "DivergenceKind",

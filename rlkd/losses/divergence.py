@@ -6,13 +6,12 @@ Both are compared at the temperature that the caller has divided the logits by. 
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DivergenceKind = Literal["forward_kl", "reverse_kl", "jsd"]
+from rlkd.config.kinds import DivergenceKind
 
 
 def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0.5) -> Tensor:

@@ -6,12 +6,10 @@ gradient.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Reduction = Literal["token_mean", "sequence_mean", "dr_grpo"]
+from rlkd.config.kinds import Reduction
 
 
 def counts(mask: Tensor) -> tuple[int, int]:

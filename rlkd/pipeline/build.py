@@ -1,21 +1,41 @@
-"""Which sampler, teacher and reference a configuration names."""
+"""From the configuration to the parts of the line: which sampler, teacher, reference and rewards it names."""
 
 from __future__ import annotations
 
 import torch
 
+from rlkd.algorithms.base import Algorithm
 from rlkd.config import schema as configuration
 from rlkd.config.schema import Config, LocalTeacher, NoTeacher, ServedTeacher
+from rlkd.data.prompts import PromptStream
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampler, end_ids
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models.vocabulary import vocabulary_size
+from rlkd.pipeline.line import Line
+from rlkd.rewards.pool import RewardPool
 from rlkd.teachers import served
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.teacher import Teacher
+
+
+def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> Line:
+    """The left half of the line, nothing of it opened yet."""
+    policy = build_sampler(config)
+    # With adapters the student itself holds its start, and scores as the reference where it is trained.
+    apart = algorithm.needs_reference and config.model.lora is None
+    return Line(
+        config=config,
+        algorithm=algorithm,
+        prompts=prompts,
+        policy=policy,
+        teacher=build_teacher(config, policy) if algorithm.uses_teacher else None,
+        reference=build_reference(config) if apart else None,
+        rewards=RewardPool(config.reward),
+    )
 
 
 def build_sampler(config: Config) -> Sampler:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
-from rlkd.config.schema import Config, LocalTeacher, SelfTeacher, ServedTeacher, ServerConfig
+from rlkd.config.schema import Config, LocalTeacherConfig, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
 from rlkd.generation.vllm import longest
 from rlkd.models.logprob_head import CHUNK_LOGITS, VOCABULARY_CHUNK
 from rlkd.models.lora import layers, skeleton
@@ -194,7 +194,7 @@ def _training(config: Config, model: Shape) -> Part:
     else:
         activations = tokens * inner * model.layers
     logits = 4 * model.output_layer + 4 * VOCABULARY_CHUNK * min(tokens, _TOKEN_CHUNK)
-    if config.teachers or isinstance(config.teacher, SelfTeacher):
+    if config.teachers or isinstance(config.teacher, SelfTeacherConfig):
         logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see policy_head.py
     why = (
         f"gathered weights {_gib(gathered)}, their gradients {_gib(gradients)}, activations of {tokens} tokens "
@@ -206,13 +206,13 @@ def _training(config: Config, model: Shape) -> Part:
 def _beside(config: Config, model: Shape) -> list[Part]:
     """Whole models in every trainer process."""
     parts = []
-    if ALGORITHMS[config.algorithm.name](config).needs_reference and config.model.lora is None:
+    if build_algorithm(config).needs_reference and config.model.lora is None:
         parts.append(_copy(model, _BYTES[config.trainer.precision], "reference"))
     for key, teacher in config.teachers:
-        if isinstance(teacher, LocalTeacher):
+        if isinstance(teacher, LocalTeacherConfig):
             theirs = shape_of(teacher.path, config.model.trust_remote_code)
             parts.append(_copy(theirs, _BYTES[teacher.dtype], key))
-    if isinstance(config.teacher, SelfTeacher) and config.teacher.scorer == "local":
+    if isinstance(config.teacher, SelfTeacherConfig) and config.teacher.scorer == "local":
         parts.append(_copy(model, _BYTES[config.teacher.dtype], "teacher (self)"))
         if config.teacher.weights == "ema":
             parts.append(_copy(model, 4, "teacher's moving average"))
@@ -245,7 +245,7 @@ def server_places(config: Config) -> list[Place]:
         model = shape_of(config.model.path, trust)
         places += _servers("policy", model, policy, policy.urls, longest(config))
     for key, teacher in config.teachers:
-        if isinstance(teacher, ServedTeacher):
+        if isinstance(teacher, ServedTeacherConfig):
             model = shape_of(teacher.path, trust)
             places += _servers(key, model, teacher.server, teacher.addresses, teacher_longest(config))
     return places

@@ -15,9 +15,9 @@ import httpx
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
-from rlkd.config.schema import Config, DataConfig, ServedTeacher, ServerConfig
+from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
 from rlkd.data.heldout import heldout
@@ -56,7 +56,7 @@ def check(config: Config) -> list[str]:
     student = _model("model.path", config.model.path, trusted, lengths, problems)
     lengths = config.algorithm.teacher_lengths(config)
     for key, settings in config.teachers:
-        served = isinstance(settings, ServedTeacher)
+        served = isinstance(settings, ServedTeacherConfig)
         teacher = _model(f"{key}.path", settings.path, trusted, lengths, problems, loaded_here=not served)
         if teacher is not None and (
             served or config.algorithm.teacher_writes
@@ -188,7 +188,7 @@ def _devices(config: Config) -> list[str]:
 def _launched(config: Config) -> dict[str, ServerConfig]:
     """section → settings of the servers that the run starts."""
     servers: dict[str, ServerConfig] = {"rollout.server": config.rollout.server}
-    if isinstance(config.teacher, ServedTeacher):
+    if isinstance(config.teacher, ServedTeacherConfig):
         servers["teacher.server"] = config.teacher.server
     return {key: server for key, server in servers.items() if server.launch}
 
@@ -341,7 +341,7 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
     """Answers of `key` that its rewards could not compare with; none where nothing depends on rewards."""
-    if not ALGORITHMS[config.algorithm.name](config).needs_rewards:
+    if not build_algorithm(config).needs_rewards:
         return []
     rows = ((prompt.id, prompt.answer) for prompt in prompts)
     return [f"{key}: {line}" for line in check_answers(config.reward.functions, rows)]
@@ -356,7 +356,7 @@ def _servers(config: Config) -> list[str]:
     asked += [
         (f"{key}.{'url' if teacher.urls == [] else 'urls'}", url, teacher.server, teacher.path, teacher_longest(config))
         for key, teacher in config.teachers
-        if isinstance(teacher, ServedTeacher)
+        if isinstance(teacher, ServedTeacherConfig)
         for url in teacher.addresses
     ]
     problems = []

@@ -56,7 +56,7 @@ def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tup
             continue
         # Another seed than training's, so that no training sample is ever drawn again here.
         sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
-        groups = loader.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
+        groups = loader.line.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
         scored += groups
         for group in groups:
             known = [s.is_correct(config.reward.correct_at) is True for s in group if s.reward is not None]
@@ -95,4 +95,4 @@ class Evaluate(IterationCallback):
 
     def _evaluate(self, module: PolicyModule) -> None:
         # What training does not depend on does not end it.
-        module.row.update(evaluate(self.config, self.loader, self.prompts, strict=module.needs_rewards))
+        module.row.update(evaluate(self.config, self.loader, self.prompts, strict=module.algorithm.needs_rewards))

@@ -15,7 +15,6 @@ import lightning
 from transformers.utils import logging as transformers_logging
 
 from rlkd import distributed
-from rlkd.algorithms import ALGORITHMS
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
 from rlkd.pipeline.loader import RolloutLoader
@@ -29,6 +28,7 @@ from rlkd.run.safe_loading import SafeModelParallelStrategy
 from rlkd.run.wandb_logger import Samples, finish, loggers
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
+from rlkd.training.module import PolicyModule
 
 
 def longest_wait(config: Config) -> timedelta:
@@ -84,8 +84,8 @@ def run(config: Config, text: str) -> None:
         with writing(f"run.dir: {config.run_dir}/config.yaml"):
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             atomic.write(Path(config.run_dir, "config.yaml"), text.encode())
-    module = ALGORITHMS[config.algorithm.name](config)
-    loader = RolloutLoader(config, module)
+    module = PolicyModule(config)
+    loader = RolloutLoader(config, module.algorithm)
     try:
         build_trainer(config, loader).fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     finally:

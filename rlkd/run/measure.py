@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from rlkd.algorithms import ALGORITHMS
-from rlkd.config.load import ConfigError, load, on_top, parse_args, read, set_by
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.config.schema import Config
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.distributed import RunStopped
@@ -24,72 +22,19 @@ _LARGE_GIB = 4.0
 """From this size on, a copy of the model is worth a word."""
 
 
-def asked_for(argv: Sequence[str]) -> Config:
-    """The configuration that a command line asks to evaluate; a lone folder is the run in it.
-
-    A run directory's own `config.yaml` names the model that the run began with. What is asked for is the run's student,
-    unless another file or the command line says what `model.path` is.
-
-    Raises: ConfigError, also where that run has no student yet.
-    """
-    words = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        file = str(Path(word, "config.yaml")) if Path(word).is_dir() else None
-        words.append(word if file is None else file if before == "--config" else f"--config={file}")
-    args = parse_args(words)
-    under, over, problems = read(args.files, args.overrides)
-    if "stages" in on_top(under, over).value and not problems:
-        raise ConfigError(["stages: evaluate one stage, whose run directory is <run.dir>/<run.name>/<stage>"])
-    config = load(args.files, args.overrides).config
-    run_dir = run_directory(set_by(under, over, ("model", "path")), config)
-    path = config.model.path
-    if run_dir is not None:
-        path = str(run_dir / "hf")
-        if not Path(path).is_dir():
-            raise ConfigError([_no_student(run_dir, config)])
-    # What is evaluated is whole: model.path is the base, or an export with its adapter merged. No weights are sent.
-    server = config.rollout.server.model_copy(update={"weight_sync": "file"})
-    return config.model_copy(
-        update={
-            "model": config.model.model_copy(update={"path": path, "lora": None}),
-            "rollout": config.rollout.model_copy(update={"server": server}),
-            "eval": config.eval.model_copy(update={"every": max(1, config.eval.every)}),
-        }
-    )
-
-
-def run_directory(file: str, config: Config) -> Path | None:
-    """The run whose own configuration `file` is, in which a run has been begun; None: a file that stands elsewhere."""
-    folder = Path(file).parent
-    if Path(file).name != "config.yaml":
-        return None
-    begun = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (folder / name).exists()]
-    return folder if begun or folder.resolve() == Path(config.run_dir).resolve() else None
-
-
-def _no_student(run_dir: Path, config: Config) -> str:
-    saved = [iteration_of(path) for path in checkpoints(run_dir)]
-    seen = f"; its last checkpoint is of iteration {saved[-1]} of {config.run.iterations}" if saved else ""
-    off = "" if config.checkpoint.export else " and checkpoint.export=true"
-    return (
-        f"{run_dir} has no exported student ({run_dir}/hf) yet{seen}: train it to its end, by run.resume=auto{off}, or "
-        "name the model to evaluate by model.path=FOLDER"
-    )
-
-
 def measured(config: Config) -> dict[str, float]:
     """The figures of `model.path`, which a sampler or server loads by itself: nothing is published.
 
     Raises: RunStopped, one line; also where what samples is not the model at `model.path`.
     """
-    loader = RolloutLoader(config, ALGORITHMS[config.algorithm.name](config))
+    loader = RolloutLoader(config, build_algorithm(config))
     prompts = heldout_prompts(config, loader.tokenizer)
     print(what_is_measured(config, len(prompts)), file=sys.stderr, flush=True)
     try:
         loader.policy.start()
         loader.policy.open()
         loader.policy.keep_loaded()
-        loader.rewards.open()
+        loader.line.rewards.open()
         check_sampler(config, loader, prompts)
         return evaluate(config, loader, prompts)
     finally:

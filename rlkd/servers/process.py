@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rlkd.config.schema import Config, ServedTeacher, ServerConfig
+from rlkd.config.schema import Config, ServedTeacherConfig, ServerConfig
 from rlkd.servers import supervisor
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.command import ServerRole, server_command, server_environment
@@ -158,7 +158,9 @@ def server_counts(config: Config) -> tuple[int, int]:
     """How many servers (of the policy, of the teacher) this run starts."""
     policy, teacher = config.rollout.server, config.teacher
     of_policy = len(policy.devices) if config.rollout.backend == "vllm" and policy.launch else 0
-    of_teacher = len(teacher.server.devices) if isinstance(teacher, ServedTeacher) and teacher.server.launch else 0
+    of_teacher = (
+        len(teacher.server.devices) if isinstance(teacher, ServedTeacherConfig) and teacher.server.launch else 0
+    )
     return of_policy, of_teacher
 
 

@@ -16,11 +16,11 @@ from rlkd.generation.sampler import Sampling, end_ids
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.logprob_head import CHUNK_LOGITS, token_logprobs
 from rlkd.models.student import load_causal_lm
-from rlkd.teachers.teacher import Question, check_scorable
+from rlkd.teachers.teacher import FixedTeacher, Question, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
 
-class LocalScorer:
+class LocalScorer(FixedTeacher):
     """Scores in batches of similar length. See `Teacher` for the protocol.
 
     Every rank holds a whole copy; a model too large for that belongs behind a server.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from rlkd import distributed
-from rlkd.config.schema import Config, ServedTeacher
+from rlkd.config.schema import Config, ServedTeacherConfig
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.teachers.local import LocalScorer
@@ -35,7 +35,7 @@ def check_parity(
     """
     questions, gap = sampler_gap(config, prompts, policy, reference)
     gaps = {"student as teacher": gap}
-    if isinstance(config.teacher, ServedTeacher) and teacher is not None:
+    if isinstance(config.teacher, ServedTeacherConfig) and teacher is not None:
         local = LocalScorer(
             config.teacher.path,
             vocabulary=reference.vocabulary,

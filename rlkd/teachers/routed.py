@@ -9,13 +9,13 @@ from typing import TypeVar
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.teachers.teacher import FixedTeacher, Question, Teacher
 from rlkd.types import Completion, Signal, TeacherScores
 
 Answer = TypeVar("Answer")
 
 
-class RoutedTeacher:
+class RoutedTeacher(FixedTeacher):
     """Implements `Teacher` by asking, for each question, the one that its data names."""
 
     def __init__(self, column: str, teachers: Mapping[str, Teacher]) -> None:

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rlkd import distributed
-from rlkd.config import schema as configuration
-from rlkd.config.schema import Config
+from rlkd.config.schema import Config, SelfTeacherConfig
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.teachers.local import LocalScorer
 
@@ -27,7 +26,7 @@ class SelfTeacher(LocalScorer):
 
     def __init__(self, config: Config) -> None:
         teacher = config.teacher
-        assert isinstance(teacher, configuration.SelfTeacher)
+        assert isinstance(teacher, SelfTeacherConfig)
         super().__init__(
             config.model.path,
             vocabulary=vocabulary_size(config.model),
@@ -48,6 +47,10 @@ class SelfTeacher(LocalScorer):
         super().open()
         if self.weights == "ema":
             self._average = {name: value.float().clone() for name, value in self.hf.state_dict().items()}
+
+    @property
+    def follows(self) -> bool:
+        return self.weights != "fixed"
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Follow the student to `version`; the version that it has already (a resumed run's first) changes nothing."""

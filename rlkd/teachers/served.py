@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from rlkd.builtin import resolve
-from rlkd.config import schema as configuration
-from rlkd.config.schema import Config
+from rlkd.config.schema import Config, ServedTeacherConfig
 from rlkd.data.seeds import request_seed
 from rlkd.generation.sampler import Sampling, end_ids
 from rlkd.generation.vllm import VLLMSampler
@@ -20,7 +19,7 @@ from rlkd.servers.command import ServerRole
 from rlkd.servers.pool import Answer, Job, ServerPool
 from rlkd.servers.process import server_counts
 from rlkd.servers.responses import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
-from rlkd.teachers.teacher import Question, check_scorable
+from rlkd.teachers.teacher import FixedTeacher, Question, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
 _PER_REQUEST = 16
@@ -32,7 +31,7 @@ _ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-l
 the whole vocabulary at once, 4 bytes each, few of them. It answers with the top 20 at most, unless told otherwise."""
 
 
-def teacher_role(config: Config, teacher: configuration.ServedTeacher) -> ServerRole:
+def teacher_role(config: Config, teacher: ServedTeacherConfig) -> ServerRole:
     """What a server of `teacher` must be started as."""
     return ServerRole(
         name="teacher",
@@ -48,7 +47,7 @@ def teacher_longest(config: Config) -> int:
     return sum(config.algorithm.teacher_lengths(config).values()) + 1
 
 
-class _ServedScorer:
+class _ServedScorer(FixedTeacher):
     """Asks servers for the log-probs of a prompt: prompt and completion, taken together."""
 
     pool: ServerPool
@@ -102,7 +101,7 @@ class ServedTeacher(_ServedScorer):
     Its scores are at temperature 1: vLLM applies no temperature to them. Servers that go away are waited for.
     """
 
-    def __init__(self, config: Config, teacher: configuration.ServedTeacher) -> None:
+    def __init__(self, config: Config, teacher: ServedTeacherConfig) -> None:
         super().__init__(end_ids(teacher.path, config.model.trust_remote_code), vocabulary_size(config.model))
         self._config = config
         self._settings = teacher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -65,3 +66,37 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Free what `open` took."""
         ...
+
+    @property
+    def follows(self) -> bool:
+        """Whether `publish` changes it."""
+        ...
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Follow the student, whose full `weights` are those after `version` iterations."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Keep in a checkpoint's folder what a resumed run cannot recompute."""
+        ...
+
+    def restore(self, folder: Path, version: int) -> None:
+        """Be as `save` left it after iteration `version`."""
+        ...
+
+
+class FixedTeacher:
+    """The part of the protocol of every teacher whose weights stay as they are."""
+
+    @property
+    def follows(self) -> bool:
+        return False
+
+    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Nothing changes."""
+
+    def save(self, folder: Path) -> None:
+        """There is nothing to keep."""
+
+    def restore(self, folder: Path, version: int) -> None:
+        """There is nothing to restore."""

@@ -1,65 +1,38 @@
 """PolicyModule: the right half of the line. Forward → loss → backward → step, from nothing but a Batch.
 
-The left half asks it three questions (`rollout`, `teacher_prompt`, `advantages`) and the update a fourth (`needs` and
-`loss`); an algorithm is a subclass that answers them.
+It owns an `Algorithm`, asks it what the forward must give (`needs`) and what is minimised (`loss`), and only updates.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, get_args
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import lightning
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
 
 from rlkd import distributed
-from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
-from rlkd.data.chat import completion_text, decode, load_tokenizer
+from rlkd.algorithms.base import Algorithm, Counts
+from rlkd.algorithms.registry import build_algorithm
+from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import counts
 from rlkd.metrics import Meter
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.models.student import Student, build_student
-from rlkd.teachers.teacher import Teacher
 from rlkd.training.micro_batches import split_by_tokens, updates, weightless
-from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
+from rlkd.types import Batch
 
 RECENT = 20
 """Updates over which skipped ones are counted."""
 
 SLACK = 4.0
 """How much sampler and trainer may disagree more after the first update of the weights than before it."""
-
-ALGORITHMS: dict[str, type[PolicyModule]] = {}
-"""algorithm.name → its module."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    """What an algorithm minimises on one micro-batch: shares of global means, so they add up."""
-
-    total: Tensor  # scalar, with gradient
-    metrics: dict[str, Tensor] = field(default_factory=dict)
-    """name → scalar without gradient; adds up over micro-batches and ranks."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Counts over all ranks and micro-batches of one update."""
-
-    tokens: float
-    sequences: float
-    distil_tokens: float
-    distil_sequences: float
 
 
 class PolicyModule(lightning.LightningModule):
@@ -69,26 +42,12 @@ class PolicyModule(lightning.LightningModule):
     `ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)`, on one device too.
     """
 
-    Options: ClassVar[type[AlgorithmConfig]]
-    uses_teacher: ClassVar[bool] = False
-    uses_rewards: ClassVar[bool] = True
-    """Whether rewards are computed, be it for the log alone."""
-    masks_failed: ClassVar[bool] = True
-    """Whether a rollout whose reward could not be computed is left out of training."""
-
-    def __init_subclass__(cls) -> None:
-        """Defining an algorithm makes it known to configs under the `name` of its Options."""
-        super().__init_subclass__()
-        if "Options" not in cls.__dict__ or "name" not in cls.Options.__annotations__:
-            return  # a variant without a name of its own, for use from Python or as module:Class
-        for name in get_args(cls.Options.model_fields["name"].annotation):  # none where it is left a plain text
-            assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
-            ALGORITHMS[name] = cls
+    Algorithm: ClassVar[type[Algorithm] | None] = None
+    """The algorithm of this class (`module_class`); None: the one that `algorithm.name` names."""
 
     def __init__(self, config: Config):
         super().__init__()
-        if not isinstance(config.algorithm, self.Options):
-            raise ValueError(f"algorithm.name is {config.algorithm.name}, but the module is {type(self).__name__}")
+        self.algorithm = build_algorithm(config) if self.Algorithm is None else self.Algorithm(config)
         self.config = config
         self.automatic_optimization = False
         self.student: Student | None = None
@@ -100,102 +59,6 @@ class PolicyModule(lightning.LightningModule):
         """mismatch/mean of the weights that the sampler was given first, and of the first that differ from those."""
         self.skipped: list[bool] = []
         """Of the last RECENT updates, which were skipped."""
-
-    @functools.cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's."""
-        return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
-
-    def decoded(self, token_ids: Sequence[int]) -> str:
-        """`token_ids` as text, every special token included."""
-        return decode(self.tokenizer, token_ids)
-
-    def text(self, rollout: Rollout) -> str:
-        """The completion as rewards and teachers read it: without the end token that stopped it."""
-        return completion_text(self.tokenizer, rollout.token_ids, rollout.finish_reason)
-
-    @property
-    def sampling(self) -> Sampling:
-        """How training completions are drawn."""
-        rollout = self.config.rollout
-        return Sampling(temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=self.config.run.seed)
-
-    @property
-    def needs_rewards(self) -> bool:
-        """Whether training depends on rewards: then too many failed ones stop the run. Else they are for the log."""
-        return self.uses_rewards
-
-    @property
-    def teacher_temperature(self) -> float:
-        """At which student and teacher are compared."""
-        assert not isinstance(self.config.teacher, NoTeacher)
-        return self.config.teacher.temperature
-
-    @property
-    def longest_completion(self) -> int:
-        """L_max: the most tokens that a completion can have, whoever writes it."""
-        lengths = self.config.algorithm.trained_lengths(self.config)
-        return sum(lengths.values()) - self.config.data.max_prompt_tokens
-
-    # ---- the four questions -------------------------------------------------------------------------------------
-
-    def rollout(
-        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
-    ) -> list[list[Rollout]]:
-        """What is sampled, by whom? Default: `group_size` completions of each prompt by the student."""
-        size = self.config.algorithm.group_size
-        return policy.sample(prompts, n=size, iteration=iteration, sampling=self.sampling)
-
-    def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
-        """What does the teacher read before the completion? Default: what the student read.
-
-        None: it is not asked, and nothing is distilled on this completion. `group` holds the prompt's other rollouts.
-        """
-        return scored.rollout.prompt.token_ids
-
-    def carries_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
-        """Whether training on the group could change the student; asked before a teacher is.
-
-        An iteration that may sample more prompts than it trains on prefers such groups. Default: yes.
-        """
-        return True
-
-    def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
-        raise NotImplementedError
-
-    @property
-    def signal(self) -> Signal:
-        """How much the teacher is to say of each token."""
-        return Signal()
-
-    def diagnose(
-        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
-    ) -> None:
-        """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
-
-    @property
-    def needs(self) -> Needs:
-        """What the forward must give for `loss`."""
-        return Needs(temperature=self.config.rollout.temperature)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether `loss` reads `batch.reference_logprobs`."""
-        return False
-
-    def weigh(self, batch: Batch, counts: Counts) -> Batch:
-        """The batch with `weights` (and `distil_weights`) from the counts of the whole update."""
-        raise NotImplementedError
-
-    def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
-        """What is minimised?"""
-        raise NotImplementedError
-
-    def iteration_ended(self, iteration: int) -> None:
-        """State that lives between iterations moves here; `self.row` is the same on all ranks. Default: none."""
-
-    # ---- the update ---------------------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         if self.student is not None:  # Lightning calls this once a stage
@@ -239,7 +102,7 @@ class PolicyModule(lightning.LightningModule):
         meter = Meter()
         meter.merge(batch.metrics)
         meter.maximum("lr", lr)
-        if self.needs_reference and self.config.model.lora is not None:
+        if self.algorithm.needs_reference and self.config.model.lora is not None:
             with self.model.without_adapters():  # the reference is in the student: no second copy
                 batch = replace(batch, reference_logprobs=self._own_logprobs(batch))
         per_iteration = self.config.trainer.updates_per_iteration
@@ -255,7 +118,7 @@ class PolicyModule(lightning.LightningModule):
             "iteration": batch.iteration + 1,
             "update": (batch.iteration + 1) * per_iteration,
         }
-        self.iteration_ended(batch.iteration)
+        self.row |= self.algorithm.iteration_ended(batch.iteration, self.row)
         check_finite(self.model, batch.iteration)
         self.updating = False
 
@@ -267,12 +130,12 @@ class PolicyModule(lightning.LightningModule):
         mismatch = Meter()
         optimizer.zero_grad()
         for micro in self._micro_batches(batch):
-            output: PolicyOutput = self.model(micro, self.needs)
+            output: PolicyOutput = self.model(micro, self.algorithm.needs)
             if first:
                 # With one update the policy has not moved since it sampled: its own forward is the old one.
                 micro = replace(micro, old_logprobs=output.logprobs.detach())
                 measure_mismatch(micro, mismatch)
-            loss = self.loss(output, micro, micro.iteration)
+            loss = self.algorithm.loss(output, micro, micro.iteration)
             # FSDP2 averages gradients over the ranks, but the weights are shares of a global sum.
             self.manual_backward(loss.total * distributed.world_size())
             for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
@@ -331,10 +194,12 @@ class PolicyModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped"] = self.skipped
         checkpoint["first_gaps"] = self._first_gaps
+        checkpoint |= self.algorithm.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
         self._first_gaps = checkpoint.get("first_gaps", [])  # absent in checkpoints from before there were any
+        self.algorithm.load_state_dict(checkpoint)
 
     def _weighed(self, batch: Batch) -> Batch:
         """Weights from the counts over all ranks: the only place where normalisation is decided."""
@@ -347,7 +212,7 @@ class PolicyModule(lightning.LightningModule):
             token_weights=batch.completion_mask.float() / max(over_all.tokens, 1.0),
             student_weights=batch.student_mask.float() / max(own, 1.0),
         )
-        return self.weigh(batch, over_all)
+        return self.algorithm.weigh(batch, over_all)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
         """This rank's micro-batches, filled up with weightless ones to the largest number of any rank.
@@ -380,6 +245,15 @@ class PolicyModule(lightning.LightningModule):
         for _ in range(most - len(indices)):
             self.model(weightless(batch), needs)
         return own
+
+
+def module_class(algorithm: type[Algorithm]) -> type[PolicyModule]:
+    """The LightningModule that trains by one algorithm: `rlkd.algorithms.GRPO` is that of `rlkd.algorithms.grpo.GRPO`.
+
+    It refuses a config of another algorithm when it is made.
+    """
+    about = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": __name__}
+    return type(f"{algorithm.__name__}Module", (PolicyModule,), about)
 
 
 def check_finite(student: Student, iteration: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import config, groups, scored
 
-from rlkd.algorithms import KDRL
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.pipeline.collate import collate, describe
 from rlkd.types import Rollout, Segment, TeacherScores, VersionSpan
 

@@ -18,9 +18,9 @@ from builders import (
     scored,
 )
 
-from rlkd.algorithms import GRPO as GRPOModule
-from rlkd.algorithms import KDRL
-from rlkd.config.load import load
+from rlkd.algorithms.grpo import GRPO as GRPOModule
+from rlkd.algorithms.kdrl import KDRL
+from rlkd.config_file import load
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
@@ -168,11 +168,11 @@ def group_of(*rewards):
 
 def test_a_group_carries_a_gradient_where_its_advantages_are_not_all_zero():
     algorithm = GRPOModule(config(*GRPO))
-    assert algorithm.carries_gradient(group_of(1.0, 0.0, 0.0), 0)
-    assert not algorithm.carries_gradient(group_of(0.1, 0.1, 0.1), 0)
-    assert not algorithm.carries_gradient(group_of(1.0, None, 1.0), 0)
+    assert algorithm.has_gradient(group_of(1.0, 0.0, 0.0), 0)
+    assert not algorithm.has_gradient(group_of(0.1, 0.1, 0.1), 0)
+    assert not algorithm.has_gradient(group_of(1.0, None, 1.0), 0)
     truncated = GRPOModule(config(*GRPO, "algorithm.mask_truncated=true"))
-    assert not truncated.carries_gradient(group_of(1.0, 0.0, 0.0), 0), "rows 0 and 2 are cut off"
+    assert not truncated.has_gradient(group_of(1.0, 0.0, 0.0), 0), "rows 0 and 2 are cut off"
 
 
 PUNISHED = [
@@ -200,15 +200,15 @@ def dapo(*overrides):
 def test_dynamic_sampling_drops_what_is_all_right_or_all_wrong_whatever_the_lengths(answers, look_at):
     """arXiv 2503.14476, Eq. 11, with the paper's lengths: the penalty acts inside kept groups, and keeps none."""
     algorithm, group = dapo(f"algorithm.filter={look_at}"), long_group(answers)
-    assert not algorithm.carries_gradient(group, 0)
+    assert not algorithm.has_gradient(group, 0)
     assert [s.advantage for s in algorithm.advantages(group)] == [0.0] * 16, "nor does it fill up a batch with them"
     other = long_group([*answers[:-1], (2.0 - answers[0][0], answers[-1][1])])
-    assert algorithm.carries_gradient(other, 0) and any(s.advantage for s in algorithm.advantages(other))
+    assert algorithm.has_gradient(other, 0) and any(s.advantage for s in algorithm.advantages(other))
     assert any(dapo("algorithm.resample_rounds=1").credit(group)), "without dynamic sampling nothing is dropped"
 
 
 def test_dapo_is_the_shipped_config():
-    assert (dapo().algorithm.filter, dapo().algorithm.resample_rounds) == ("correct", 10)
+    assert (dapo().options.filter, dapo().options.resample_rounds) == ("correct", 10)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_what_a_filter_looks_at(rewards, correct, reward):
     """A second reward, for a format say, tells answers apart, but not right from wrong ones."""
     for look_at, carries in (("correct", correct), ("reward", reward)):
         algorithm = GRPOModule(config(*GRPO, "algorithm.resample_rounds=2", f"algorithm.filter={look_at}"))
-        assert algorithm.carries_gradient(group_of(*rewards), 0) is carries
+        assert algorithm.has_gradient(group_of(*rewards), 0) is carries
         assert any(s.advantage for s in algorithm.advantages(group_of(*rewards))) is carries
 
 
@@ -270,7 +270,7 @@ def test_a_measured_kl_is_that_of_the_current_policy_by_enumeration():
 )
 def test_a_group_carries_a_gradient_for_kdrl_as_long_as_something_is_distilled(overrides, rewards, iteration, carries):
     algorithm = KDRL(config(*(f"algorithm.{o}" for o in overrides)))
-    assert algorithm.carries_gradient(group_of(*rewards), iteration) == carries
+    assert algorithm.has_gradient(group_of(*rewards), iteration) == carries
 
 
 @pytest.mark.parametrize("recipe", ["grpo", "kdrl", "dapo", "drgrpo", "gspo", "rloo", "cispo"])

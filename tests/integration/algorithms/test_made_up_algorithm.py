@@ -7,10 +7,9 @@ import pytest
 from builders import Captured, config, real_batch
 from pydantic import Field
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.base import ALGORITHMS, Algorithm, Loss
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import reduction_weights, weighted_sum
-from rlkd.training.module import Loss, PolicyModule
 
 pytestmark = pytest.mark.long
 
@@ -23,7 +22,7 @@ class ShortestConfig(AlgorithmConfig):
     scale: float = Field(1.0, gt=0, description="factor of the loss")
 
 
-class Shortest(PolicyModule):
+class Shortest(Algorithm):
     """L(θ) = −scale · E[ Σ_t log π_θ(y*_t) / N ], y* the shortest completion of its group."""
 
     Options: ClassVar[type[AlgorithmConfig]] = ShortestConfig

@@ -6,8 +6,8 @@ import pytest
 import torch
 from builders import GRPO, LENGTHS, NO_CLIP, REWARDS, Captured, assert_moved, assert_same, config, groups, own_logprobs
 
-from rlkd.algorithms import GRPO as GRPOModule
-from rlkd.algorithms import KDRL
+from rlkd.algorithms.grpo import GRPO as GRPOModule
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from builders import Captured, assert_same, config, opened, real_batch
 
-from rlkd.algorithms import TAID
+from rlkd.algorithms.taid import TAID
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.models.student import load_causal_lm
 from rlkd.run.fit import run_stages
 from rlkd.types import AUTHORS
@@ -130,9 +130,7 @@ def test_taids_t_never_falls_and_stays_between_the_line_and_its_end():
     module = TAID(taid(options=", t_start: 0.4, t_end: 0.9, over: 50, step: 0.05"))
     seen = []
     for iteration, loss in enumerate([1.0, 0.5, 0.9, 2.0, 0.1, 0.05] * 12):
-        module.row = {"loss/kd": loss}
-        module.iteration_ended(iteration)
-        seen.append(module.row["taid/t"])
+        seen.append(module.iteration_ended(iteration, {"loss/kd": loss})["taid/t"])
         assert 0.4 + 0.5 * min(iteration / 50, 1) <= module.t + 1e-12 <= 0.9 + 1e-12
     assert seen == sorted(seen) and seen[:2] == [0.4, 0.4] and seen[-1] == 0.9
 
@@ -148,8 +146,7 @@ def after(options, *losses):
     """TAID after iterations with these losses."""
     module = TAID(taid(options=options))
     for iteration, loss in enumerate(losses):
-        module.row = {"loss/kd": loss}
-        module.iteration_ended(iteration)
+        module.iteration_ended(iteration, {"loss/kd": loss})
     return module
 
 
@@ -176,10 +173,9 @@ def test_one_jump_of_the_loss_does_not_end_taids_adaptive_step():
 
 def test_taid_resumes_from_an_older_checkpoint_with_any_momentum():
     module = TAID(taid(options=", t_start: 0.4, over: 100, step: 0.1"))
-    module.on_load_checkpoint({"skipped": [], "taid": {"t": 0.5, "momentum": -1e6, "before": 1e-9}})
-    module.row = {"loss/kd": 0.3}
-    module.iteration_ended(7)
-    assert module.t == pytest.approx(0.5) and module.row["taid/t"] == 0.5
+    module.load_state_dict({"skipped": [], "taid": {"t": 0.5, "momentum": -1e6, "before": 1e-9}})
+    metrics = module.iteration_ended(7, {"loss/kd": 0.3})
+    assert module.t == pytest.approx(0.5) and metrics == {"taid/t": 0.5}
 
 
 @pytest.mark.parametrize("options", [", t_start: 0.0", ", t_start: 0.4"])

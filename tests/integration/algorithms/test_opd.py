@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import Captured, assert_moved, assert_same, config, groups, local_scorer, own_logprobs, real_batch
 
-from rlkd.algorithms import OPD
+from rlkd.algorithms.opd import OPD
 from rlkd.config.load import ConfigError
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling

@@ -8,8 +8,9 @@ from builders import Captured, config, opened, real_batch, scored
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlkd.algorithms import OPSD, SDPO
-from rlkd.algorithms.privileged_prompt import ContextConfig
+from rlkd.algorithms.opsd import OPSD
+from rlkd.algorithms.privileged_prompt_options import ContextConfig
+from rlkd.algorithms.sdpo import SDPO
 from rlkd.config.load import ConfigError
 from rlkd.data.chat import filled
 from rlkd.metrics import Meter
@@ -56,7 +57,7 @@ def test_permuting_the_hints_changes_the_loss():
     plain = settings("algorithm.divergence.clip=null")
     loader = opened(plain)
     right = Captured(plain, loader.batch(0)).row["loss"]
-    prompts = loader.prompts.take(0, 4)
+    prompts = loader.line.prompts.take(0, 4)
     moved = {p.id: prompts[(i + 1) % 4].privileged for i, p in enumerate(prompts)}
     shown = loader.algorithm.teacher_prompt
 
@@ -75,7 +76,7 @@ def test_teacher_and_student_prompts_of_different_length_align():
     plain = settings()
     loader = opened(plain)
     batch = loader.batch(0)
-    teacher, rows = loader.teacher, loader.prompts.take(0, 4)
+    teacher, rows = loader.line.teacher, loader.line.prompts.take(0, 4)
     for first, prompt in enumerate(rows):
         row = first * plain.algorithm.group_size
         start, end = len(prompt.token_ids), int(batch.lengths[row])
@@ -209,10 +210,10 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
     question = [Question((4, 5, 6), (7, 8))]
     for weights, follows in (("fixed", False), ("ema", True), ("live", True)):
         loader = opened(settings(teacher=f"teacher={{backend: self, weights: {weights}, decay: 0.5}}"))
-        before = loader.teacher.score(question, Signal())[0].logprobs
-        moved = {name: value + 0.01 for name, value in loader.teacher.hf.state_dict().items()}
+        before = loader.line.teacher.score(question, Signal())[0].logprobs
+        moved = {name: value + 0.01 for name, value in loader.line.teacher.hf.state_dict().items()}
         loader.publish(moved, 1)
-        after = loader.teacher.score(question, Signal())[0].logprobs
+        after = loader.line.teacher.score(question, Signal())[0].logprobs
         assert (after != pytest.approx(before, abs=1e-6)) is follows
         loader.close()
 
@@ -233,9 +234,9 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
             ),
             "but rollout.backend is hf",
         ),
-        (("algorithm.context.template=x",), "wants {prompt} in it"),
-        (("algorithm.context.reference=x",), "wants {text} in it"),
-        (("algorithm.context.drop='('",), "is no regular expression"),
+        (("algorithm.context.template=x",), "expected {prompt} in it"),
+        (("algorithm.context.reference=x",), "expected {text} in it"),
+        (("algorithm.context.drop='('",), "expected a regular expression"),
         (("algorithm.context.reference=null", "algorithm.leakage_every=1"), "there is no hint"),
         (("data.path=x.jsonl",), "data.privileged_column: is null"),
         (

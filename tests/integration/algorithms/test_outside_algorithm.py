@@ -9,8 +9,8 @@ import pytest
 import yaml
 from runs import ENV, ROOT, train, train_ranks
 
-from rlkd.config.load import ConfigError, load
-from rlkd.training.module import ALGORITHMS
+from rlkd.algorithms.base import ALGORITHMS
+from rlkd.config_file import ConfigError, load
 
 ALGORITHM = '''
 from dataclasses import replace
@@ -19,7 +19,7 @@ from pydantic import Field
 
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import reduction_weights, weighted_sum
-from rlkd.training.module import Loss, PolicyModule
+from rlkd.algorithms.base import Algorithm, Loss
 
 
 class ShortestConfig(AlgorithmConfig):
@@ -29,7 +29,7 @@ class ShortestConfig(AlgorithmConfig):
     scale: float = Field(1.0, gt=0, description="factor of the loss")
 
 
-class Shortest(PolicyModule):
+class Shortest(Algorithm):
     """L(θ) = −scale · E[ Σ_t log π_θ(y*_t) / N ], y* the shortest completion of its group."""
 
     Options = ShortestConfig
@@ -88,7 +88,7 @@ def test_its_options_are_checked_and_its_name_is_kept(here):
         load([file], ["algorithm.scale=-1", "algorithm.scal=1"])
     assert sorted(caught.value.lines) == [
         "command line: algorithm.scal: unknown key; did you mean algorithm.scale?",
-        "command line: algorithm.scale: got -1, wants a number > 0",
+        "command line: algorithm.scale: expected a number > 0, got -1",
     ]
 
 
@@ -99,7 +99,7 @@ def test_a_name_may_come_from_the_environment(here, monkeypatch):
 
 
 def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stand_beside(here):
-    source = "from rlkd.algorithms import GRPO\n\nclass Mine(GRPO):\n    pass\n"
+    source = "from rlkd.algorithms.grpo import GRPO\n\nclass Mine(GRPO):\n    pass\n"
     file = config_file("mine_a:Mine", "mine_a", source)
     Path(file).write_text(Path(file).read_text().replace("scale: 2.0", "baseline: leave_one_out\n  normalise: false"))
     assert load([file]).config.algorithm.baseline == "leave_one_out"
@@ -119,7 +119,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         (
             "wrong_c:Field",
             ALGORITHM,
-            "Field of wrong_c is no subclass of rlkd.training.module.PolicyModule; derive it from that",
+            "Field of wrong_c: expected a subclass of rlkd.algorithms.base.Algorithm; derive it from",
         ),
         ("wrong_d:X", "import nothing_like_it\n", "importing wrong_d raised ModuleNotFoundError: No module named "),
         ("wrong_e:X", "x = 1\ny = x / 0\n", "importing wrong_e raised ZeroDivisionError: division by zero at {here}:2"),
@@ -127,10 +127,10 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         ("wrong_g:X", "raise SystemExit(3)\n", "importing wrong_g raised SystemExit: 3 at {here}:1"),
         (
             "wrong_h:X",
-            "from rlkd.training.module import PolicyModule\n\nclass X(PolicyModule):\n    pass\n",
+            "from rlkd.algorithms.base import Algorithm\n\nclass X(Algorithm):\n    pass\n",
             "X has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section",
         ),
-        ("'wrong_i:'", ALGORITHM, "wants module:Class, e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py"),
+        ("'wrong_i:'", ALGORITHM, "expected module:Class, got 'wrong_i:'; e.g. my_algorithm:MyAlgorithm"),
     ],
 )
 def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line):
@@ -141,15 +141,15 @@ def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line
     with pytest.raises(ConfigError) as caught:
         load([file], ["optim.rl=1"])
     wrong, other = caught.value.lines
-    got = f"own.yaml:6: algorithm.name: got {name.strip(chr(39))!r}; "
-    assert wrong.startswith(got + line.replace("{here}", str(here / f"{module}.py"))), wrong
+    assert wrong.startswith("own.yaml:6: algorithm.name: ") and f"got {name.strip(chr(39))!r}; " in wrong, wrong
+    assert line.replace("{here}", str(here / f"{module}.py")) in wrong, wrong
     assert other.startswith("command line: optim.rl: unknown key")
 
 
 def test_an_unknown_name_says_that_it_may_be_ones_own(here):
     with pytest.raises(ConfigError) as caught:
         load([config_file("gppo", "unused")], [])
-    assert caught.value.lines[0].endswith(" | module:Class of your own; did you mean grpo?")
+    assert caught.value.lines[0].endswith(" | module:Class of your own, got 'gppo'; did you mean grpo?")
 
 
 @pytest.mark.process

@@ -8,10 +8,12 @@ import pytest
 import torch
 from builders import Captured, own_logprobs, scored
 
-from rlkd.algorithms import ThinkTuning, feedback
-from rlkd.algorithms.feedback import PATTERN, FeedbackConfig, parse
+from rlkd.algorithms import feedback
+from rlkd.algorithms.feedback import parse
+from rlkd.algorithms.feedback_options import PATTERN, FeedbackConfig
+from rlkd.algorithms.thinktuning import ThinkTuning
 from rlkd.builtin import tokenizer
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import filled, load_tokenizer
 from rlkd.losses import importance_weights
 from rlkd.metrics import Meter
@@ -256,15 +258,15 @@ def test_a_question_without_chat_template_and_with_a_system_message_in_the_data(
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("teacher=null", "teacher.backend: is none, but algorithm.name thinktuning wants feedback"),
-        ("algorithm.feedback.pattern='('", "algorithm.feedback.pattern: got '('; is no regular expression"),
+        ("teacher=null", "teacher.backend: is none, but algorithm.name thinktuning needs a teacher"),
+        ("algorithm.feedback.pattern='('", "algorithm.feedback.pattern: expected a regular expression"),
         (
             "algorithm.feedback.pattern='(?P<reason>a)'",
-            "algorithm.feedback.pattern: got '(?P<reason>a)'; has no group phrase",
+            "algorithm.feedback.pattern: expected a group named phrase, got '(?P<reason>a)'",
         ),
-        ("algorithm.feedback.user='{question}'", "algorithm.feedback.user: got '{question}'; has no {response}"),
-        ("algorithm.shaping=[0.1, 0.0]", "algorithm.shaping: is [0.1, 0.0], wants 0 ≤ first ≤ second"),
-        ("algorithm.shaping=[-0.1, 0.0]", "algorithm.shaping: is [-0.1, 0.0], wants 0 ≤ first ≤ second"),
+        ("algorithm.feedback.user='{question}'", "feedback.user: expected {response} in it, got '{question}'"),
+        ("algorithm.shaping=[0.1, 0.0]", "algorithm.shaping: expected 0 <= first <= second, got [0.1, 0.0]"),
+        ("algorithm.shaping=[-0.1, 0.0]", "algorithm.shaping: expected 0 <= first <= second, got [-0.1, 0.0]"),
         (
             "trainer.micro_batch_tokens=100",
             "trainer.micro_batch_tokens: is 100, less than one sequence of data.max_prompt_tokens + "
@@ -449,8 +451,9 @@ def loader():
 
 
 def test_rewards_are_the_augmented_answers(loader):
-    prompts = loader.prompts.take(0, 4, 0, 1)
-    groups = loader.score(loader.reward(loader.algorithm.rollout(prompts, loader.policy, loader.teacher, 0)))
+    prompts = loader.line.prompts.take(0, 4, 0, 1)
+    rollouts = loader.algorithm.rollout(prompts, loader.policy, loader.line.teacher, 0)
+    groups = loader.line.score(loader.line.reward(rollouts))
     made = [s for group in groups for s in group if s.rollout.segments]
     assert len(made) == 4 and not any(loader.algorithm.failures.values())
     assert [s.teacher for s in made] == [None] * 4

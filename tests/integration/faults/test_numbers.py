@@ -9,12 +9,14 @@ from builders import Captured, config, groups
 from run_results import rows_so_far, saved, wait_for_rows
 from runs import ENV, arguments, start, train
 
-from rlkd.algorithms import ALGORITHMS, KDRL
-from rlkd.config.stages import load_stages
+from rlkd.algorithms.base import ALGORITHMS
+from rlkd.algorithms.kdrl import KDRL
+from rlkd.config_file import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate
 from rlkd.run.fit import run
 from rlkd.storage.run_folder import checkpoints
+from rlkd.training.module import PolicyModule
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +104,15 @@ def test_a_run_that_stops_in_an_evaluation_keeps_the_iteration_before_it(tmp_pat
 
 @pytest.mark.long
 def test_broken_weights_are_neither_published_nor_saved(tmp_path, monkeypatch):
-    class Breaks(KDRL):
-        def iteration_ended(self, iteration):
-            if iteration == 1:
-                with torch.no_grad():
-                    self.model.hf.model.norm.weight.fill_(math.nan)
+    update = PolicyModule._update
 
-    monkeypatch.setitem(ALGORITHMS, "kdrl", Breaks)
+    def breaks(self, batch, *rest):
+        update(self, batch, *rest)
+        if batch.iteration == 1:
+            with torch.no_grad():
+                self.model.hf.model.norm.weight.fill_(math.nan)
+
+    monkeypatch.setattr(PolicyModule, "_update", breaks)
     loaded = small(tmp_path / "run")
     with pytest.raises(RunStopped, match=r"after iteration 2 the weights are not finite: model\.norm\.weight"):
         run(loaded.config, loaded.text)

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from runs import config_files
 from trees import at, walk
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.base import ALGORITHMS
 from rlkd.config.help import Schema
-from rlkd.config.load import ConfigError, load
-from rlkd.config.stages import load_stages
+from rlkd.config_file import ConfigError, load, load_stages
 from rlkd.train import main
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * 3600)]

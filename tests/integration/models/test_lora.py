@@ -16,10 +16,10 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 from vllm_fixtures import save_model
 
-from rlkd.algorithms import KDRL
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.builtin import resolve
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.data.chat import load_tokenizer
 from rlkd.models import lora
 from rlkd.models.logprob_head import Needs
@@ -146,9 +146,12 @@ def test_gradient_checkpointing_changes_no_gradient():
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("model.lora={target_modules: q_proj}", "model.lora.target_modules: got 'q_proj', wants all-linear, or a list"),
-        ("model.lora={target_modules: []}", "model.lora.target_modules: got [], wants"),
-        ("model.lora={r: 0}", "model.lora.r: got 0, wants an integer ≥ 1"),
+        (
+            "model.lora={target_modules: q_proj}",
+            "target_modules: expected all-linear, or a list of texts, got 'q_proj'",
+        ),
+        ("model.lora={target_modules: []}", "target_modules: expected all-linear, or a list of texts, got []"),
+        ("model.lora={r: 0}", "model.lora.r: expected an integer >= 1, got 0"),
         ("model.lora={dropout: 0.1}", "model.lora.dropout: unknown key; model.lora has r, alpha, target_modules"),
     ],
 )

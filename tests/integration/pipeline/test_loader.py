@@ -9,12 +9,17 @@ import pytest
 import torch
 from builders import config
 
-from rlkd.algorithms import GRPO, KDRL, OPD, SDPO, feedback
-from rlkd.algorithms.feedback import FeedbackConfig
+from rlkd.algorithms import feedback
+from rlkd.algorithms.feedback_options import FeedbackConfig
+from rlkd.algorithms.grpo import GRPO
+from rlkd.algorithms.kdrl import KDRL
+from rlkd.algorithms.opd import OPD
+from rlkd.algorithms.sdpo import SDPO
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
 from rlkd.models.student import load_causal_lm
-from rlkd.pipeline.loader import RolloutLoader, check_versions
+from rlkd.pipeline.line import Clock, check_versions
+from rlkd.pipeline.loader import RolloutLoader
 from rlkd.types import written
 
 CHATS = (
@@ -58,7 +63,7 @@ def test_a_batch_is_a_function_of_the_iteration(loader):
 
 def test_rows_are_groups_in_the_order_of_the_prompts(loader):
     batch = loader.batch(3)
-    prompts = loader.prompts.take(3, 4)
+    prompts = loader.line.prompts.take(3, 4)
     assert len(batch) == 16 and batch.weight_version.tolist() == [3] * 16
     for row in range(16):
         ids = prompts[row // 4].token_ids
@@ -67,7 +72,7 @@ def test_rows_are_groups_in_the_order_of_the_prompts(loader):
 
 def test_rewards_compare_with_the_answer(loader):
     batch = loader.batch(3)
-    prompts = loader.prompts.take(3, 4)
+    prompts = loader.line.prompts.take(3, 4)
     for row in range(16):
         prompt = prompts[row // 4]
         completion = batch.input_ids[row][batch.completion_mask[row]]
@@ -80,7 +85,7 @@ def test_an_old_version_is_an_error_unless_staleness_is_allowed(loader):
         RuntimeError, match="iteration 5 wants samples by weight version 4, but the sampler used version 3"
     ):
         loader.batch(4)
-    groups = loader.algorithm.rollout(loader.prompts.take(0, 1), loader.policy, None, 0)
+    groups = loader.algorithm.rollout(loader.line.prompts.take(0, 1), loader.policy, None, 0)
     check_versions(groups, 5, max_staleness=2)
     with pytest.raises(RuntimeError, match="max_staleness is 2"):
         check_versions(groups, 6, max_staleness=2)
@@ -150,7 +155,7 @@ class Picky(GRPO):
 
     wanted: frozenset[str] = frozenset()
 
-    def carries_gradient(self, group, iteration):
+    def has_gradient(self, group, iteration):
         return group[0].rollout.prompt.id in self.wanted
 
 
@@ -171,9 +176,10 @@ def picky():
     ],
 )
 def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, wanted, chosen, drawn):
-    owned = [p for block in range(3) for p in picky.prompts.take(2, 4, block=block, blocks=3)]
+    owned = [p for block in range(3) for p in picky.line.prompts.take(2, 4, block=block, blocks=3)]
     picky.algorithm.wanted = frozenset(owned[i].id for i in wanted)
-    seen, groups, clock = picky._line(2)
+    clock = Clock()
+    seen, groups = picky.line.walk(2, clock)
     assert [g[0].rollout.prompt.id for g in seen] == [p.id for p in owned[:drawn]]
     assert [g[0].rollout.prompt.id for g in groups] == [owned[i].id for i in chosen]
     row = clock.meter.reduce()
@@ -184,7 +190,7 @@ def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, want
 def test_figures_and_errors_are_those_of_all_that_was_sampled(picky):
     picky.algorithm.wanted = frozenset()
     batch = picky.batch(2)
-    drawn, groups, _ = picky._line(2)
+    drawn, groups = picky.line.walk(2, Clock())
     assert (len(batch), len(drawn), len(groups)) == (16, 12, 4)
     row = batch.metrics.reduce()
     assert row["tokens/generated"] == sum(len(s.rollout.token_ids) for group in drawn for s in group)
@@ -211,7 +217,7 @@ def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
 
 def test_the_teacher_scores_only_what_is_trained_on():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0}}")
-    drawn, groups, _ = made._line(0)
+    drawn, groups = made.line.walk(0, Clock())
     assert len(drawn) > 4, "else nothing was left out"
     assert all(s.teacher is None for group in drawn for s in group)
     assert all(s.teacher is not None for group in groups for s in group)
@@ -220,7 +226,7 @@ def test_the_teacher_scores_only_what_is_trained_on():
 
 def test_a_group_that_the_teacher_can_teach_is_never_resampled():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0.1}}")
-    drawn, groups, _ = made._line(0)
+    drawn, groups = made.line.walk(0, Clock())
     made.close()
     assert len(drawn) == len(groups) == 4
     assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"
@@ -242,17 +248,17 @@ def special_letters(tmp_path):
 def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special_letters):
     settings = config(f"model.path={special_letters}", "rollout.prompts=4", "log.rollouts_every=0")
     loader = RolloutLoader(settings, KDRL(settings))
-    loader.rewards.open()
-    prompt = dataclasses.replace(loader.prompts.take(0, 4)[0], answer="<user>area")
+    loader.line.rewards.open()
+    prompt = dataclasses.replace(loader.line.prompts.take(0, 4)[0], answer="<user>area")
     eos = loader.tokenizer.eos_token_id
     ids = loader.tokenizer.encode("<user>area", add_special_tokens=False)
     assert set(ids) & set(loader.tokenizer.all_special_ids), "else nothing is tested"
     stopped, cut = written(prompt, [*ids, eos], "data", "stop"), written(prompt, ids, "data", "length")
     twice = written(prompt, [*ids, eos, eos], "data", "stop")
     try:
-        (group,) = loader.reward([[stopped, cut, twice]])
+        (group,) = loader.line.reward([[stopped, cut, twice]])
     finally:
-        loader.rewards.close()
+        loader.line.rewards.close()
     assert [s.reward for s in group] == [1.0, 1.0, 0.0]
     assert [loader.algorithm.text(s.rollout) for s in group] == ["<user>area", "<user>area", "<user>area<eos>"]
     asked = feedback.question_ids(FeedbackConfig(behaviours=[], system=None), loader.tokenizer, stopped)
@@ -273,9 +279,10 @@ def test_a_reward_is_asked_in_the_users_words_and_gets_all_messages(tmp_path, mo
         "reward.functions=[{name: 'chat_rewards_x:seen'}]",
     )
     loader = RolloutLoader(settings, KDRL(settings))
-    loader.rewards.open()
+    loader.line.rewards.open()
     try:
-        groups = loader.reward([[written(prompt, [5], "data", "length")] for prompt in loader.prompts.take(0, 2)])
+        prompts = loader.line.prompts.take(0, 2)
+        groups = loader.line.reward([[written(prompt, [5], "data", "length")] for prompt in prompts])
     finally:
-        loader.rewards.close()
+        loader.line.rewards.close()
     assert sorted(s.feedback for (s,) in groups) == ["ab|system:be brief user:ab", "ef|user:ab assistant:cd user:ef"]

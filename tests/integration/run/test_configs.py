@@ -9,7 +9,7 @@ import yaml
 from runs import config_files
 
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.reporting.metric_reference import METRICS
 from rlkd.run.fit import run_stages
 

@@ -18,8 +18,8 @@ import torch
 from run_results import saved
 from runs import ENV, ROOT, Run, start, train
 
-from rlkd.config.load import load
 from rlkd.config.stages import finished
+from rlkd.config_file import load
 from rlkd.reporting.report_page import write_report
 from rlkd.storage import atomic
 from rlkd.storage.run_folder import checkpoints, exported

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 from rlkd.run.fit import run_stages
 
 QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")

@@ -7,7 +7,7 @@ import pytest
 from runs import RECIPE, train
 
 from rlkd.config.load import ConfigError
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load_stages
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_a_file_without_stages_is_one(recipe):
         ("stages.rewarded.optim.rl=3", "stage rewarded: command line: optim.rl: unknown key; optim has lr"),
         ("stages.taught.teacher.backend=none", "stage taught: "),
         ("checkpoint.export=false", "stage imitate: checkpoint.export: is false, but the next stage starts"),
-        ("stages=3", "command line: stages: wants a mapping"),
-        ("stages={a/b: {}}", "stages: 'a/b' is no name for a directory"),
+        ("stages=3", "command line: stages: expected a mapping"),
+        ("stages={a/b: {}}", "stages: expected a directory name of letters, digits and . + - _, got 'a/b'"),
     ],
 )
 def test_a_mistake_names_its_stage(recipe, change, line):

@@ -10,9 +10,8 @@ from run_results import rows
 from vllm_fixtures import KEY, true_logprobs
 
 from rlkd.builtin import resolve
-from rlkd.config.load import load
 from rlkd.config.schema import LoraConfig
-from rlkd.config.stages import load_stages
+from rlkd.config_file import load, load_stages
 from rlkd.data.prompts import Prompt
 from rlkd.generation.sampler import Sampling, end_ids
 from rlkd.generation.vllm import policy_role

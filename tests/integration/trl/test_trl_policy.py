@@ -16,8 +16,8 @@ from trl.rewards import get_soft_overlong_punishment
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 
-from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.algorithms.advantages import group_relative, leave_one_out, overlong_penalty
+from rlkd.algorithms.grpo import GRPO as GRPOModule
 from rlkd.losses import importance_weights
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.types import Batch

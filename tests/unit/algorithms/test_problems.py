@@ -6,7 +6,7 @@ import pytest
 from builders import config
 from lines import one_line
 
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 
 LAUNCHED = (
     *("rollout.backend=vllm", "rollout.server.launch=true", "rollout.server.devices=[[1]]"),

@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers_of_a_kind import byte_level, sentencepiece_like
 
-from rlkd.algorithms.feedback import FeedbackConfig, answered
+from rlkd.algorithms.feedback import answered
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.builtin import resolve
-from rlkd.config.load import load
 from rlkd.config.schema import DataConfig
+from rlkd.config_file import load
 from rlkd.data.chat import decode, encode_after, encode_completion, load_tokenizer, read_prompt
 from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source

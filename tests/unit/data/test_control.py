@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from tokenizers_of_a_kind import CHATML, byte_level, sentencepiece_like
 from transformers import ByT5Tokenizer
 
-from rlkd.algorithms.feedback import FeedbackConfig, question_ids
+from rlkd.algorithms.feedback import question_ids
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.algorithms.privileged_prompt import privileged_prompt
-from rlkd.config.load import load
 from rlkd.config.schema import DataConfig
+from rlkd.config_file import load
 from rlkd.data.chat import decode, load_tokenizer
 from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source

@@ -6,8 +6,8 @@ import re
 import pytest
 from lines import assert_lines, one_line
 
-from rlkd.config.load import load
 from rlkd.config.schema import DataConfig
+from rlkd.config_file import load
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.faults import SHOWN, DataError
 from rlkd.data.sources import load_source, read_rows

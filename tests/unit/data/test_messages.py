@@ -6,10 +6,11 @@ import datasets
 import pytest
 from lines import assert_lines, one_line
 
-from rlkd.algorithms.feedback import FeedbackConfig, question_ids
+from rlkd.algorithms.feedback import question_ids
+from rlkd.algorithms.feedback_options import FeedbackConfig
 from rlkd.algorithms.privileged_prompt import privileged_prompt
-from rlkd.config.load import ConfigError, load
 from rlkd.config.schema import DataConfig
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import decode, load_tokenizer
 from rlkd.data.faults import DataError
 from rlkd.data.sources import load_source

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlkd.builtin import resolve
-from rlkd.config.load import load
+from rlkd.config_file import load
 from rlkd.distributed import RunStopped
 from rlkd.models.student import load_causal_lm
 from rlkd.planning.preflight import check

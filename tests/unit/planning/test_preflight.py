@@ -17,8 +17,8 @@ from lines import assert_lines
 from transformers import AutoConfig, AutoTokenizer
 
 from rlkd.builtin import resolve
-from rlkd.config.load import load
 from rlkd.config.schema import Config
+from rlkd.config_file import load
 from rlkd.data.chat import load_tokenizer
 from rlkd.generation.sampler import end_ids
 from rlkd.models.vocabulary import load_config, vocabulary_size

@@ -6,12 +6,12 @@ import pytest
 from builders import config
 
 from rlkd.builtin import resolve
-from rlkd.config.load import ConfigError, load
+from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.evaluate import main
+from rlkd.run.asked_for import asked_for
 from rlkd.run.evaluation import pass_at_k
-from rlkd.run.measure import asked_for
 
 
 @pytest.mark.parametrize("correct", range(6))

@@ -95,7 +95,7 @@ def test_an_unknown_type_is_one_line():
     with pytest.raises(ConfigError) as caught:
         config("checkpoint.export_dtype=int8")
     (line,) = caught.value.lines
-    assert "checkpoint.export_dtype: got 'int8', wants" in line
+    assert "checkpoint.export_dtype: expected auto | float32 | bfloat16 | float16, got 'int8'" in line
 
 
 @pytest.mark.parametrize(("umask", "file", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])

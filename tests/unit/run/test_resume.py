@@ -8,7 +8,7 @@ import pytest
 from builders import config
 from lines import assert_lines
 
-from rlkd.algorithms import ALGORITHMS
+from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.rows import Row
@@ -210,7 +210,7 @@ def test_a_key_that_is_newer_than_the_checkpoint_was_its_default(resumed, tmp_pa
 def test_a_checkpoint_of_a_run_knows_its_data(tmp_path):
     """What the loader keeps is what a resumed run compares."""
     settings = config(f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "data.limit=64")
-    loader = RolloutLoader(settings, ALGORITHMS[settings.algorithm.name](settings))
+    loader = RolloutLoader(settings, build_algorithm(settings))
     folder = tmp_path / "r" / "checkpoints" / "iteration-000001"
     folder.mkdir(parents=True)
     loader.save(folder)

@@ -7,10 +7,9 @@ import pytest
 import torch
 from builders import config, local_scorer
 
-from rlkd.algorithms import KDRL
+from rlkd.algorithms.kdrl import KDRL
 from rlkd.distributed import RunStopped
-from rlkd.generation.hf import HFSampler
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.build import build_reference, build_sampler, build_teacher
 from rlkd.pipeline.collate import collate
@@ -55,8 +54,7 @@ def test_scores_are_a_plain_forwards_whatever_the_batch(temperature, batch_token
 def line():
     """A loader whose sampler holds the student's start."""
     settings = config("rollout.max_mismatch=0.001")
-    loader = RolloutLoader(settings, KDRL(settings))
-    loader.policy = HFSampler(settings, end_ids(settings.model.path, False))
+    loader = RolloutLoader(settings, KDRL(settings))  # rollout.backend is hf
     loader.policy.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
     loader.policy.publish(hf.state_dict(), 0)
@@ -67,7 +65,7 @@ def test_the_student_scores_its_own_samples_as_its_sampler_did(line):
     loader, _ = line
     start = build_reference(loader.config)
     start.open()
-    gaps = check_parity(loader.config, loader.prompts.take(0, 8), loader.policy, start, None)
+    gaps = check_parity(loader.config, loader.line.prompts.take(0, 8), loader.policy, start, None)
     assert gaps["student as teacher"] < 1e-4
 
 
@@ -77,7 +75,7 @@ def test_parity_finds_a_sampler_with_other_weights(line):
     start = build_reference(loader.config)
     start.open()
     with pytest.raises(RuntimeError, match=r"teacher.check_parity: student as teacher differ by"):
-        check_parity(loader.config, loader.prompts.take(0, 8), loader.policy, start, None)
+        check_parity(loader.config, loader.line.prompts.take(0, 8), loader.policy, start, None)
 
 
 def plain_distribution(hf, question, temperature=1.0):

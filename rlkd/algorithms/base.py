@@ -1,0 +1,178 @@
+"""What every algorithm answers: who samples, what the teacher sees, who gets credit, and what is minimised.
+
+An `Algorithm` is a plain object below the pipeline and the trainer: the left half of the line calls `rollout`,
+`teacher_prompt`, `has_gradient` and `advantages` on the way to a Batch, `PolicyModule` calls `needs` and `loss` in an
+update. It imports no Lightning and holds no model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_args
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
+from rlkd.data.chat import completion_text, load_tokenizer
+from rlkd.generation.sampler import Sampler, Sampling
+from rlkd.metrics import Meter
+from rlkd.models.logprob_head import Needs, PolicyOutput
+from rlkd.teachers.teacher import Teacher
+from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
+
+ALGORITHMS: dict[str, type[Algorithm]] = {}
+"""algorithm.name → its class, of every algorithm that has been defined (registry.py imports the built-in ones)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What an algorithm minimises on one micro-batch: shares of global means, so they add up."""
+
+    total: Tensor  # scalar, with gradient
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """name → scalar without gradient; adds up over micro-batches and ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """Counts over all ranks and micro-batches of one update."""
+
+    tokens: float
+    sequences: float
+    distil_tokens: float
+    distil_sequences: float
+
+
+class Algorithm:
+    """The answers of one algorithm; a subclass gives them. Cheap to construct: no model is loaded."""
+
+    Options: ClassVar[type[AlgorithmConfig]]
+    uses_teacher: ClassVar[bool] = False
+    uses_rewards: ClassVar[bool] = True
+    """Whether rewards are computed, if only for the log."""
+    masks_failed: ClassVar[bool] = True
+    """Whether a rollout whose reward could not be computed is left out of training."""
+
+    def __init_subclass__(cls) -> None:
+        """Defining an algorithm makes it known to configs under the `name` of its Options."""
+        super().__init_subclass__()
+        if "Options" not in cls.__dict__ or "name" not in cls.Options.__annotations__:
+            return  # a variant without a name of its own, for use from Python or as module:Class
+        for name in get_args(cls.Options.model_fields["name"].annotation):  # none where it is left a plain text
+            assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
+            ALGORITHMS[name] = cls
+
+    def __init__(self, config: Config):
+        if not isinstance(config.algorithm, self.Options):
+            raise ValueError(
+                f"algorithm.name: expected {self.Options.__name__} for {type(self).__name__}, got "
+                f"{config.algorithm.name}; name this algorithm"
+            )
+        self.config = config
+
+    @property
+    def options(self) -> Any:
+        """The section `algorithm`: an instance of `Options`."""
+        return self.config.algorithm
+
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
+
+    def text(self, rollout: Rollout) -> str:
+        """The completion as rewards and teachers read it: without the end token that stopped it."""
+        return completion_text(self.tokenizer, rollout.token_ids, rollout.finish_reason)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How training completions are drawn."""
+        rollout = self.config.rollout
+        return Sampling(temperature=rollout.temperature, max_tokens=rollout.max_tokens, seed=self.config.run.seed)
+
+    @property
+    def needs_rewards(self) -> bool:
+        """Whether training depends on rewards: then too many failed ones stop the run. Else they are for the log."""
+        return self.uses_rewards
+
+    @property
+    def teacher_temperature(self) -> float:
+        """At which student and teacher are compared."""
+        assert not isinstance(self.config.teacher, NoTeacher)
+        return self.config.teacher.temperature
+
+    @property
+    def longest_completion(self) -> int:
+        """L_max: the most tokens that a completion can have, whoever writes it."""
+        lengths = self.config.algorithm.trained_lengths(self.config)
+        return sum(lengths.values()) - self.config.data.max_prompt_tokens
+
+    def rollout(
+        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
+    ) -> list[list[Rollout]]:
+        """What is sampled, by whom? Default: `group_size` completions of each prompt by the student."""
+        size = self.config.algorithm.group_size
+        return policy.sample(prompts, n=size, iteration=iteration, sampling=self.sampling)
+
+    def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
+        """What does the teacher read before the completion? Default: what the student read.
+
+        None: it is not asked, and nothing is distilled on this completion. `group` holds the prompt's other rollouts.
+        """
+        return scored.rollout.prompt.token_ids
+
+    def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
+        """Whether training on the group could change the student; asked before a teacher is.
+
+        An iteration that may sample more prompts than it trains on prefers such groups. Default: yes.
+        """
+        return True
+
+    def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
+        """Who gets credit? The group of one prompt, with `advantage` (and `distil`) filled in."""
+        raise NotImplementedError
+
+    @property
+    def signal(self) -> Signal:
+        """How much the teacher is to say of each token."""
+        return Signal()
+
+    def diagnose(
+        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+    ) -> None:
+        """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the forward must give for `loss`."""
+        return Needs(temperature=self.config.rollout.temperature)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether `loss` reads `batch.reference_logprobs`."""
+        return False
+
+    def weigh(self, batch: Batch, counts: Counts) -> Batch:
+        """The batch with `weights` (and `distil_weights`) from the counts of the whole update."""
+        raise NotImplementedError
+
+    def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
+        """What is minimised?"""
+        raise NotImplementedError
+
+    def iteration_ended(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
+        """Update what the algorithm keeps between iterations; `row`, the iteration's metrics, is equal on all ranks.
+
+        Returns: further metrics of the iteration. Default: none.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the algorithm, under names that nothing else uses. Default: nothing."""
+        return {}
+
+    def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave, from the whole checkpoint. Default: nothing."""

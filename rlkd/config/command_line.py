@@ -1,0 +1,69 @@
+"""The command line of rlkd.train: flags, files and `key=value`, not yet read."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlkd.config.errors import ConfigError
+from rlkd.config.yaml_tree import COMMAND_LINE
+
+_GIB = re.compile(r"\d+(\.\d+)?")
+_FLAGS = ("--config", "--print-config", "--estimate", "--help")
+
+
+@dataclass(frozen=True)
+class Args:
+    """The command line."""
+
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+    print_config: bool
+    help: bool
+    estimate: float | None
+    """GiB of a device; 0: whatever this machine has; None: not asked for."""
+
+
+def parse_args(argv: Sequence[str]) -> Args:
+    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--help]`.
+
+    Raises: ConfigError on an unknown flag, or without a file.
+    """
+    files, overrides, lines = [], [], []
+    print_config = help = False
+    estimate: float | None = None
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.partition("=")
+        if flag == "--config" and (equals or (rest and not rest[0].startswith("-"))):
+            files.append(value if equals else rest.pop(0))
+        elif flag == "--config":
+            lines.append(f"{COMMAND_LINE}: --config: expected a YAML file, got nothing")
+        elif argument == "--print-config":
+            print_config = True
+        elif argument in ("--help", "-h"):
+            help = True
+        elif argument == "--estimate":
+            estimate = 0.0
+        elif flag == "--estimate" and _GIB.fullmatch(value):
+            estimate = float(value)
+        elif flag == "--estimate":
+            lines.append(f"{COMMAND_LINE}: --estimate: expected the GiB of a device, got {value!r}; e.g. --estimate=80")
+        elif flag.startswith("-") and "." in flag and equals:
+            lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
+        elif flag.startswith("-"):
+            near = difflib.get_close_matches(flag, _FLAGS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_FLAGS)} and key=value"
+            lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; {hint}")
+        else:
+            overrides.append(argument)
+    if not files and not help and not lines:
+        guess = [argument for argument in overrides if argument.endswith((".yaml", ".yml")) and "=" not in argument]
+        hint = f"did you mean --config {guess[0]}?" if guess else "e.g. --config configs/quickstart.yaml"
+        lines.append(f"{COMMAND_LINE}: --config: missing; {hint}")
+    if lines:
+        raise ConfigError(lines)
+    return Args(tuple(files), tuple(overrides), print_config, help, estimate)

@@ -1,0 +1,128 @@
+"""Contradictions between keys of different sections."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlkd.config.sections.model import LoraConfig
+from rlkd.config.sections.servers import RolloutServerConfig, ServerConfig
+from rlkd.config.sections.teacher import SelfTeacherConfig, ServedTeacherConfig
+
+if TYPE_CHECKING:
+    from rlkd.config.schema import Config
+
+LARGEST_SERVED_RANK = 512
+"""The largest rank of an adapter that vLLM 0.32 serves."""
+
+
+def contradictions(config: Config) -> list[tuple[str, str]]:
+    """Each contradiction between keys of different sections: (first key, one line that names both and the fix)."""
+    found: list[tuple[str, str]] = []
+    if config.rollout.prompts % config.world_size:
+        found.append(
+            (
+                "rollout.prompts",
+                f"is {config.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = "
+                f"{config.world_size}; "
+                "each rank samples whole groups: choose a multiple",
+            )
+        )
+    rollouts = config.rollout.prompts * config.algorithm.group_size // config.world_size
+    if rollouts % config.trainer.updates_per_iteration:
+        found.append(
+            (
+                "trainer.updates_per_iteration",
+                f"is {config.trainer.updates_per_iteration}, which does not divide the {rollouts} rollouts of a rank "
+                "(rollout.prompts × algorithm.group_size / ranks); choose a divisor",
+            )
+        )
+    server = config.rollout.server
+    if config.rollout.backend == "vllm" and server.launch == bool(server.urls):
+        found.append(
+            (
+                "rollout.server",
+                "rollout.backend is vllm: set either rollout.server.urls (running servers) or "
+                "rollout.server.launch: true (start them)",
+            )
+        )
+    if config.rollout.backend == "hf" and (server.launch or server.urls):
+        found.append(
+            (
+                "rollout.backend",
+                "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
+            )
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.max_tokens
+    trained = config.algorithm.trained_lengths(config)
+    if config.trainer.micro_batch_tokens < sum(trained.values()):
+        found.append(
+            (
+                "trainer.micro_batch_tokens",
+                f"is {config.trainer.micro_batch_tokens}, less than one sequence of {' + '.join(trained)} = "
+                f"{sum(trained.values())} tokens; raise it",
+            )
+        )
+    if server.max_model_len is not None and server.max_model_len < longest:
+        found.append(
+            (
+                "rollout.server.max_model_len",
+                f"is {server.max_model_len}, less than data.max_prompt_tokens + rollout.max_tokens = {longest}; "
+                "raise it",
+            )
+        )
+    if isinstance(config.teacher, SelfTeacherConfig) and config.teacher.scorer == "policy_server":
+        found.extend(_scorer_problems(config, config.teacher))
+    if config.publishes_adapter:
+        assert config.model.lora is not None
+        found.extend(_adapter_problems(config.model.lora, server))
+    found.extend(_launch_problems(config))
+    found.extend(config.algorithm.problems(config))
+    return found
+
+
+def _scorer_problems(config: Config, teacher: SelfTeacherConfig) -> list[tuple[str, str]]:
+    found = []
+    if config.rollout.backend != "vllm":
+        why = "is policy_server, but rollout.backend is hf; set rollout.backend: vllm, or teacher.scorer: local"
+        found.append(("teacher.scorer", why))
+    elif teacher.weights == "fixed" and config.model.lora is None:
+        why = (
+            "is fixed, but without model.lora the servers of teacher.scorer policy_server hold the live weights "
+            "alone; set teacher.weights: live, or teacher.scorer: local (for a server of its own: teacher.backend: "
+            "served with the student's path)"
+        )
+        found.append(("teacher.weights", why))
+    return found
+
+
+def _launch_problems(config: Config) -> list[tuple[str, str]]:
+    launched: dict[str, ServerConfig] = {}
+    if config.rollout.backend == "vllm" and config.rollout.server.launch:
+        launched["rollout.server"] = config.rollout.server
+    if isinstance(config.teacher, ServedTeacherConfig) and config.teacher.server.launch:
+        launched["teacher.server"] = config.teacher.server
+    found = []
+    for key, server in launched.items():
+        shared = {gpu for gpus in server.devices for gpu in gpus} & set(range(config.trainer.devices))
+        if shared and config.trainer.accelerator != "cpu":
+            why = (
+                f"names GPU {min(shared)}, on which trainer.devices = {config.trainer.devices} trains; choose "
+                f"others, or [[]] with a small {key}.memory to share one GPU on purpose"
+            )
+            found.append((f"{key}.devices", why))
+    return found
+
+
+def _adapter_problems(lora: LoraConfig, server: RolloutServerConfig) -> list[tuple[str, str]]:
+    """What stands in the way of adapters at vLLM servers."""
+    found = []
+    if server.weight_sync != "file":
+        why = (
+            f"is {server.weight_sync}, but with model.lora an adapter is published, which vLLM reads from a disk; set "
+            "it to file"
+        )
+        found.append(("rollout.server.weight_sync", why))
+    if lora.r > LARGEST_SERVED_RANK:
+        why = f"is {lora.r}, but vLLM serves adapters of rank {LARGEST_SERVED_RANK} at most; lower it"
+        found.append(("model.lora.r", why))
+    return found

@@ -1,0 +1,33 @@
+"""The section `model`: the student."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rlkd.config.sections.base import Section
+
+
+class LoraConfig(Section):
+    """Adapters beside the frozen linear layers. No dropout: the trained distribution must be the sampled one."""
+
+    r: int = Field(16, ge=1, description="rank of an adapter")
+    alpha: int = Field(32, ge=1, description="an adapter counts alpha / r times")
+    target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
+        "all-linear", description="names of the layers that get one, e.g. [q_proj, v_proj]; never the output layer"
+    )
+
+
+class ModelConfig(Section):
+    """The student."""
+
+    path: str = Field(description="folder or hub id of the student, or builtin:student")
+    attention: str | None = Field(
+        None, description="attention implementation of transformers, e.g. sdpa, flash_attention_2"
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights; null: all weights")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; off unless you trust it"
+    )

@@ -1,0 +1,40 @@
+"""The sections `optim` and `trainer`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlkd.config.schedules import Constant, Schedule
+from rlkd.config.sections.base import Section
+
+
+class OptimConfig(Section):
+    """AdamW."""
+
+    lr: Schedule = Field(Constant(value=1e-6), description="learning rate, a number or a schedule over iterations")
+    betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's decay rates")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        0.0, ge=0, description="decoupled weight decay of weight matrices and embeddings; norms and biases have none"
+    )
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_skipped: int = Field(
+        2, ge=0, description="of the last 20 updates, how many may be skipped for a gradient that is not finite"
+    )
+
+
+class TrainerConfig(Section):
+    """Devices and the split of an update."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="what to train on")
+    devices: int = Field(1, ge=1, description="processes per node; torchrun's --nproc-per-node must agree")
+    num_nodes: int = Field(1, ge=1, description="nodes; torchrun's --nnodes must agree")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute type; master weights and reductions are always fp32"
+    )
+    micro_batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, of one forward on one device")
+    updates_per_iteration: int = Field(
+        1, ge=1, description="optimizer steps per rollout batch; 1 is strictly on-policy"
+    )
