@@ -6,6 +6,7 @@ imported under the server's environment, and atexit handlers do not run. Where o
 `python -m rlkd.train` instead.
 """
 
+import importlib
 import multiprocessing
 import os
 import re
@@ -54,10 +55,11 @@ class Run:
         self.process.join()
 
 
-def start(argv, folder, env=None, cwd=None) -> Run:
+def start(argv, folder, env=None, cwd=None, main="rlkd.train:main") -> Run:
     """`python -m rlkd.train ARGV`, its prints in `folder`/out.txt and err.txt.
 
     Args:
+        main: another function than the trainer's, of a module in tests/.
         env: the whole environment; None: this process's, with one thread.
         cwd: None: this process's.
     """
@@ -66,7 +68,7 @@ def start(argv, folder, env=None, cwd=None) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     out, err = folder / "out.txt", folder / "err.txt"
     where = str(Path.cwd() if cwd is None else cwd)
-    process = _CONTEXT.Process(target=_run, args=(list(argv), dict(ENV if env is None else env), where, out, err))
+    process = _CONTEXT.Process(target=_run, args=(main, list(argv), dict(ENV if env is None else env), where, out, err))
     process.start()
     return Run(process, out, err)
 
@@ -77,9 +79,9 @@ def train(argv, folder, env=None, cwd=None, timeout=300) -> str:
     return output
 
 
-def train_ranks(ranks, argv, folder, env=None, cwd=None, timeout=300) -> list[str]:
+def train_ranks(ranks, argv, folder, env=None, cwd=None, timeout=300, main="rlkd.train:main") -> list[str]:
     """`ranks` processes that meet as torchrun's do, all of which must succeed; what each printed."""
-    runs = start_ranks(ranks, argv, folder, env, cwd)
+    runs = start_ranks(ranks, argv, folder, env, cwd, main)
     try:
         for run in runs:
             assert run.wait(timeout) == 0, (run.returncode, run.err.read_text()[-3000:])
@@ -89,18 +91,18 @@ def train_ranks(ranks, argv, folder, env=None, cwd=None, timeout=300) -> list[st
     return [run.out.read_text() for run in runs]
 
 
-def start_ranks(ranks, argv, folder, env=None, cwd=None) -> list[Run]:
+def start_ranks(ranks, argv, folder, env=None, cwd=None, main="rlkd.train:main") -> list[Run]:
     """Ranks without torchrun's agent: whoever starts them looks after them. One rank is a plain run."""
     env = ENV if env is None else env
     if ranks == 1:
-        return [start(argv, folder, env, cwd)]
+        return [start(argv, folder, env, cwd, main)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
     own = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    return [start(argv, Path(folder, f"rank{rank}"), env | shared | own[rank], cwd) for rank in range(ranks)]
+    return [start(argv, Path(folder, f"rank{rank}"), env | shared | own[rank], cwd, main) for rank in range(ranks)]
 
 
 def _serve() -> None:
@@ -116,7 +118,7 @@ def _serve() -> None:
         os.environ |= before
 
 
-def _run(argv, env, cwd, out, err) -> None:
+def _run(main, argv, env, cwd, out, err) -> None:
     """In the forked process."""
     here = sys.modules["rlkd.train"].__file__  # KeyError: the server has not imported what it should
     assert Path(here).is_relative_to(ROOT), here
@@ -128,9 +130,8 @@ def _run(argv, env, cwd, out, err) -> None:
     os.environ |= env
     os.chdir(cwd)
     sys.path[:0] = [cwd, *env.get("PYTHONPATH", "").split(":")]  # as `python -m` does
-    from rlkd.train import main
-
-    sys.exit(main(argv))
+    module, function = main.split(":")
+    sys.exit(getattr(importlib.import_module(module), function)(argv))
 
 
 # 4 prompts × 4 samples; a budget of three rows a micro-batch, so that two ranks need unequal numbers of them.
