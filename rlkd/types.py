@@ -1,10 +1,10 @@
-"""What passes along the line: prompts → rollouts → scored rollouts → one Batch.
+"""The data that the stages of an iteration pass on: prompts → rollouts → scored rollouts → one Batch.
 
-Every class is frozen and keyword-only. Left of the Batch there are only Python tuples and floats; the Batch is
-the single place where they become tensors.
+Every class is frozen and keyword-only. Before the Batch nearly everything is Python tuples and floats; the Batch is the
+only place where they become tensors.
 
-One convention for every `[B, T]` tensor: column t speaks of token t given the tokens before it. Column 0 has no
-past and is never trained.
+Every `[B, T]` tensor follows one convention: column t is about token t given the tokens before it. Column 0 has no
+preceding tokens and is never trained.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from rlkd.losses.lm_head import OutputLayer
 from rlkd.metrics import Meter
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: the last token is the end-of-sequence token that the author chose. `length`: the budget ran out."""
+"""`stop`: the last token is the end-of-sequence token that the author chose. `length`: the token limit was reached."""
 
 Author = Literal["student", "teacher", "glue", "data"]
-"""Who wrote a token: the student sampled it, a teacher did, it joins two parts, or it stands in the data set."""
+"""Where a token comes from: the student sampled it, a teacher wrote it, it joins two parts, or it is from the data."""
 AUTHORS: tuple[Author, ...] = get_args(Author)
-"""Their order gives the codes of `Batch.authors`."""
+"""The index of an author in this tuple is its code in `Batch.authors`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,22 +39,23 @@ class Prompt:
     """
 
     id: str
-    """Stable name; sampling noise is a function of it."""
+    """A stable name. The sampling noise is a function of it."""
     messages: tuple[Mapping[str, Any], ...]
-    """Each with `role`, `content` (null beside tool calls), and what else the data gives it."""
+    """Each has `role`, `content` (may be null if there are tool calls) and any other keys from the data."""
     token_ids: tuple[int, ...]
-    """The prompt as the student reads it, chat template applied."""
+    """The prompt as the student reads it, with the chat template applied."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """What the chat template gets beside the messages: `tools`, and data.template_variables."""
+    """Extra variables for the chat template: `tools` and data.template_variables."""
     answer: str | None = None
-    """What rewards compare with."""
+    """The reference answer that rewards compare with."""
     privileged: str | None = None
-    """What only a teacher may see: a reference solution, say."""
+    """Text that only a teacher may see, such as a reference solution."""
     completion: tuple[int, ...] | None = None
-    """A completion to imitate, from the data, end of sequence included."""
+    """A completion from the data to imitate, including the end-of-sequence token."""
     rejected: tuple[int, ...] | None = None
-    """A completion to avoid, from the data, end of sequence included."""
+    """A completion from the data to avoid, including the end-of-sequence token."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the data."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -81,19 +82,19 @@ class VersionSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion, with what its sampler knew of it."""
+    """One completion and what the sampler reported about it."""
 
     prompt: Prompt
     token_ids: tuple[int, ...]
     """The completion, end-of-sequence token included where one was sampled."""
     logprobs: tuple[float | None, ...]
-    """By the sampler, at its temperature; None on tokens that the student did not sample."""
+    """The sampler's log-probs at its temperature; None for tokens that the student did not sample."""
     weight_versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
     segments: tuple[Segment, ...] = ()
-    """Who wrote what; empty: the student wrote all."""
+    """The author of each part; empty if the student wrote everything."""
     top_ids: Tensor | None = field(default=None, compare=False)  # [L, K] int64
-    """The sampler's likeliest tokens, where `Sampling.top_k` asked for them."""
+    """The sampler's K most likely tokens at each position, if `Sampling.top_k` asked for them."""
 
     def __post_init__(self) -> None:
         where = f"a rollout of prompt {self.prompt.id!r}"
@@ -101,45 +102,45 @@ class Rollout:
             raise ValueError(f"{where} has no tokens")
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{where} has {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
-        assert self.top_ids is None or len(self.top_ids) == len(self.token_ids), "top_ids wants [L, K]"
+        assert self.top_ids is None or len(self.top_ids) == len(self.token_ids), "expected top_ids [L, K]"
         for position, (logprob, by_student) in enumerate(zip(self.logprobs, self.student_tokens(), strict=True)):
             if by_student and (logprob is None or not math.isfinite(logprob)):
                 raise ValueError(f"{where}: token {position} was sampled by the student, but its log-prob is {logprob}")
         covered = [t for span in self.weight_versions for t in range(span.start, span.end)]
         if covered != [t for t, by_student in enumerate(self.student_tokens()) if by_student]:
-            raise ValueError(f"{where}: weight versions must cover the student's tokens once, in order")
+            raise ValueError(f"{where}: weight versions must cover each of the student's tokens once, in order")
 
     def authors(self) -> tuple[Author, ...]:
-        """Who wrote each token."""
+        """The author of each token."""
         found: list[Author] = ["student"] * len(self.token_ids)
         for segment in self.segments:
             found[segment.start : segment.end] = [segment.author] * (segment.end - segment.start)
         return tuple(found)
 
     def student_tokens(self) -> tuple[bool, ...]:
-        """Per token, whether the student sampled it."""
+        """Whether the student sampled each token."""
         return tuple(author == "student" for author in self.authors())
 
     @property
     def oldest_version(self) -> int | None:
-        """The oldest weights that sampled a token; None where the student sampled none."""
+        """The oldest weight version that sampled a token; None if the student sampled none."""
         return min((span.version for span in self.weight_versions), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a model wrote after a prompt, whoever it is."""
+    """A continuation of a prompt by any model, the student or a teacher."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of these tokens, at the temperature that drew them."""
+    """The log-probs of these tokens at the sampling temperature."""
     finish_reason: FinishReason
     top_ids: Tensor | None = field(default=None, compare=False)
-    """As `Rollout.top_ids`."""
+    """See `Rollout.top_ids`."""
 
 
 def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_reason: FinishReason) -> Rollout:
-    """A completion of `prompt` that the student did not sample: all of it by `author`."""
+    """A completion of `prompt` that the student did not sample; `author` wrote all of it."""
     return Rollout(
         prompt=prompt,
         token_ids=tuple(token_ids),
@@ -152,28 +153,27 @@ def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_rea
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """How much a teacher is to say of each completion token."""
+    """What the teacher returns for each completion token."""
 
     tier: Literal["sampled", "top_k", "given", "hidden"] = "sampled"
-    """sampled: the log-prob of the token that stands there; top_k: also its k likeliest tokens; given: also those that
-    the question names; hidden: also its last hidden state, from which its output layer gives the whole distribution."""
+    """sampled: the log-prob of the completion token; top_k: also the teacher's k most likely tokens; given: also the
+    log-probs of the token ids in the request; hidden: also the teacher's last hidden state, from which its output layer
+    computes the full distribution."""
     k: int = 0
-    """Of top_k."""
+    """The k of top_k."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherScores:
-    """What a teacher thinks of the completion tokens of one rollout; L of them."""
+    """A teacher's scores of the L completion tokens of one rollout."""
 
     logprobs: tuple[float, ...]
     """log π_T(token t | the teacher's prompt, the tokens before t), one per completion token."""
-    top_ids: Tensor | None = (
-        None  # [L, K] int64: the teacher's likeliest first, or the given ones; −1: it has none such
-    )
+    top_ids: Tensor | None = None  # [L, K] int64: the most likely tokens first, or the given ids; −1: no such token
     top_logprobs: Tensor | None = None  # [L, K] fp32
-    hidden: Tensor | None = None  # [L, H]: row t is what the teacher predicts token t from
+    hidden: Tensor | None = None  # [L, H]: row t is the hidden state from which the teacher predicts token t
     teacher: int = 0
-    """Which of several teachers."""
+    """The index of the teacher, if there are several."""
 
     def __post_init__(self) -> None:
         for position, logprob in enumerate(self.logprobs):
@@ -181,7 +181,7 @@ class TeacherScores:
                 raise ValueError(f"the teacher's log-prob of completion token {position} is {logprob}")
         for name in ("top_ids", "top_logprobs", "hidden"):
             value = getattr(self, name)
-            assert value is None or (value.dim() == 2 and len(value) == len(self.logprobs)), f"{name} wants [L, …]"
+            assert value is None or (value.dim() == 2 and len(value) == len(self.logprobs)), f"expected {name} [L, …]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,19 +190,19 @@ class ScoredRollout:
 
     rollout: Rollout
     reward: float | None
-    """None: it could not be computed (then `error` says why, and the sample is masked; it is never a 0), or the
-    algorithm asks for none."""
+    """None if the reward could not be computed or the algorithm uses none. In the first case `error` has the reason,
+    and the sample is masked; a failed reward never counts as 0."""
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
     teacher: TeacherScores | None = None
     reference: TeacherScores | None = None
-    """The same tokens scored by the frozen start of the student, when the loss has a KL to it."""
+    """The same tokens scored by the frozen initial student, if the loss has a KL term to it."""
     distil: tuple[bool, ...] | None = None
-    """Per completion token, whether the distillation term acts on it; None: no distillation."""
+    """Whether the distillation term acts on each completion token; None without distillation."""
     error: str | None = None
     """Why the reward could not be computed."""
     feedback: str | None = None
-    """What the rewards said of the completion, in words."""
+    """Written feedback from the rewards."""
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)
@@ -216,84 +216,84 @@ class ScoredRollout:
             raise ValueError("distil marks tokens that no teacher scored")
 
     def is_correct(self, correct_at: float) -> bool | None:
-        """Whether the reward reaches `correct_at`, up to the rounding of a weighted sum; None without a reward."""
+        """Whether the reward is at least `correct_at`, up to the rounding of a weighted sum; None without a reward."""
         return None if self.reward is None else self.reward >= correct_at - 1e-6
 
 
-_OF_ROWS = ("lengths", "rewards", "weight_version", "teacher_index")
-_OF_VECTORS = ("teacher_top_ids", "teacher_top_logprobs", "teacher_hidden")
+_PER_ROW = ("lengths", "rewards", "weight_version", "teacher_index")
+_PER_TOKEN_VECTORS = ("teacher_top_ids", "teacher_top_logprobs", "teacher_hidden")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """All that the trainer sees of one rank's rollouts. Rows are right-padded to a common T."""
+    """One rank's rollouts as tensors; the trainer sees nothing else of them. Rows are right-padded to a common T."""
 
     iteration: int
-    """Iterations completed before this one; schedules are functions of it."""
+    """The number of iterations completed before this one. Schedules are functions of it."""
     input_ids: Tensor  # [B, T] int64: prompt, completion, padding
     lengths: Tensor  # [B] int64: prompt + completion tokens
     completion_mask: Tensor  # [B, T] bool: completion tokens of samples that count
-    student_mask: Tensor  # [B, T] bool: of these, the tokens that the student sampled
-    authors: Tensor  # [B, T] int64: index in AUTHORS of who wrote the token; meaningful on completion_mask only
-    sampler_logprobs: Tensor  # [B, T] fp32, at the rollout temperature; meaningful on student_mask only
+    student_mask: Tensor  # [B, T] bool: those completion tokens that the student sampled
+    authors: Tensor  # [B, T] int64: the token's author as an index into AUTHORS; only valid on completion_mask
+    sampler_logprobs: Tensor  # [B, T] fp32, at the rollout temperature; only valid on student_mask
     advantages: Tensor  # [B, T] fp32
-    rewards: Tensor  # [B] fp32, NaN where there is none
-    weight_version: Tensor  # [B] int64: the oldest version that sampled a token of the row, −1 where none did
-    old_logprobs: Tensor | None = None  # [B, T] the trainer's own, at the start of the iteration
+    rewards: Tensor  # [B] fp32; NaN for rows without a reward
+    weight_version: Tensor  # [B] int64: the oldest weight version that sampled a token of the row; −1 if none did
+    old_logprobs: Tensor | None = None  # [B, T] by the trainer, at the start of the iteration
     teacher_logprobs: Tensor | None = None  # [B, T], at the teacher's temperature
     teacher_top_ids: Tensor | None = None  # [B, T, K] int64
     teacher_top_logprobs: Tensor | None = None  # [B, T, K]
-    teacher_hidden: Tensor | None = None  # [B, T, H]: column t is what the teacher predicts token t from
-    teacher_index: Tensor | None = None  # [B] int64: which of `teacher_layers` belongs to the row
+    teacher_hidden: Tensor | None = None  # [B, T, H]: column t: the hidden state from which token t is predicted
+    teacher_index: Tensor | None = None  # [B] int64: the row's index into `teacher_layers`
     teacher_layers: tuple[OutputLayer, ...] = ()
     reference_logprobs: Tensor | None = None  # [B, T], at the rollout temperature
     distil_mask: Tensor | None = None  # [B, T] bool: tokens on which the distillation term acts
-    weights: Tensor | None = None  # [B, T] of the policy term; made once an update from global counts
-    distil_weights: Tensor | None = None  # [B, T] of the distillation term
-    token_weights: Tensor | None = None  # [B, T] 1/N on every completion token: means for the log
-    student_weights: Tensor | None = None  # [B, T] 1/N on every token that the student sampled: likewise
+    weights: Tensor | None = None  # [B, T] weights of the policy term, made once per update from global counts
+    distil_weights: Tensor | None = None  # [B, T] weights of the distillation term
+    token_weights: Tensor | None = None  # [B, T] 1/N on every completion token, for logged means
+    student_weights: Tensor | None = None  # [B, T] 1/N on every token that the student sampled, for logged means
     metrics: Meter = field(default_factory=Meter)
-    """What is known of this rank's rollouts before training."""
+    """Metrics of this rank's rollouts that are known before training."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
-        assert len(shape) == 2, f"input_ids is {tuple(shape)}, wants [B, T]"
+        assert len(shape) == 2, f"expected input_ids [B, T], got {tuple(shape)}"
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
-                wanted = shape[:1] if f.name in _OF_ROWS else shape
-                got = value.shape[:2] if f.name in _OF_VECTORS else value.shape
-                assert got == wanted, f"{f.name} is {tuple(value.shape)}, wants {tuple(wanted)}"
+                expected = shape[:1] if f.name in _PER_ROW else shape
+                got = value.shape[:2] if f.name in _PER_TOKEN_VECTORS else value.shape
+                assert got == expected, f"expected {f.name} {tuple(expected)}, got {tuple(value.shape)}"
         columns = torch.arange(shape[1], device=self.input_ids.device)
         real = columns < self.lengths[:, None]
         assert not bool((self.completion_mask & ~real).any()), "completion_mask covers padding"
-        assert not bool(self.completion_mask[:, 0].any()), "column 0 has no past and cannot be trained"
+        assert not bool(self.completion_mask[:, 0].any()), "column 0 has no preceding tokens and cannot be trained"
         assert not bool((self.student_mask & ~self.completion_mask).any()), "student_mask exceeds completion_mask"
         if self.distil_mask is not None:
             assert not bool((self.distil_mask & ~self.completion_mask).any()), "distil_mask exceeds completion_mask"
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Batch:
-        """The same batch on `device` (Lightning asks for this of a custom batch).
+        """The same batch on `device`. Lightning calls this on a custom batch.
 
-        Vectors of every token stay where they are: a device need not hold an iteration's hidden states at once.
+        Per-token vectors stay where they are, so that the device need not hold all hidden states of an iteration.
         """
         moved = {
             f.name: getattr(self, f.name).to(device, **kwargs)
             for f in dataclasses.fields(self)
-            if isinstance(getattr(self, f.name), Tensor) and f.name not in _OF_VECTORS
+            if isinstance(getattr(self, f.name), Tensor) and f.name not in _PER_TOKEN_VECTORS
         }
         layers = tuple(layer.to(device) for layer in self.teacher_layers)
         return dataclasses.replace(self, teacher_layers=layers, **moved)
 
     def rows(self, index: Tensor) -> Batch:
-        """The rows `index` [b], cut to their longest length. Metrics stay with the whole batch."""
+        """The rows `index` [b], cut to the longest of them. The metrics stay with the full batch."""
         length = int(self.lengths[index].max())
         picked: dict[str, Any] = {"metrics": Meter()}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):
                 where = index.to(value.device)
-                picked[f.name] = value[where] if f.name in _OF_ROWS else value[where, :length]
+                picked[f.name] = value[where] if f.name in _PER_ROW else value[where, :length]
         return dataclasses.replace(self, **picked)
 
     def __len__(self) -> int:

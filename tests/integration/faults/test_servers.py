@@ -101,7 +101,7 @@ def test_killed_once_too_often(scene):
     said = [line for line in run.err.read_text().splitlines() if line.startswith("stopped: ")]
     assert len(said) == 1 and said[0].startswith("stopped: the vLLM server 'policy' ended with exit code 137")
     done = rows_so_far(folder)[-1]["iteration"]
-    assert f"stopped: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
+    assert f"stopped: saved iteration {done}; continue with run.resume=auto" in run.out.read_text()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration-{done:06d}"]
     with pytest.raises(AssertionError, match="no server"):
         server_group(folder)

@@ -23,7 +23,7 @@ def test_a_signal_saves_and_ends_the_run_which_resumes_as_if_nothing_had_been(nu
         run.kill()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     done = int(checkpoint.name.split("-")[1])
-    assert f"signal: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
+    assert f"signal: saved iteration {done}; continue with run.resume=auto" in run.out.read_text()
     assert done < 6, "the machine is too slow for this test to see anything"
     train(arguments(1, tmp_path / "run", "run.iterations=6", "run.resume=auto"), tmp_path)
     assert_same_run(tmp_path / "run", undisturbed, 6)
@@ -91,7 +91,7 @@ def test_a_rank_killed_under_torchrun_costs_only_what_was_not_saved(tmp_path):
     finally:
         run.kill()
     done = rows_so_far(folder)[-1]["iteration"]
-    assert f"signal: saved iteration {done}; go on with run.resume=auto" in output
+    assert f"signal: saved iteration {done}; continue with run.resume=auto" in output
     assert [row["iteration"] for row in rows_so_far(folder)] == list(range(1, done + 1))
     straight = tmp_path / "straight"
     command = arguments(2, straight, f"run.iterations={done}", "checkpoint.every=1")

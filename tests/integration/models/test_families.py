@@ -70,7 +70,7 @@ UNSAMPLED = {
     family: why
     for why, families in (
         (
-            "nats lie between",
+            "with and without a cache differ",
             "bart bigbird_pegasus blenderbot-small deepseek_v4 falcon_mamba git mamba mamba2 marian mbart "
             "moshi mvp nemotron_h pegasus plbart recurrent_gemma rwkv trocr zamba2",
         ),

@@ -184,12 +184,12 @@ def test_what_a_server_cannot_do_is_one_line(override, line):
 
 def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded(tmp_path):
     for target in ("q_prj", "embed_tokens", "lm_head"):
-        with pytest.raises(ValueError, match=f"target_modules: '{target}' is no linear layer of LlamaForCausalLM"):
+        with pytest.raises(ValueError, match=f"target_modules: '{target}' is not a linear layer of LlamaForCausalLM"):
             lora.layer_names(start(), config(f"model.lora={{target_modules: [q_proj, {target}]}}").model.lora)
     fresh = f"run.dir={tmp_path}"  # runs/ may hold a run already
     (line,) = check(config("model.lora={target_modules: [q_proj, lm_head]}", fresh))
-    assert line.startswith("model.lora.target_modules: 'lm_head' is no linear layer of LlamaForCausalLM that can be")
-    assert line.endswith("it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+    assert line.startswith("model.lora.target_modules: 'lm_head' is not a linear layer of LlamaForCausalLM that can be")
+    assert line.endswith("use some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     assert check(config("model.lora={target_modules: [q_proj, layers.0.mlp.up_proj]}", fresh)) == []
 
 
@@ -256,10 +256,10 @@ def test_what_has_no_adapter_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("family", "target", "line"),
     [
-        ("mixtral", "w1", "'w1' is no linear layer of MixtralForCausalLM that can be adapted; it has k_proj, o_proj"),
-        ("mixtral", "gate", "'gate' is no linear layer of MixtralForCausalLM that can be adapted; it has"),
-        ("phi_moe", "router", "'router' is no linear layer of PhimoeForCausalLM that can be adapted; it has"),
-        ("qwen3_next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); it has"),
+        ("mixtral", "w1", "'w1' is not a linear layer of MixtralForCausalLM that can be adapted; use some of k_proj"),
+        ("mixtral", "gate", "'gate' is not a linear layer of MixtralForCausalLM that can be adapted; use some of"),
+        ("phi_moe", "router", "'router' is not a linear layer of PhimoeForCausalLM that can be adapted; use some of"),
+        ("qwen3_next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); use some of"),
     ],
 )
 def test_experts_and_routers_are_refused_in_one_line(tmp_path, family, target, line):

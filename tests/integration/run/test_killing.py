@@ -184,7 +184,7 @@ def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_no_longer_its
     resume = f"run.resume={folder / 'checkpoints' / 'iteration-000001'}"
     printed = train([*arguments(folder), resume, "run.iterations=2"], tmp_path)
     assert [path.name for path in checkpoints(folder)] == ["iteration-000001", "iteration-000002"]
-    assert f"resume: {folder / 'checkpoints' / 'iteration-000003'} is removed, since the run goes on from" in printed
+    assert f"resume: removing {folder / 'checkpoints' / 'iteration-000003'}, since the run resumes from" in printed
     train([*arguments(folder), "run.iterations=3"], tmp_path)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and exported(folder) == 3

@@ -111,7 +111,7 @@ def test_a_run_does_not_go_on_under_another_configuration(straight, capsys):
     before = rows(straight[1])
     assert main(arguments(1, straight[1], "run.iterations=7", "run.resume=auto", "optim.lr=1.0e-4")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("optim.lr.value: is 0.0001, but iteration-000006 was trained with 0.0003; put it back, or")
+    assert line.startswith("optim.lr.value: expected 0.0003, with which iteration-000006 was trained, got 0.0001; ")
     assert rows(straight[1]) == before
 
 

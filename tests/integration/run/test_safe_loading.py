@@ -92,7 +92,7 @@ def plant_in_shard(checkpoint, sprung):
 
 def test_a_file_that_is_no_index_is_one_line(tmp_path):
     (tmp_path / METADATA).write_bytes(b"")
-    with pytest.raises(RunStopped, match=r"/\.metadata is no index of a checkpoint: .*; choose another checkpoint"):
+    with pytest.raises(RunStopped, match=r"/\.metadata is not a valid checkpoint index: .*; choose another checkpoint"):
         check_index(tmp_path)
 
 

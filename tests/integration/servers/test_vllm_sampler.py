@@ -56,7 +56,7 @@ def tokens(groups: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
 def test_a_server_that_a_run_has_used_is_not_taken_for_its_start(sampler: VLLMSampler, policy_path: str) -> None:
     other = VLLMSampler(run_config(policy_path, sampler.pool.clients[0].url), eos_ids=[EOS])
     other.open()
-    with pytest.raises(ServerError, match="holds weight version 3, which a run has given it.* start that server again"):
+    with pytest.raises(ServerError, match="got version 3, which a run has published; restart that server"):
         other.keep_loaded()
     other.close()
 
@@ -249,7 +249,7 @@ def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, polic
 
 @pytest.mark.server
 def test_a_temperature_that_vllm_would_change_is_refused(sampler: VLLMSampler) -> None:
-    with pytest.raises(ValueError, match=r"temperature is 0.001, but vLLM silently raises it to 0.01"):
+    with pytest.raises(ValueError, match=r"at least 0.01, to which vLLM silently raises .*, got 0.001; use 0"):
         sampler.sample(prompts(1), n=1, iteration=0, sampling=Sampling(temperature=0.001, max_tokens=4, seed=0))
 
 
@@ -283,8 +283,8 @@ def test_a_value_that_is_none_is_an_error(answer: dict[str, Any], complaint: str
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        ([], "3 tokens were to be scored, the answer has 0"),
-        ([None, {"7": {"logprob": -1.0}}], "3 tokens were to be scored, the answer has 2"),
+        ([], "expected scores of 3 tokens, got 0"),
+        ([None, {"7": {"logprob": -1.0}}], "expected scores of 3 tokens, got 2"),
         ([None, {"7": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}], "no log-prob of completion token 1, which is 8"),
         ([None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -1.0}}], "completion token 0 is -9999.0"),
     ],
@@ -350,7 +350,7 @@ def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
 @pytest.mark.parametrize(
     ("figures", "complaint"),
     [
-        (None, "no log-probs of the tokens"),
+        (None, "expected log-probs of the given tokens, got none"),
         (
             npy([[-1.0, -1.0, -3.0]]),
             r"float32 of shape \[1, 3\], wanted floats of shape \[2, 3\]",
@@ -359,7 +359,7 @@ def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
         ("AAAA", "log-probs of given tokens: "),
         ("no base64!", "log-probs of given tokens: "),
         (npy([[-1.0, np.inf, -3.0], [-2.0, -4.0, -5.0]]), "a log-prob is NaN"),
-        (npy([[-np.inf, -1.0, -3.0], [-2.0, -4.0, -5.0]]), "that of a completion token not finite"),
+        (npy([[-np.inf, -1.0, -3.0], [-2.0, -4.0, -5.0]]), "a completion token's is not finite"),
     ],
 )
 def test_a_wrong_answer_about_them_is_an_error(figures: str | None, complaint: str) -> None:

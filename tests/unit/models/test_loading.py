@@ -67,16 +67,16 @@ def test_weights_that_are_cut_off_or_absent(folder):
 
 def test_missing_weights_are_not_made_up(folder):
     replace_weights(folder, lambda weights: weights.pop(DOWN))
-    refused(f"the model m: 1 weight is missing that its config.json asks for: {DOWN}; copy the whole folder again")
+    refused(f"the model m: 1 weight is missing that its config.json requires: {DOWN}; copy the whole folder again")
 
 
 def test_weights_of_another_model(folder):
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     edit(folder, num_hidden_layers=layers + 1)
-    refused(f"the model m: 9 weights are missing that its config.json asks for: model.layers.{layers}.")
+    refused(f"the model m: 9 weights are missing that its config.json requires: model.layers.{layers}.")
     edit(folder, num_hidden_layers=layers, vocab_size=120)
     refused(
-        r"the model m: 1 weight is of another shape than .*: model.embed_tokens.weight is \[56, 64\], wanted \[120,"
+        r"the model m: 1 weight is not of the shape .*: expected model.embed_tokens.weight \[120, 64\], got \[56, 64\]"
     )
 
 

@@ -138,8 +138,8 @@ def test_the_ends_of_completions_are_found_wherever_a_model_names_them():
 def test_completions_that_never_end_are_refused(value):
     with_ends("endless", {"eos_token_id": value})
     line = (
-        f"{{}}: endless: eos_token_id of generation_config.json is {value}, wants the tokens that end a completion, "
-        "else none ever stops (ids below 56); give them in generation_config.json"
+        f"{{}}: endless: expected eos_token_id of generation_config.json to be the ids of the tokens that end a "
+        f"completion (below 56), got {value}; set it in generation_config.json, or completions never stop"
     )
     assert check(config("model.path=endless")) == [line.format("model.path")]
     assert check_evaluation(load([QUICKSTART], ["model.path=endless"]).config) == [line.format("model.path")]
@@ -157,7 +157,7 @@ GUIDED = "algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40
 def test_a_teacher_in_process_that_writes_is_asked_for_its_end_too(algorithm):
     with_ends("endless", {"eos_token_id": []})
     (line,) = check(config(algorithm, LOCAL))
-    assert line.startswith("teacher.path: endless: eos_token_id of generation_config.json is [], wants")
+    assert line.startswith("teacher.path: endless: expected eos_token_id of generation_config.json to be")
     assert check(config(OTHERS, "algorithm.student_share=1.0", LOCAL)) == []  # this one only scores
 
 
@@ -193,7 +193,9 @@ def test_a_model_without_an_end_anywhere_is_refused():
     settings.pop("eos_token")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     (line,) = check(config("model.path=endless"))
-    assert line.startswith("model.path: endless: eos_token_id of its tokenizer is None, wants the tokens that end")
+    assert line.startswith(
+        "model.path: endless: expected eos_token_id of the tokenizer to be the ids of the tokens that end"
+    )
 
 
 def test_teacher_and_student_must_share_a_vocabulary():

@@ -240,7 +240,7 @@ def test_a_run_without_rows_or_rollouts_has_a_page(run_dir: Path) -> None:
 def test_a_resumed_run_shows_the_later_of_repeated_rows(run_dir: Path) -> None:
     write_lines(run_dir / "metrics.jsonl", [*ROWS, {"iteration": 4, "loss": 0.0625}])
     page = Page(write_report(run_dir))
-    assert "Of iteration 4 there are several rows" in page.text
+    assert "Iteration 4 has several rows" in page.text
     assert "0.0625" in page.text and "75.0%" in page.text
 
 
@@ -248,9 +248,9 @@ def test_a_resumed_run_shows_the_later_of_repeated_rows(run_dir: Path) -> None:
     ("line", "message"),
     [
         ('{"iteration": 2, "rewa', "line 2: not JSON"),
-        ("[1, 2]", "line 2: got [1, 2], wanted one JSON object"),
-        ('{"loss": 1.0}', "line 2: iteration is None"),
-        ('{"iteration": 2, "loss": "low"}', "line 2: loss is 'low', wanted a number or null"),
+        ("[1, 2]", "line 2: expected one JSON object, got [1, 2]"),
+        ('{"loss": 1.0}', "line 2: expected an integer as iteration, got None"),
+        ('{"iteration": 2, "loss": "low"}', "line 2: expected a number or null as loss, got 'low'"),
     ],
 )
 def test_a_broken_line_is_named(run_dir: Path, line: str, message: str) -> None:
@@ -261,7 +261,7 @@ def test_a_broken_line_is_named(run_dir: Path, line: str, message: str) -> None:
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no metrics\.jsonl; give the directory of a run"):
+    with pytest.raises(ValueError, match=r"expected a run directory, got .* has no metrics\.jsonl"):
         write_report(tmp_path)
 
 
@@ -282,4 +282,4 @@ def test_the_command_needs_no_torch_and_ends_a_mistake_in_one_line(run_dir: Path
     assert good.returncode == 0 and good.stdout.strip() == str(run_dir / "report.html")
     assert "rlkd.reporting.svg_plots" in good.stderr and "torch" not in good.stderr
     bad = subprocess.run([sys.executable, "-m", "rlkd.report", "no-such"], capture_output=True, text=True, timeout=60)
-    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "no-such has no metrics.jsonl" in bad.stderr
+    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "no-such, which has no metrics.jsonl" in bad.stderr

@@ -56,13 +56,16 @@ def test_how_long_where_and_what_is_looked_at_may_change(resumed, free):
     [
         (
             "trainer.micro_batch_tokens=4096",
-            r"trainer.micro_batch_tokens: is 4096, but iteration-000003 was trained with 8192; put it back, or accept "
-            r"it by run.accept_changes=[trainer.micro_batch_tokens]",
+            r"trainer.micro_batch_tokens: expected 8192, with which iteration-000003 was trained, got 4096; change it "
+            r"back, or accept it with run.accept_changes=[trainer.micro_batch_tokens]",
         ),
-        ("run.seed=7", "run.seed: is 7, but iteration-000003 was trained with 0; "),
-        ("model.path=builtin:mentor", "model.path: is builtin:mentor, but iteration-000003 was trained with builtin:"),
-        ("reward.functions=[{name: math}]", "reward.functions.0.name: is math, but iteration-000003 was trained with "),
-        ("algorithm.kd.coef=0.5", "algorithm.kd.coef.value: is 0.5, but iteration-000003 was trained with 0.2; "),
+        ("run.seed=7", "run.seed: expected 0, with which iteration-000003 was trained, got 7; "),
+        ("model.path=builtin:mentor", "model.path: expected builtin:"),
+        ("reward.functions=[{name: math}]", "reward.functions.0.name: expected "),
+        (
+            "algorithm.kd.coef=0.5",
+            "algorithm.kd.coef.value: expected 0.2, with which iteration-000003 was trained, got 0.5; ",
+        ),
     ],
 )
 def test_what_changes_the_trajectory_is_refused_until_it_is_named(resumed, change, line):
@@ -90,12 +93,12 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_only_when_it_is_set
     as_it_was = (*plain, "algorithm.ratio_cap=null", "algorithm.context.feedback_beside_sibling=true")
     assert changes(config(*as_it_was)) == []
     (line,) = changes(config(*as_it_was, "algorithm.mask_eos=true"))
-    assert line.startswith("algorithm.mask_eos: is True, but iteration-000003 was trained with absent")
+    assert line.startswith("algorithm.mask_eos: expected absent, with which iteration-000003 was trained, got True")
     (line,) = changes(config(*as_it_was, "algorithm.ratio_cap=3.0"))
-    assert line.startswith("algorithm.ratio_cap: is 3.0, but iteration-000003 was trained with None")
+    assert line.startswith("algorithm.ratio_cap: expected None, with which iteration-000003 was trained, got 3.0")
     beside, cap = changes(config(*plain))  # SDPO's defaults of today are another objective
-    assert beside.startswith("algorithm.context.feedback_beside_sibling: is False, but iteration-000003 was trained w")
-    assert cap.startswith("algorithm.ratio_cap: is 2.0, but iteration-000003 was trained with None")
+    assert beside.startswith("algorithm.context.feedback_beside_sibling: expected True, with which iteration-000003")
+    assert cap.startswith("algorithm.ratio_cap: expected None, with which iteration-000003 was trained, got 2.0")
 
 
 def test_the_ratio_cap_of_grpo_is_no_weight_of_a_divergence(tmp_path):
@@ -151,9 +154,9 @@ ROWS = [{"prompt": f"reverse: {word}", "answer": word[::-1], "level": 1} for wor
 )
 def test_other_data_under_the_same_path_is_refused_until_it_is_named(with_data, tmp_path, rows, count):
     (line,) = with_data(rows)
-    assert line.startswith(f"data.path: {tmp_path}/train.jsonl now holds {count} rows (SHA-256 ")
-    assert "but iteration-000003 was trained on 3 rows (SHA-256 " in line
-    assert line.endswith("put the data back, or accept it by run.accept_changes=[data.path]")
+    assert line.startswith(f"data.path: expected {tmp_path}/train.jsonl to have 3 rows (SHA-256 ")
+    assert f"on which iteration-000003 was trained, got {count} rows (SHA-256 " in line
+    assert line.endswith("or accept the change with run.accept_changes=[data.path]")
     assert with_data(rows, "run.accept_changes=[data.path]") == [] == with_data(rows, "run.accept_changes=[data]")
 
 
@@ -164,7 +167,7 @@ def test_the_same_data_goes_on_however_it_is_written(with_data):
 
 def test_another_key_of_data_is_said_by_itself(with_data):
     (line,) = with_data(ROWS, "data.limit=2")
-    assert line.startswith("data.limit: is 2, but ")
+    assert line.startswith("data.limit: expected None, ")
     assert with_data(ROWS, "data.limit=2", "run.accept_changes=[data.limit]") == []
 
 
@@ -172,7 +175,7 @@ def test_a_key_that_does_not_change_the_rows_does_not_excuse_other_rows(with_dat
     accepted = ("data.max_prompt_tokens=99", "run.accept_changes=[data.max_prompt_tokens]")
     assert with_data(ROWS, *accepted) == []
     (line,) = with_data(ROWS[:2], *accepted)
-    assert line.startswith("data.path: ") and "now holds 2 rows" in line
+    assert line.startswith("data.path: ") and "got 2 rows" in line
     columns = ("data.privileged_column=level", "run.accept_changes=[data.privileged_column]")
     assert with_data(ROWS, *columns) == []
 
@@ -204,11 +207,11 @@ def test_a_key_that_is_newer_than_the_checkpoint_was_its_default(resumed, tmp_pa
     file.write_text(json.dumps(saved))
     where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
     (line,) = changes(config(*where))
-    assert line.startswith("data.special_tokens: is text, but iteration-000003 was trained with tokens; put it back")
+    assert line.startswith("data.special_tokens: expected tokens, with which iteration-000003 was trained, got text; ")
     where = (*where, "data.special_tokens=tokens")  # what a prompt spelled was always the token then
     assert changes(config(*where)) == []
     (line,) = changes(config(*where, "data.template_variables={thinking: true}"))
-    assert line.startswith("data.template_variables.thinking: is True")
+    assert line.startswith("data.template_variables.thinking: expected absent")
 
 
 def test_a_checkpoint_of_a_run_knows_its_data(tmp_path):
@@ -236,7 +239,8 @@ def test_a_checkpoint_without_its_configuration_is_refused(tmp_path):
 def test_a_folder_of_something_else_is_no_checkpoint():
     """A model's folder has a config.json too."""
     (line,) = changes(config(f"run.resume={resolve('builtin:student')}"))
-    assert line.endswith(" is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…")
+    assert line.startswith("run.resume: expected never, auto or <run>/checkpoints/iteration-…, got ")
+    assert "which is not a checkpoint of a run" in line
 
 
 def leaves(tree, above=""):
