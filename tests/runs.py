@@ -1,8 +1,8 @@
-"""Runs of the trainer as processes of their own, without ten seconds of imports for each.
+"""Runs the trainer in separate processes, without ten seconds of imports for each.
 
-A server process does only the imports; each run is forked from it, has its own pid, and can really be killed. What it
-shares with a fresh interpreter's run is all but the start of the interpreter: hash seeds are the server's, modules were
-imported under the server's environment, and atexit handlers do not run. Where one of these matters, start
+A server process only does the imports; each run is forked from it, has its own pid, and can really be killed. It
+differs from a run in a fresh interpreter only in the interpreter's start: hash seeds are the server's, modules were
+imported in the server's environment, and atexit handlers do not run. If one of these matters, start
 `python -m rlkd.train` instead.
 """
 
@@ -24,7 +24,7 @@ _CONTEXT.set_forkserver_preload(["heavy_imports"])
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was started; `out` and `err` are the files of what it prints."""
+    """A started run; `out` and `err` are the files with its output."""
 
     process: multiprocessing.process.BaseProcess
     out: Path
@@ -40,7 +40,7 @@ class Run:
         return self.process.exitcode
 
     def wait(self, timeout: float) -> int | None:
-        """The exit code, or None when `timeout` seconds have passed before it ended."""
+        """The exit code, or None if the run has not ended after `timeout` seconds."""
         self.process.join(timeout)
         return self.returncode
 
@@ -49,16 +49,16 @@ class Run:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL and wait for the end of the process."""
         self.send_signal(signal.SIGKILL)
         self.process.join()
 
 
 def start(argv, folder, env=None, cwd=None) -> Run:
-    """`python -m rlkd.train ARGV`, its prints in `folder`/out.txt and err.txt.
+    """Start `python -m rlkd.train ARGV`, with its output in `folder`/out.txt and err.txt.
 
     Args:
-        env: the whole environment; None: this process's, with one thread.
+        env: the full environment; None: that of this process, with one thread.
         cwd: None: this process's.
     """
     _serve()
@@ -72,13 +72,13 @@ def start(argv, folder, env=None, cwd=None) -> Run:
 
 
 def train(argv, folder, env=None, cwd=None, timeout=300) -> str:
-    """A run from start to end, which must succeed; what it printed."""
+    """Run the trainer to its end, which must succeed, and return its output."""
     (output,) = train_ranks(1, argv, folder, env, cwd, timeout)
     return output
 
 
 def train_ranks(ranks, argv, folder, env=None, cwd=None, timeout=300) -> list[str]:
-    """`ranks` processes that meet as torchrun's do, all of which must succeed; what each printed."""
+    """Run `ranks` processes that connect like torchrun's; all must succeed. Returns the output of each."""
     runs = start_ranks(ranks, argv, folder, env, cwd)
     try:
         for run in runs:
@@ -90,7 +90,7 @@ def train_ranks(ranks, argv, folder, env=None, cwd=None, timeout=300) -> list[st
 
 
 def start_ranks(ranks, argv, folder, env=None, cwd=None) -> list[Run]:
-    """Ranks without torchrun's agent: whoever starts them looks after them. One rank is a plain run."""
+    """Start ranks without torchrun's agent; the caller must end them. One rank is a plain run."""
     env = ENV if env is None else env
     if ranks == 1:
         return [start(argv, folder, env, cwd)]
@@ -104,7 +104,7 @@ def start_ranks(ranks, argv, folder, env=None, cwd=None) -> list[Run]:
 
 
 def _serve() -> None:
-    """Start the server, if there is none, in the root of this checkout: its rlkd is the one that runs."""
+    """Start the server, if there is none, in the root of this checkout, so that the runs use its rlkd."""
     before, here = dict(os.environ), os.getcwd()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     os.chdir(ROOT)
@@ -117,8 +117,8 @@ def _serve() -> None:
 
 
 def _run(argv, env, cwd, out, err) -> None:
-    """In the forked process."""
-    here = sys.modules["rlkd.train"].__file__  # KeyError: the server has not imported what it should
+    """Run the trainer in the forked process."""
+    here = sys.modules["rlkd.train"].__file__  # KeyError: heavy_imports.py lacks this module
     assert Path(here).is_relative_to(ROOT), here
     for stream, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -127,7 +127,7 @@ def _run(argv, env, cwd, out, err) -> None:
     os.environ.clear()
     os.environ |= env
     os.chdir(cwd)
-    sys.path[:0] = [cwd, *env.get("PYTHONPATH", "").split(":")]  # as `python -m` does
+    sys.path[:0] = [cwd, *env.get("PYTHONPATH", "").split(":")]  # like `python -m`
     from rlkd.train import main
 
     sys.exit(main(argv))
@@ -178,7 +178,7 @@ stages:
 
 
 def config_files(config: Path) -> list[str]:
-    """The files of the command in the config's header; itself, where it stands alone."""
+    """The config files of the command in the config's header; only the config itself if it needs no others."""
     header = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
     named = re.findall(r"--config configs/(\S+)", header)
     return [str(ROOT / "configs" / name) for name in (named if config.name in named else [config.name])]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.process
 
 
 class Teacher:
-    """The stub as a process that can be killed and started again at the same address."""
+    """The stub as a process that can be killed and restarted at the same address."""
 
     def __init__(self):
         with socket.socket() as free:

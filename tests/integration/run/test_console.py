@@ -1,4 +1,4 @@
-"""What a run shows on the console: its loss and speed, and on a terminal a bar that counts iterations."""
+"""The console output of a run: its loss and speed, and on a terminal a bar that counts iterations."""
 
 import os
 import pty
@@ -44,7 +44,7 @@ def test_the_bar_on_a_terminal_counts_iterations(tmp_path):
         while part := os.read(terminal, 4096):
             said += part
     except OSError:
-        pass  # what a terminal says when its last writer has gone
+        pass  # the error of a terminal whose last writer has closed it
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, said[-3000:]
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
     assert "Epoch" not in text

@@ -1,4 +1,4 @@
-"""What is found out before any model is loaded: the exact line for each thing that is wrong."""
+"""The checks before any model is loaded: the exact line for each mistake."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def config(*overrides: str) -> Config:
 
 
 def model_folder(name: str, positions: int = 512, extra: list[str] | None = None) -> str:
-    """A model without weights: preflight must not miss them."""
+    """A model folder without weights, since preflight must not need them."""
     folder = Path(name)
     shutil.copytree(resolve("builtin:student"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     if extra:
@@ -58,7 +58,7 @@ def data_file(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
 
 @contextmanager
 def server(model: str, length: int = 4096, routes: dict[str, Any] | None = None) -> Iterator[str]:
-    """The address of a server that answers a few GETs as vLLM does; `routes` replaces answers, None is a 404."""
+    """The URL of a server that answers a few GETs like vLLM; `routes` replaces responses, None is a 404."""
     answers: dict[str, Any] = {
         "/health": {},
         "/v1/models": {"data": [{"id": model, "root": model, "parent": None, "max_model_len": length}]},
@@ -210,7 +210,7 @@ def test_teacher_and_student_must_share_a_vocabulary():
 
 
 def test_lengths_are_the_algorithms():
-    """Here the student is trained on more than it samples, and the teacher reads more than the student."""
+    """Here the student is trained on longer sequences than it samples, and the teacher reads longer ones still."""
     model_folder("short", positions=90)
     settings = ("algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}",)
     assert check(config(*settings, "algorithm.feedback.max_prompt_tokens=50", "model.path=short")) == []
@@ -321,7 +321,7 @@ LAUNCHED = ("rollout.backend=vllm", "rollout.server.launch=true")
 
 
 def test_gpus_of_servers(monkeypatch):
-    """What the machine has is what torch says of it."""
+    """The GPUs of the machine are those that torch reports."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert check(config(*LAUNCHED)) == []
     assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == [
@@ -345,7 +345,7 @@ def test_gpus_of_servers(monkeypatch):
         "rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
     ]
     assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[3]]", "rollout.server.memory=0.5")) == []
-    monkeypatch.setenv("RANK", "1")  # of another node, which starts none
+    monkeypatch.setenv("RANK", "1")  # for another node, which starts no server
     assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == []
 
 
@@ -377,7 +377,7 @@ def test_a_server_that_serves_the_model_is_fine():
 
 def test_servers_that_do_not_answer_are_named_with_their_key():
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))  # bound, but not listening
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         line = f"no healthy server at {url} (GET /health, 5 s); start it, or correct the address"
         assert check(with_servers(url)) == [f"rollout.server.urls: {line}"]
@@ -390,7 +390,7 @@ def test_servers_that_do_not_answer_are_named_with_their_key():
     assert line.startswith("rollout.server.urls: ") and "port" in line
 
 
-def test_each_of_several_teachers_is_looked_at():
+def test_each_of_several_teachers_is_checked():
     other = model_folder("other", extra=["<think>"])
     first = "{backend: local, name: a, path: 'builtin:teacher'}"
     second = f"{{backend: served, name: b, path: {other}, url: 'http://127.0.0.1:9'}}"
@@ -424,7 +424,7 @@ def test_a_server_of_another_model_or_kind_is_refused():
         assert check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}")) == []
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     keys = [
         line.split(":")[0]
         for line in check(
@@ -461,7 +461,7 @@ def test_servers_that_other_nodes_cannot_reach_are_refused():
 
 
 def test_each_model_is_read_once(monkeypatch):
-    """And again where its files have changed; a tokenizer reads the configuration of its model by itself."""
+    """It is read again if its files have changed. A tokenizer reads its model's configuration itself."""
     read: list[str] = []
     for kind in (AutoConfig, AutoTokenizer):
         plain = kind.from_pretrained

@@ -54,7 +54,7 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser sees: tags, attributes and text; asserts that every element is closed in order."""
+    """The tags, attributes and text that a browser sees; asserts that all elements are closed in order."""
 
     VOID = frozenset({"meta", "link", "img", "br"})
 
@@ -129,7 +129,7 @@ def test_what_is_declared_has_its_plot_and_the_rest_is_among_the_others(run_dir:
     [
         ("kd/coef", [0.2] * 30),
         ("kd/coef", [0.2, 0.20000000298, 0.19999999] * 10),  # in single precision, summed in different orders
-        ("loss/pg", [1e-9, -2e-9, 3e-10] * 10),  # zero but for rounding
+        ("loss/pg", [1e-9, -2e-9, 3e-10] * 10),  # zero up to rounding
         ("entropy", [0.0] * 30),
     ],
 )
@@ -158,7 +158,7 @@ def test_nothing_that_a_model_wrote_becomes_markup(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
     assert "script" not in page.tags and "figure>" in page.text
     assert "<script>alert(5)</script> & \\ud800" in page.text
-    assert page.text.count("<script>") == 12, "a dozen samples, spread over the newest iteration"
+    assert page.text.count("<script>") == 12, "12 samples, evenly spaced over the newest iteration"
     assert "12 of the 64 rollouts in 10.jsonl of iteration 4" in page.text
     assert "of an older iteration" not in page.text
 
@@ -219,7 +219,7 @@ def test_smoothing_is_drawn_only_with_enough_points_and_says_so(run_dir: Path) -
     assert mean[-1][1] == pytest.approx((raw[-1][1] + raw[-2][1]) / 2, abs=0.11)
 
 
-def test_a_run_that_goes_on_can_be_looked_at(run_dir: Path) -> None:
+def test_the_report_of_a_run_in_progress_can_be_written(run_dir: Path) -> None:
     with open(run_dir / "metrics.jsonl", "w") as file:
         file.write(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]) + "\n" + '{"iteration": 2, "rewa')
     text = Page(write_report(run_dir)).text
@@ -282,4 +282,4 @@ def test_the_command_needs_no_torch_and_ends_a_mistake_in_one_line(run_dir: Path
     assert good.returncode == 0 and good.stdout.strip() == str(run_dir / "report.html")
     assert "rlkd.reporting.svg_plots" in good.stderr and "torch" not in good.stderr
     bad = subprocess.run([sys.executable, "-m", "rlkd.report", "no-such"], capture_output=True, text=True, timeout=60)
-    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "no-such, which has no metrics.jsonl" in bad.stderr
+    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "got no-such, which" in bad.stderr

@@ -1,4 +1,4 @@
-"""Weights & Biases offline: figures, the run's configuration and a table of samples; and what W&B would refuse."""
+"""Settings that Weights & Biases would reject are reported before the run."""
 
 import pytest
 from builders import config

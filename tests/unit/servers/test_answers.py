@@ -1,4 +1,4 @@
-"""What is read of a server's answer, and the one line for what cannot be."""
+"""How a server's responses are parsed, and the one-line error for an invalid one."""
 
 import base64
 import io
@@ -119,7 +119,7 @@ def test_an_array():
     ],
 )
 def test_each_token_has_one_weight_version(spans):
-    """Else the rollout would be refused as our own mistake, or counted out token by token without end."""
+    """Otherwise the rollout would fail as our own mistake, or be expanded token by token without end."""
 
     class Client:
         url = "http://server"
