@@ -1,10 +1,10 @@
-"""What passes along the line: prompts → rollouts → scored rollouts → one Batch.
+"""The data that the stages of an iteration pass on: prompts → rollouts → scored rollouts → one Batch.
 
-Every class is frozen and keyword-only. Left of the Batch there are only Python tuples and floats; the Batch is
-the single place where they become tensors.
+Every class is frozen and keyword-only. Before the Batch nearly everything is Python tuples and floats; the Batch is the
+only place where they become tensors.
 
-One convention for every `[B, T]` tensor: column t speaks of token t given the tokens before it. Column 0 has no
-past and is never trained.
+Every `[B, T]` tensor follows one convention: column t is about token t given the tokens before it. Column 0 has no
+preceding tokens and is never trained.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rlkd.losses.lm_head import OutputLayer
 from rlkd.metrics import Meter
 
 FinishReason = Literal["stop", "length"]
-"""`stop`: the last token is the end-of-sequence token that the author chose. `length`: the budget ran out."""
+"""`stop`: the last token is the end-of-sequence token that the author chose. `length`: the token limit was reached."""
 
 Author = Literal["student", "teacher", "glue", "data", "environment"]
-"""Who wrote a token: the student sampled it, a teacher did, it joins two parts, it is from the data set, or an
-environment answered with it: then it is context, and no term of a loss acts on it."""
+"""Where a token comes from: the student sampled it, a teacher wrote it, it joins two parts, it is from the data, or an
+environment answered with it. The last is context: no term of a loss acts on it."""
 AUTHORS: tuple[Author, ...] = get_args(Author)
-"""Their order gives the codes of `Batch.authors`."""
+"""The index of an author in this tuple is its code in `Batch.authors`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +40,23 @@ class Prompt:
     """
 
     id: str
-    """Stable name; sampling noise is a function of it."""
+    """A stable name. The sampling noise is a function of it."""
     messages: tuple[Mapping[str, Any], ...]
-    """Each with `role`, `content` (null beside tool calls), and what else the data gives it."""
+    """Each has `role`, `content` (may be null if there are tool calls) and any other keys from the data."""
     token_ids: tuple[int, ...]
-    """The prompt as the student reads it, chat template applied."""
+    """The prompt as the student reads it, with the chat template applied."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """What the chat template gets beside the messages: `tools`, and data.template_variables."""
+    """Extra variables for the chat template: `tools` and data.template_variables."""
     answer: str | None = None
-    """What rewards compare with."""
+    """The reference answer that rewards compare with."""
     privileged: str | None = None
-    """What only a teacher may see: a reference solution, say."""
+    """Text that only a teacher may see, such as a reference solution."""
     completion: tuple[int, ...] | None = None
-    """A completion to imitate, from the data, end of sequence included."""
+    """A completion from the data to imitate, including the end-of-sequence token."""
     rejected: tuple[int, ...] | None = None
-    """A completion to avoid, from the data, end of sequence included."""
+    """A completion from the data to avoid, including the end-of-sequence token."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    """The other columns of the data."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:
@@ -82,19 +83,19 @@ class VersionSpan:
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
-    """One completion, with what its sampler knew of it."""
+    """One completion and what the sampler reported about it."""
 
     prompt: Prompt
     token_ids: tuple[int, ...]
     """The completion, end-of-sequence token included where one was sampled."""
     logprobs: tuple[float | None, ...]
-    """By the sampler, at its temperature; None on tokens that the student did not sample."""
+    """The sampler's log-probs at its temperature; None for tokens that the student did not sample."""
     weight_versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
     segments: tuple[Segment, ...] = ()
-    """Who wrote what; empty: the student wrote all."""
+    """The author of each part; empty if the student wrote everything."""
     top_ids: Tensor | None = field(default=None, compare=False)  # [L, K] int64
-    """The sampler's likeliest tokens, where `Sampling.top_k` asked for them."""
+    """The sampler's K most likely tokens at each position, if `Sampling.top_k` asked for them."""
 
     def __post_init__(self) -> None:
         where = f"a rollout of prompt {self.prompt.id!r}"
@@ -102,45 +103,45 @@ class Rollout:
             raise ValueError(f"{where} has no tokens")
         if len(self.logprobs) != len(self.token_ids):
             raise ValueError(f"{where} has {len(self.token_ids)} tokens but {len(self.logprobs)} log-probs")
-        assert self.top_ids is None or len(self.top_ids) == len(self.token_ids), "top_ids wants [L, K]"
+        assert self.top_ids is None or len(self.top_ids) == len(self.token_ids), "expected top_ids [L, K]"
         for position, (logprob, by_student) in enumerate(zip(self.logprobs, self.student_tokens(), strict=True)):
             if by_student and (logprob is None or not math.isfinite(logprob)):
                 raise ValueError(f"{where}: token {position} was sampled by the student, but its log-prob is {logprob}")
         covered = [t for span in self.weight_versions for t in range(span.start, span.end)]
         if covered != [t for t, by_student in enumerate(self.student_tokens()) if by_student]:
-            raise ValueError(f"{where}: weight versions must cover the student's tokens once, in order")
+            raise ValueError(f"{where}: weight versions must cover each of the student's tokens once, in order")
 
     def authors(self) -> tuple[Author, ...]:
-        """Who wrote each token."""
+        """The author of each token."""
         found: list[Author] = ["student"] * len(self.token_ids)
         for segment in self.segments:
             found[segment.start : segment.end] = [segment.author] * (segment.end - segment.start)
         return tuple(found)
 
     def student_tokens(self) -> tuple[bool, ...]:
-        """Per token, whether the student sampled it."""
+        """Whether the student sampled each token."""
         return tuple(author == "student" for author in self.authors())
 
     @property
     def oldest_version(self) -> int | None:
-        """The oldest weights that sampled a token; None where the student sampled none."""
+        """The oldest weight version that sampled a token; None if the student sampled none."""
         return min((span.version for span in self.weight_versions), default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What a model wrote after a prompt, whoever it is."""
+    """A continuation of a prompt by any model, the student or a teacher."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    """Of these tokens, at the temperature that drew them."""
+    """The log-probs of these tokens at the sampling temperature."""
     finish_reason: FinishReason
     top_ids: Tensor | None = field(default=None, compare=False)
-    """As `Rollout.top_ids`."""
+    """See `Rollout.top_ids`."""
 
 
 def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_reason: FinishReason) -> Rollout:
-    """A completion of `prompt` that the student did not sample: all of it by `author`."""
+    """A completion of `prompt` that the student did not sample; `author` wrote all of it."""
     return Rollout(
         prompt=prompt,
         token_ids=tuple(token_ids),
@@ -153,28 +154,27 @@ def written(prompt: Prompt, token_ids: Sequence[int], author: Author, finish_rea
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """How much a teacher is to say of each completion token."""
+    """What the teacher returns for each completion token."""
 
     tier: Literal["sampled", "top_k", "given", "hidden"] = "sampled"
-    """sampled: the log-prob of the token that stands there; top_k: also its k likeliest tokens; given: also those that
-    the question names; hidden: also its last hidden state, from which its output layer gives the whole distribution."""
+    """sampled: the log-prob of the completion token; top_k: also the teacher's k most likely tokens; given: also the
+    log-probs of the token ids in the request; hidden: also the teacher's last hidden state, from which its output layer
+    computes the full distribution."""
     k: int = 0
-    """Of top_k."""
+    """The k of top_k."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherScores:
-    """What a teacher thinks of the completion tokens of one rollout; L of them."""
+    """A teacher's scores of the L completion tokens of one rollout."""
 
     logprobs: tuple[float, ...]
     """log π_T(token t | the teacher's prompt, the tokens before t), one per completion token."""
-    top_ids: Tensor | None = (
-        None  # [L, K] int64: the teacher's likeliest first, or the given ones; −1: it has none such
-    )
+    top_ids: Tensor | None = None  # [L, K] int64: the most likely tokens first, or the given ids; −1: no such token
     top_logprobs: Tensor | None = None  # [L, K] fp32
-    hidden: Tensor | None = None  # [L, H]: row t is what the teacher predicts token t from
+    hidden: Tensor | None = None  # [L, H]: row t is the hidden state from which the teacher predicts token t
     teacher: int = 0
-    """Which of several teachers."""
+    """The index of the teacher, if there are several."""
 
     def __post_init__(self) -> None:
         for position, logprob in enumerate(self.logprobs):
@@ -182,7 +182,7 @@ class TeacherScores:
                 raise ValueError(f"the teacher's log-prob of completion token {position} is {logprob}")
         for name in ("top_ids", "top_logprobs", "hidden"):
             value = getattr(self, name)
-            assert value is None or (value.dim() == 2 and len(value) == len(self.logprobs)), f"{name} wants [L, …]"
+            assert value is None or (value.dim() == 2 and len(value) == len(self.logprobs)), f"expected {name} [L, …]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,19 +191,19 @@ class ScoredRollout:
 
     rollout: Rollout
     reward: float | None
-    """None: it could not be computed (then `error` says why, and the sample is masked; it is never a 0), or the
-    algorithm asks for none."""
+    """None if the reward could not be computed or the algorithm uses none. In the first case `error` has the reason,
+    and the sample is masked; a failed reward never counts as 0."""
     reward_parts: Mapping[str, float | None] = field(default_factory=dict)
     advantage: float = 0.0
     scores: Mapping[str, TeacherScores] = field(default_factory=dict)
-    """By who scored the completion: `teacher`, and `reference`, the student's frozen start, where a loss has a KL to
-    it. A name is absent where that one was not asked."""
+    """By scorer: `teacher`, and `reference`, the frozen initial student, if the loss has a KL term to it. A scorer that
+    was not asked has no entry."""
     masks: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
-    """By name, per completion token, whether it is under that mask; the algorithm's terms name them (`Term`)."""
+    """By name: whether each completion token is under that mask. An algorithm's terms use these names (`Term`)."""
     error: str | None = None
     """Why the reward could not be computed."""
     feedback: str | None = None
-    """What the rewards said of the completion, in words."""
+    """Written feedback from the rewards."""
 
     def __post_init__(self) -> None:
         length = len(self.rollout.token_ids)
@@ -228,7 +228,7 @@ class ScoredRollout:
         return dataclasses.replace(self, masks={**self.masks, name: mask})
 
     def is_correct(self, correct_at: float) -> bool | None:
-        """Whether the reward reaches `correct_at`, up to the rounding of a weighted sum; None without a reward."""
+        """Whether the reward is at least `correct_at`, up to the rounding of a weighted sum; None without a reward."""
         return None if self.reward is None else self.reward >= correct_at - 1e-6
 
 
@@ -275,28 +275,28 @@ _OF_ROWS = ("lengths", "rewards", "weight_version")
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """All that the trainer sees of one rank's rollouts. Rows are right-padded to a common T."""
+    """One rank's rollouts as tensors; the trainer sees nothing else of them. Rows are right-padded to a common T."""
 
     iteration: int
-    """Iterations completed before this one; schedules are functions of it."""
+    """The number of iterations completed before this one. Schedules are functions of it."""
     input_ids: Tensor  # [B, T] int64: prompt, completion, padding
     lengths: Tensor  # [B] int64: prompt + completion tokens
     completion_mask: Tensor  # [B, T] bool: completion tokens of samples that count
-    student_mask: Tensor  # [B, T] bool: of these, the tokens that the student sampled
-    authors: Tensor  # [B, T] int64: index in AUTHORS of who wrote the token; meaningful on completion_mask only
-    sampler_logprobs: Tensor  # [B, T] fp32, at the rollout temperature; meaningful on student_mask only
+    student_mask: Tensor  # [B, T] bool: those completion tokens that the student sampled
+    authors: Tensor  # [B, T] int64: the token's author as an index into AUTHORS; only valid on completion_mask
+    sampler_logprobs: Tensor  # [B, T] fp32, at the rollout temperature; only valid on student_mask
     advantages: Tensor  # [B, T] fp32
-    rewards: Tensor  # [B] fp32, NaN where there is none
-    weight_version: Tensor  # [B] int64: the oldest version that sampled a token of the row, −1 where none did
-    old_logprobs: Tensor | None = None  # [B, T] the trainer's own, at the start of the iteration
+    rewards: Tensor  # [B] fp32; NaN for rows without a reward
+    weight_version: Tensor  # [B] int64: the oldest weight version that sampled a token of the row; −1 if none did
+    old_logprobs: Tensor | None = None  # [B, T] by the trainer, at the start of the iteration
     scores: Mapping[str, BatchScores] = field(default_factory=dict)
-    """By who scored: `teacher`, `reference` (at the rollout temperature), or a name that the algorithm gives."""
+    """By scorer: `teacher`, `reference` (at the rollout temperature), or a name that the algorithm gives."""
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T] bool
-    """The masks that the algorithm's terms name beside `completion` and `student`."""
+    """The masks that the algorithm's terms use besides `completion` and `student`."""
     loss_weights: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T]
-    """By term: the weight of each token in it, made once an update from global counts (`Term`)."""
+    """By term: the weight of each token in it, made once per update from global counts (`Term`)."""
     metrics: Meter = field(default_factory=Meter)
-    """What is known of this rank's rollouts before training."""
+    """Metrics of this rank's rollouts that are known before training."""
 
     def __post_init__(self) -> None:
         shape = self.input_ids.shape
@@ -311,7 +311,7 @@ class Batch:
         columns = torch.arange(shape[1], device=self.input_ids.device)
         real = columns < self.lengths[:, None]
         assert not bool((self.completion_mask & ~real).any()), "completion_mask covers padding"
-        assert not bool(self.completion_mask[:, 0].any()), "column 0 has no past and cannot be trained"
+        assert not bool(self.completion_mask[:, 0].any()), "column 0 has no preceding tokens and cannot be trained"
         assert not bool((self.student_mask & ~self.completion_mask).any()), "student_mask exceeds completion_mask"
         for name, mask in self.masks.items():
             assert mask.shape == shape, f"the mask {name}: expected {tuple(shape)}, got {tuple(mask.shape)}"
@@ -328,7 +328,7 @@ class Batch:
         return dataclasses.replace(self, loss_weights={**self.loss_weights, **weights})
 
     def to(self, device: torch.device | str, **kwargs: Any) -> Batch:
-        """The same batch on `device` (Lightning asks for this of a custom batch)."""
+        """The same batch on `device`. Lightning calls this on a custom batch."""
         moved: dict[str, Any] = {
             f.name: getattr(self, f.name).to(device, **kwargs)
             for f in dataclasses.fields(self)
@@ -339,7 +339,7 @@ class Batch:
         return dataclasses.replace(self, **moved)
 
     def rows(self, index: Tensor) -> Batch:
-        """The rows `index` [b], cut to their longest length. Metrics stay with the whole batch."""
+        """The rows `index` [b], cut to the longest of them. The metrics stay with the full batch."""
         length = int(self.lengths[index].max())
         picked: dict[str, Any] = {"metrics": Meter()}
         for f in dataclasses.fields(self):

@@ -1,4 +1,4 @@
-"""Small real things that several tests need: configs, scored rollouts, one training step."""
+"""Small real objects that several tests need: configs, scored rollouts, one training step."""
 
 from dataclasses import replace
 
@@ -28,7 +28,7 @@ def encode_prompt(*args, **settings):
 
 
 def config(*overrides: str, group_size: int | None = 4) -> Config:
-    """The quickstart with overrides; the mismatch bound is off, since these rollouts are made up."""
+    """The quickstart with overrides and without a mismatch bound, since these rollouts are made up."""
     size = [] if group_size is None else [f"algorithm.group_size={group_size}"]
     return load(["configs/quickstart.yaml"], ["rollout.max_mismatch=1000.0", *size, *overrides]).config
 
@@ -42,7 +42,7 @@ def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRol
     rollout = Rollout(
         prompt=prompt,
         token_ids=tuple(ids.tolist()),
-        # Far down, like the student's own on random tokens: else every importance weight would be about 0.
+        # Low, like the student's own on random tokens; otherwise every importance weight would be about 0.
         logprobs=tuple((8 * logprobs[0]).tolist()),
         weight_versions=(VersionSpan(start=0, end=length, version=0),),
         finish_reason="stop" if seed % 2 else "length",
@@ -101,7 +101,7 @@ class OneBatch:
 
 
 class Captured:
-    """One iteration through a real Trainer: gradients (whole), figures, parameters after the step."""
+    """One iteration through a real Trainer: full gradients, metrics, and parameters after the step."""
 
     def __init__(self, settings: Config, batch=None):
         module = PolicyModule(settings)

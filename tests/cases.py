@@ -1,4 +1,4 @@
-"""How many cases a fuzz test draws."""
+"""The number of cases that a fuzz test draws."""
 
 from hypothesis import settings
 

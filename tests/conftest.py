@@ -1,4 +1,4 @@
-"""Fixtures for all tests, and the switch between a test's short form and its whole one."""
+"""Fixtures for all tests, and the switch between the short and the full form of a test."""
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,7 +12,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """What hypothesis draws: in `make test` the same cases every time, in `make soak` others each time."""
+    """The cases that hypothesis draws: the same every time in `make test`, different each time in `make soak`."""
     ours = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     settings.register_profile("short", derandomize=True, **ours)
     settings.register_profile("soak", print_blob=True, **ours)
@@ -20,7 +20,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without --soak, tests that are marked so are left out."""
+    """Skip tests with the mark `soak` unless --soak is given."""
     if not config.getoption("--soak"):
         left_out = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in left_out]

@@ -12,7 +12,7 @@ from rlkd.builtin import resolve
 FAMILIES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 97
 LARGEST = 8_000_000
-"""Parameters of what still counts as tiny."""
+"""The largest number of parameters that still counts as tiny."""
 
 _SMALL = {
     name: value
@@ -88,7 +88,7 @@ _EXCEPTIONS: dict[str, dict] = {
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["linear_attention", "linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "mamba_d_state": 16},
 }
-"""What a family wants beside that."""
+"""Additional settings that some families need."""
 
 
 def tiny_config(family: str, dropout: float = 0.0):
@@ -111,7 +111,7 @@ def _shrunk(config, dropout: float) -> dict:
             changed[name] = dropout
         elif type(value) is int and value > _SMALL.get(name, value):
             changed[name] = _SMALL[name]
-    if "kv_lora_rank" in known and "num_key_value_heads" in known:  # latent attention has as many as there are heads
+    if "kv_lora_rank" in known and "num_key_value_heads" in known:  # latent attention has as many as it has heads
         changed["num_key_value_heads"] = 4
     return changed
 
@@ -119,9 +119,9 @@ def _shrunk(config, dropout: float) -> dict:
 def write(family: str, folder, dropout: float = 0.0) -> None:
     """Write a tiny random model of `family`, with `dropout`, and the built-in student's tokenizer.
 
-    Weights are spread wider than at the start of a training, so that a wrong mask, position or scale shows.
+    Weights have a larger spread than at initialisation, so that a wrong mask, position or scale shows.
 
-    Raises: whatever the family raises on its config; AssertionError where it is not tiny.
+    Raises: anything that the family raises on its config; AssertionError if it is not tiny.
     """
     config = tiny_config(family, dropout)
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""What a run of the trainer imports, sooner or later: the server of runs.py imports this module, and waits.
+"""Imports everything that a run of the trainer imports. The server of runs.py imports this module and then waits.
 
-Importing it starts no thread and no process, so that what is forked from the server is like a process that did it all
+Importing it starts no thread and no process, so that a fork of the server is like a process that did all imports
 itself.
 """
 

@@ -1,4 +1,4 @@
-"""What the tests of the launch scripts share: the commands that a script prints, and whether the programs know them."""
+"""Helpers for tests of the launch scripts: the commands that a script prints, and whether the programs accept them."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def with_python(folder: Path, programs: Mapping[str, str] | None = None) -> dict
 
 
 def rendered(environment: Mapping[str, str], *command: str, **more: str) -> str:
-    """What a launch script prints when it is not to run anything."""
+    """The output of a launch script that is told only to print its commands."""
     variables = {**environment, **more, "DRY_RUN": "1"}
     return subprocess.run(command, env=variables, capture_output=True, text=True, check=True).stdout
 
 
 def assert_snapshot(name: str, text: str) -> None:
     path = SNAPSHOTS / f"{name}.txt"
-    assert text == path.read_text(), f"if it is meant to be so, {path} wants:\n{text}"
+    assert text == path.read_text(), f"if this is intended, write to {path}:\n{text}"
 
 
 def assert_known(line: str) -> None:
-    """torchrun, the trainer and the server know every option, and the configuration that they are given is one."""
+    """Check that torchrun, the trainer and the server accept every option and that the configuration is valid."""
     words = shlex.split(line)
     module = words.index("-m") + 1
     if words[module] == "rlkd.serve":

@@ -1,4 +1,4 @@
-"""Watching processes end."""
+"""Waits for processes to end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def group_members(group: int) -> list[str]:
-    """Command lines of all processes in the process group, those without one (zombies) left out."""
+    """Command lines of all processes in the process group, except zombies, which have none."""
     found = []
     for process in Path("/proc").iterdir():
         try:
@@ -21,7 +21,7 @@ def group_members(group: int) -> list[str]:
 
 
 def wait_until(true: Callable[[], bool], seconds: float) -> float:
-    """Seconds that it took; fails after `seconds`."""
+    """Wait until the condition holds and return the seconds it took; fail after `seconds`."""
     start = time.monotonic()
     while not true():
         assert time.monotonic() - start < seconds, f"not within {seconds} s"

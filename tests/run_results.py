@@ -1,4 +1,4 @@
-"""What a run leaves behind: its checkpoints and metrics, and whether two runs are one."""
+"""Reads the results of a run, its checkpoints and metrics, and compares two runs."""
 
 import json
 import time
@@ -31,14 +31,14 @@ def rows(folder):
 
 
 def rows_so_far(folder):
-    """The rows of metrics.jsonl, whole lines only."""
+    """The rows of metrics.jsonl, without a truncated last line."""
     path = Path(folder, "metrics.jsonl")
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def wait_for_rows(run, folder, count, seconds=120):
-    """Until `count` iterations are logged; `run` must live until then."""
+    """Wait until `count` iterations are logged; `run` must not end before."""
     deadline = time.monotonic() + seconds
     while len(rows_so_far(folder)) < count:
         assert run.returncode is None and time.monotonic() < deadline, (run.returncode, run.err.read_text()[-3000:])
@@ -46,7 +46,7 @@ def wait_for_rows(run, folder, count, seconds=120):
 
 
 def assert_same_run(one, other, iteration):
-    """Weights, optimizer and the figures of every iteration, bit for bit."""
+    """Assert that weights, optimizer and the metrics of every iteration are equal bit for bit."""
     a, b = saved(one, iteration), saved(other, iteration)
     assert a.keys() == b.keys()
     for name in a:

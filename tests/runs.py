@@ -1,8 +1,8 @@
-"""Runs of the trainer as processes of their own, without ten seconds of imports for each.
+"""Runs the trainer in separate processes, without ten seconds of imports for each.
 
-A server process does only the imports; each run is forked from it, has its own pid, and can really be killed. What it
-shares with a fresh interpreter's run is all but the start of the interpreter: hash seeds are the server's, modules were
-imported under the server's environment, and atexit handlers do not run. Where one of these matters, start
+A server process only does the imports; each run is forked from it, has its own pid, and can really be killed. It
+differs from a run in a fresh interpreter only in the interpreter's start: hash seeds are the server's, modules were
+imported in the server's environment, and atexit handlers do not run. If one of these matters, start
 `python -m rlkd.train` instead.
 """
 
@@ -25,7 +25,7 @@ _CONTEXT.set_forkserver_preload(["heavy_imports"])
 
 @dataclass(frozen=True)
 class Run:
-    """A run that was started; `out` and `err` are the files of what it prints."""
+    """A started run; `out` and `err` are the files with its output."""
 
     process: multiprocessing.process.BaseProcess
     out: Path
@@ -41,7 +41,7 @@ class Run:
         return self.process.exitcode
 
     def wait(self, timeout: float) -> int | None:
-        """The exit code, or None when `timeout` seconds have passed before it ended."""
+        """The exit code, or None if the run has not ended after `timeout` seconds."""
         self.process.join(timeout)
         return self.returncode
 
@@ -50,7 +50,7 @@ class Run:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL, and wait until it is gone."""
+        """Send SIGKILL and wait for the end of the process."""
         self.send_signal(signal.SIGKILL)
         self.process.join()
 
@@ -74,7 +74,7 @@ def start(argv, folder, env=None, cwd=None, main="rlkd.train:main") -> Run:
 
 
 def train(argv, folder, env=None, cwd=None, timeout=300) -> str:
-    """A run from start to end, which must succeed; what it printed."""
+    """Run the trainer to its end, which must succeed, and return its output."""
     (output,) = train_ranks(1, argv, folder, env, cwd, timeout)
     return output
 
@@ -106,7 +106,7 @@ def start_ranks(ranks, argv, folder, env=None, cwd=None, main="rlkd.train:main")
 
 
 def _serve() -> None:
-    """Start the server, if there is none, in the root of this checkout: its rlkd is the one that runs."""
+    """Start the server, if there is none, in the root of this checkout, so that the runs use its rlkd."""
     before, here = dict(os.environ), os.getcwd()
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     os.chdir(ROOT)
@@ -179,7 +179,7 @@ stages:
 
 
 def config_files(config: Path) -> list[str]:
-    """The files of the command in the config's header; itself, where it stands alone."""
+    """The config files of the command in the config's header; only the config itself if it needs no others."""
     header = "".join(line for line in config.read_text().splitlines(keepends=True) if line.startswith("#"))
     named = re.findall(r"--config configs/(\S+)", header)
     return [str(ROOT / "configs" / name) for name in (named if config.name in named else [config.name])]

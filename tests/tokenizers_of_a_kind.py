@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that models come with: byte-level, SentencePiece-like, in Python."""
+"""Small tokenizers of the kinds that models use: byte-level, SentencePiece-like, and one in Python."""
 
 import string
 
@@ -16,7 +16,7 @@ INST = (
 
 
 def byte_level(template: str = CHATML) -> PreTrainedTokenizerFast:
-    """As Qwen's: joins over borders where the letters say so; <think> is a token of its own, but not special."""
+    """Like Qwen's: merges across text borders if the letters allow it; <think> is one token, but not special."""
     vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     merges = [("Ċ", "Ċ"), ("<", "|"), ("|", ">"), ("i", "m"), ("Ġ", "a"), (":", "a")]
     vocabulary |= {a + b: len(vocabulary) + i for i, (a, b) in enumerate(merges)}
@@ -36,7 +36,7 @@ def byte_level(template: str = CHATML) -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_like(scheme: str, template: str = INST) -> PreTrainedTokenizerFast:
-    """As Llama 2's and Mistral's: puts a blank before the text's start (`first`), or every stretch of it (`always`)."""
+    """Like Llama 2's and Mistral's: adds a space before the start of the text (`first`) or of every part (`always`)."""
     pieces = [
         "<unk>",
         "<s>",

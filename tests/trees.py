@@ -1,8 +1,8 @@
-"""Places in a tree of dicts and lists, as JSON and YAML have them."""
+"""Paths in trees of dicts and lists, as in JSON and YAML."""
 
 
 def walk(tree, path=()):
-    """(path, value) of every place in a tree."""
+    """(path, value) of every node of a tree."""
     yield path, tree
     items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in items:

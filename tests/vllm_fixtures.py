@@ -34,11 +34,11 @@ VOCABULARY = 60  # vLLM pads it to 64: a padded vocabulary must not disturb anyt
 EOS = 1
 MAX_LEN = 96
 KEY = "the tests' key"
-os.environ["RLKD_SERVER_KEY"] = KEY  # of the servers that tests start by themselves
+os.environ["RLKD_SERVER_KEY"] = KEY  # for servers that tests start themselves
 
 
 def tiny_model(seed: int, tied: bool = True) -> LlamaForCausalLM:
-    """Random, fp32, with logits spread over several nats so that a wrong weight shows."""
+    """A random fp32 model whose logits spread over several nats, so that a wrong weight shows."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -59,7 +59,7 @@ def tiny_model(seed: int, tied: bool = True) -> LlamaForCausalLM:
 
 
 def save_model(model: PreTrainedModel, directory: Path) -> str:
-    """With a tokenizer of one character a token."""
+    """Save the model with a tokenizer that has one character per token."""
     words = {"<pad>": 0, "<eos>": EOS} | {chr(48 + i): i for i in range(2, VOCABULARY)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -79,7 +79,7 @@ def true_logprobs(
 
 
 def own_address() -> str:
-    """An address of this machine that others reach; loopback where it has none."""
+    """An address of this machine that others can reach; loopback if it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         if probe.connect_ex(("192.0.2.1", 9)) != 0:  # a datagram socket: nothing is sent
             return "127.0.0.1"
@@ -108,7 +108,7 @@ def policy_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
-    """Serves tiny_model(0) at start; tests publish what they need, so none may assume what it holds."""
+    """Serves tiny_model(0) at the start. Tests publish the weights they need and must not assume any."""
     server = start_server(
         "policy", policy_path, tmp_path_factory.mktemp("logs"), host=own_address(), VLLM_LOGGING_LEVEL="INFO"
     )
@@ -118,7 +118,7 @@ def policy_server(policy_path: str, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def run_config(policy_path: str, *urls: str, max_tokens: int = 24, run_dir: str = "runs") -> Config:
-    """A run that uses the running servers as sampler, and the first as teacher; without any, it starts its own."""
+    """A config that uses the given servers as sampler and the first one as teacher; without any, it starts its own."""
     server = RolloutServerConfig(urls=list(urls), launch=not urls, start_timeout_s=300.0)
     return Config(
         run=RunConfig(dir=run_dir),
@@ -131,7 +131,7 @@ def run_config(policy_path: str, *urls: str, max_tokens: int = 24, run_dir: str 
 
 
 def prompts(count: int) -> list[Prompt]:
-    """Of different lengths and tokens."""
+    """Prompts of different lengths and tokens."""
     ids = [[2 + (7 * i + 3 * t) % (VOCABULARY - 2) for t in range(3 + i % 5)] for i in range(count)]
     return [Prompt(id=f"p{i}", messages=(), token_ids=tuple(tokens)) for i, tokens in enumerate(ids)]
 

@@ -1,1 +1,1 @@
-"""Samplers: who writes completions, in this process or on vLLM servers."""
+"""Samplers, which generate completions in this process or on vLLM servers."""

@@ -1,4 +1,4 @@
-"""The in-process sampler: its own unsharded copy of the student, which receives weights as a server does."""
+"""The in-process sampler: an unsharded copy of the student, which is sent new weights like a server."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from rlkd.types import Completion, Prompt, Rollout, VersionSpan
 class HFSampler:
     """Samples with transformers. See `Sampler` for the protocol.
 
-    The draw is one float64 uniform per (seed, iteration, prompt, sample, position) against the float64 CDF, so what is
-    sampled does not depend on which rows share a batch.
+    Each token is drawn from the float64 CDF with one float64 uniform per (seed, iteration, prompt, sample, position),
+    so a sample does not depend on which other rows are in the batch.
     """
 
     def __init__(self, config: Config, eos_ids: Sequence[int]):
@@ -37,9 +37,10 @@ class HFSampler:
         self._hf: PreTrainedModel | None = None
 
     def start(self) -> None:
-        pass
+        """Nothing to start."""
 
     def open(self) -> None:
+        """Load the student and check that `decode` samples correctly from it. Raises: RunStopped."""
         model = self.config.model
         dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
         hf = load_causal_lm(
@@ -53,25 +54,30 @@ class HFSampler:
         check_decode(hf, model.path)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Load `weights`, under the names in memory, as `version`."""
         self._model.load_state_dict(dict(weights), strict=True)
         self.version = version
 
     def keep_loaded(self) -> None:
+        """See `Sampler.keep_loaded`."""
         self.version = 0
 
     def recover(self) -> None:
-        raise AssertionError("no server is ever lost in this process")
+        """Never called, since there is no server to lose."""
+        raise AssertionError("the in-process sampler has no servers to recover")
 
     def close(self) -> None:
+        """Free the model."""
         self._hf = None
 
     @property
     def _model(self) -> PreTrainedModel:
-        assert self._hf is not None, "open() comes first"
+        assert self._hf is not None, "call open() first"
         return self._hf
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
-        assert self.version is not None, "publish() comes before sample()"
+        """See `Sampler.sample`."""
+        assert self.version is not None, "call publish() before sample()"
         rows = [(prompt, i) for prompt in prompts for i in range(n)]
         completions: list[Completion] = []
         for start in range(0, len(rows), self.config.rollout.batch_rows):
@@ -105,14 +111,14 @@ def decode(
     ends: Sequence[int],
     top_k: int = 0,
 ) -> list[Completion]:
-    """Decode all prompts together; a finished row leaves the batch where the cache can let it go.
+    """Generate completions of all prompts together. Finished rows leave the batch if the cache allows it.
 
     Args:
-        vocabulary: only the ids below it are drawn (vocabulary.py).
-        uniforms: [rows, most tokens] float64 in [0, 1), the noise of every token.
+        vocabulary: only ids below it are drawn (vocabulary.py).
+        uniforms: [rows, max tokens] float64 in [0, 1), the noise of every token.
         temperature: 0 is greedy.
         ends: token ids that end a completion.
-        top_k: how many of the likeliest tokens to name at each position.
+        top_k: how many of the most likely tokens to return at each position.
     """
     device = hf.device
     input_ids, mask = _left_padded(prompts, device)
@@ -121,7 +127,7 @@ def decode(
     stopped = [False] * len(prompts)
     alive = list(range(len(prompts)))
     cache = DynamicCache(config=hf.config)
-    # Keys and values can be dropped row by row; the state of a linear-attention or state-space layer cannot.
+    # Single rows can be removed from keys and values, but not from the state of linear-attention or state-space layers.
     shrinks = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     eos = torch.tensor(ends, device=device)
@@ -135,7 +141,7 @@ def decode(
             use_cache=True,
         )
         hidden = trunk.last_hidden_state[:, -1]
-        # Rounded to the model's type, as the kernel does that gives the trainer's log-probs.
+        # Rounded to the model's dtype, like the kernel that computes the trainer's log-probs.
         raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
         logits = shaped(raw, layer.scale, layer.softcap, torch.float64)
         noise = torch.as_tensor(uniforms[alive, position], device=device)
@@ -170,42 +176,42 @@ def decode(
     ]
 
 
-_PROBED = (9, 2, 5)
-"""Lengths of the prompts that `check_decode` samples for: two of the three are padded."""
+_CHECK_LENGTHS = (9, 2, 5)
+"""Lengths of the prompts in `check_decode`; two of the three are padded."""
 _HALF_BOUND = 0.2
-"""Nats of mean difference between cached and plain log-probs in half precision.
+"""Largest allowed mean difference, in nats, between log-probs with and without a cache in half precision.
 
-Rounding alone made up to 0.013 in tiny models; padding that is taken for tokens makes more than 1. What lies between is
-for `rollout.max_mismatch` to judge.
+Rounding alone gave up to 0.013 in tiny models; padding that is treated as tokens gives more than 1. Differences in
+between are left to `rollout.max_mismatch`.
 """
 
 
 @torch.no_grad()
 def check_decode(hf: PreTrainedModel, path: str) -> None:
-    """Sample a few tokens for prompts of unequal length, whose rows end at different times, and compare their log-probs
-    with those of a plain forward of prompt and completion, which is what the trainer computes.
+    """Sample a few tokens for prompts of unequal length, whose rows end at different times, and compare the log-probs
+    with those of a forward pass over prompt and completion without a cache, which is what the trainer computes.
 
-    A family whose cache, positions or mask want another treatment than `decode` gives them would be sampled wrongly.
+    This finds model families whose cache, positions or mask need something that `decode` does not do.
 
     Args:
-        path: for the message.
+        path: the model's path, for the error message.
 
-    Raises: RunStopped, one line that names vLLM, where they differ or `decode` fails.
+    Raises: RunStopped, one line that suggests vLLM, if the log-probs differ or `decode` fails.
     """
 
     def refuse(why: str) -> RunStopped:
         return RunStopped(
-            f"{path}: rlkd cannot sample from {type(hf).__name__} in process: {' '.join(why.split())[:300]}; let vLLM "
-            "sample (rollout.backend: vllm; for a teacher, teacher.backend: served)"
+            f"{path}: rlkd cannot sample from {type(hf).__name__} in process: {' '.join(why.split())[:300]}; use vLLM "
+            "(rollout.backend: vllm; for a teacher, teacher.backend: served)"
         )
 
     vocabulary = hf.get_output_embeddings().weight.shape[0]
-    prompts = [[(7 * row + 3 * t + 1) % vocabulary for t in range(length)] for row, length in enumerate(_PROBED)]
+    prompts = [[(7 * row + 3 * t + 1) % vocabulary for t in range(length)] for row, length in enumerate(_CHECK_LENGTHS)]
     noise = np.random.Generator(np.random.Philox(0)).random((len(prompts), 6))
     try:
         straight = decode(hf, vocabulary, prompts, noise, 1.0, ends=())
         completions = decode(hf, vocabulary, prompts, noise, 1.0, ends=straight[0].token_ids[1:2])
-    except Exception as error:  # whatever an unknown cache answers, the user is told
+    except Exception as error:  # an unknown cache can raise any type; report it to the user
         raise refuse(f"{type(error).__name__}: {error}") from error
     gaps = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -217,8 +223,8 @@ def check_decode(hf: PreTrainedModel, path: str) -> None:
     gap, bound = (max(gaps), BOUND) if exact else (sum(gaps) / len(gaps), _HALF_BOUND)
     if not gap <= bound:
         raise refuse(
-            f"{'up to' if exact else 'on average'} {gap:.2g} nats lie between the log-probs of a token sampled with a "
-            f"cache and those of a plain forward, {bound:.2g} are allowed"
+            f"the log-probs of sampled tokens with and without a cache differ by {gap:.2g} nats "
+            f"{'at most' if exact else 'on average'}; {bound:.2g} are allowed"
         )
 
 
@@ -228,7 +234,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
     Args:
         logits: [B, V] float64.
         uniforms: [B] float64 in [0, 1).
-        temperature: 0 is greedy; its log-probs are those of temperature 1.
+        temperature: 0 is greedy; the log-probs are then those of temperature 1.
 
     Returns: (tokens [B], log-probs [B] at the temperature).
     """
@@ -237,14 +243,14 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
         tokens = logits.argmax(dim=-1)
     else:
         cdf = logprobs.exp().cumsum(dim=-1)
-        # The last entry is 1 up to rounding: scale the draw so that it can never fall behind the end.
+        # The last entry is 1 only up to rounding: scale the draw so that it is always inside the CDF.
         tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
         tokens = tokens.clamp(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
 
 
 def uniform(sampling: Sampling, iteration: int, prompt_id: str, sample: int) -> np.ndarray:
-    """The noise of one completion: [max_tokens] float64 in [0, 1), a function of its arguments alone."""
+    """The noise of one completion: [max_tokens] float64 in [0, 1), a function of the arguments only."""
     name = hashlib.sha256(prompt_id.encode("utf-8", "surrogatepass")).digest()
     words = np.frombuffer(name[:8], dtype=np.uint32).tolist()
     key = np.random.SeedSequence([sampling.seed, iteration, sample, *words])
@@ -252,7 +258,7 @@ def uniform(sampling: Sampling, iteration: int, prompt_id: str, sample: int) -> 
 
 
 def _left_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """([B, T] ids, [B, T] mask), so that every row's last token stands in the last column."""
+    """([B, T] ids, [B, T] mask), padded so that the last token of every row is in the last column."""
     longest = max(len(s) for s in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     mask = torch.zeros(len(sequences), longest, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""The protocol that every sampler keeps, whether it runs in this process or behind HTTP."""
+"""The protocol that every sampler implements, whether it runs in this process or on servers."""
 
 from __future__ import annotations
 
@@ -23,69 +23,69 @@ class Sampling:
     """How to draw completions."""
 
     temperature: float
-    """0 is greedy: the log-probs are then those of temperature 1."""
+    """0 is greedy; the log-probs are then those of temperature 1."""
     max_tokens: int
     seed: int
     top_k: int = 0
-    """How many of its likeliest tokens a sampler names at each position; fewer where the vocabulary has fewer."""
+    """How many of the most likely tokens to return at each position, at most the size of the vocabulary."""
 
 
 class Sampler(Protocol):
-    """Generates with the weights that it was last given, and says which those were.
+    """Generates with the last published weights and reports their version.
 
-    Life: `start` and `open` once, then `publish` (a collective: every rank calls it) and `sample` (each rank for its
-    own prompts), then `close`. Where nothing is trained, `keep_loaded` stands in place of every `publish`.
+    Call `start` and `open` once, then `publish` (a collective: every rank calls it) and `sample` (each rank for its
+    own prompts), then `close`. If nothing is trained, call `keep_loaded` instead of `publish`.
     """
 
     def start(self) -> None:
-        """Begin what takes long, such as starting servers, without waiting. Every rank calls it, before `open`."""
+        """Begin slow operations, such as starting servers, without waiting. Every rank calls it before `open`."""
         ...
 
     def open(self) -> None:
-        """Load the model or connect to the servers. Every rank calls it, after the process group exists."""
+        """Load the model or connect to the servers. Every rank calls it after the process group exists."""
         ...
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take over `weights` (full, unsharded, the same on every rank) as version `version`.
+        """Use `weights` (full, unsharded, the same on every rank) as version `version`.
 
-        Their names: those in memory for a sampler in this process, those of a checkpoint's files for a server.
+        The names are those in memory for a sampler in this process, and those of checkpoint files for a server.
 
-        Raises: RunStopped when a server refuses them. One that does not answer is left out until it is back.
+        Raises: RunStopped if a server rejects the weights. A server that does not answer is not used until it is back.
         """
         ...
 
     def keep_loaded(self) -> None:
-        """In place of a first `publish`, after `open`: the weights that it has loaded, or found, are version 0.
+        """Use the weights that `open` loaded, or that the servers were started with, as version 0.
 
-        Raises: RunStopped when a server holds others than it was started with.
+        Raises: RunStopped if a server no longer holds the weights that it was started with.
         """
         ...
 
     def recover(self) -> None:
-        """Where `sample` raised ServerLost on any rank: wait for the servers and give them the published weights again.
+        """After `sample` raised ServerLost on any rank: wait for the servers and send them the published weights again.
 
-        A collective. Raises: RunStopped on every rank when they do not come back.
+        A collective. Raises: RunStopped on every rank if the servers do not come back.
         """
         ...
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
-        """n completions of each prompt, by the published weights; one list per prompt, in order.
+        """n completions of each prompt by the published weights; one list per prompt, in order.
 
-        What is drawn is a function of (sampling.seed, iteration, prompt.id, sample index), not of the company in
-        the batch. Every rollout carries the version that it was sampled with.
+        The samples are a function of (sampling.seed, iteration, prompt.id, sample index) and do not depend on what else
+        is in the batch. Every rollout has the weight version that sampled it.
         """
         ...
 
     def close(self) -> None:
-        """Free what `open` took."""
+        """Release the model, or the servers and connections."""
         ...
 
 
 def end_ids(path: str, trust_remote_code: bool) -> tuple[int, ...]:
-    """The token ids that end a completion: `eos_token_id` of the model's generation_config.json, which may be missing,
-    else of its config.json, else of its tokenizer.
+    """The token ids that end a completion: `eos_token_id` of the model's generation_config.json if it has one, else of
+    its config.json, else of its tokenizer.
 
-    Raises: ValueError, one line, when none has one, or it names no token of the vocabulary: completions would never
+    Raises: ValueError, one line, if there is none or an id is outside the vocabulary, since completions would never
         stop.
     """
     folder = resolve(path)
@@ -98,12 +98,13 @@ def end_ids(path: str, trust_remote_code: bool) -> tuple[int, ...]:
         ((name, keys["eos_token_id"]) for name, keys in found if keys.get("eos_token_id") is not None), (None, None)
     )
     if where is None:
-        where, value = "its tokenizer", load_tokenizer(path, trust_remote_code).eos_token_id
+        where, value = "the tokenizer", load_tokenizer(path, trust_remote_code).eos_token_id
     ids = value if isinstance(value, list) else [value]
     vocabulary = config.get("vocab_size") or text.get("vocab_size")
     if not ids or not all(type(i) is int and 0 <= i < (vocabulary or i + 1) for i in ids):
         raise ValueError(
-            f"{path}: eos_token_id of {where} is {value}, wants the tokens that end a completion, else none ever stops"
-            f"{f' (ids below {vocabulary})' if vocabulary else ''}; give them in {GENERATION_CONFIG_NAME}"
+            f"{path}: expected eos_token_id of {where} to be the ids of the tokens that end a completion"
+            f"{f' (below {vocabulary})' if vocabulary else ''}, got {value}; set it in {GENERATION_CONFIG_NAME}, "
+            "or completions never stop"
         )
     return tuple(ids)

@@ -1,4 +1,4 @@
-"""The vLLM sampler: rollouts from one or more servers, ours or somebody else's."""
+"""The vLLM sampler: rollouts from one or more servers, which this run starts or finds running."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ from rlkd.weight_sync.nccl import DirectTransfer
 from rlkd.weight_sync.weight_file import WeightFile
 
 _AT_ONCE = 256
-"""Completions under way at one server, which vLLM runs together (its default); more would wait in that server's queue.
-One request is a prompt with all its samples."""
+"""Completions in progress at one server, the number that vLLM batches by default; more would wait in the server's
+queue. One request is a prompt with all its samples."""
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_SERVED_RANK)
-"""What vLLM 0.32 can be started for; an adapter of a smaller rank is padded."""
+"""The values of --max-lora-rank that vLLM 0.32 accepts; it pads an adapter of a smaller rank."""
 
 
 def policy_role(config: Config) -> ServerRole:
-    """What a policy server of `config` must be started as."""
+    """How the policy servers of `config` must be started."""
     weight_sync, lora = config.rollout.server.weight_sync, config.model.lora
     if lora is None:
         takes: tuple[str, ...] = (
@@ -57,18 +57,18 @@ def policy_role(config: Config) -> ServerRole:
         )
     else:
         rank = min(rank for rank in ADAPTER_RANKS if rank >= lora.r)
-        loaded = config.rollout.max_staleness + 2  # those that may be asked for, and the one that comes
+        loaded = config.rollout.max_staleness + 2  # those that may be requested, and the next one
         takes = (
             *("--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(loaded)),
-            # Without the names the output layer is made ready for adapters too, and vLLM 0.32 then dies on a CPU of
-            # scoring the prompts of two requests at once.
+            # Without these names vLLM prepares the output layer for adapters too, and vLLM 0.32 on a CPU then crashes
+            # when it scores the prompts of two requests at the same time.
             *("--lora-target-modules", *layer_names(skeleton(config.model), lora)),
         )
     environment = {}
     if lora is not None:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     if weight_sync == "ipc":
-        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles travel pickled; the server asks for its key
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are sent pickled; the server requires its key
     return ServerRole(
         name="policy",
         model=resolve(config.model.path),
@@ -76,12 +76,12 @@ def policy_role(config: Config) -> ServerRole:
         padding=padding(config.model, config.model.path),
         samples=True,
         arguments=(
-            "--enable-scale-out",  # the route with token ids in and out, and the weight version of each token
-            *("--logprobs-mode", "processed_logprobs"),  # of the distribution that was sampled: at the temperature
+            "--enable-scale-out",  # adds the route with token ids in and out and the weight version of each token
+            *("--logprobs-mode", "processed_logprobs"),  # log-probs at the sampling temperature
             *("--max-logprobs", "-1"),
             *takes,
-            # vLLM 0.32 on a CPU dies ("CPU Generator does not use offset") when a request with a seed of its own is
-            # prefilled in two parts, as happens to the last of many that come at once.
+            # vLLM 0.32 on a CPU crashes ("CPU Generator does not use offset") when a request with its own seed is
+            # prefilled in two parts, which happens when many requests arrive at the same time.
             *(() if torch.cuda.is_available() else ("--no-enable-chunked-prefill",)),
             *(("--trust-remote-code",) if config.model.trust_remote_code else ()),
         ),
@@ -90,48 +90,52 @@ def policy_role(config: Config) -> ServerRole:
 
 
 def longest(config: Config) -> int:
-    """Tokens of the longest sequence that a policy server sees."""
+    """The length of the longest sequence that a policy server processes, in tokens."""
     teacher, own = config.teacher, config.data.max_prompt_tokens + config.rollout.max_tokens
     if isinstance(teacher, SelfTeacherConfig) and teacher.scorer == "policy_server":
-        # what it scores or writes as a teacher, and the token that vLLM generates beyond what it scores
+        # the sequences that it scores or writes as a teacher, and one token that vLLM generates when it scores
         return max(own, sum(config.algorithm.teacher_lengths(config).values()) + 1)
     return own
 
 
 class VLLMSampler:
-    """Implements `Sampler`. Rank 0 starts the servers, if they are ours, and talks to all of them about weights."""
+    """Implements `Sampler`. Rank 0 starts the servers (unless they are already running) and manages their weights."""
 
     def __init__(self, config: Config, eos_ids: Sequence[int]) -> None:
         """
         Args:
-            eos_ids: a completion ends with one of them, and with nothing else.
+            eos_ids: the token ids that end a completion; no others do.
         """
         self._config = config
         self._eos_ids = frozenset(eos_ids)
         self.vocabulary = vocabulary_size(config.model)
         self.pool = ServerPool(policy_role(config), config.rollout.server, longest(config))
         self._version: int | None = None
-        """That every server in service holds; None: nothing was published yet."""
+        """The version that every server in service has; None before the first `publish`."""
         self._published = ""
-        """The file (or adapter) of that version, from which a server that lost its weights gets them again."""
+        """The file (or adapter) of that version, sent again to a server that lost its weights."""
         self._holds: dict[str, int] = {}
-        """url → the version that this process has given the server. What it says itself may be another run's."""
+        """url → the version that this process sent to the server. The version that a server reports may be from another
+        run."""
         self._as_started = False
-        """Whether the servers are to hold what they were started with, and nothing is published."""
+        """Whether the servers keep the weights that they were started with, and nothing is published."""
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
     def start(self) -> None:
-        """Raises: RunStopped when a server cannot be started."""
+        """Start the servers if `rollout.server.launch` is set. Raises: RunStopped if one cannot be started."""
         if self._config.rollout.server.launch:
             self.pool.start(self._config.run_dir, slots=(0, sum(server_counts(self._config))))
 
     def open(self) -> None:
-        """Raises: RunStopped when a server does not come up, cannot be reached, or is not fit for its task."""
+        """Connect to the servers.
+
+        Raises: RunStopped if a server does not come up, cannot be reached, or was started with unsuitable settings.
+        """
         server = self._config.rollout.server
         self.pool.open(server.urls, resolve(self._config.model.path))
         for client in self.pool.clients:
-            client.weight_version()  # fails here, not after the first rollout, on a server without these routes
+            client.weight_version()  # fails now, not after the first rollout, if a server lacks these routes
         if server.weight_sync == "file":
             if distributed.rank() == 0:
                 self._file = WeightFile(server.sync_dir)
@@ -139,11 +143,12 @@ class VLLMSampler:
             self._direct = DirectTransfer(server.weight_sync, self.pool.clients)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """See `Sampler.publish`. A server that is gone is out of service then, until a later publish or `recover`.
+        """See `Sampler.publish`. A server that cannot be reached is out of service until a later publish or `recover`.
 
-        `weights`: under the names of a checkpoint's files (`Student.loader_weights`).
+        Args:
+            weights: under the names of checkpoint files (`Student.loader_weights`).
 
-        Raises: RunStopped on every rank when a server refuses the weights.
+        Raises: RunStopped on every rank if a server rejects the weights.
         """
         self._version = version
         if self._direct is None:
@@ -154,18 +159,18 @@ class VLLMSampler:
             failure: Exception | None = None
             try:
                 self._direct.send(weights, version)
-            except Exception as error:  # every rank must reach the next line
+            except Exception as error:  # every rank must reach the collective below
                 failure = error
             failed = distributed.all_reduce([float(failure is not None)], "max")[0] > 0
             self.pool.agree(on_rank_zero(lambda: self._settle_direct(failed, failure, version)))
 
     def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
-        """(what was published, the servers that are lost)."""
-        assert self._file is not None, "publish before open"
+        """(the published file, the lost servers and why)."""
+        assert self._file is not None, "call open() before publish()"
         with writing(f"the weights, to {self._file.directory},"):
             self._published = self._file.write(weights, version)
         self._everywhere(self._update)
-        self.pool.revive(self._update)  # those that were gone, if they are back
+        self.pool.revive(self._update)  # lost servers that are back
         self._file.keep_only(self._published)
         return self._published, self.pool.lost
 
@@ -179,8 +184,8 @@ class VLLMSampler:
         return self.pool.lost
 
     def _update(self, client: VLLMClient) -> None:
-        """Give one server the published file. Raises: ServerLost, ServerError."""
-        assert self._file is not None, "publish before open"
+        """Load the published file into one server. Raises: ServerLost, ServerError."""
+        assert self._file is not None, "call open() before publish()"
         assert self._version is not None
         self._holds.pop(client.url, None)
         _pause(client)
@@ -192,9 +197,10 @@ class VLLMSampler:
         self._holds[client.url] = self._version
 
     def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
-        """`act` on all servers in service at once. Those that turn out to be gone leave it.
+        """Run `act` on all servers in service in parallel. Servers that cannot be reached are taken out of service.
 
-        Raises: ServerError of the first that refuses; such a server may hold any mixture of weights, and leaves too.
+        Raises: ServerError of the first server that rejects the weights. Such a server may have any mixture of weights
+            and is taken out of service too.
         """
 
         def attempt(client: VLLMClient) -> ServerError | None:
@@ -213,7 +219,10 @@ class VLLMSampler:
                 raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
 
     def keep_loaded(self) -> None:
-        """See `Sampler.keep_loaded`. `open` has asked each server for its model, but a run may have used it since."""
+        """See `Sampler.keep_loaded`.
+
+        `open` has checked each server's model, but another run may have changed its weights since it was started.
+        """
         self._version, self._as_started = 0, True
         for client in self.pool.clients:
             self._check_start_weights(client)
@@ -222,21 +231,21 @@ class VLLMSampler:
         held = client.weight_version()
         if held is not None:
             raise ServerError(
-                f"{client.url} holds weight version {held}, which a run has given it, in place of those that it was "
-                "started with; start that server again"
+                f"{client.url}: expected the weights that it was started with, got version {held}, which a run has "
+                "published; restart that server"
             )
 
     def recover(self) -> None:
-        """See `Sampler.recover`. Raises: RunStopped on every rank when no server comes back within `retry_s`."""
+        """See `Sampler.recover`. Raises: RunStopped on every rank if no server comes back within `retry_s`."""
         if self._direct is not None:
             weight_sync = self._config.rollout.server.weight_sync
             raise RunStopped(
-                f"a policy server was lost, and with weight_sync {weight_sync} the connection that carries weights; "
-                "start the run again with run.resume=auto"
+                f"a policy server was lost, and with it the connection over which weight_sync={weight_sync} sends "
+                "weights; start the run again with run.resume=auto"
             )
 
         def act() -> Mapping[str, str]:
-            # Rank 0 looks at all of them: another rank may have lost one that it has not missed itself.
+            # Rank 0 checks all servers: another rank may have lost one that rank 0 has not noticed.
             known = self.pool.lost
             self.pool.agree({c.url: known.get(c.url, "another rank has lost it") for c in self.pool.clients})
             self.pool.await_one(self._restore)
@@ -245,7 +254,7 @@ class VLLMSampler:
         self.pool.agree(on_rank_zero(act))
 
     def _restore(self, client: VLLMClient) -> None:
-        """Bring one server to the published version, if it has lost it."""
+        """Load the published version into one server, unless it still has it."""
         assert self._version is not None
         if self._as_started:
             self._check_start_weights(client)
@@ -255,26 +264,26 @@ class VLLMSampler:
             self._update(client)
 
     def check_version(self) -> None:
-        """For answers that do not say which weights they are of: all servers in service must hold the published ones.
+        """Check that all servers in service have the published weights, for responses that do not name their version.
 
-        Raises: ServerLost when one was started again meanwhile.
+        Raises: ServerLost if a server has been restarted.
         """
         for client in self.pool.serving:
             held = client.weight_version()
             if held != self._version:
-                self.pool.lose(client, problem := f"{client.url} holds version {held}, wanted {self._version}")
+                self.pool.lose(client, problem := f"{client.url}: expected weight version {self._version}, got {held}")
                 raise ServerLost(problem)
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         """See `Sampler.sample`.
 
-        Raises: ServerLost when no server is in service; ServerError for an answer that is not complete and finite;
+        Raises: ServerLost if no server is in service; ServerError for a response that is incomplete or not finite;
             ValueError for a temperature that vLLM would change.
         """
         if 0 < sampling.temperature < COLDEST_SERVED:
             raise ValueError(
-                f"the temperature is {sampling.temperature}, but vLLM silently raises it to {COLDEST_SERVED}; use 0 "
-                "(greedy)"
+                f"expected a temperature of 0 or at least {COLDEST_SERVED}, to which vLLM silently raises a lower "
+                f"one, got {sampling.temperature}; use 0 (greedy)"
             )
 
         def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
@@ -283,7 +292,7 @@ class VLLMSampler:
         return self.run(prompts, one, at_once=max(1, _AT_ONCE // n))
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
-        """`act(client, name of the published model there, job)` for every job; see `ServerPool.run`."""
+        """Call `act(client, model name of the published weights, job)` for every job; see `ServerPool.run`."""
         return self.pool.run(jobs, act, at_once, patient=None)
 
     def _one_prompt(
@@ -300,9 +309,9 @@ class VLLMSampler:
                     "temperature": sampling.temperature,
                     "max_tokens": sampling.max_tokens,
                     "seed": request_seed(sampling.seed, iteration, prompt.id),
-                    # The sampled token's alone; or one more than k, since vLLM cuts a list that begins with that token.
+                    # 0: the sampled token only. Otherwise k + 1, since vLLM truncates a list that begins with it.
                     "logprobs": sampling.top_k + 1 if sampling.top_k else 0,
-                    "ignore_eos": True,  # stop at our ids and at no others
+                    "ignore_eos": True,  # stop only at our ids
                     "stop_token_ids": sorted(self._eos_ids),
                     "detokenize": False,
                 },
@@ -322,19 +331,19 @@ class VLLMSampler:
         token_ids = choice.token_ids or []
         logprobs = sampled_logprobs(choice, where)
         check_ids(token_ids, self.vocabulary, where)
-        said, max_tokens = choice.finish_reason, sampling.max_tokens
+        reported, max_tokens = choice.finish_reason, sampling.max_tokens
         ended = bool(token_ids) and token_ids[-1] in self._eos_ids
         finish_reason: FinishReason = "stop" if ended else "length"
-        too_long = len(token_ids) > max_tokens or (said == "length" and len(token_ids) != max_tokens)
-        if not token_ids or said != finish_reason or too_long:
+        too_long = len(token_ids) > max_tokens or (reported == "length" and len(token_ids) != max_tokens)
+        if not token_ids or reported != finish_reason or too_long:
             raise ServerError(
-                f"{where}: a completion of {len(token_ids)} tokens ended with {str(said)[:40]!r}; it must end with an "
-                f"end-of-sequence token ('stop') or after {max_tokens} tokens ('length')"
+                f"{where}: expected a completion that ends with an end-of-sequence token ('stop') or after "
+                f"{max_tokens} tokens ('length'), got {len(token_ids)} tokens and {str(reported)[:40]!r}"
             )
         spans = choice.weight_versions or []
         ends = [0, *(span.end for span in spans)]
         if [span.start for span in spans] != ends[:-1] or sorted(set(ends)) != ends or ends[-1] != len(token_ids):
-            raise ServerError(f"{where}: no weight versions, or not one for each of {len(token_ids)} tokens")
+            raise ServerError(f"{where}: expected one weight version for each of {len(token_ids)} tokens")
         return Rollout(
             prompt=prompt,
             token_ids=tuple(token_ids),
@@ -347,12 +356,14 @@ class VLLMSampler:
     def _span(self, span: Span, where: str) -> VersionSpan:
         if self._as_started:
             if span.version != "default":
-                raise ServerError(f"{where} was given other weights meanwhile: version {span.version[:40]!r}")
+                raise ServerError(
+                    f"{where}: expected the weights that the server was started with, got version {span.version[:40]!r}"
+                )
             return VersionSpan(start=span.start, end=span.end, version=0)
         return VersionSpan(start=span.start, end=span.end, version=parse_version(span.version, where))
 
     def close(self) -> None:
-        """Ends the servers that we started; lets go of the others."""
+        """Stop the servers that this run started, and disconnect from the others."""
         self.pool.close()
         if self._file is not None:
             self._file.close()
@@ -364,7 +375,7 @@ class VLLMSampler:
 def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:
     """The log-prob of every sampled token of a completion.
 
-    Raises: ServerError for one that is missing, of another token, or vLLM's stand-in for −inf and NaN.
+    Raises: ServerError if a log-prob is missing, belongs to another token, or is vLLM's placeholder for −inf and NaN.
     """
     token_ids = choice.token_ids or []
     content = (choice.logprobs.content if choice.logprobs is not None else None) or []
@@ -379,29 +390,29 @@ def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:
 
 
 def likeliest(choice: Generated, k: int) -> Tensor:
-    """[L, k] ids: the likeliest tokens at each position of a completion, −1 where it names fewer.
+    """[L, k] ids: the most likely tokens at each position of a completion; −1 if the response has fewer.
 
-    An entry has the sampled token, which need not be one of them, and then the likeliest ones.
+    An entry has the sampled token, which need not be among the most likely, followed by the most likely tokens.
     """
-    assert choice.logprobs is not None and choice.logprobs.content, "sampled_logprobs was asked first"
+    assert choice.logprobs is not None and choice.logprobs.content, "call sampled_logprobs first"
     entries = choice.logprobs.content
     ids = torch.full((len(entries), k), -1)
     for row, entry in enumerate(entries):
-        figures = {one.token_id: one.logprob for one in entry.top_logprobs if is_possible(one.logprob)}
-        best = sorted(figures, key=lambda token: (-figures[token], token))[:k]
+        logprobs = {one.token_id: one.logprob for one in entry.top_logprobs if is_possible(one.logprob)}
+        best = sorted(logprobs, key=lambda token: (-logprobs[token], token))[:k]
         ids[row, : len(best)] = torch.tensor(best)
     return ids
 
 
 def _pause(client: VLLMClient) -> None:
-    """Wait for what is under way, so that no completion is written by two versions; hold back what comes."""
+    """Let running requests finish, so that no completion mixes two versions, and hold back new ones."""
     client.order("/pause", query={"mode": "wait"})
 
 
 def _begin_update(client: VLLMClient) -> None:
-    """Also where a trainer that died in the middle of an update left it open: vLLM begins no other one then.
+    """Begin a weight update, even if a trainer that died during an update left one open.
 
-    Only an update that fails closes it, and one without a file does.
+    vLLM then refuses to begin another. Only a failing update closes the open one, so we send one without a file.
     """
     try:
         client.order("/start_weight_update")
@@ -414,8 +425,8 @@ def _begin_update(client: VLLMClient) -> None:
 
 
 def _resume(client: VLLMClient, version: int) -> None:
-    client.order("/reset_prefix_cache")  # its keys and values are the old weights'
+    client.order("/reset_prefix_cache")  # its keys and values come from the old weights
     client.order("/resume")
     held = client.weight_version()
     if held != version:
-        raise ServerError(f"{client.url} says weight version {held} after an update to {version}")
+        raise ServerError(f"{client.url}: expected weight version {version} after an update, got {held}")

@@ -1,4 +1,4 @@
-"""The vLLM sampler of a student with adapters: the servers hold its base, and get a new adapter each version."""
+"""The vLLM sampler for a student with adapters: the servers have the base model and get a new adapter each version."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from rlkd.weight_sync.adapter_folder import AdapterFolder
 
 
 class LoraVLLMSampler(VLLMSampler):
-    """Implements `Sampler`, but `publish` takes the adapter alone (`Student.adapter_weights`).
+    """Implements `Sampler`, but `publish` takes only the adapter (`Student.adapter_weights`).
 
-    Every request names the adapter of the published version, and the answer's model must be it. The base never
-    changes, so a server that was started again lacks the adapter only, and says so.
+    Every request names the adapter of the published version, and the response must name the same model. The base never
+    changes, so a restarted server lacks only the adapter and reports an unknown model.
     """
 
     def __init__(self, config: Config, eos_ids: Sequence[int]) -> None:
@@ -31,7 +31,7 @@ class LoraVLLMSampler(VLLMSampler):
         self._folder: AdapterFolder | None = None
 
     def open(self) -> None:
-        """See `VLLMSampler.open`. Raises: RunStopped also when a server's base is not the one that it started with."""
+        """See `VLLMSampler.open`. Raises: RunStopped also if a server no longer has the base that it started with."""
         settings, model = self._config.rollout.server, self._config.model
         base = resolve(model.path)
         self.pool.open(settings.urls, base)
@@ -41,14 +41,14 @@ class LoraVLLMSampler(VLLMSampler):
             self._folder = AdapterFolder(settings.sync_dir, model.lora, base, self._config.rollout.max_staleness + 1)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """See `VLLMSampler.publish`. `weights`: the adapter, under the names of PEFT's files."""
+        """See `VLLMSampler.publish`, but `weights` is the adapter under the names of PEFT's files."""
         self._version = version
         self._published, lost = on_rank_zero(lambda: self._publish_adapter(weights, version))
         self.pool.agree(lost)
 
     def _publish_adapter(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
-        """(its name, the servers that are lost)."""
-        assert self._folder is not None, "publish before open"
+        """(the adapter's name, the lost servers and why)."""
+        assert self._folder is not None, "call open() before publish()"
         with writing(f"the adapter, to {self._folder.directory},"):
             self._published = self._folder.write(weights, version)
         self._everywhere(self._restore)
@@ -57,8 +57,8 @@ class LoraVLLMSampler(VLLMSampler):
         return self._published, self.pool.lost
 
     def _restore(self, client: VLLMClient) -> None:
-        """Have one server know the published adapter, and no old one."""
-        assert self._folder is not None, "publish before open"
+        """Load the published adapter into one server, and unload the old ones."""
+        assert self._folder is not None, "call open() before publish()"
         if self._published not in client.adapters():
             path = str(self._folder.path(self._published))
             client.order("/v1/load_lora_adapter", {"lora_name": self._published, "lora_path": path})
@@ -71,34 +71,34 @@ class LoraVLLMSampler(VLLMSampler):
                 client.order("/v1/unload_lora_adapter", {"lora_name": name})
 
     def check_version(self) -> None:
-        """All servers in service must hold the base that they were started with.
+        """Check that all servers in service still have the base model that they were started with.
 
-        Raises: ServerError when one was given other weights.
+        Raises: ServerError if a server was given other weights.
         """
         for client in self.pool.serving:
             if (held := client.weight_version()) is not None:
                 raise ServerError(_changed(client.url, held))
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
+        """See `VLLMSampler.run`; `act` gets the name of the published adapter."""
+
         def with_adapter(client: VLLMClient, base: str, job: Job) -> Answer:
             try:
                 return act(client, self._published, job)
             except UnknownModel as error:
-                raise ServerLost(
-                    f"{client.url} has lost the adapter, as one that was started again: {error}"
-                ) from error
+                raise ServerLost(f"{client.url} has lost the adapter; was it restarted? {error}") from error
 
         return super().run(jobs, with_adapter, at_once)
 
     def _span(self, span: Span, where: str) -> VersionSpan:
-        """vLLM speaks of the base's weights; the adapter's version is in the name that `check_model` has seen."""
+        """vLLM reports the version of the base; the adapter's version is in the model name (see `check_model`)."""
         if span.version != "default":
             raise ServerError(_changed(where, span.version))
-        assert self._version is not None, "publish() comes before sample()"
+        assert self._version is not None, "call publish() before sample()"
         return VersionSpan(start=span.start, end=span.end, version=self._version)
 
     def close(self) -> None:
-        """See `VLLMSampler.close`. Servers that go on are left without our adapters, whose folders are removed."""
+        """See `VLLMSampler.close`. Our adapters are unloaded from servers that keep running, and removed."""
         if self._folder is not None:
             if not self.pool.servers:
                 self._folder.retire()
@@ -110,6 +110,6 @@ class LoraVLLMSampler(VLLMSampler):
 
 def _changed(where: str, version: object) -> str:
     return (
-        f"{where} holds weight version {version!r}, but with model.lora the adapters belong to the weights that it was "
-        "started with; start it again"
+        f"{where}: with model.lora, expected the weights that the server was started with, got version {version!r}; "
+        "restart the server"
     )

@@ -1,4 +1,4 @@
-"""Losses: pure functions of tensors, per token. They know no mask, no config, no model."""
+"""Losses: pure per-token functions of tensors. They use no config and no model, and do not average over tokens."""
 
 from rlkd.config.kinds import DivergenceKind, Reduction
 from rlkd.losses.divergence import (

@@ -1,6 +1,6 @@
 """Divergences between student S and teacher T over the vocabulary, per token.
 
-Both are compared at the temperature that the caller has divided the logits by. At least fp32 inside (float64 is kept).
+The caller has already divided the logits by the temperature. Computations are in at least fp32 (float64 is kept).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlkd.config.kinds import DivergenceKind
 
 
 def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0.5) -> Tensor:
-    """What each vocabulary entry adds to a divergence between S and T.
+    """The contribution of each vocabulary entry to a divergence between S and T.
 
     forward_kl   T_v (log T_v − log S_v)
     reverse_kl   S_v (log S_v − log T_v)
@@ -23,7 +23,7 @@ def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0
 
     Args:
         log_s: [..., V] log-probs of the student; carries gradient.
-        log_t: [..., V] log-probs of the teacher; detached. An entry of −inf on both sides adds nothing.
+        log_t: [..., V] log-probs of the teacher; detached. An entry of −inf on both sides contributes nothing.
 
     Returns: [..., V]; single entries may be negative. Raises: ValueError for β outside (0, 1).
     """
@@ -34,8 +34,8 @@ def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0
     if kind == "reverse_kl":
         return _entries(log_s, log_t)
     if not 0.0 < beta < 1.0:
-        raise ValueError(f"beta is {beta}, wants 0 < beta < 1; use forward_kl (β → 0) or reverse_kl (β → 1)")
-    absent = (log_s == -torch.inf) & (log_t == -torch.inf)  # of logaddexp they would have a gradient of NaN
+        raise ValueError(f"expected 0 < beta < 1, got {beta}; use forward_kl (β → 0) or reverse_kl (β → 1)")
+    absent = (log_s == -torch.inf) & (log_t == -torch.inf)  # their gradient through logaddexp would be NaN
     log_m = torch.logaddexp(
         log_t.masked_fill(absent, 0.0) + math.log(beta), log_s.masked_fill(absent, 0.0) + math.log1p(-beta)
     )
@@ -45,36 +45,36 @@ def summands(log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0
 def divergence(
     log_s: Tensor, log_t: Tensor, kind: DivergenceKind, beta: float = 0.5, clip: float | None = None
 ) -> Tensor:
-    """Σ_v of `summands`, each at most `clip` where one is given.
+    """Σ_v of `summands`, each limited to at most `clip` if it is given.
 
-    The cap is per entry and from above only, so that a clipped sum may be negative (OPSD, arXiv 2601.18734v3: a few
-    style tokens carry most of the divergence). Args as `summands`. Returns: [...].
+    The limit is per entry and only from above, so a clipped sum may be negative (OPSD, arXiv 2601.18734v3: a few style
+    tokens carry most of the divergence). Args as in `summands`. Returns: [...].
     """
     terms = summands(log_s, log_t, kind, beta)
     return (terms if clip is None else terms.clamp(max=clip)).sum(-1)
 
 
-LEAST_REST = 1e-7
-"""Of all tokens beyond the top k together, where these have everything: its logarithm must be finite."""
+MIN_TAIL_PROB = 1e-7
+"""Lower bound of the total probability of the tokens outside the top k, so that its log is finite."""
 
 
 def with_tail(logprobs: Tensor) -> Tensor:
-    """[..., K] log-probs of some tokens → [..., K + 1]: the last entry is the log of all the rest, 1 − Σ p.
+    """[..., K] log-probs of some tokens → [..., K + 1]: the last entry is the log of the tail probability 1 − Σ p.
 
-    For a teacher who said no more. In fp32 the difference has no digits left where it is near `LEAST_REST`: `among` is
-    exact, and whatever carries gradient needs it.
+    Use it for a teacher that returned only these K log-probs. In fp32 the difference 1 − Σ p loses all precision near
+    `MIN_TAIL_PROB`. `among` is exact; use it for anything that carries gradient.
     """
-    rest = -torch.expm1(torch.logsumexp(logprobs, dim=-1, keepdim=True).clamp(max=-LEAST_REST))
+    rest = -torch.expm1(torch.logsumexp(logprobs, dim=-1, keepdim=True).clamp(max=-MIN_TAIL_PROB))
     return torch.cat([logprobs, rest.log()], dim=-1)
 
 
 def among(logprobs: Tensor, ids: Tensor, tail: bool) -> Tensor:
-    """A distribution over the tokens `ids` only.
+    """Reduce a distribution over the vocabulary to the tokens `ids`.
 
     Args:
         logprobs: [..., V], of all tokens.
-        ids: [..., K], each at most once. One outside [0, V) is no token: its entry is −inf.
-        tail: whether all other tokens are one more entry, or left out (then the K have all the probability).
+        ids: [..., K], each at most once. An id outside [0, V) is no token, and its entry is −inf.
+        tail: True: add one entry for all other tokens. False: renormalise over the K tokens.
 
     Returns: [..., K + 1] or [..., K] log-probs.
     """
@@ -86,11 +86,11 @@ def among(logprobs: Tensor, ids: Tensor, tail: bool) -> Tensor:
     taken = torch.zeros(*logprobs.shape[:-1], width + 1, dtype=torch.bool, device=logprobs.device)
     taken = taken.scatter_(-1, ids.masked_fill(absent, width), True)[..., :width]
     rest = logprobs.masked_fill(taken, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([top, rest.masked_fill(rest == -torch.inf, math.log(LEAST_REST))], dim=-1)
+    return torch.cat([top, rest.masked_fill(rest == -torch.inf, math.log(MIN_TAIL_PROB))], dim=-1)
 
 
 def renormalised(logprobs: Tensor) -> Tensor:
-    """[..., K] log-probs of some tokens → of these tokens given that it is one of them."""
+    """[..., K] log-probs of some tokens → their log-probs, normalised over these K tokens."""
     return logprobs - torch.logsumexp(logprobs, dim=-1, keepdim=True)
 
 
@@ -122,13 +122,13 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def generalized_jsd(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
     """β·KL(T‖M) + (1−β)·KL(S‖M), M = βT + (1−β)S. GKD, arXiv 2306.13649, Eq. 1.
 
-    The value tends to 0 at both ends: divided by β it tends to KL(T‖S) as β → 0, and by 1−β to KL(S‖T) as β → 1.
-    We do not jump to those limits at the end points, so β lies strictly between.
+    The value tends to 0 at both ends. Divided by β it tends to KL(T‖S) as β → 0; divided by 1−β it tends to KL(S‖T) as
+    β → 1. The end points are not replaced by these limits, so β must be strictly between 0 and 1.
 
     Args:
         student_logits, teacher_logits: [B, T, V].
         beta: in (0, 1).
 
-    Returns: [B, T], ≥ 0. Raises: ValueError for another β.
+    Returns: [B, T], ≥ 0. Raises: ValueError for β outside (0, 1).
     """
     return divergence(_log_softmax(student_logits), _log_softmax(teacher_logits), "jsd", beta)

@@ -2,8 +2,8 @@
 
 With R = log T(y) − log π(y) on a token y ~ π (by enumeration over a vocabulary, `tests/unit/losses/test_losses.py`):
 
-    estimator          value expects    back-propagated, its gradient expects
-    k1 = −R            KL(π‖T)          0: no signal, so it is no loss here
+    estimator          E[value]         E[gradient] when back-propagated
+    k1 = −R            KL(π‖T)          0: no training signal, so it is not offered as a loss
     k2 = ½R²           (not a KL)       ∇KL(π‖T), the reverse KL
     k3 = e^R − R − 1   KL(π‖T)          ∇KL(T‖π), the forward KL
     R as advantage     −KL(π‖T)         ∇KL(π‖T) through −R·∇log π
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def kl_k2(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """½ (log T − log π)²: back-propagated on student samples it gives ∇KL(π‖T) in expectation.
+    """½ (log T − log π)². On student samples, its expected gradient is ∇KL(π‖T).
 
     Args:
         logprobs: [B, T] of the student; carries gradient.
@@ -33,9 +33,9 @@ def kl_k2(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """exp(R) − R − 1, R = log T − log π: its value expects KL(π‖T), its gradient ∇KL(T‖π).
+    """exp(R) − R − 1, R = log T − log π. Its expected value is KL(π‖T), its expected gradient ∇KL(T‖π).
 
-    Args and returns as `kl_k2`. Non-negative.
+    Args and returns as in `kl_k2`. Non-negative.
     """
     assert logprobs.shape == teacher_logprobs.shape
     log_ratio = teacher_logprobs.detach() - logprobs
@@ -43,7 +43,7 @@ def kl_k3(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
 
 
 def kl_k1_advantage(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """log T − log π, detached: the advantage to multiply with −log π for ∇KL(π‖T).
+    """log T − log π, detached: an advantage whose policy gradient is that of −KL(π‖T) in expectation.
 
     Args: both [B, T]. Returns: [B, T] without gradient.
     """
@@ -59,16 +59,16 @@ def importance_weights(
     cap: float,
     level: Literal["token", "sequence"] = "token",
 ) -> Tensor:
-    """w = exp(log π_old − log π_sampler): what makes the trainer's expectation that of its own policy.
+    """w = exp(log π_old − log π_sampler), which corrects for sampler and trainer computing different probabilities.
 
     Truncated importance sampling: min(w, cap) (Yao et al., "Your efficient RL framework secretly brings you
-    off-policy RL training", 2025). `mask` instead drops tokens with w > cap. At level `sequence` w is the product
-    over the student's tokens of a row: the exact weight of a whole completion, where the token's is a biased one of
-    less variance. It grows with the length, so that a cap binds sooner.
+    off-policy RL training", 2025). Mode `mask` drops tokens with w > cap instead. At level `sequence` w is the product
+    over the student's tokens of a row, which is the exact weight of the completion; the token-level weight is biased
+    but has less variance. The product varies more in longer completions, so the cap binds more often.
 
     Args:
         old_logprobs: [B, T] of the trainer, at the start of the iteration.
-        sampler_logprobs: [B, T] of what generated; NaN where `student_mask` is false.
+        sampler_logprobs: [B, T] of the sampler; NaN where `student_mask` is false.
         student_mask: [B, T] bool; other tokens get weight 1.
 
     Returns: [B, T] without gradient.
@@ -88,16 +88,17 @@ def importance_weights(
 def token_ratios(
     logprobs: Tensor, old_logprobs: Tensor, sampler_logprobs: Tensor, student_mask: Tensor, cap: float
 ) -> Tensor:
-    """min(π/π_old, cap) · min(π_old/π_sampler, cap), of each token that the student sampled.
+    """min(π/π_old, cap) · min(π_old/π_sampler, cap) for each token that the student sampled.
 
-    What the code of SDPO (arXiv 2601.20802) multiplies the divergence at a token with, so that places where the policy
-    would now hardly go on as the sample does count less. It does not correct for prefixes that older weights drew:
-    without a cap its expectation is 1 after any prefix, and the divergence at a token depends on its prefix alone.
+    The code of SDPO (arXiv 2601.20802) multiplies the divergence at each token by this factor, so that tokens count
+    less when the current policy is unlikely to sample them. It does not correct for prefixes that older weights
+    sampled: without a cap its expectation is 1 after any prefix, and the divergence at a token depends only on its
+    prefix.
 
     Args:
         logprobs: [B, T] of the current policy.
         old_logprobs: [B, T] of the trainer, at the start of the iteration.
-        sampler_logprobs: [B, T] of what generated; NaN where `student_mask` is false.
+        sampler_logprobs: [B, T] of the sampler; NaN where `student_mask` is false.
         student_mask: [B, T] bool; other tokens get 1.
 
     Returns: [B, T] without gradient.

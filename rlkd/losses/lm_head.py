@@ -1,4 +1,4 @@
-"""The last layer of a language model: hidden states → logits, as its architecture shapes them."""
+"""The output layer of a language model: hidden states → logits, with the architecture's scale and soft cap."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _SCALES = {"falcon_h1": "lm_head_multiplier", "hyperclovax": "logits_scaling"}
 
 
 def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """(scale, soft cap) that the architecture applies to its raw logits; (1, None) for most.
+    """(scale, soft cap) that the architecture applies to its raw logits; (1, None) for most architectures.
 
-    Raises: ValueError for an architecture whose transform we do not know how to read.
+    Raises: ValueError for an architecture that scales its logits in a way that is not implemented here.
     """
     text = config.get_text_config()
     known = text.to_dict()
@@ -29,20 +29,22 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
     elif text.model_type in _SCALES:
         scale = float(known[_SCALES[text.model_type]])
     elif any(known.get(key) is not None for key in ("logits_scaling", "lm_head_multiplier", "output_multiplier")):
-        raise ValueError(f"model.path: the logits of {text.model_type} are scaled in a way that rlkd does not know")
+        raise ValueError(
+            f"model.path: rlkd does not implement how {text.model_type} scales its logits; use another architecture"
+        )
     return scale, softcap
 
 
 def shaped(logits: Tensor, scale: float, softcap: float | None, at_least: torch.dtype = torch.float32) -> Tensor:
-    """Raw logits in at least that type, with the architecture's scale and soft cap."""
+    """Raw logits with the architecture's scale and soft cap, in a dtype of at least `at_least`'s precision."""
     logits = logits.to(torch.promote_types(logits.dtype, at_least)) * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden [N, H] · weightᵀ + bias: [N, V] in at least fp32, so that half operands give logits that are not rounded.
+    """hidden [N, H] · weightᵀ + bias: [N, V] in at least fp32, so that half-precision operands give unrounded logits.
 
-    In bf16 a logit of 20 has a spacing of 0.125: noise in a divergence between models that are close.
+    In bf16 a logit of 20 has a spacing of 0.125, which would be noise in a divergence between similar models.
     """
     if weight.dtype not in (torch.bfloat16, torch.float16):
         return F.linear(hidden, weight, bias)
@@ -55,7 +57,7 @@ def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputLayer:
-    """The rows of a model's output layer that stand for tokens, and what its architecture does to their logits."""
+    """The rows of a model's output layer that belong to tokens, and the scale and soft cap of its logits."""
 
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
@@ -64,10 +66,10 @@ class OutputLayer:
 
     @classmethod
     def of(cls, hf: PreTrainedModel, vocabulary: int) -> OutputLayer:
-        """The layer of `hf`, of which only the first `vocabulary` rows stand for tokens (vocabulary.py).
+        """The layer of `hf`, of which only the first `vocabulary` rows belong to tokens (vocabulary.py).
 
-        The tensors share the model's memory and carry its gradient. Of a padded model they are slices, whose gradient
-        takes one more tensor of the layer's size in the backward pass.
+        The tensors share the model's memory and carry its gradient. If the model has padding rows they are slices, and
+        the backward pass needs another tensor of the layer's size.
         """
         head = hf.get_output_embeddings()
         scale, softcap = logit_transform(hf.config)
@@ -79,7 +81,7 @@ class OutputLayer:
         return cls(weight=weight, bias=bias, scale=scale, softcap=softcap)
 
     def logits(self, hidden: Tensor, vocabulary: int) -> Tensor:
-        """[N, ≥ H] → [N, `vocabulary`]: the first columns, in at least fp32.
+        """[N, ≥ H] → [N, `vocabulary`]: the logits of the first tokens, in at least fp32.
 
         Hidden states may be padded to the width of the widest teacher.
         """
@@ -92,5 +94,6 @@ class OutputLayer:
         return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
 
     def to(self, device: torch.device | str) -> OutputLayer:
+        """The same layer on `device`."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias)

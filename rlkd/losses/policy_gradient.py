@@ -1,4 +1,4 @@
-"""Policy-gradient terms, per token."""
+"""Policy-gradient loss terms, per token."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def clipped_surrogate(
 ) -> Tensor:
     """L_t = −min(ρ_t A_t, clip(ρ_t, 1 − ε_low, 1 + ε_high) A_t), ρ_t = exp(log π_t − log π_old,t).
 
-    PPO, arXiv 1707.06347, Eq. 7; two clip bounds as in DAPO, arXiv 2503.14476, Eq. 8. At ρ = 1 its gradient is
-    REINFORCE's, −A_t ∇log π_t. With `dual_clip` = c it is at most −c A_t where A_t < 0 (arXiv 1912.09729, Eq. 5):
-    a token that has become far likelier is not pushed down without bound.
+    PPO, arXiv 1707.06347, Eq. 7; separate clip bounds as in DAPO, arXiv 2503.14476, Eq. 8. At ρ = 1 its gradient is
+    that of REINFORCE, −A_t ∇log π_t. With `dual_clip` = c the loss is at most −c A_t if A_t < 0 (arXiv 1912.09729,
+    Eq. 5), which bounds the loss of a token that has become much more likely.
 
     Args:
         logprobs: [B, T] of the current policy; carries gradient.
@@ -47,7 +47,7 @@ def clipped_tokens(
     clip_high: float,
     dual_clip: float | None = None,
 ) -> Tensor:
-    """[B, T] bool: where `clipped_surrogate` has no gradient because a clip binds."""
+    """[B, T] bool: the tokens for which `clipped_surrogate` has no gradient because a clip bound is active."""
     ratio = torch.exp(logprobs.detach() - old_logprobs)
     high, low = (advantages > 0) & (ratio > 1.0 + clip_high), (advantages < 0) & (ratio < 1.0 - clip_low)
     if dual_clip is None:
@@ -58,11 +58,11 @@ def clipped_tokens(
 def cispo_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, cap: float) -> Tensor:
     """L_t = −sg[min(ρ_t, cap)] A_t log π_t, ρ_t = exp(log π_t − log π_old,t).
 
-    CISPO, arXiv 2506.13585, Eq. 4 and 5: REINFORCE under a truncated importance weight. Unlike the clipped surrogate
-    it gives every token a gradient. `cap` is 1 + ε_high of the paper, which has no lower bound either. The value is
-    no objective; only its gradient means something.
+    CISPO, arXiv 2506.13585, Eq. 4 and 5: REINFORCE with a truncated importance weight. Unlike the clipped surrogate
+    it gives every token a gradient. `cap` is the paper's 1 + ε_high; the paper uses no lower bound either. The value is
+    not an objective; only its gradient is meaningful.
 
-    Args: as `clipped_surrogate`. Returns: [B, T], to be minimised.
+    Args: as in `clipped_surrogate`. Returns: [B, T], to be minimised.
     """
     assert logprobs.shape == old_logprobs.shape == advantages.shape
     weight = torch.exp(logprobs.detach() - old_logprobs.detach()).clamp(max=cap)
@@ -70,22 +70,23 @@ def cispo_surrogate(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, 
 
 
 def capped_tokens(logprobs: Tensor, old_logprobs: Tensor, cap: float) -> Tensor:
-    """[B, T] bool: where the cap of `cispo_surrogate` binds."""
+    """[B, T] bool: the tokens for which the cap of `cispo_surrogate` is active."""
     return torch.exp(logprobs.detach() - old_logprobs) > cap
 
 
 def sequence_old_logprobs(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """What to give a surrogate as `old_logprobs`, so that every token's ratio becomes that of its sequence.
+    """The `old_logprobs` to pass to a surrogate so that every token's ratio becomes the ratio of its sequence.
 
-    The sequence's ratio is s = exp(1/|y| Σ_t (log π_t − log π_old,t)): GSPO, arXiv 2507.18071, Eq. 7. A token's is
-    s_t = sg[s] · π_t / sg[π_t] (GSPO-token, Eq. 14): of value s, with the gradient s ∇log π_t. Where a sequence has
-    one advantage and each of its tokens one weight, that adds up to the gradient of s itself; unlike s, s_t takes
-    advantages per token. As log s_t = log π_t − (sg[log π_t] − sg[log s]), the bracket stands in for log π_old,t.
+    The ratio of the sequence is s = exp(1/|y| Σ_t (log π_t − log π_old,t)) (GSPO, arXiv 2507.18071, Eq. 7). The ratio
+    of a token is s_t = sg[s] · π_t / sg[π_t] (GSPO-token, Eq. 14), which has the value s and the gradient s ∇log π_t.
+    If all tokens of a sequence have the same advantage and weight, their sum has the gradient of s itself; unlike s,
+    s_t also allows advantages per token. Since log s_t = log π_t − (sg[log π_t] − sg[log s]), this function returns the
+    bracket in place of log π_old,t.
 
     Args:
         logprobs: [B, T] of the current policy.
         old_logprobs: [B, T] of the policy at the start of the iteration.
-        mask: [B, T] bool, the tokens of the sequences. One without any keeps ratio 1.
+        mask: [B, T] bool, the tokens of the sequences. A row without any gets ratio 1.
 
     Returns: [B, T] without gradient.
     """
@@ -101,18 +102,18 @@ def advantage_shaping(
     """L_t = −A_t · π_t / (sg(π_t) + γ_t), with γ_t = clamp(γ_min + (γ_max − γ_min) · f_t, γ_min, γ_max) and
     f_t = (A_max − A_t) / (2 A_max).
 
-    Advantage-aware shaping of ThinkTuning, arXiv 2508.07616, in our reading: for tokens that another wrote, without an
-    old policy. Its gradient is −A_t · π_t / (π_t + γ_t) · ∇log π_t: the surer the advantage, the smaller γ, and the
-    larger the step on a token that the student finds unlikely. The ratio is at most 1, since γ ≥ 0.
+    Our reading of the advantage-aware shaping of ThinkTuning, arXiv 2508.07616. It is for tokens that the student did
+    not write, so there is no old policy. Its gradient is −A_t · π_t / (π_t + γ_t) · ∇log π_t: a larger advantage gives
+    a smaller γ, and a larger step on a token that the student finds unlikely. The ratio is at most 1, since γ ≥ 0.
 
-    The names of the parameters in the released code have γ grow as A falls, as here. Its call, with a clamp that
-    worked, would have it the other way round: +0.001 at A = 4, −0.001 at A = −4. As it is, `clamp(γ, 0.001, −0.001)`,
-    γ is −0.001 whatever the advantage: the ratio has no bound near π = 0.001, and is the plain one, about 1, below.
+    In the released code the parameter names imply that γ grows as A falls, as here. The arguments of its call would
+    reverse that if its clamp worked: +0.001 at A = 4, −0.001 at A = −4. As written, `clamp(γ, 0.001, −0.001)` gives
+    γ = −0.001 for any advantage: the ratio is unbounded near π = 0.001, and is the plain one, about 1, below.
 
     Args:
         logprobs: [B, T] of the current policy; carries gradient.
         advantages: [B, T]; detached.
-        gamma_min, gamma_max: γ at advantages of A_max and more, and of −A_max and less; 0 ≤ γ_min ≤ γ_max.
+        gamma_min, gamma_max: γ for advantages ≥ A_max and for advantages ≤ −A_max; 0 ≤ γ_min ≤ γ_max.
         advantage_max: A_max.
 
     Returns: [B, T], to be minimised.
@@ -121,6 +122,6 @@ def advantage_shaping(
     advantages, fixed = advantages.detach(), logprobs.detach()
     f = (advantage_max - advantages) / (2.0 * advantage_max)
     gamma = (gamma_min + (gamma_max - gamma_min) * f).clamp(gamma_min, gamma_max)
-    # π / (π + γ) by logarithms: at γ = 0 it is 1 even where π underflows.
+    # π / (π + γ) is computed from logarithms, so that it is 1 at γ = 0 even if π underflows.
     share = torch.exp(fixed - torch.logaddexp(fixed, gamma.log()))
     return -advantages * share * torch.exp(logprobs - fixed)

@@ -1,7 +1,7 @@
-"""Normalisation as data: weights [B, T] made once an update from counts over all ranks and micro-batches.
+"""Loss weights [B, T], made once per update from counts over all ranks and micro-batches.
 
-A loss term is Σ per_token · weights. Since the counts are global, splitting into micro-batches or ranks changes no
-gradient.
+A loss term is Σ per_token · weights. Since the counts are global, the gradient does not depend on how the rollouts are
+split into micro-batches and ranks.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from rlkd.config.kinds import Reduction
 
 
 def counts(mask: Tensor) -> tuple[int, int]:
-    """(tokens, sequences with a token) under `mask` [B, T], to be added up over the ranks."""
+    """(tokens, sequences with at least one token) in `mask` [B, T]; the caller sums them over the ranks."""
     return int(mask.sum()), int(mask.any(dim=1).sum())
 
 
 def reduction_weights(mask: Tensor, reduction: Reduction, tokens: float, sequences: float, max_tokens: int) -> Tensor:
-    """The weight of every token.
+    """The loss weight of every token.
 
     token_mean     mask / N_tokens               DAPO, arXiv 2503.14476; KDRL, arXiv 2506.02208, Eq. 8
     sequence_mean  mask / (len_i · N_sequences)  GRPO, arXiv 2402.03300, Eq. 3
@@ -27,9 +27,9 @@ def reduction_weights(mask: Tensor, reduction: Reduction, tokens: float, sequenc
     Args:
         mask: [B, T] bool, the tokens that this term acts on.
         tokens, sequences: their counts over all ranks and micro-batches; 0 gives weights of 0.
-        max_tokens: L_max, the completion budget.
+        max_tokens: L_max, the maximal number of completion tokens.
 
-    Returns: [B, T] fp32; over all ranks token_mean and sequence_mean sum to 1.
+    Returns: [B, T] fp32; the weights of token_mean and sequence_mean sum to 1 over all ranks.
     """
     mask_f = mask.float()
     if reduction == "token_mean":
@@ -41,12 +41,12 @@ def reduction_weights(mask: Tensor, reduction: Reduction, tokens: float, sequenc
 
 
 def weighted_sum(per_token: Tensor, weights: Tensor) -> Tensor:
-    """Σ per_token · weights; what stands on a token of weight 0 does not matter, even a NaN.
+    """Σ per_token · weights. The value of a token with weight 0 is ignored, even if it is NaN.
 
-    That holds for `per_token` itself. If it was made by a function that is not finite there, the backward pass of
-    that function still gives 0 · inf: mask what goes into it.
+    This protects only against `per_token` itself. If the function that computed it is not finite there, its backward
+    pass still gives 0 · inf = NaN, so mask the inputs of that function.
 
-    Args: both [B, T]. Returns: a scalar that keeps the graph alive when all weights are 0.
+    Args: both [B, T]. Returns: a scalar that stays connected to the graph even if all weights are 0.
     """
     assert per_token.shape == weights.shape
     return (torch.where(weights != 0, per_token, 0.0) * weights).sum()

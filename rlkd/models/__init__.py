@@ -1,1 +1,1 @@
-"""The student: loading, LoRA adapters, and log-probs from hidden states."""
+"""The student model: loading, LoRA adapters, and log-probs from hidden states."""

@@ -1,7 +1,7 @@
-"""The names and shapes of a checkpoint's tensors, which a loader expects, from those that a model has in memory.
+"""Converts a model's tensors in memory to the names and shapes of its checkpoint files.
 
-On loading, transformers renames tensors and fuses several into one, the experts of a mixture above all. What reads a
-checkpoint, as vLLM does, knows the names in the file alone.
+When it loads a checkpoint, transformers renames some tensors and fuses others, mainly the experts of a mixture. A
+program that reads checkpoints, such as vLLM, knows only the names in the files.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 
 def loader_names(hf: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` as `hf.save_pretrained` would write them: the same tensors where nothing was renamed or fused.
+    """`weights` under the names and in the shapes that `hf.save_pretrained` would write.
 
-    A tied tensor stands once, under the name that is loaded.
+    Tensors that were not renamed or fused are returned as they are. A tied tensor appears once, under the name from
+    which it is loaded.
 
     Args:
-        hf: the model that they belong to, sharded or not. What was done when it was loaded is what is undone.
-        weights: all of its state, unsharded, under the names in memory.
+        hf: the model that the weights belong to, sharded or not. The conversions of its loading are reversed.
+        weights: its full state, unsharded, under the names in memory.
     """
     second = {name for name, first in hf.all_tied_weights_keys.items() if first in weights}
     once = {name: tensor for name, tensor in weights.items() if name not in second}

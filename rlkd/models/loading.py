@@ -1,4 +1,4 @@
-"""A model folder that is broken, cut off or of another model is the user's to know, in one line."""
+"""Reports a model folder that is damaged, incomplete or inconsistent as a one-line RunStopped."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from rlkd.distributed import RunStopped
 
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Around the loading of the model at `path`. transformers' own table of what is amiss is left out.
+    """Wrap the loading of the model at `path` and suppress transformers' own table of problems.
 
-    Raises: RunStopped for whatever goes wrong: files, architectures and code of a model raise anything.
+    Raises: RunStopped for any exception, since a model's files, architecture and code can raise any type.
     """
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -25,37 +25,40 @@ def loading(path: str) -> Iterator[None]:
     except RunStopped:
         raise
     except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise RunStopped(f"the model {path} cannot be loaded: {said}") from error
+        message = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise RunStopped(f"the model {path} cannot be loaded: {message}") from error
     finally:
         transformers_logging.set_verbosity(before)
 
 
 def check_whole(hf: PreTrainedModel, path: str, report: Mapping[str, Any]) -> None:
-    """transformers makes up what a file of weights lacks, at random, and goes on: we do not.
+    """Check that all weights were loaded; transformers would initialise missing ones at random and continue.
 
     Args:
-        report: transformers' loading info, with sizes that do not match ignored.
+        report: transformers' loading info, from loading with mismatched sizes ignored.
 
-    Raises: RunStopped where weights are missing, of other shapes than config.json wants, or not finite.
+    Raises: RunStopped if weights are missing, have other shapes than config.json implies, or are not finite.
     """
     missing = sorted(report["missing_keys"])
     other = sorted(report["mismatched_keys"])
     if other:
-        name, found, wanted = other[0]
+        name, found, expected = other[0]
         raise RunStopped(
-            f"the model {path}: {_count(other)} of another shape than its config.json says: {name} is {list(found)}, "
-            f"wanted {list(wanted)}; config.json and weights are of different models"
+            f"the model {path}: {_count(other)} not of the shape given by its config.json: expected {name} "
+            f"{list(expected)}, got {list(found)}; use the config.json that belongs to these weights"
         )
     if missing:
         raise RunStopped(
-            f"the model {path}: {_count(missing)} missing that its config.json asks for: {', '.join(missing[:3])}; "
+            f"the model {path}: {_count(missing)} missing that its config.json requires: {', '.join(missing[:3])}; "
             "copy the whole folder again, or use the config.json that belongs to these weights"
         )
-    # torch cannot look at every 8-bit float; none of the integers of a quantised model is infinite.
-    broken = [n for n, p in hf.named_parameters() if not (p.half() if p.element_size() == 1 else p).isfinite().all()]
-    if broken:
-        raise RunStopped(f"the model {path}: {_count(broken)} not finite: {', '.join(broken[:3])}; use another model")
+    # torch cannot check every 8-bit float; the integers of a quantised model are always finite.
+    values = {n: p.half() if p.element_size() == 1 else p for n, p in hf.named_parameters()}
+    not_finite = [name for name, value in values.items() if not value.isfinite().all()]
+    if not_finite:
+        raise RunStopped(
+            f"the model {path}: {_count(not_finite)} not finite: {', '.join(not_finite[:3])}; use another model"
+        )
 
 
 def _count(names: list[Any]) -> str:

@@ -1,7 +1,7 @@
 """Hidden states → log-probs and entropy of given tokens, and divergences, without a [B, T, V] tensor.
 
-The one place that wraps TRL's kernel (not a public API there: the version is pinned), and the one place with the
-shift by one.
+Only this file wraps TRL's kernel, which is not part of TRL's public API, so the version is pinned. Only this file does
+the shift by one position.
 """
 
 from __future__ import annotations
@@ -19,57 +19,58 @@ from rlkd.losses.lm_head import OutputLayer, logit_transform, projected, shaped
 from rlkd.types import Batch, BatchScores
 
 VOCABULARY_CHUNK = 8192
-"""Columns of logits that exist at a time, for up to 4,096 tokens."""
+"""Columns of logits that are in memory at a time, for up to 4,096 tokens."""
 CHUNK_LOGITS = 2**24
-"""Logits that exist at a time in a divergence: 64 MiB in fp32, about eight times over."""
+"""Logits that are in memory at a time in a divergence: 64 MiB in fp32, in about eight tensors of that size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A divergence between student and teacher, over the whole vocabulary or some of it."""
+    """A divergence between student and teacher, over the full vocabulary or a part of it."""
 
     kind: DivergenceKind
     temperature: float
-    """Of both models."""
+    """Used for both models."""
     beta: float = 0.5
-    """Of the JSD."""
+    """β of the JSD."""
     clip: float | None = None
-    """Cap of each vocabulary entry's share."""
+    """Upper bound of each vocabulary entry's contribution."""
     support: Literal["full", "given", "student_top_k"] = "full"
-    """given: the tokens `top_ids` of the scores; the others need their `hidden`."""
+    """The tokens of the sum. `given`: the `top_ids` of the scores. The other two need their `hidden`."""
     k: int = 0
-    """Of student_top_k."""
+    """The k of student_top_k."""
     tail: bool = True
-    """Of the top-k supports: all other tokens count as one more entry; False: they are left out, and the k have all."""
+    """With `given` and `student_top_k`: count all other tokens as one more entry; False: renormalise over the K tokens
+    of the support."""
     blend: float | None = None
     """TAID: the teacher's logits become (1 − blend) · student + blend · teacher, detached."""
     ratio_cap: float | None = None
-    """Tokens count as often as `losses.token_ratios` says, with this cap; None: once."""
+    """Weight tokens by `losses.token_ratios` with this cap; None: weight 1."""
     scores: str = "teacher"
-    """Whose scores in `Batch.scores` the student is compared with."""
+    """The entry of `Batch.scores` that the student is compared with."""
     term: str = "kd"
-    """Whose weights in `Batch.loss_weights` the sum takes."""
+    """The entry of `Batch.loss_weights` that the sum uses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What the one forward of an update must give."""
+    """What the forward pass of an update must return."""
 
     temperature: float
-    """Logits are divided by it for `logprobs` and `entropy`: the rollout temperature."""
+    """The rollout temperature. Logits are divided by it for `logprobs` and `entropy`."""
     entropy: bool = False
     comparison: Comparison | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyOutput:
-    """Per-token results of one forward. Column t speaks of token t given the tokens before it; column 0 is 0."""
+    """Per-token results of one forward pass. Column t is about token t given the tokens before it; column 0 is 0."""
 
     logprobs: Tensor  # [B, T] fp32
     entropy: Tensor | None = None  # [B, T] fp32
     divergence: Tensor | None = None
-    """Scalar Σ divergence · ratio · weight of its term, with gradient: it is formed in the forward, chunk by chunk.
-    The ratio is that of `Comparison.ratio_cap`, or 1."""
+    """Scalar Σ divergence · ratio · weight of its term, with gradient. It is summed in the forward pass, chunk by
+    chunk. The ratio is that of `Comparison.ratio_cap`, or 1."""
     token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
 
 
@@ -86,13 +87,13 @@ def token_logprobs(
 
     Args:
         hidden: [B, T, H], last hidden states of the tokens `input_ids`.
-        head: the output layer, weight [V, H]. Its rows are the tokens that the softmax is over.
+        head: the output layer, weight [V, H]. The softmax is over its rows.
         input_ids: [B, T].
         temperature: > 0.
 
     Returns: (log-probs [B, T] fp32, entropy [B, T] fp32 or None). Column t: token t given tokens < t; column 0: 0.
     """
-    # Imported here: the kernel's package is slow to import, and a config error should not wait for it.
+    # Imported here because the package is slow to import, and a config error should be reported without that delay.
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     rows, columns, width = hidden.shape
@@ -119,15 +120,15 @@ def compared(
     config: PreTrainedConfig,
     ratios: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ divergence · ratio · weight of `comparison.term`, and the divergence of every token that has a weight.
+    """Σ divergence · ratio · weight of `comparison.term`, and the divergence of every token with a non-zero weight.
 
-    Only such tokens are looked at, a few at a time. Vocabularies of unequal width (padding of the embeddings; the
-    tokenizers agree) are compared on the columns that both have.
+    Only those tokens are computed, in chunks. If the output layers differ in width (padded embeddings; the tokenizers
+    are the same), they are compared on the columns that both have.
 
     Args:
         hidden: [B, T, H], last hidden states of the tokens `batch.input_ids`.
         head: the student's output layer, weight [V, H].
-        ratios: [B, T], detached, how often each token counts; None: once.
+        ratios: [B, T], detached, a factor on the weight of each token; None: 1.
 
     Returns: (scalar with gradient, [B, T] fp32 without). Column t: token t given tokens < t.
     """
@@ -146,7 +147,7 @@ def compared(
             width = min(width, scores.layers[teacher].weight.shape[0])
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
-        if width < len(weight):  # a slice's gradient is one more tensor of the layer's size
+        if width < len(weight):  # only if needed: the gradient of a slice takes another tensor of the layer's size
             weight, bias = weight[:width], None if bias is None else bias[:width]
         against = _against(scores, comparison, teacher, row, column, width)
 
@@ -164,30 +165,30 @@ def compared(
 def _against(
     scores: BatchScores, comparison: Comparison, teacher: int, row: Tensor, column: Tensor, width: int
 ) -> Callable[[Tensor, slice], Tensor]:
-    """(student logits [n, width] of some of the tokens, which) → their divergences [n]."""
+    """A function (student logits [n, width] of a chunk of tokens, the chunk) → their divergences [n]."""
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
-    assert comparison.blend is None or comparison.support != "given", "a blend wants the teacher's logits"
+    assert comparison.blend is None or comparison.support != "given", "a blend needs the teacher's logits"
 
     def picked(vectors: Tensor, chunk: slice) -> Tensor:
-        """[n, …] of some tokens, on the student's device; the whole stays where it is."""
+        """The vectors [n, …] of a chunk of tokens, copied to the student's device."""
         return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
 
     def by_given_tokens(logits: Tensor, chunk: slice) -> Tensor:
         assert scores.top_ids is not None and scores.top_logprobs is not None
         ids = picked(scores.top_ids, chunk)
         log_t = picked(scores.top_logprobs, chunk).to(logits.dtype)
-        absent = (ids < 0) | (ids >= width)  # fewer than k were to be had, or a padded row of the embeddings
+        absent = (ids < 0) | (ids >= width)  # fewer than k tokens were returned, or a padding row
         log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
         log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
     def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
         assert scores.hidden is not None
-        theirs = scores.layers[teacher].logits(picked(scores.hidden, chunk), width)
-        theirs = theirs.to(logits.dtype)
+        teacher_logits = scores.layers[teacher].logits(picked(scores.hidden, chunk), width)
+        teacher_logits = teacher_logits.to(logits.dtype)
         if comparison.blend is not None:
-            theirs = torch.lerp(logits.detach(), theirs, comparison.blend)
-        log_s, log_t = (logits / temperature).log_softmax(-1), (theirs / temperature).log_softmax(-1)
+            teacher_logits = torch.lerp(logits.detach(), teacher_logits, comparison.blend)
+        log_s, log_t = (logits / temperature).log_softmax(-1), (teacher_logits / temperature).log_softmax(-1)
         if comparison.support == "student_top_k":
             ids = log_s.detach().topk(min(comparison.k, width), dim=-1).indices
             log_s, log_t = among(log_s, ids, comparison.tail), among(log_t, ids, comparison.tail)
@@ -197,9 +198,9 @@ def _against(
 
 
 class _ChunkedSum(torch.autograd.Function):
-    """Σ_n weights_n · values(logits_n), with logits = hidden · weightᵀ + bias, for [n, V] a chunk of tokens at a time.
+    """Σ_n weights_n · values(logits_n), with logits = hidden · weightᵀ + bias, over chunks [n, V] of tokens.
 
-    The gradient is formed in the forward, so that no chunk's logits outlive it.
+    The gradient is computed in the forward pass, so that the logits of a chunk can be freed after it.
     """
 
     @staticmethod

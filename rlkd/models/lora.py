@@ -1,9 +1,9 @@
-"""LoRA (arXiv 2106.09685) through PEFT: small trained matrices beside the student's frozen linear layers.
+"""LoRA (arXiv 2106.09685) through PEFT: small trained matrices added to the student's frozen linear layers.
 
-Which layers those are is decided here, by `layers`, and PEFT is given their full names. In some mixtures of experts it
-takes "all-linear", and names such as up_proj, for the fused experts and the router as well.
+`layers` decides which layers are adapted, and PEFT is given their full names. In some mixtures of experts PEFT would
+also adapt the fused experts and the router for "all-linear" and for names such as up_proj.
 
-An adapted layer computes W x + (alpha / r) · B A x. W stays as it was loaded; A (random) and B (zero at the start) are
+An adapted layer computes W x + (alpha / r) · B A x. W stays as it was loaded; A (random) and B (initially zero) are
 trained, in fp32.
 """
 
@@ -25,19 +25,19 @@ from rlkd.config.schema import LoraConfig, ModelConfig
 from rlkd.storage import atomic
 
 NAME = "default"
-"""What PEFT calls an adapter that has no other name; part of the names of its parameters."""
+"""PEFT's default name of an adapter; it is part of the parameter names."""
 
 
 FILE = "adapter_model.safetensors"
-"""PEFT's name for the weights of an adapter; `adapter_config.json` stands beside it."""
+"""PEFT's file name for adapter weights; `adapter_config.json` is in the same folder."""
 
 
 def inject(hf: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
-    """Give `hf` adapters, in place, and freeze all else. The same ones on every rank: a function of `seed`.
+    """Add adapters to `hf` in place and freeze everything else. They depend on `seed`, so all ranks get the same.
 
-    Raises: ValueError as `layers`.
+    Raises: ValueError, see `layers`.
     """
-    import peft  # late: slow to import, and most runs have no use for it
+    import peft  # imported here because it is slow to import and most runs do not need it
 
     settings = _settings(lora, layers(hf, lora), None)
     with torch.random.fork_rng(devices=[]):
@@ -46,7 +46,7 @@ def inject(hf: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
 
 
 def _settings(lora: LoraConfig, targets: list[str], base: str | None) -> Any:
-    """PEFT's own."""
+    """The same settings as a PEFT config."""
     import peft
 
     return peft.LoraConfig(
@@ -61,13 +61,13 @@ def _settings(lora: LoraConfig, targets: list[str], base: str | None) -> Any:
 def layers(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
     """The full names of the layers that get adapters: model.layers.0.self_attn.q_proj …
 
-    All-linear is every `nn.Linear` but the output layer, which cannot be adapted: the log-prob kernels read its weight,
-    not its forward. What is none has no adapter: embeddings, fused experts (one tensor for all of them) and routers,
-    also those that are derived from `nn.Linear` and compute something else. Nor have layers beside fused experts whose
-    names PEFT takes for the experts' (`_taken_for_experts`): whoever loads the adapter would get other layers.
+    "all-linear" means every `nn.Linear` except the output layer, which cannot be adapted because the log-prob kernels
+    use its weight and not its forward. Other modules get no adapters: embeddings, fused experts (one tensor for all
+    experts) and routers, including subclasses of `nn.Linear` that compute something else. Layers whose names PEFT
+    takes for fused experts (`_taken_for_experts`) get none either, since loading the adapter would adapt other layers.
 
-    Raises: ValueError, one line, when `model.lora.target_modules` names what is no such layer of `hf`. PEFT itself
-        passes over a name that matches nothing, as long as another one does.
+    Raises: ValueError, one line, if a name in `model.lora.target_modules` matches no such layer of `hf`. PEFT itself
+        ignores a name that matches nothing, as long as another one does.
     """
     head = hf.get_output_embeddings()
     plain = [
@@ -78,7 +78,7 @@ def layers(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
     taken = {last for last in {_last(name) for name in plain} if _taken_for_experts(hf, last)}
     linear = [name for name in plain if _last(name) not in taken]
     if not linear:
-        raise ValueError(f"model.lora: {type(hf).__name__} has no linear layers beside the output layer")
+        raise ValueError(f"model.lora: {type(hf).__name__} has no linear layers except the output layer")
     if lora.target_modules == "all-linear":
         return linear
     chosen = set()
@@ -87,22 +87,22 @@ def layers(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
         if not named:
             why = f" ({_last(target)} is PEFT's name for the fused experts)" if _last(target) in taken else ""
             raise ValueError(
-                f"model.lora.target_modules: {target!r} is no linear layer of {type(hf).__name__} that can be adapted"
-                f"{why}; it has {', '.join(sorted({_last(name) for name in linear}))}"
+                f"model.lora.target_modules: {target!r} is not a linear layer of {type(hf).__name__} that can be "
+                f"adapted{why}; use some of {', '.join(sorted({_last(name) for name in linear}))}"
             )
         chosen.update(named)
     return [name for name in linear if name in chosen]
 
 
 def layer_names(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """The last parts of the names of the layers that get adapters: q_proj, up_proj … Raises: as `layers`."""
+    """The last parts of the names of the layers that get adapters: q_proj, up_proj … Raises: see `layers`."""
     return sorted({_last(name) for name in layers(hf, lora)})
 
 
 def unadapted(hf: PreTrainedModel, lora: LoraConfig) -> list[str]:
-    """The matrices inside the repeated layers that have no adapter and stay frozen: mlp.experts.down_proj, mlp.gate …
+    """The matrices in the repeated layers that have no adapter and stay frozen: mlp.experts.down_proj, mlp.gate …
 
-    Numbers of layers and experts are left out. Raises: as `layers`.
+    The names omit the numbers of layers and experts. Raises: see `layers`.
     """
     adapted = set(layers(hf, lora))
     names = {
@@ -118,9 +118,9 @@ def _last(name: str) -> str:
 
 
 def _taken_for_experts(hf: PreTrainedModel, name: str) -> bool:
-    """Whether PEFT adapts the fused experts or the router of `hf` when it is asked for layers of that name.
+    """Whether PEFT adapts the fused experts or the router of `hf` when it is asked for layers called `name`.
 
-    It keeps the meaning that names had before transformers fused the experts, for adapters of that time.
+    For the sake of older adapters, PEFT keeps the meaning that names had before transformers fused the experts.
     """
     import peft
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -128,7 +128,7 @@ def _taken_for_experts(hf: PreTrainedModel, name: str) -> bool:
     settings = peft.LoraConfig(target_modules=[name])
     try:
         convert_peft_config_for_transformers(settings, hf, None)
-    except ValueError:  # one of two names for one fused tensor
+    except ValueError:  # only one of the two names that now share a fused tensor
         return True
     return bool(settings.target_parameters)
 
@@ -142,7 +142,7 @@ def skeleton(model: ModelConfig) -> PreTrainedModel:
 
 
 def set_scale(hf: PreTrainedModel, factor: float) -> None:
-    """Count the adapters `factor` times from now on; with 0 the model is exactly the one that it was loaded as."""
+    """Multiply the adapters' contribution by `factor`; with 0 the model is exactly the one that was loaded."""
     from peft.tuners.lora import LoraLayer
 
     for module in hf.modules():
@@ -156,12 +156,12 @@ def is_adapter(name: str) -> bool:
 
 
 def merged(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
-    """The weights of the model without adapters that computes the same: W + (alpha / r) · B A.
+    """The weights of an equivalent model without adapters: W + (alpha / r) · B A.
 
     Args:
-        weights: full, unsharded, of the model with adapters.
+        weights: full, unsharded weights of the model with adapters.
 
-    Returns: them under plain Hugging Face names.
+    Returns: the weights under plain Hugging Face names.
     """
     plain: dict[str, Tensor] = {}
     for name, value in weights.items():
@@ -176,7 +176,7 @@ def merged(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]
 
 
 def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters among `weights` (full, of the model with adapters) under the names of PEFT's files."""
+    """The adapter weights in `weights` (full, of the model with adapters) under the names of PEFT's files."""
     return {
         f"base_model.model.{name.replace(f'.{NAME}.', '.')}": value
         for name, value in weights.items()
@@ -185,18 +185,18 @@ def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(adapter: Mapping[str, Tensor], lora: LoraConfig, base: str, folder: Path) -> None:
-    """Write an adapter in PEFT's form to `folder`, whole or not at all; it is replaced when it exists.
+    """Write an adapter in PEFT's format to `folder`, atomically; an existing folder is replaced.
 
     Args:
         adapter: full tensors under the names of PEFT's files (`Student.adapter_weights`).
         base: folder or hub id of the model that the adapter belongs to.
     """
-    beside = atomic.partial(folder)
-    shutil.rmtree(beside, ignore_errors=True)
+    partial = atomic.partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     adapted = [name.removeprefix(prefix).removesuffix(suffix) for name in adapter if name.endswith(suffix)]
-    _settings(lora, adapted, base).save_pretrained(beside)
-    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, beside / FILE)
-    atomic.share(beside)
+    _settings(lora, adapted, base).save_pretrained(partial)
+    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, partial / FILE)
+    atomic.share(partial)
     atomic.remove(folder)
-    beside.rename(folder)
+    partial.rename(folder)

@@ -1,4 +1,4 @@
-"""Whether a loaded model is one whose log-probs rlkd computes rightly; what it is not is refused at the start."""
+"""Checks at the start that rlkd computes the log-probs of a loaded model correctly, and rejects other models."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from rlkd.distributed import RunStopped
 from rlkd.losses.lm_head import logit_transform, shaped
 
 BOUND = 1e-3
-"""Nats that two log-probs of the same token may differ by in fp32."""
+"""Largest allowed difference, in nats, between two log-probs of the same token in fp32."""
 _TOKENS = 8
 
 
 @torch.no_grad()
 def check_output(hf: PreTrainedModel, path: str) -> None:
-    """Send a few tokens through the model's own `logits`, and through what trainer, sampler and local teacher compute:
-    the trunk's last hidden state, the output layer, and the scale and soft cap that its config names.
+    """Compare the model's own `logits` for a few tokens with what trainer, sampler and local teacher compute: the
+    trunk's last hidden state, the output layer, and the scale and soft cap from the model's config.
 
-    The second row differs from the first in its last token alone, which must not change what was said before it: a
-    model that looks ahead is no causal one, whatever its head is called. That both ways run the trunk anew shows
-    dropout, or any other noise, that is left in it.
+    The two input rows differ only in the last token, which must not change the logits before it; if it does, the model
+    is not causal. Each side runs the trunk again, so dropout or any other remaining noise shows as a difference.
 
     Args:
-        hf: in evaluation mode.
-        path: for the message.
+        hf: the model, in evaluation mode.
+        path: the model's path, for the error message.
 
-    Raises: RunStopped, one line, where the two differ or cannot be computed.
+    Raises: RunStopped, one line, if the two differ or cannot be computed.
     """
 
     def refuse(why: str, cause: Exception | None = None) -> RunStopped:
         stopped = RunStopped(
             f"{path}: rlkd computes log-probs from the trunk's last hidden state and the output layer, which is not "
             f"what {type(hf).__name__} does: {' '.join(why.split())[:300]}; use a model of another architecture "
-            "(a teacher of this one can be served: teacher.backend: served)"
+            "(a teacher of this architecture can be served: teacher.backend: served)"
         )
         stopped.__cause__ = cause
         return stopped
@@ -51,26 +50,26 @@ def check_output(hf: PreTrainedModel, path: str) -> None:
             head: Any = hf.get_output_embeddings()
             scale, softcap = logit_transform(hf.config)
             raw = torch.nn.functional.linear(hidden, head.weight, head.bias)
-        except Exception as error:  # whatever an unknown architecture answers, the user is told
+        except Exception as error:  # an unknown architecture can raise any type; report it to the user
             raise refuse(f"{type(error).__name__}: {error}", error) from error
-    # In the model's type, as its own forward shapes them, so that both round alike.
+    # In the model's dtype, like its own forward, so that both are rounded in the same way.
     ours = shaped(raw, scale, softcap, at_least=raw.dtype)
     if own.shape != ours.shape:
         raise refuse(f"its logits have the shape {tuple(own.shape)}, ours {tuple(ours.shape)}")
-    # Both come from the same trunk and the same product, so they are equal but for the rounding of what is done to the
-    # logits afterwards: half a spacing (eps / 2, relative) each, of a logit and of the sum that it is compared with.
-    # In fp32 that is nothing beside BOUND; in bf16 a logit of 20 has a spacing of 0.125.
+    # Both come from the same trunk and the same product, so they differ only by the rounding of later operations on
+    # the logits: half a spacing (eps / 2, relative) each, for a logit and for the sum that it is compared with.
+    # In fp32 that is negligible against BOUND; in bf16 a logit of 20 has a spacing of 0.125.
     bound = BOUND + 2 * torch.finfo(own.dtype).eps * float(own.nan_to_num(0.0, 0.0, 0.0).abs().max())
     gap = _gap(own, ours)
     if not gap <= bound:
-        raise refuse(f"log-probs of its own logits and ours differ by up to {gap:.2g} nats, {bound:.2g} are allowed")
+        raise refuse(f"log-probs from its own logits and ours differ by up to {gap:.2g} nats; {bound:.2g} are allowed")
     ahead = _gap(ours[0, :-1], ours[1, :-1])
     if not ahead <= bound:
-        raise refuse(f"another last token changes log-probs before it by up to {ahead:.2g} nats: it is not causal")
+        raise refuse(f"changing the last token changes earlier log-probs by up to {ahead:.2g} nats: it is not causal")
 
 
 def _tokens(hf: PreTrainedModel) -> Tensor:
-    """[2, _TOKENS]: two rows that differ in the last token, spread over the vocabulary."""
+    """[2, _TOKENS] token ids spread over the vocabulary; the two rows differ in the last token."""
     embeddings: Any = hf.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
     first = torch.arange(1, _TOKENS + 1) * (vocabulary - 1) // (_TOKENS + 1)
@@ -80,16 +79,16 @@ def _tokens(hf: PreTrainedModel) -> Tensor:
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference of two log-softmaxes; NaN where one is."""
+    """The largest difference between two log-softmaxes; NaN if either contains a NaN."""
     a, b = a.float().log_softmax(-1), b.float().log_softmax(-1)
-    return float(torch.where(a == b, 0.0, (a - b).abs()).max())  # −inf, of a token that is masked out, equals itself
+    return float(torch.where(a == b, 0.0, (a - b).abs()).max())  # −inf of a masked token counts as equal to −inf
 
 
 @contextmanager
 def _runs_anywhere(hf: PreTrainedModel) -> Iterator[None]:
-    """Inside, attention runs on any device and in any type: flash attention would want a GPU and half precision.
+    """Use an attention that runs on any device and in any dtype; flash attention needs a GPU and half precision.
 
-    The model has just been loaded on the CPU, and which attention is used is no matter of the output layer.
+    The model has just been loaded on the CPU, and the check of the output layer does not depend on the attention.
     """
     chosen = hf.config._attn_implementation
     if chosen in (None, "eager", "sdpa"):

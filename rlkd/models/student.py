@@ -31,13 +31,13 @@ from rlkd.types import Batch
 
 
 class Student(nn.Module):
-    """Root of the sharding: whatever needs the output layer runs inside its forward."""
+    """The root of the sharding. Everything that needs the output layer runs inside its forward."""
 
     def __init__(self, hf: PreTrainedModel, vocabulary: int, adapters: LoraConfig | None = None):
         """
         Args:
             vocabulary: how many of the output layer's rows stand for tokens (vocabulary.py).
-            adapters: what `hf` has been given by `lora.inject`, if anything.
+            adapters: the settings with which `lora.inject` added adapters to `hf`; None without adapters.
         """
         super().__init__()
         self.hf = hf
@@ -48,9 +48,9 @@ class Student(nn.Module):
             self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
 
     def forward(self, batch: Batch, needs: Needs) -> PolicyOutput:
-        """One pass over the batch's rows; per-token tensors, column t about token t given tokens < t.
+        """One pass over the batch's rows. Column t of each per-token tensor is about token t given tokens < t.
 
-        Padding is on the right and attention is causal, so real tokens never see it and no mask is passed.
+        Padding is on the right and attention is causal, so real tokens never see padding and no mask is passed.
         """
         trunk = self.hf.base_model(input_ids=batch.input_ids, use_cache=False)
         hidden, head = trunk.last_hidden_state, OutputLayer.of(self.hf, self.vocabulary)
@@ -65,7 +65,7 @@ class Student(nn.Module):
         if needs.comparison is None:
             return PolicyOutput(logprobs=logprobs, entropy=entropy)
         cap = needs.comparison.ratio_cap
-        old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # the first update moves from itself
+        old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # in the first update both are equal
         ratios = None if cap is None else token_ratios(logprobs, old, batch.sampler_logprobs, batch.student_mask, cap)
         total, per_token = compared(hidden, head, batch, needs.comparison, self.hf.config, ratios)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
@@ -76,17 +76,17 @@ class Student(nn.Module):
         return weights if self.adapters is None else lora.merged(weights, self.adapters)
 
     def loader_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """`full_weights`, which have the names in memory, under those of a checkpoint's files: what vLLM loads."""
+        """`full_weights`, renamed to the names in checkpoint files, which vLLM loads."""
         return loader_names(self.hf, weights)
 
     def adapter_weights(self) -> Mapping[str, Tensor]:
-        """The adapters alone, unsharded, on every rank, under the names of PEFT's files. A collective."""
-        weights = _gathered(self)  # whose state is without what is frozen: nothing of that is gathered
+        """Only the adapters, unsharded, on every rank, under the names of PEFT's files. A collective."""
+        weights = _gathered(self)  # the state dict leaves out frozen weights, so they are not gathered
         return lora.peft_names({name.removeprefix("hf."): value for name, value in weights.items()})
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
-        """Inside, the student computes what it did before it was trained, bit for bit."""
+        """Inside, the student computes exactly (bit for bit) what it did before training."""
         lora.set_scale(self.hf, 0.0)
         try:
             yield
@@ -97,21 +97,21 @@ class Student(nn.Module):
 def _gathered(module: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded module, unsharded, on every rank. A collective.
 
-    Through the state dict and never `named_parameters()`, which are stale views after a forward without gradient;
-    without `cpu_offload`, which hands ranks other than 0 an empty dictionary.
+    It uses the state dict because `named_parameters()` are stale views after a forward without gradient, and it does
+    not use `cpu_offload`, which returns an empty dictionary on ranks other than 0.
     """
     weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
     return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def _leave_out_frozen(student: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:
-    """A checkpoint holds the adapters alone: the rest lies at model.path, which a resumed run cannot change."""
+    """Keep only the adapters in a checkpoint: the rest is at model.path, which a resumed run cannot change."""
     for name in [name for name in weights if name.startswith(prefix) and not lora.is_adapter(name)]:
         del weights[name]
 
 
 def _miss_no_frozen(student: nn.Module, keys: Any) -> None:
-    """What `_leave_out_frozen` left out was loaded from model.path."""
+    """Do not report the weights that `_leave_out_frozen` left out as missing; they were loaded from model.path."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if lora.is_adapter(name)]
 
 
@@ -126,9 +126,9 @@ def load_causal_lm(
     """The model at `path` (folder, hub id, builtin:…) in evaluation mode, without dropout even in training mode.
 
     Args:
-        device: where it is moved once it is loaded; None: it stays on the CPU.
+        device: where the loaded model is moved; None: it stays on the CPU.
 
-    Raises: RunStopped, one line, when it cannot be loaded whole, or rlkd would compute its log-probs wrongly.
+    Raises: RunStopped, one line, if it cannot be loaded completely or rlkd would compute its log-probs wrongly.
     """
     folder = resolve(path)
     with loading(path):
@@ -140,7 +140,7 @@ def load_causal_lm(
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # they are in the report, by name
+            ignore_mismatched_sizes=True,  # check_whole reports them by name
             output_loading_info=True,
         )
     hf: PreTrainedModel
@@ -157,68 +157,70 @@ def load_causal_lm(
 
 
 def _without_dropout(config: PreTrainedConfig) -> None:
-    """Set every dropout rate of `config` to 0, those of the configs in it too.
+    """Set every dropout rate of `config` and of its nested configs to 0.
 
-    Evaluation mode is not enough: gradient checkpointing wants the blocks in training mode, and some families (OPT,
+    Evaluation mode is not enough: gradient checkpointing needs the blocks in training mode, and some families (OPT,
     Falcon, Bloom) call functional dropout in the block itself.
     """
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
             _without_dropout(value)
-        elif "drop" in name and type(value) in (int, float):  # not bool: that is a switch of something else
+        elif "drop" in name and type(value) in (int, float):  # a bool is a switch for something else
             setattr(config, name, type(value)(0))
 
 
 def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, seed: int) -> Student:
     """Load the student in fp32 and shard it over `mesh` (1-D, data parallel): each block, then the root.
 
-    With `model.lora` it gets adapters, which are a function of `seed`, and all else is frozen.
+    With `model.lora` it gets adapters, which are a function of `seed`, and everything else is frozen.
 
-    The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds it whole.
-    Master weights are fp32 whatever `trainer.precision` says: in bf16 a learning rate of 1e-6 would be rounded away.
+    The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds the full
+    model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6 would be rounded away.
     """
     hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
     if model.lora is not None:
         frozen = lora.unadapted(hf, model.lora)
         if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
-            print(f"model.lora: no linear layers, so without adapters and frozen: {', '.join(frozen)}", flush=True)
+            print(f"model.lora: not linear layers, so frozen without adapters: {', '.join(frozen)}", flush=True)
         lora.inject(hf, model.lora, seed)
-    hf.eval()  # the trained distribution must be the sampled one
+    hf.eval()  # the distribution that is trained must be the one that is sampled
     if model.gradient_checkpointing:
         if not hf.supports_gradient_checkpointing:
             raise RunStopped(
-                f"model.gradient_checkpointing: is true, but {type(hf).__name__} has none in transformers; set it to "
+                f"model.gradient_checkpointing: transformers does not support it for {type(hf).__name__}; set it to "
                 "false"
             )
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in blocks(hf):  # they look at their own flag; what is inside them stays in evaluation mode
+        for module in blocks(hf):  # a block checks only its own flag; the modules inside stay in evaluation mode
             module.training = True
     student = Student(hf, vocabulary_size(model), model.lora)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
         reduce_dtype=torch.float32,
-        # Else the root would cast log-probs and advantages of the batch to bf16 on the way in.
+        # Otherwise the root would cast the batch's log-probs and advantages to bf16.
         cast_forward_inputs=False,
     )
     uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
     for module in blocks(hf):
-        if all(uses[parameter] == 1 for parameter in module.parameters()):  # Zamba's blocks share: the root has those
+        if all(
+            uses[parameter] == 1 for parameter in module.parameters()
+        ):  # Zamba's blocks share some: the root has them
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
     return student
 
 
 def blocks(hf: PreTrainedModel) -> list[nn.Module]:
-    """The repeated layers of the model, none inside another: the classes that it declares as not to be split, or, where
-    it declares none, the layers that transformers can checkpoint."""
+    """The repeated layers of the model, none inside another: those of the classes in `_no_split_modules`, or, if the
+    model declares none, the layers that transformers can checkpoint."""
     names = set(hf._no_split_modules or ())
     declared = _outermost(hf, lambda module: type(module).__name__ in names)
     return declared or _outermost(hf, lambda module: isinstance(module, GradientCheckpointingLayer))
 
 
-def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
-    """The modules under `module` that are `wanted`, each once, without what is inside of one."""
+def _outermost(module: nn.Module, matches: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """The modules under `module` that match, each once, without matches inside another match."""
     found: dict[nn.Module, None] = {}  # ordered
     for child in module.children():
-        found |= dict.fromkeys([child] if wanted(child) else _outermost(child, wanted))
+        found |= dict.fromkeys([child] if matches(child) else _outermost(child, matches))
     return list(found)

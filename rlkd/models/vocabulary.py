@@ -1,9 +1,8 @@
 """How many token ids a run uses.
 
-Models often have more embedding rows than their tokenizer has tokens, because round numbers are faster (Qwen2.5 has
-151,936 rows for 151,665 tokens). No text contains the ids of the extra rows, and their logits are whatever training
-left there. So they take no part in anything: they are never sampled, never scored, and are in no softmax, of the
-student or of a teacher.
+Models often have more embedding rows than their tokenizer has tokens, because round sizes are faster (Qwen2.5 has
+151,936 rows for 151,665 tokens). No text contains the ids of the extra rows, and their logits are arbitrary. So they
+are never sampled, never scored, and excluded from every softmax of the student and of a teacher.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 def vocabulary_size(model: ModelConfig) -> int:
-    """The ids below this number are the tokens of a run with the student `model`; both its models use no others.
+    """The vocabulary size of a run with the student `model`: student and teacher use only ids below it.
 
-    That is every id which the tokenizer knows and for which the student has an embedding.
+    These are the ids that the tokenizer knows and for which the student has an embedding.
     """
     folder = resolve(model.path)
     return _vocabulary_size(os.path.abspath(folder), folder, model.trust_remote_code, _stamp(folder))
@@ -37,9 +36,9 @@ def _vocabulary_size(_: str, folder: str, trust_remote_code: bool, stamp: Stamp)
 
 
 def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The configuration of the model at `path` (folder, hub id, builtin:…), read once; the caller's own copy.
+    """A copy of the configuration of the model at `path` (folder, hub id, builtin:…), which is read once.
 
-    Raises: OSError, ValueError of transformers, and whatever code of the model's own raises.
+    Raises: OSError and ValueError from transformers, and anything that the model's own code raises.
     """
     folder = resolve(path)
     return copy.deepcopy(_config(os.path.abspath(folder), folder, trust_remote_code, _stamp(folder)))
@@ -52,7 +51,7 @@ def _config(_: str, folder: str, trust_remote_code: bool, stamp: Stamp) -> PreTr
 
 
 def _stamp(folder: str) -> Stamp:
-    """(name, time, size) of the small files in a folder: a folder that was written again is read again."""
+    """(name, time, size) of the small files in a folder, so that a folder that has changed is read again."""
     if not os.path.isdir(folder):
         return ()
     with os.scandir(folder) as files:
@@ -61,7 +60,7 @@ def _stamp(folder: str) -> Stamp:
 
 
 def padding(model: ModelConfig, path: str) -> range:
-    """The ids of the embedding rows of the model at `path`, the student's or a teacher's, that stand for no token."""
+    """The ids of the embedding rows of the model at `path` (student or teacher) that belong to no token."""
     return range(vocabulary_size(model), embedding_rows(path, model.trust_remote_code))
 
 
@@ -71,6 +70,6 @@ def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def embedding_rows(path: str, trust_remote_code: bool) -> int:
-    """How many rows the embeddings of the model at `path` have, by its config.json."""
+    """The number of embedding rows of the model at `path`, from its config.json."""
     settings = load_config(path, trust_remote_code)
     return int(settings.get_text_config().vocab_size)

@@ -1,9 +1,9 @@
-"""report.html of a run: one self-contained page made from the files of a run directory.
+"""Writes report.html of a run, one self-contained page made from the files of the run directory.
 
     python -m rlkd.report runs/quickstart
 
-The page needs no network and no script: curves are inline SVG, colours follow the reader's light or dark mode. It can
-be written at any moment of a run, also of one that was killed. Every text that comes from a run is escaped.
+The page needs no network and no script: curves are inline SVG, and colours follow the reader's light or dark mode. It
+can be written at any time during a run, and for a run that was killed. All text from a run is escaped.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ _SAMPLES = 12
 def write_report(run_dir: str | Path) -> Path:
     """Write `<run_dir>/report.html` from metrics.jsonl, config.yaml and the newest rollouts/*.jsonl; return its path.
 
-    A last line that was cut off (the run is still writing, or was killed) is left out, and the page says so.
-    ValueError: a file is missing, or a line is not what it should be; the message names file and line.
+    A truncated last line (the run is still writing, or was killed) is left out, and the page mentions it.
+
+    Raises: ValueError if a file is missing or a line is invalid; the message names file and line.
     """
     run_dir = Path(run_dir)
     for name in ("metrics.jsonl", "config.yaml"):
         if not (run_dir / name).is_file():
-            raise ValueError(f"{run_dir} has no {name}; give the directory of a run, runs/<run.name>")
+            raise ValueError(f"expected a run directory, got {run_dir}, which has no {name}; use runs/<run.name>")
     rows, notes = _rows(run_dir / "metrics.jsonl")
     config_text = (run_dir / "config.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(config_text)
-    # A key that the run left to its default may be absent. References such as ${oc.env:X} stay as written: secrets.
+    # Keys with default values may be absent. References such as ${oc.env:X} may be secrets and are not resolved.
     run = RunConfig().model_dump() | config.get("run", {})
     evaluation = EvalConfig().model_dump() | config.get("eval", {})
     not_curves = {name for name, metric in METRICS.items() if not metric.plotted}
@@ -55,14 +56,14 @@ def write_report(run_dir: str | Path) -> Path:
         _headline(series, done, f"of {planned}", evaluation["samples"]),
         *(f'<p class="notice">{escape(note)}</p>' for note in notes),
         '<p class="soft axis">Every curve is by iteration; values that were not finite leave a gap. '
-        "docs/metrics.md says what each metric means.</p>",
+        "docs/metrics.md explains each metric.</p>",
         *_curves(series),
         *_samples(run_dir / "rollouts"),
         f"<details><summary>Configuration</summary><pre>{escape(config_text)}</pre></details>",
     ]
     path = run_dir / "report.html"
     page = _PAGE.replace("{title}", escape(name)).replace("{style}", _STYLE).replace("{body}", "\n".join(body))
-    # A completion may hold half of a surrogate pair, which UTF-8 cannot: it is shown as \udXXX.
+    # A completion may contain half a surrogate pair, which UTF-8 cannot encode; it is shown as \udXXX.
     atomic.write(path, page.encode("utf-8", errors="backslashreplace"))
     return path
 
@@ -71,7 +72,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def _read_jsonl(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
-    """([(line number, object)], whether the last line was cut off and is left out)."""
+    """([(line number, object)], whether the last line was truncated and is left out)."""
     lines = [(at, line) for at, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
     objects: list[tuple[int, dict[str, Any]]] = []
     for at, line in lines:
@@ -80,15 +81,17 @@ def _read_jsonl(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
         except ValueError as error:  # not JSON, or not UTF-8
             if at == lines[-1][0]:
                 return objects, True
-            raise ValueError(f"{path}, line {at}: not JSON ({error}); mend or remove the line") from error
+            raise ValueError(f"{path}, line {at}: not JSON ({error}); correct or remove the line") from error
         if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {at}: got {value!r:.60}, wanted one JSON object")
+            raise ValueError(
+                f"{path}, line {at}: expected one JSON object, got {value!r:.60}; correct or remove the line"
+            )
         objects.append((at, value))
     return objects, False
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of metrics.jsonl by rising iteration, and what the reader of the page should know of them."""
+    """The rows of metrics.jsonl sorted by iteration, and notes about them for the page."""
     objects, torn = _read_jsonl(path)
     notes = ["The last line of metrics.jsonl was cut off and is left out."] if torn else []
     rows: dict[int, dict[str, Any]] = {}
@@ -96,26 +99,31 @@ def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     for at, row in objects:
         iteration = row.get("iteration")
         if type(iteration) is not int:
-            raise ValueError(f"{path}, line {at}: iteration is {iteration!r}, wanted a whole number")
+            raise ValueError(
+                f"{path}, line {at}: expected an integer as iteration, got {iteration!r}; correct or remove the line"
+            )
         for key, value in row.items():
             if value is not None and not isinstance(value, int | float):
-                raise ValueError(f"{path}, line {at}: {key} is {value!r:.60}, wanted a number or null")
+                raise ValueError(
+                    f"{path}, line {at}: expected a number or null as {key}, got {value!r:.60}; correct or remove the "
+                    "line"
+                )
         if iteration in rows:
             repeated.add(iteration)
         rows[iteration] = rows.get(iteration, {}) | row
     if repeated:
         span = f"{min(repeated)} to {max(repeated)}" if len(repeated) > 1 else f"{min(repeated)}"
-        notes.append(f"Of iteration {span} there are several rows (a resumed run repeats some); the later are shown.")
+        notes.append(f"Iteration {span} has several rows (a resumed run repeats some); the last ones are shown.")
     return [rows[iteration] for iteration in sorted(rows)], notes
 
 
 def _series(rows: Sequence[dict[str, Any]], key: str) -> list[Point]:
-    """The points of one metric. A row without the key has no point; one with null or NaN has a gap."""
+    """The points of one metric. A row without the key gives no point; a row with null or NaN gives a gap."""
     return [(row["iteration"], _finite(row[key])) for row in rows if key in row]
 
 
 def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and abs(value) < _HUGE else None  # NaN compares false
+    return float(value) if value is not None and abs(value) < _HUGE else None  # False for NaN too
 
 
 # Headline --------------------------------------------------------------------------------------------------------
@@ -161,9 +169,9 @@ def _curves(series: dict[str, list[Point]]) -> list[str]:
     parts = []
     for title, plots in (*panels(), ("Other metrics", others)):
         present = [(plot, {key: series[key] for key in plot.keys if key in series}) for plot in plots]
-        figures = [figure(panel, curves, iterations) for panel, curves in present if curves]
-        if figures:
-            parts.append(f'<h2>{escape(title)}</h2><div class="grid">{"".join(figures)}</div>')
+        drawn = [figure(panel, curves, iterations) for panel, curves in present if curves]
+        if drawn:
+            parts.append(f'<h2>{escape(title)}</h2><div class="grid">{"".join(drawn)}</div>')
     return parts
 
 
@@ -171,9 +179,9 @@ def _curves(series: dict[str, list[Point]]) -> list[str]:
 
 
 def newest_rollouts(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    """A few rollouts of the last iteration that was written to `folder`, spread evenly over it, and which they are.
+    """A few evenly spaced rollouts of the last iteration that was written to `folder`, and a description of them.
 
-    Empty without rollouts.
+    Both are empty if there are no rollouts.
     """
     files = sorted(folder.glob("*.jsonl"), key=lambda path: [int(digits) for digits in re.findall(r"\d+", path.name)])
     objects = [rollout for _, rollout in _read_jsonl(files[-1])[0]] if files else []
@@ -188,7 +196,7 @@ def newest_rollouts(folder: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def _samples(folder: Path) -> list[str]:
-    """A table of them; empty without rollouts."""
+    """A table of the newest rollouts; empty if there are none."""
     chosen, what = newest_rollouts(folder)
     if not chosen:
         return []
@@ -229,8 +237,8 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-# Colours c0–c5 are those of Okabe and Ito (told apart with any colour vision), darker on white, lighter on black;
-# dashes tell the curves apart without any colour.
+# Colours c0–c5 are those of Okabe and Ito (distinguishable with any colour vision), darker on white and lighter on
+# black; dashes distinguish the curves without any colour.
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff; --ink: #1b1f24; --soft: #5b6470; --rule: #e3e6ea;
   --c0: #0072b2; --c1: #c75300; --c2: #00825e; --c3: #b0568a; --c4: #8a6a00; --c5: #3d3d3d; }

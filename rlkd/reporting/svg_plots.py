@@ -1,6 +1,6 @@
-"""Metrics by iteration as inline SVG: a Panel and its series become one <figure> with a small table of figures.
+"""Plots metrics by iteration as inline SVG: a Panel and its series become one <figure> with a small table of values.
 
-Colours, dashes and sizes are named by classes (c0 to c5, faint, bold, rule, x, y, swatch); the page's style gives them.
+The SVG uses CSS classes (c0 to c5, faint, bold, rule, x, y, swatch); the page's style sets colours, dashes and sizes.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from html import escape
 from itertools import groupby
 
 Point = tuple[int, float | None]
-"""(iteration, value); None where the run wrote null, NaN or an infinity: a gap in the curve."""
+"""(iteration, value). None is a gap in the curve, for null, NaN or an infinity."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot: the names of its metrics, and how they are drawn."""
+    """One plot: the names of its metrics, and how to draw them."""
 
     title: str
     keys: tuple[str, ...]
     note: str = ""
     share: bool = False
-    """The axis spans 0 to 1, so that plots of shares compare at a glance."""
+    """The axis spans 0 to 1, so that plots of shares are easy to compare."""
     smooth: bool = False
-    """With enough points, a running mean is drawn over the curve (and said to be one)."""
+    """With enough points, draw a running mean over the curve and mention it in the caption."""
     rounding: float = 0.0
-    """Values that differ by less are equal but for rounding: a loss of about 1 that is 1e-9 here and -1e-9 there."""
+    """Values that differ by less are treated as equal up to rounding, for example a loss of 1e-9 and one of −1e-9."""
 
 
 _WINDOW = 10  # points of the running mean
-_SINGLE = 1e-6  # relative: figures in single precision that were summed in another order differ by less
+_SINGLE = 1e-6  # relative; single-precision sums of the same values in another order differ by less
 _COLOURS = 6
 
 # The plot's own coordinates; the page scales them to the column.
@@ -40,9 +40,10 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 400, 200, 58, 14, 10, 26
 
 
 def figure(panel: Panel, series: dict[str, list[Point]], iterations: Sequence[int]) -> str:
-    """The panel as HTML: title, plot over the span of `iterations`, and min, max and last of each of its series.
+    """The panel as HTML: title, plot over the range of `iterations`, and min, max and last value of each series.
 
-    series: the panel's metrics, at least one, each with at least one point.
+    Args:
+        series: the panel's metrics, at least one, each with at least one point.
     """
     smooth = panel.smooth and max(len(finite_values(points)) for points in series.values()) >= 5 * _WINDOW
     note = panel.note + (f"; bold: mean of last {_WINDOW}" if smooth else "")
@@ -67,7 +68,7 @@ def _svg(panel: Panel, series: dict[str, list[Point]], iterations: Sequence[int]
         finite += [0.0, 1.0]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     largest = max(abs(low), abs(high))
-    if high - low <= max(_SINGLE * largest, panel.rounding):  # a constant: give it room, so that it looks like one
+    if high - low <= max(_SINGLE * largest, panel.rounding):  # a constant: widen the axis, so that it looks like one
         room = 0.1 * largest
         low, high = (low - room, high + room) if largest > panel.rounding else (0.0, 1.0)
     first, last = min(iterations), max(max(iterations), min(iterations) + 1)
@@ -119,7 +120,7 @@ def _path(coordinates: Sequence[tuple[float, float]], css_class: str) -> str:
 
 
 def finite_values(points: Iterable[Point]) -> list[float]:
-    """What is left without the gaps."""
+    """The values of `points` without the gaps."""
     return [value for _, value in points if value is not None]
 
 
@@ -134,13 +135,13 @@ def _trailing_mean(run: Sequence[tuple[int, float]], index: int) -> float:
 
 
 def _ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, str]]:
-    """Two to six multiples of 1, 2 or 5 · 10^n in [low, high], each with a label that tells it from the others."""
+    """Two to six multiples of 1, 2 or 5 · 10^n in [low, high], with labels that are all different."""
     rough = (high - low) / 5
     power = math.floor(math.log10(rough))
     step = next(factor * 10.0**power for factor in (1, 2, 5, 10) if factor * 10.0**power >= rough * 0.999)
     if whole:
         step = max(1.0, step)
-    # The small excess keeps an end that is a multiple of the step in spite of rounding.
+    # The tolerance keeps an end point that is a multiple of the step despite rounding.
     values = [i * step for i in range(math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6) + 1)]
     if step >= 1 and max(abs(low), abs(high)) < 1e6:
         return [(value, f"{value:,.0f}") for value in values]
@@ -150,7 +151,7 @@ def _ticks(low: float, high: float, whole: bool = False) -> list[tuple[float, st
 
 
 def number(value: float) -> str:
-    """A figure for a reader: four digits that matter, thousands grouped."""
+    """A number for display, with four significant digits and grouped thousands."""
     return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else _short(f"{value:.4g}")
 
 

@@ -1,1 +1,1 @@
-"""A run around the line: publishing, evaluation, checkpoints, exports and logs, as callbacks of the trainer."""
+"""Everything a run does around the training loop: publishing weights, evaluation, checkpoints, exports and logs."""

@@ -1,4 +1,4 @@
-"""Checkpoints between iterations, and the signals that ask for one."""
+"""Saves checkpoints between iterations, and handles the signals that end a run with one."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch
 
-TOGETHER_S = 5.0
-"""Under torchrun, signals within as many seconds of the first are the same request: a terminal or a scheduler signals
-torchrun and its workers, and torchrun hands on what it gets."""
+SAME_REQUEST_S = 5.0
+"""Under torchrun, signals within this many seconds of the first one count as the same request: a terminal or a
+scheduler signals torchrun and its workers, and torchrun forwards its own signal to the workers."""
 
 
 class Signals(IterationCallback):
-    """SIGTERM and SIGINT ask the run to end after the iteration under way; a second one ends it at once.
+    """SIGTERM and SIGINT end the run after the current iteration; a second signal ends it immediately.
 
-    The handlers stand in place of Lightning's, which broadcast inside the handler: one signalled rank would hang all.
-    Lightning puts the old handlers back after the run.
+    These handlers replace Lightning's, which broadcast inside the handler: a signal to only one rank would hang all
+    ranks. Lightning restores the old handlers after the run.
     """
 
     def __init__(self) -> None:
         self._asked: float | None = None
-        """When the first signal came."""
+        """The time of the first signal."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        """Install the handlers."""
         signal.signal(signal.SIGTERM, self._handle)
         signal.signal(signal.SIGINT, self._handle)
 
@@ -49,19 +50,19 @@ class Signals(IterationCallback):
         now = time.monotonic()
         if self._asked is None:
             self._asked = now
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._asked > TOGETHER_S:
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or now - self._asked > SAME_REQUEST_S:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def any_rank(self) -> bool:
-        """Whether any rank got a signal, so that all leave together. A collective."""
+        """Whether any rank got a signal, so that all ranks stop together. A collective."""
         return distributed.all_reduce([float(self._asked is not None)], "max")[0] > 0
 
 
 class Checkpoint(IterationCallback):
-    """Saves every `checkpoint.every` iterations and at the end of the run, and ends it.
+    """Saves every `checkpoint.every` iterations and at the end of the run, and ends the run.
 
-    The run ends at `run.iterations`, or after the iteration in which a signal came.
+    The run ends at `run.iterations`, or after the iteration in which a signal arrived.
     """
 
     def __init__(self, config: Config, loader: RolloutLoader, signals: Signals):
@@ -69,18 +70,20 @@ class Checkpoint(IterationCallback):
         self.loader = loader
         self.signals = signals
         self._saved: int | None = None
-        """Iterations in the newest checkpoint, or in one that could not be written, which is not tried again; None:
-        the run has not begun."""
+        """Iterations in the newest checkpoint. A checkpoint that could not be written counts too, and is not retried.
+        None before the run has started."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        """Remove checkpoints newer than the resumed one; end a run that has no iterations left."""
         self._saved = self.loader.iteration
         if distributed.rank() == 0:
-            self._forget_what_came_later()
+            self._remove_later_checkpoints()
         if self.loader.iteration >= self.config.run.iterations:
-            self._export(module, self.loader.iteration)  # a run that was ended just before it did
+            self._export(module, self.loader.iteration)  # in case the run was stopped before its export
             trainer.should_stop = True
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        """Save if a checkpoint is due, and end the run if it is complete or was signalled."""
         done = batch.iteration + 1
         signalled = self.signals.any_rank()
         ending = signalled or done >= self.config.run.iterations
@@ -88,16 +91,16 @@ class Checkpoint(IterationCallback):
         if ending or (every and done % every == 0):
             self._save(trainer, done)
         if signalled and distributed.rank() == 0:
-            print(f"signal: saved iteration {done}; go on with run.resume=auto", flush=True)
+            print(f"signal: saved iteration {done}; continue with run.resume=auto", flush=True)
         if ending:
-            if not signalled:  # else there may be no time: a resumed run does it
+            if not signalled:  # after a signal there may be no time to export; a resumed run does it
                 self._export(module, done)
             trainer.should_stop = True
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """A run that cannot go on keeps what it has. All ranks come here together where they stopped together."""
+        """Save a checkpoint after RunStopped. If all ranks stopped together, all call this together."""
         assert isinstance(pl_module, PolicyModule)
         done = self.loader.iteration
         if not isinstance(exception, RunStopped) or pl_module.updating or self._saved is None or done <= self._saved:
@@ -105,59 +108,61 @@ class Checkpoint(IterationCallback):
         try:
             self._save(trainer, done)
         except RunStopped as error:
-            print(f"stopped, and no checkpoint of iteration {done} either: {error}", file=sys.stderr, flush=True)
+            print(f"stopped; saving a checkpoint of iteration {done} also failed: {error}", file=sys.stderr, flush=True)
             return
         if distributed.rank() == 0:
-            print(f"stopped: saved iteration {done}; go on with run.resume=auto", flush=True)
+            print(f"stopped: saved iteration {done}; continue with run.resume=auto", flush=True)
 
     def _export(self, module: PolicyModule, done: int) -> None:
-        """The student, where `checkpoint.export` asks for it. A collective."""
+        """Export the student if `checkpoint.export` is set. A collective."""
         if self.config.checkpoint.export:
             export_student(module.model, self.config, self.loader.tokenizer, done)
 
-    def _forget_what_came_later(self) -> None:
-        """A run that goes on from an older checkpoint replaces the newer ones, as it does their rows.
+    def _remove_later_checkpoints(self) -> None:
+        """Remove checkpoints newer than the one that the run resumes from, as `RunLog` does with their rows.
 
-        They would be taken for its own: kept in place of what it saves, and what `run.resume=auto` goes on from.
+        Otherwise they would count as this run's: `checkpoint.keep` would keep them instead of the run's own, and
+        `run.resume=auto` would resume from them.
         """
         atomic.sweep(Path(self.config.run_dir, "checkpoints"))
         for path in checkpoints(self.config.run_dir):
             if iteration_of(path) > self.loader.iteration:
-                print(f"resume: {path} is removed, since the run goes on from iteration {self.loader.iteration}")
+                print(f"resume: removing {path}, since the run resumes from iteration {self.loader.iteration}")
                 atomic.remove(path)
 
     def _save(self, trainer: lightning.Trainer, done: int) -> None:
-        """Write aside, then rename: what bears a checkpoint's name is whole.
+        """Write to a temporary folder and then rename it, so that a checkpoint under its final name is complete.
 
-        Raises: RunStopped when there is no room for it; the run's older checkpoints stay.
+        Raises: RunStopped if the disk has no room for it. The run's older checkpoints stay.
         """
         folder = Path(self.config.run_dir, "checkpoints")
         final = folder / f"iteration-{done:06d}"
-        beside = atomic.partial(final)
+        partial = atomic.partial(final)
         self._saved = done
         needed = distributed.all_reduce([float(_bytes(trainer))])[0]
-        distributed.on_rank_zero(lambda: _make_room(folder, beside, needed))
+        distributed.on_rank_zero(lambda: _check_room(folder, partial, needed))
         what = f"the checkpoint of iteration {done}"
         try:
             with writing(what):
-                # Where rank 0 alone fails, the others wait for it in there; torchrun ends them with it.
-                trainer.save_checkpoint(beside)
-            distributed.on_rank_zero(lambda: self._finish(beside, final, what))
+                # If only rank 0 fails, the others wait for it inside; torchrun then stops them too.
+                trainer.save_checkpoint(partial)
+            distributed.on_rank_zero(lambda: self._finish(partial, final, what))
         except RunStopped:
-            shutil.rmtree(beside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _finish(self, beside: Path, final: Path, what: str) -> None:
+    def _finish(self, partial: Path, final: Path, what: str) -> None:
+        """Add the small files, rename the folder, and remove checkpoints beyond `checkpoint.keep`."""
         with writing(what):
-            self.loader.save(beside)
-            save_config(self.config, beside)
-            beside.rename(final)
+            self.loader.save(partial)
+            save_config(self.config, partial)
+            partial.rename(final)
             for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:
                 atomic.remove(old)
 
 
 def _bytes(trainer: lightning.Trainer) -> int:
-    """Of this rank's share of what is trained and of the optimizer; what else a checkpoint holds is small."""
+    """The size of this rank's part of trained parameters and optimizer; the rest of a checkpoint is small."""
     tensors = [p for p in trainer.model.parameters() if p.requires_grad] if trainer.model is not None else []
     for optimizer in trainer.optimizers:
         tensors += [value for state in optimizer.state.values() for value in state.values()]
@@ -165,13 +170,16 @@ def _bytes(trainer: lightning.Trainer) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-def _make_room(folder: Path, beside: Path, needed: float) -> None:
-    """Raises: RunStopped before anything is written, where the disk is too full."""
+def _check_room(folder: Path, partial: Path, needed: float) -> None:
+    """Remove leftovers of interrupted saves, and check the free disk space before anything is written.
+
+    Raises: RunStopped if the disk has less than `needed` bytes free.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     atomic.sweep(folder)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunStopped(
-            f"{folder} has {free / 1e9:.3g} GB free, but the checkpoint {beside.name} takes {needed / 1e9:.3g} GB; "
-            "make room, and go on with run.resume=auto"
+            f"{folder} has {free / 1e9:.3g} GB free, but the checkpoint {partial.name} takes {needed / 1e9:.3g} GB; "
+            "free some space, then continue with run.resume=auto"
         )

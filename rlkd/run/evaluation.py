@@ -16,12 +16,12 @@ from rlkd.types import Batch, Prompt, ScoredRollout
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """1 − C(n−c, k) / C(n, k): the chance that k of n samples, c of them correct, hold a correct one.
+    """1 − C(n−c, k) / C(n, k): the probability that k of n samples, c of them correct, include a correct one.
 
-    The unbiased estimator of arXiv 2107.03374, Eq. 1. Raises: ValueError where k of n samples cannot be drawn.
+    The unbiased estimator of arXiv 2107.03374, Eq. 1. Raises: ValueError unless 1 ≤ k ≤ n.
     """
     if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} of {samples} samples: wants 1 ≤ k ≤ samples; sample more, or lower k")
+        raise ValueError(f"pass@k: expected 1 ≤ k ≤ {samples} samples, got k = {k}; sample more, or lower k")
     if samples - correct < k:
         return 1.0
     wrong = 1.0
@@ -33,9 +33,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, strict: bool = True) -> dict[str, float]:
     """eval/greedy, eval/avg@k and eval/pass@k (k = eval.samples) by the published weights.
 
-    A collective: each rank takes its share of `prompts`. The noise is the same at every evaluation of a run.
+    A collective: each rank evaluates its share of `prompts`. The noise is the same in every evaluation of a run.
 
-    Raises: with `strict`, RunStopped when more rewards failed than `reward.max_error_rate` allows.
+    Raises: with `strict`, RunStopped if more rewards failed than `reward.max_error_rate` allows.
     """
     mine = prompts[distributed.rank() :: distributed.world_size()]
     meter, groups = loader.with_servers(lambda: _evaluated(config, loader, mine))
@@ -45,7 +45,7 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, st
 
 
 def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tuple[Meter, list[list[ScoredRollout]]]:
-    """The figures of this rank's share, and all that they are of."""
+    """The metrics of this rank's share, and the scored completions that they are computed from."""
     meter, scored = Meter(), []
     plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
     meter.total("eval/errors", 0.0)
@@ -54,7 +54,7 @@ def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tup
     for plan, n, temperature in plans:
         if not mine:
             continue
-        # Another seed than training's, so that no training sample is ever drawn again here.
+        # A different seed from training, so that evaluation never repeats a training sample.
         sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
         groups = loader.line.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
         scored += groups
@@ -65,13 +65,13 @@ def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tup
                 meter.mean("eval/greedy", sum(known), len(known))
             elif known:
                 meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
-                if len(known) == n:  # of fewer there is no pass@n
+                if len(known) == n:  # pass@n needs all n samples
                     meter.mean("eval/pass@k", pass_at_k(n, sum(known), n), 1.0)
     return meter, scored
 
 
 class Evaluate(IterationCallback):
-    """Evaluates before the first iteration, every `eval.every` iterations and after the last."""
+    """Evaluates before the first iteration, every `eval.every` iterations and after the last one."""
 
     def __init__(self, config: Config, loader: RolloutLoader):
         self.config = config
@@ -79,20 +79,22 @@ class Evaluate(IterationCallback):
         self.prompts = heldout_prompts(config, loader.tokenizer) if config.eval.every else []
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        """Evaluate the initial student, unless the run was resumed."""
         if self.config.eval.every and not self.prompts and distributed.rank() == 0:
             print(
-                "eval.path: not set, so this run has no held-out accuracy; set it to held-out data of your own (as "
-                "data.path is), or eval.every to 0",
+                "eval.path: not set, so this run has no held-out accuracy; set it to your own held-out data (in the "
+                "form of data.path), or set eval.every to 0",
                 flush=True,
             )
         if self.prompts and self.loader.iteration == 0:
             self._evaluate(module)
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        """Evaluate if it is due."""
         done = batch.iteration + 1
         if self.prompts and (done % self.config.eval.every == 0 or done == self.config.run.iterations):
             self._evaluate(module)
 
     def _evaluate(self, module: PolicyModule) -> None:
-        # What training does not depend on does not end it.
+        # Failed rewards end a run only if training depends on rewards.
         module.row.update(evaluate(self.config, self.loader, self.prompts, strict=module.algorithm.needs_rewards))

@@ -1,4 +1,4 @@
-"""The student in Hugging Face form, for transformers and vLLM, and its adapter in PEFT's."""
+"""Exports the student in Hugging Face format, for transformers and vLLM, and its adapter in PEFT's format."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from rlkd.storage.run_folder import EXPORT_RECORD
 
 
 def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
-    """Write the student to `<run>/hf`, adapters merged, and its adapter, if it has one, to `<run>/adapter`.
+    """Write the student to `<run>/hf`, with adapters merged, and its adapter, if it has one, to `<run>/adapter`.
 
-    A collective; rank 0 writes. `<run>/hf` comes last: who finds it finds the rest.
+    A collective; rank 0 writes. `<run>/hf` is written last, so if it exists the adapter does too.
     """
     source, folder = config.model, Path(config.run_dir)
     weights = student.full_weights()
@@ -46,16 +46,16 @@ def export_student(student: Student, config: Config, tokenizer: PreTrainedTokeni
 
 
 def export_dtype(config: Config) -> torch.dtype:
-    """The type of the exported weights: `checkpoint.export_dtype`, or the one in which model.path says that it is.
+    """The dtype of the exported weights: `checkpoint.export_dtype`, or for `auto` the dtype in model.path's config.
 
-    A model that does not say keeps the trainer's fp32.
+    If that config has none, it is the trainer's fp32.
     """
     if config.checkpoint.export_dtype != "auto":
         named: torch.dtype = getattr(torch, config.checkpoint.export_dtype)
         return named
     source = load_config(config.model.path, config.model.trust_remote_code)
     dtype = source.dtype or source.get_text_config().dtype or torch.float32
-    assert isinstance(dtype, torch.dtype)  # transformers reads its name
+    assert isinstance(dtype, torch.dtype)  # transformers has converted the name
     return dtype
 
 
@@ -68,33 +68,33 @@ def export(
     iteration: int,
     dtype: torch.dtype,
 ) -> None:
-    """Write model, tokenizer and generation config to `folder`, whole or not at all.
+    """Write model, tokenizer and generation config to `folder`, atomically.
 
     Args:
-        weights: full, unsharded, names in memory (`Student.full_weights`). The files have those of a checkpoint.
-        config: of the model.
-        source: what the student came from, for its generation config.
-        folder: replaced when it exists.
-        iteration: how many the weights have seen; `resume.exported` tells it.
-        dtype: of the files; weights that transformers keeps in fp32 stay in it.
+        weights: full, unsharded, with names in memory (`Student.full_weights`). The files have checkpoint names.
+        config: the model's config.
+        source: the model that the student started from, whose generation config is copied.
+        folder: replaced if it exists.
+        iteration: the number of iterations that the weights were trained for; `run_folder.exported` reads it.
+        dtype: the dtype of the files, except for weights that transformers always keeps in fp32.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
     _keep_in_fp32(model, dtype)
     model.load_state_dict(dict(weights), strict=True)
-    beside = atomic.partial(folder)
-    shutil.rmtree(beside, ignore_errors=True)
-    model.save_pretrained(beside)
-    _write_small_files(model.config, tokenizer, source, beside)
-    (beside / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
-    atomic.share(beside)
+    partial = atomic.partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    _write_small_files(model.config, tokenizer, source, partial)
+    (partial / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
+    atomic.share(partial)
     atomic.remove(folder)
-    beside.rename(folder)
+    partial.rename(folder)
 
 
 def rehearse(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write all of the export but its weights to a folder that is thrown away.
+    """Write the export without its weights to a temporary folder.
 
-    What transformers refuses to save is then known before the run. Raises: ValueError, OSError of transformers.
+    This shows before the run whether transformers can save it. Raises: ValueError and OSError from transformers.
     """
     model = config.model
     known = load_config(model.path, model.trust_remote_code)
@@ -106,10 +106,10 @@ def rehearse(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
 def _write_small_files(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path
 ) -> None:
-    """Model config, tokenizer, and the generation config as the source ships it.
+    """Write model config and tokenizer, and copy the source's generation config.
 
-    The latter is copied: transformers reads, but refuses to write, one that is greedy and names a temperature, as some
-    chat models have. A source without any leaves the one that transformers derives from the model config.
+    It is copied because some chat models have one that is greedy and sets a temperature, which transformers reads but
+    refuses to write. If the source has none, the one that transformers derives from the model config stays.
     """
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -119,7 +119,7 @@ def _write_small_files(
 
 
 def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give what transformers loads in fp32, whatever else it is asked for, that type here too."""
+    """Convert the weights that transformers always loads in fp32 to fp32."""
     patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if any(re.search(pattern, name) for pattern in patterns):

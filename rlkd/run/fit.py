@@ -1,4 +1,4 @@
-"""Run the stages of a configuration: build the loader, the module and the trainer, and fit."""
+"""Runs the stages of a configuration: builds the loader, the module and the trainer, and trains."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from rlkd.training.module import PolicyModule
 
 
 def longest_wait(config: Config) -> timedelta:
-    """How long ranks wait for one another: longer than any of them waits for its servers.
+    """The timeout of collectives, which is longer than any rank waits for its servers.
 
-    Else a collective would be broken off while another rank is patient, as it was told to be.
+    Otherwise a collective would time out while another rank is still waiting for a server as configured.
     """
-    patience = 1800.0
+    seconds = 1800.0
     for server in config.servers:
-        patience += server.request_timeout_s + server.retry_s + server.start_timeout_s * len(server.devices)
-    return timedelta(seconds=patience)
+        seconds += server.request_timeout_s + server.retry_s + server.start_timeout_s * len(server.devices)
+    return timedelta(seconds=seconds)
 
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
-    """What turns a plain `lightning.Trainer` into a run, in the order in which it must act."""
+    """The callbacks that turn a plain `lightning.Trainer` into a run, in the order in which they must be called."""
     signals = Signals()
     return [
         signals,
@@ -57,7 +57,7 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
 
 
 def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
-    """The Trainer of a run. Lightning's own checkpoints, sanity checks and samplers stay out of the way."""
+    """The Trainer of a run, without Lightning's own checkpoints, model summary and distributed sampler."""
     strategy = SafeModelParallelStrategy(
         data_parallel_size=config.world_size, tensor_parallel_size=1, timeout=longest_wait(config)
     )
@@ -78,7 +78,7 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
 
 
 def run(config: Config, text: str) -> None:
-    """Train as `config` says. `text` is the merged YAML, kept as `<run>/config.yaml`."""
+    """Train with `config`. `text` is the merged YAML, which is saved as `<run>/config.yaml`."""
     checkpoint = resume_path(config)
     if int(os.environ.get("RANK", "0")) == 0:
         with writing(f"run.dir: {config.run_dir}/config.yaml"):
@@ -97,15 +97,15 @@ def run(config: Config, text: str) -> None:
 
 
 def summary(config: Config, report: Path) -> str:
-    """The closing lines: accuracy before and after, and where things are."""
+    """The last lines on the console: accuracy before and after, and the paths of report and student."""
     with open(Path(config.run_dir, "metrics.jsonl"), encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     lines = []
     for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
-        seen = [row[name] for row in rows if row.get(name) is not None]
-        if len(seen) > 1:
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if len(values) > 1:
             label = name.replace("@k", f"@{config.eval.samples}")
-            lines.append(f"{label:<12} {seen[0]:6.1%} before  {seen[-1]:6.1%} after")
+            lines.append(f"{label:<12} {values[0]:6.1%} before  {values[-1]:6.1%} after")
     lines.append(f"report:      {report}")
     for label, folder in (("student:", "hf"), ("adapter:", "adapter")):
         if Path(config.run_dir, folder).exists():
@@ -114,9 +114,9 @@ def summary(config: Config, report: Path) -> str:
 
 
 def run_stages(stages: Sequence[Stage]) -> int:
-    """Each stage in turn; one that has ended already is passed over. Stops after one that was signalled.
+    """Run the stages in order, skipping those that have finished. A signal ends the current stage and skips the rest.
 
-    Returns: the exit code; 2 where a stage cannot be resumed, since its configuration has changed.
+    Returns: the exit code; 2 if a stage cannot be resumed because its configuration has changed.
     """
     for stage in stages:
         loaded = stage.loaded
@@ -126,18 +126,18 @@ def run_stages(stages: Sequence[Stage]) -> int:
             loaded = with_values(loaded, {"model.path": stage.starts_from})
         changed = changes(loaded.config)
         if changed:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose data may differ
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node, since the data of nodes may differ
                 print("\n".join(changed), file=sys.stderr)
             return 2
         run(loaded.config, loaded.text)
-        # Rank 0's word: it writes the report last, and another rank may look for it before that.
+        # Rank 0 decides, since it writes the report last, and another rank may look for the report before that.
         if stage.name is not None and not distributed.broadcast(finished(loaded.config)):
-            return 0  # a signal came: run.resume=auto goes on here
+            return 0  # after a signal; run.resume=auto continues with this stage
     return 0
 
 
 def quiet() -> None:
-    """Leave the console to the run: no hints and loading bars of the libraries; their warnings stay."""
+    """Hide hints and loading bars of the libraries, but not their warnings."""
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

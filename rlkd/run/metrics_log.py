@@ -1,4 +1,4 @@
-"""What a run tells while it runs: metrics.jsonl, the loggers of the Trainer, and the console."""
+"""Writes a run's metrics to metrics.jsonl, the loggers of the Trainer, and the console."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from rlkd.types import Batch
 
 
 class RunLog(IterationCallback):
-    """One row an iteration: to `<run>/metrics.jsonl` and to every logger of the Trainer, at step = iteration.
+    """Writes one row per iteration to `<run>/metrics.jsonl` and to every logger of the Trainer, at step = iteration.
 
-    Row 0 holds the first evaluation. A resumed run drops the rows after its checkpoint first.
+    Row 0 has the first evaluation. A resumed run first drops the rows after its checkpoint.
     """
 
     def __init__(self, config: Config, loader: RolloutLoader):
@@ -39,6 +39,7 @@ class RunLog(IterationCallback):
         """The iteration of the last row."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
+        """Drop rows of iterations that are repeated, and write the first evaluation."""
         self._last = time.perf_counter()
         if distributed.rank() == 0:
             self._keep_rows_up_to(self.loader.iteration)
@@ -49,20 +50,22 @@ class RunLog(IterationCallback):
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Where the run stopped between an iteration's updates and its row: its checkpoint is kept, so is its row."""
+        """If the run stopped after an iteration's updates but before its row was written, write it now, since the
+        checkpoint of the iteration is saved too."""
         assert isinstance(pl_module, PolicyModule)
         unwritten = pl_module.row.get("iteration", 0) > self._written
         if isinstance(exception, RunStopped) and unwritten and not pl_module.updating:
             self._log(trainer, pl_module)
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        """Write the row of the iteration."""
         self._log(trainer, module)
 
     def _log(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         now = time.perf_counter()
         row = module.row
         row["time/total"] = now - self._last
-        # An algorithm that learns from given completions, such as SFT, generates none.
+        # An algorithm that learns from given completions, such as SFT, generates no tokens.
         row["tokens_per_s"] = (row["tokens/generated"] or row["tokens/trained"]) / row["time/total"]
         self._last = now
         self._written = int(row["iteration"])
@@ -70,16 +73,16 @@ class RunLog(IterationCallback):
 
     def _write(self, trainer: lightning.Trainer, row: dict[str, float]) -> None:
         distributed.on_rank_zero(lambda: self._append(row))
-        for logger in trainer.loggers:  # rank-zero only by themselves
+        for logger in trainer.loggers:  # they log only on rank 0
             logger.log_metrics(row, step=int(row["iteration"]))
 
     def _append(self, row: dict[str, float]) -> None:
-        """Raises: RunStopped when the disk does not take it; a resumed run drops a line that is cut off."""
+        """Append one line. A resumed run drops a truncated last line. Raises: RunStopped on a disk error."""
         with writing(str(self.path)), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
 
     def _keep_rows_up_to(self, iteration: int) -> None:
-        """Truncate metrics.jsonl to what the restored state knows of; nothing for a fresh run."""
+        """Truncate metrics.jsonl to the iterations of the restored state; to nothing for a new run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = []
         if self.path.exists() and iteration > 0:
@@ -90,12 +93,12 @@ class RunLog(IterationCallback):
 
 
 def shown(row: dict[str, float]) -> dict[str, str]:
-    """The metrics for the console: those of CONSOLE that the row has."""
+    """The metrics for the console, formatted: those of CONSOLE that the row has."""
     return {name: f"{row[name]:.3g}" for name in CONSOLE if name in row}
 
 
 class IterationBar(RichProgressBar):
-    """Lightning's Rich bar with the iterations of the run as its length, and our figures."""
+    """Lightning's Rich progress bar with the run's iterations as its length and our metrics."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -103,31 +106,34 @@ class IterationBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int:
+        """The length of the bar."""
         return self.iterations
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        """The metrics beside the bar."""
         assert isinstance(pl_module, PolicyModule)
         return dict(shown(pl_module.row))
 
     def _get_train_description(self, current_epoch: int) -> str:
-        """Lightning counts epochs, of which a run has one without an end."""
+        """Replaces Lightning's epoch count, since a run is one endless epoch."""
         return "iteration"
 
 
 class IterationLines(IterationCallback):
-    """One line an iteration, where there is no terminal to draw a bar on."""
+    """Prints one line per iteration, for output that is not a terminal."""
 
     def __init__(self, config: Config):
         self.iterations = config.run.iterations
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        """Print the line of the iteration."""
         if distributed.rank() == 0:
-            figures = "  ".join(f"{name} {value}" for name, value in shown(module.row).items())
-            print(f"iteration {batch.iteration + 1}/{self.iterations}  {figures}", flush=True)
+            metrics = "  ".join(f"{name} {value}" for name, value in shown(module.row).items())
+            print(f"iteration {batch.iteration + 1}/{self.iterations}  {metrics}", flush=True)
 
 
 def progress(config: Config) -> list[lightning.Callback]:
-    """The bar on a terminal, lines elsewhere, nothing when `log.progress` is off."""
+    """A bar on a terminal, lines elsewhere, nothing if `log.progress` is off."""
     if not config.log.progress:
         return []
     return [IterationBar(config) if sys.stdout.isatty() else IterationLines(config)]

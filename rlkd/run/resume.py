@@ -1,4 +1,4 @@
-"""What a resumed run goes on from, and whether its configuration is still the one that made it."""
+"""Finds the checkpoint to resume from, and checks whether the configuration has changed since."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ FREE = re.compile(
     r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
     r"|reward\.(workers|timeout_s)|rollout\.server\..*|teacher\.(teachers\.[^.]+\.)?(urls?|server\..*))"
 )
-"""Keys that may change without a word: how long, where and on what a run runs, and what is looked at."""
+"""Keys that may change on resume: how long, where and on which devices a run runs, and what it logs and evaluates."""
 
 FORMERLY: Mapping[str, Any] = {
     "algorithm.context.feedback_beside_sibling": True,
     "algorithm.ratio_cap": None,
     "data.special_tokens": "tokens",
 }
-"""Keys whose default is not what a run did before there was the key, and what it did then."""
+"""Keys whose default differs from the behaviour of runs from before the key existed → the value for that behaviour."""
 
 _ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)")
-"""Keys that say what the rows of the data hold: under other ones their digest is another too."""
+"""Keys that determine the rows of the data: if one of them changes, so does the digest of the rows."""
 
 
 def resume_path(config: Config) -> Path | None:
-    """The checkpoint that `run.resume` names: none for never, the newest for auto (if any), or that path."""
+    """The checkpoint to resume from: none for `run.resume` never, the newest for auto (if any), or the given path."""
     if config.run.resume == "never":
         return None
     if config.run.resume == "auto":
-        whole = checkpoints(config.run_dir)
-        return whole[-1] if whole else None
+        complete = checkpoints(config.run_dir)
+        return complete[-1] if complete else None
     return Path(config.run.resume)
 
 
 def changes(config: Config) -> list[str]:
-    """What stands in the way of resuming, one line a key; empty: nothing, or there is no checkpoint yet.
+    """The changes that prevent resuming, one line per key; empty if there are none or there is no checkpoint yet.
 
-    Data that is another under the same `data.path` counts as a change of this key.
+    If the data under the same `data.path` has changed, this counts as a change of that key.
 
-    A run that goes on under another learning rate, say, is no longer the run that its directory and its plots say it
-    is: such a key must be named in `run.accept_changes`. A key that the checkpoint does not know is a newer one: it is
-    no change as long as it has its default, or for those of FORMERLY the value that a run without the key went by.
+    A run that continues with, for example, another learning rate is no longer the run that its directory and plots
+    describe, so such a key must be named in `run.accept_changes`. A key that the checkpoint lacks was added later: it
+    counts as unchanged if it has its default or, for the keys in FORMERLY, the value given there.
     """
     checkpoint = resume_path(config)
     if checkpoint is None:
@@ -56,23 +56,24 @@ def changes(config: Config) -> list[str]:
         saved = json.loads((checkpoint / FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         return [f"run.resume: {checkpoint} has no readable {FILE}: {error}; choose another checkpoint"]
-    if "run" not in saved:  # a model's folder, say, which has a config.json too
+    if "run" not in saved:  # for example a model folder, which has a config.json too
         return [
-            f"run.resume: {checkpoint} is no checkpoint of a run; wants never, auto, or <run>/checkpoints/iteration-…"
+            f"run.resume: expected never, auto or <run>/checkpoints/iteration-…, got {checkpoint}, which is not a "
+            "checkpoint of a run; choose another"
         ]
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
     before = _formerly(now) | before
-    unsaid = tuple(_unsaid(config))
+    defaults = tuple(_default_keys(config))
     lines, changed = [], []
     for key in sorted(before.keys() | now.keys()):
-        newer = key not in before and (key in unsaid or key.startswith(tuple(f"{name}." for name in unsaid)))
+        newer = key not in before and (key in defaults or key.startswith(tuple(f"{name}." for name in defaults)))
         if newer or before.get(key, _ABSENT) == now.get(key, _ABSENT):
             continue
         changed.append(key)
         if not _accepted(config, key) and not FREE.fullmatch(key):
             lines.append(
-                f"{key}: is {now.get(key, 'absent')}, but {checkpoint.name} was trained with "
-                f"{before.get(key, 'absent')}; put it back, or accept it by run.accept_changes=[{key}]"
+                f"{key}: expected {before.get(key, 'absent')}, with which {checkpoint.name} was trained, got "
+                f"{now.get(key, 'absent')}; change it back, or accept it with run.accept_changes=[{key}]"
             )
     if not any(map(_ROWS.fullmatch, changed)) and not _accepted(config, "data.path"):
         lines += _changed_data(config, checkpoint)
@@ -83,12 +84,12 @@ _ABSENT = object()
 
 
 def _accepted(config: Config, key: str) -> bool:
-    """Whether `run.accept_changes` names a key, or the section that it is in."""
+    """Whether `run.accept_changes` names the key or a section that contains it."""
     return any(key == name or key.startswith(f"{name}.") for name in config.run.accept_changes)
 
 
 def _changed_data(config: Config, checkpoint: Path) -> list[str]:
-    """One line where the data is no longer what it was, though the configuration of it is the same."""
+    """One line if the data has changed although its configuration is the same."""
     try:
         saved = json.loads((checkpoint / DATA_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -100,36 +101,36 @@ def _changed_data(config: Config, checkpoint: Path) -> list[str]:
         return []
     old, new = (f"{data['rows']} rows (SHA-256 {data['digest'][:12]}…)" for data in (saved, found))
     return [
-        f"data.path: {config.data.path} now holds {new}, but {checkpoint.name} was trained on {old}; put the data "
-        "back, or accept it by run.accept_changes=[data.path]"
+        f"data.path: expected {config.data.path} to have {old}, on which {checkpoint.name} was trained, got {new}; "
+        "restore the data, or accept the change with run.accept_changes=[data.path]"
     ]
 
 
 def _formerly(now: Mapping[str, Any]) -> dict[str, Any]:
-    """What of FORMERLY applies to the run `now`, {dotted key: value}.
+    """The entries of FORMERLY that apply to the run `now`, {dotted key: value}.
 
-    The `ratio_cap` of GRPO and its relatives is another key: it is as old as cispo, which alone reads it.
+    The `ratio_cap` of GRPO and its subclasses is a different key: only cispo uses it, and it is as old as cispo.
     """
     distils = "algorithm.divergence.kind" in now
     return {key: old for key, old in FORMERLY.items() if key in now and (distils or key != "algorithm.ratio_cap")}
 
 
-def _unsaid(section: Section, place: Any = None, above: str = "") -> Iterator[str]:
-    """Keys of `section` that still have their default.
+def _default_keys(section: Section, place: Any = None, above: str = "") -> Iterator[str]:
+    """The keys of `section` that have their default value.
 
-    `place`: the default section here, whose values override the fields' own defaults.
+    `place`: the default of the whole section, whose values take precedence over the defaults of its fields.
     """
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
         default = getattr(place, name) if type(place) is type(section) else field.default
         if isinstance(value, Section):
-            yield from _unsaid(value, default, f"{above}{name}.")
+            yield from _default_keys(value, default, f"{above}{name}.")
         elif value == default:
             yield f"{above}{name}"
 
 
 def _leaves(tree: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value). The sections in a list are numbered; a list of anything else is one value."""
+    """(dotted key, value) of all leaves. Sections in a list are numbered; any other list is one value."""
     for name, value in tree.items():
         if isinstance(value, list) and any(isinstance(one, dict) for one in value):
             value = {str(number): one for number, one in enumerate(value)}

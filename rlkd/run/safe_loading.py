@@ -1,4 +1,4 @@
-"""Checkpoints are data: loading one runs no code of whoever wrote it."""
+"""Loads checkpoints as data only, so that a manipulated checkpoint cannot run code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rlkd.distributed import RunStopped
 
 METADATA = ".metadata"
-"""torch.distributed.checkpoint's index of a checkpoint: a pickle, read without any restriction."""
+"""The index file of torch.distributed.checkpoint: a pickle, which torch loads without restrictions."""
 
 _NAMES = {
     "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
@@ -35,7 +35,7 @@ _NAMES = {
     },
     "pathlib": {"PosixPath"},
 }
-"""module → what the index of a checkpoint of ours may name."""
+"""module → the names that the index of one of our checkpoints may use."""
 
 
 class _Index(pickle.Unpickler):
@@ -46,19 +46,22 @@ class _Index(pickle.Unpickler):
 
 
 def check_index(checkpoint: Path) -> None:
-    """Raises: RunStopped when loading the checkpoint's index would call anything but torch's own index classes."""
+    """Check a checkpoint's index before torch loads it.
+
+    Raises: RunStopped if loading the index would call anything except torch's own index classes.
+    """
     try:
         with open(checkpoint / METADATA, "rb") as file:
             _Index(file).load()
     except (OSError, pickle.UnpicklingError, EOFError) as error:
         raise RunStopped(
-            f"run.resume: {checkpoint}/{METADATA} is no index of a checkpoint: {error}; choose another checkpoint"
+            f"run.resume: {checkpoint}/{METADATA} is not a valid checkpoint index: {error}; choose another checkpoint"
         ) from error
 
 
 @contextmanager
 def _data_only() -> Iterator[None]:
-    """torch.load takes plain data only, also where its caller does not ask for that."""
+    """Inside, torch.load accepts only plain data, even if its caller does not request that."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -72,26 +75,25 @@ def _data_only() -> Iterator[None]:
 
 
 class SafeModelParallelStrategy(ModelParallelStrategy):
-    """Lightning's strategy, whose checkpoints hold data only."""
+    """Lightning's strategy, restricted to loading checkpoints that contain only data."""
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Raises: RunStopped when the checkpoint names code to run, is cut off, or lacks a file."""
+        """Load a checkpoint. Raises: RunStopped if it would run code, is truncated, or lacks a file."""
         check_index(Path(checkpoint_path))
         with _data_only():
             try:
                 return super().load_checkpoint(checkpoint_path, weights_only=True)
             except (RunStopped, torch.OutOfMemoryError):
-                raise  # both are RuntimeErrors, and neither is the checkpoint's fault
+                raise  # both are RuntimeErrors, but not caused by the checkpoint
             except (pickle.UnpicklingError, CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
                 named = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
                 if named is None:
                     failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
                     cause = failures[0][0] if failures else error
-                    said = " ".join(f"{type(cause).__name__}: {cause}".split())
+                    message = " ".join(f"{type(cause).__name__}: {cause}".split())
                     raise RunStopped(
-                        f"run.resume: {checkpoint_path} cannot be read: {said[:300]}; choose another checkpoint"
+                        f"run.resume: {checkpoint_path} cannot be read: {message[:300]}; choose another checkpoint"
                     ) from error
                 raise RunStopped(
-                    f"run.resume: {checkpoint_path} names {named[1]}, code that loading it would run; choose another "
-                    "checkpoint"
+                    f"run.resume: loading {checkpoint_path} would run code ({named[1]}); choose another checkpoint"
                 ) from error

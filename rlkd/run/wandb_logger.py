@@ -1,4 +1,4 @@
-"""Weights & Biases, through Lightning's logger: figures, the run's configuration, and tables of samples."""
+"""Logs to Weights & Biases through Lightning's logger: metrics, the run's configuration, and tables of samples."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rlkd.training.module import PolicyModule
 from rlkd.types import Batch
 
 COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "finish_reason")
-"""Of a table of samples."""
+"""The columns of a table of samples."""
 
 
 def tracking_problems(config: Config) -> list[str]:
-    """What W&B would refuse of its own environment variables, one line each."""
+    """The values of W&B's own environment variables that W&B would reject, one line each."""
     if config.log.wandb == "off":
         return []
     import wandb
@@ -34,23 +34,23 @@ def tracking_problems(config: Config) -> list[str]:
     try:
         wandb.Settings().update_from_env_vars(dict(os.environ))
     except wandb.errors.UsageError as error:
-        return [f"log.wandb: W&B says: {' '.join(str(error).split())}; correct its environment variable or unset it"]
+        return [f"log.wandb: W&B: {' '.join(str(error).split())}; correct its environment variable or unset it"]
     except ValidationError as error:
         names = [(f"WANDB_{str(fault['loc'][0]).upper()}", fault) for fault in error.errors()]
         shown = {name: "" if "KEY" in name else f"got {fault['input']!r}; " for name, fault in names}
         return [
-            f"{name}: {shown[name]}W&B says: {fault['msg']}; correct the variable or unset it, or set log.wandb: off"
+            f"{name}: {shown[name]}W&B: {fault['msg']}; correct the variable or unset it, or set log.wandb: off"
             for name, fault in names
         ]
     return []
 
 
 def loggers(config: Config) -> list[Logger]:
-    """What `log.wandb` says, with the run's `config.yaml` as its config; a resumed run goes on in the same W&B run.
+    """The loggers for `log.wandb`, with the run's `config.yaml` as config; a resumed run continues the same W&B run.
 
-    A W&B that cannot be reached does not end a run, nor hold it up: it is told, and this run is logged offline.
+    If W&B cannot be reached, a warning is printed and the run logs offline.
 
-    Raises: RunStopped when W&B refuses, for want of an API key, say.
+    Raises: RunStopped if W&B rejects the run, for example without an API key.
     """
     if config.log.wandb == "off":
         return []
@@ -62,11 +62,11 @@ def loggers(config: Config) -> list[Logger]:
     try:
         assert logger.experiment is not None  # connects now
     except wandb.errors.CommError as error:
-        wandb.teardown()  # else its service holds the run's id as taken
-        said = " ".join(str(error).split())[:200]
+        wandb.teardown()  # otherwise its service treats the run's id as taken
+        reason = " ".join(str(error).split())[:200]
         folder = Path(config.run_dir, "wandb")
         print(
-            f"log.wandb: no connection ({said}); logging offline, upload later by: wandb sync {folder}/offline-*",
+            f"log.wandb: no connection ({reason}); logging offline, upload later with: wandb sync {folder}/offline-*",
             file=sys.stderr,
             flush=True,
         )
@@ -77,7 +77,7 @@ def loggers(config: Config) -> list[Logger]:
 
 
 def finish(config: Config) -> None:
-    """End the W&B run, if there is one: the next stage is a run of its own."""
+    """End the W&B run, if there is one. The next stage gets its own."""
     if config.log.wandb != "off":
         import wandb
 
@@ -101,23 +101,24 @@ def _logger(config: Config, *, offline: bool) -> WandbLogger:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    """The run's configuration as its `config.yaml` has it, where references such as ${oc.env:X} stay as written: what
-    they stand for may be a secret."""
+    """The run's configuration from its `config.yaml`, in which references such as ${oc.env:X} are not resolved, since
+    their values may be secrets."""
     path = Path(config.run_dir, "config.yaml")
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     return settings
 
 
 class Samples(IterationCallback):
-    """A table of a few rollouts in W&B, wherever there is an evaluation and after the last iteration.
+    """Logs a table of a few rollouts to W&B at every evaluation and after the last iteration.
 
-    They are those of the report: of the newest dump (`log.rollouts_every`), so the whole run's are in `rollouts/`.
+    The rollouts are the same as in the report, from the newest file (`log.rollouts_every`). `rollouts/` has all files.
     """
 
     def __init__(self, config: Config):
         self.config = config
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
+        """Log the table if it is due."""
         done, every = batch.iteration + 1, self.config.eval.every
         due = done == self.config.run.iterations or (every > 0 and done % every == 0)
         if not due or distributed.rank() != 0:
@@ -130,5 +131,5 @@ class Samples(IterationCallback):
 
 
 def _cell(value: Any) -> Any:
-    """A column of W&B's has one type; half of a surrogate pair, which a completion may hold, is no UTF-8."""
+    """A value for a table. Half a surrogate pair, which a completion may contain, is escaped for UTF-8."""
     return value.encode("utf-8", errors="backslashreplace").decode() if isinstance(value, str) else value

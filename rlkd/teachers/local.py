@@ -1,4 +1,4 @@
-"""A frozen Hugging Face model in this process: the teacher, or the student's own start as a reference."""
+"""A frozen Hugging Face model in this process: a teacher, or the initial student as a reference."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rlkd.types import Completion, Signal, TeacherScores
 class LocalScorer(FixedTeacher):
     """Scores in batches of similar length. See `Teacher` for the protocol.
 
-    Every rank holds a whole copy; a model too large for that belongs behind a server.
+    Every rank holds a full copy. Serve a model that is too large for that.
     """
 
     def __init__(
@@ -40,9 +40,9 @@ class LocalScorer(FixedTeacher):
     ):
         """
         Args:
-            vocabulary: how many tokens student and teacher have in common (vocabulary.py); all scores are over them.
-            temperature: of all scores.
-            batch_tokens: tokens, padding included, of one forward.
+            vocabulary: the number of tokens that student and teacher share (vocabulary.py); all scores are over them.
+            temperature: used for all scores.
+            batch_tokens: maximal number of tokens in one forward pass, including padding.
         """
         self.path = path
         self.vocabulary = vocabulary
@@ -53,12 +53,13 @@ class LocalScorer(FixedTeacher):
         self.attention = attention
         self.trust_remote_code = trust_remote_code
         self._hf: PreTrainedModel | None = None
-        self._writes = False  # whether it is known that it can; one that only scores need not
+        self._writes = False  # whether check_decode has passed; it is not needed for scoring
 
     def start(self) -> None:
-        pass
+        """Nothing to start."""
 
     def open(self) -> None:
+        """Load the model. Raises: RunStopped, see `load_causal_lm`."""
         hf = load_causal_lm(
             self.path,
             self.dtype,
@@ -69,18 +70,22 @@ class LocalScorer(FixedTeacher):
         self._hf = hf.eval().requires_grad_(False)
 
     def close(self) -> None:
+        """Free the model."""
         self._hf = None
 
     @property
     def hf(self) -> PreTrainedModel:
-        assert self._hf is not None, "open() comes first"
+        """The loaded model."""
+        assert self._hf is not None, "call open() first"
         return self._hf
 
     def layers(self) -> tuple[OutputLayer, ...]:
+        """See `Teacher.layers`."""
         return (OutputLayer.of(self.hf, self.vocabulary),)
 
     @torch.no_grad()
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+        """See `Teacher.score`. Sorts by length, so that a forward pass has little padding."""
         check_scorable(questions)
         lengths = [len(q.prompt) + len(q.completion) for q in questions]
         layer = OutputLayer.of(self.hf, self.vocabulary)
@@ -97,12 +102,13 @@ class LocalScorer(FixedTeacher):
             logprobs, _ = token_logprobs(hidden, layer, ids, temperature=self.temperature, config=self.hf.config)
             for row, i in enumerate(part):
                 start, end = len(questions[i].prompt), lengths[i]
-                # The token before it is what a token is predicted from.
+                # A token is predicted from the state of the token before it.
                 states = hidden[row, start - 1 : end - 1]
                 scores[i] = self._scores(logprobs[row, start:end], states, signal, questions[i].ids)
         return [score for score in scores if score is not None]
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+        """See `Teacher.write`. Raises: RunStopped if `decode` cannot sample from this model."""
         ends = end_ids(self.path, self.trust_remote_code)
         if not self._writes:
             check_decode(self.hf, self.path)
@@ -118,8 +124,8 @@ class LocalScorer(FixedTeacher):
         return completions
 
     def _scores(self, logprobs: Tensor, hidden: Tensor, signal: Signal, given: Tensor | None) -> TeacherScores:
-        """Of one completion: log-probs [L] of its tokens, the hidden states [L, H] that they come from, and the tokens
-        [L, K] that are given."""
+        """The scores of one completion, from the log-probs [L] of its tokens, the hidden states [L, H] that predict
+        them, and the given token ids [L, K], if any."""
         values = tuple(logprobs.tolist())
         if signal.tier == "sampled":
             return TeacherScores(logprobs=values)
@@ -127,17 +133,17 @@ class LocalScorer(FixedTeacher):
             return TeacherScores(logprobs=values, hidden=hidden.to("cpu", copy=True))
         layer, vocabulary = OutputLayer.of(self.hf, self.vocabulary), self.vocabulary
         step = max(1, CHUNK_LOGITS // vocabulary)
-        assert signal.tier != "given" or given is not None, "the question names no tokens"
-        ids, figures = [], []
+        assert signal.tier != "given" or given is not None, "the question has no ids"
+        ids, top_logprobs = [], []
         for start in range(0, len(hidden), step):
             scored = (layer.logits(hidden[start : start + step], vocabulary) / self.temperature).log_softmax(-1)
             if given is None or signal.tier == "top_k":
                 best = scored.topk(min(signal.k, vocabulary))
                 ids.append(best.indices)
-                figures.append(best.values)
+                top_logprobs.append(best.values)
             else:
-                asked = given[start : start + step].to(scored.device)
-                absent = (asked < 0) | (asked >= vocabulary)  # −1: fewer than k were to be had
-                ids.append(asked.masked_fill(absent, -1))
-                figures.append(scored.gather(-1, asked.masked_fill(absent, 0)).masked_fill(absent, -torch.inf))
-        return TeacherScores(logprobs=values, top_ids=torch.cat(ids).cpu(), top_logprobs=torch.cat(figures).cpu())
+                requested = given[start : start + step].to(scored.device)
+                absent = (requested < 0) | (requested >= vocabulary)  # −1: padding
+                ids.append(requested.masked_fill(absent, -1))
+                top_logprobs.append(scored.gather(-1, requested.masked_fill(absent, 0)).masked_fill(absent, -torch.inf))
+        return TeacherScores(logprobs=values, top_ids=torch.cat(ids).cpu(), top_logprobs=torch.cat(top_logprobs).cpu())

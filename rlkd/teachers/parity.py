@@ -1,4 +1,4 @@
-"""The start-up check behind `teacher.check_parity`: does the teacher path score tokens as it should?"""
+"""The start-up check behind `teacher.check_parity`: does the teacher score tokens correctly?"""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ PROMPTS = 8
 def check_parity(
     config: Config, prompts: Sequence[Prompt], policy: Sampler, reference: LocalScorer, teacher: Teacher | None
 ) -> dict[str, float]:
-    """Score fresh samples of the untrained student twice and compare.
+    """Score fresh samples of the untrained student twice and compare the log-probs.
 
-    Student as teacher: the frozen start must score the student's samples as its sampler did (an off-by-one, another
-    chat template or temperature shows here). Served against local: a served teacher must score them as the same
-    model does in this process.
+    Student as teacher: the frozen initial student must give the samples the same log-probs as the sampler, which finds
+    shifted positions and differing chat templates or temperatures. Served against local: a served teacher must give
+    the same log-probs as the same model in this process.
 
     Args:
-        prompts: of this rank; the first few are used.
-        policy: holds the student's start weights.
-        reference: the student's start, opened.
+        prompts: this rank's prompts; the first few are used.
+        policy: a sampler with the student's initial weights.
+        reference: the initial student, opened.
         teacher: the run's teacher, opened.
 
-    Returns: the mean gap a token in nats, of the worst rank. Raises: RunStopped above `rollout.max_mismatch`.
+    Returns: the mean difference per token in nats, on the worst rank. Raises: RunStopped if it is above
+        `rollout.max_mismatch`.
     """
     questions, gap = sampler_gap(config, prompts, policy, reference)
     gaps = {"student as teacher": gap}
@@ -56,8 +57,8 @@ def check_parity(
     for name, gap in worst.items():
         if not gap <= config.rollout.max_mismatch:
             raise RunStopped(
-                f"teacher.check_parity: {name} differ by {gap:.3g} nats a token on average, more than "
-                f"rollout.max_mismatch = {config.rollout.max_mismatch}; check the model folders, dtypes and "
+                f"teacher.check_parity: {name}: expected a mean difference of at most rollout.max_mismatch = "
+                f"{config.rollout.max_mismatch} nats per token, got {gap:.3g}; check the model folders, dtypes and "
                 "temperatures of both sides"
             )
     return worst
@@ -66,8 +67,11 @@ def check_parity(
 def sampler_gap(
     config: Config, prompts: Sequence[Prompt], policy: Sampler, same: LocalScorer
 ) -> tuple[list[Question], float]:
-    """A fresh sample of each of the first few prompts, and the mean gap a token, in nats, between its log-probs by the
-    sampler and by the `same` model in this process, which is open."""
+    """Sample one completion of each of the first few prompts.
+
+    Returns: (the samples as questions, the mean difference per token, in nats, between their log-probs by the sampler
+        and by `same`, the same model opened in this process).
+    """
     sampling = Sampling(
         temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed
     )
@@ -78,6 +82,6 @@ def sampler_gap(
 
 
 def _gap(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
-    """Mean |a − b| over all tokens, as `mismatch/mean` is one."""
+    """Mean |a − b| over all tokens, like `mismatch/mean`."""
     gaps = [abs(x - y) for row_a, row_b in zip(a, b, strict=True) for x, y in zip(row_a, row_b, strict=True)]
     return math.fsum(gaps) / len(gaps)

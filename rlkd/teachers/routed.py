@@ -1,4 +1,4 @@
-"""Several teachers: a column of the data says whose a prompt is."""
+"""Several teachers: a column of the data selects the teacher of each prompt."""
 
 from __future__ import annotations
 
@@ -16,52 +16,58 @@ Answer = TypeVar("Answer")
 
 
 class RoutedTeacher(FixedTeacher):
-    """Implements `Teacher` by asking, for each question, the one that its data names."""
+    """Implements `Teacher`: passes each question to the teacher named in its data."""
 
     def __init__(self, column: str, teachers: Mapping[str, Teacher]) -> None:
         self.column = column
         self.teachers = dict(teachers)
 
     def start(self) -> None:
+        """Start all teachers."""
         for teacher in self.teachers.values():
             teacher.start()
 
     def open(self) -> None:
+        """Open all teachers."""
         for teacher in self.teachers.values():
             teacher.open()
 
     def close(self) -> None:
+        """Close all teachers."""
         for teacher in self.teachers.values():
             teacher.close()
 
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+        """See `Teacher.score`. `TeacherScores.teacher` is the index of the teacher that scored."""
         scores = self._ask(questions, lambda teacher, part: teacher.score(part, signal))
         index = {name: i for i, name in enumerate(self.teachers)}
         return [replace(s, teacher=index[self._name(q)]) for q, s in zip(questions, scores, strict=True)]
 
     def layers(self) -> tuple[OutputLayer, ...]:
+        """The output layers of all teachers, in order."""
         return tuple(layer for teacher in self.teachers.values() for layer in teacher.layers())
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+        """See `Teacher.write`."""
         return self._ask(questions, lambda teacher, part: teacher.write(part, sampling, iteration))
 
     def _name(self, question: Question) -> str:
-        """Raises: RunStopped for data that names no teacher of ours."""
+        """The name of the teacher that a question goes to. Raises: RunStopped if the data names an unknown teacher."""
         name = question.meta.get(self.column)
         if name not in self.teachers:
             raise RunStopped(
-                f"teacher.column: a prompt has {self.column!r} = {name!r}, but the teachers are called "
-                f"{', '.join(self.teachers)}"
+                f"teacher.column: expected {self.column!r} to be one of {', '.join(self.teachers)} in every prompt, "
+                f"got {name!r}; change the data, or add that teacher"
             )
         return str(name)
 
     def _ask(
         self, questions: Sequence[Question], act: Callable[[Teacher, list[Question]], Sequence[Answer]]
     ) -> list[Answer]:
-        """Each teacher answers its own questions; the answers come back in the order of the questions."""
+        """Pass each teacher its questions, and return all answers in the order of `questions`."""
         names = [self._name(question) for question in questions]
         answers = {
-            name: iter(act(teacher, [q for q, whose in zip(questions, names, strict=True) if whose == name]))
+            name: iter(act(teacher, [q for q, its_name in zip(questions, names, strict=True) if its_name == name]))
             for name, teacher in self.teachers.items()
             if name in names
         }

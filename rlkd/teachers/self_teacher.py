@@ -1,4 +1,4 @@
-"""The student as its own teacher: its start, a moving average of its weights, or the weights that sampled."""
+"""The student as its own teacher: its initial weights, a moving average, or the weights that sampled."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ FILE = "self_teacher.safetensors"
 
 
 class SelfTeacher(LocalScorer):
-    """A copy of the student in every trainer process, which follows it as `teacher.weights` says.
+    """A copy of the student in every trainer process, which follows the student according to `teacher.weights`.
 
-    fixed: never. live: takes over what is published to the sampler. ema: w ← decay · w + (1 − decay) · published,
-    once an iteration, in fp32.
+    fixed: it keeps the initial weights. live: it uses the weights published to the sampler. ema: once per iteration
+    w ← decay · w + (1 − decay) · published, in fp32.
     """
 
     def __init__(self, config: Config) -> None:
@@ -41,10 +41,11 @@ class SelfTeacher(LocalScorer):
         self.weights = teacher.weights
         self.decay = teacher.decay
         self.version = 0
-        """Iterations that the weights have followed."""
+        """The student's version that the weights have followed so far."""
         self._average: dict[str, Tensor] = {}
 
     def open(self) -> None:
+        """See `LocalScorer.open`."""
         super().open()
         if self.weights == "ema":
             self._average = {name: value.float().clone() for name, value in self.hf.state_dict().items()}
@@ -59,7 +60,7 @@ class SelfTeacher(LocalScorer):
         return tuple(layer.copy() for layer in layers) if self.follows else layers
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Follow the student to `version`; the version that it has already (a resumed run's first) changes nothing."""
+        """Follow the student to `version`. The current version (in a resumed run, the first) changes nothing."""
         if self.weights == "live":
             self.hf.load_state_dict(dict(weights), strict=True)
         elif self.weights == "ema" and version != self.version:
@@ -70,12 +71,12 @@ class SelfTeacher(LocalScorer):
         self.version = version
 
     def save(self, folder: Path) -> None:
-        """Keep what a resumed run cannot recompute, in a checkpoint's folder. Rank 0's is every rank's."""
+        """Save the average, which a resumed run cannot recompute, in a checkpoint's folder. All ranks have the same."""
         if self.weights == "ema" and distributed.rank() == 0:
             save_file({name: value.contiguous() for name, value in self._average.items()}, folder / FILE)
 
     def restore(self, folder: Path, version: int) -> None:
-        """Be as `save` left it after iteration `version`."""
+        """Load the state that `save` wrote at `version`."""
         if self.weights == "ema":
             saved = load_file(folder / FILE)
             self._average = {name: saved[name].to(value) for name, value in self._average.items()}

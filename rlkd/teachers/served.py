@@ -24,15 +24,16 @@ from rlkd.types import Completion, Signal, TeacherScores
 
 _PER_REQUEST = 16
 _AT_ONCE = 16
-"""Requests under way at one server."""
+"""Requests in progress at one server."""
 
 _ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
-"""The route that scores tokens of our choice; and since vLLM holds the log-probs of all scheduled prompt tokens over
-the whole vocabulary at once, 4 bytes each, few of them. It answers with the top 20 at most, unless told otherwise."""
+"""vLLM needs --enable-scale-out for the route that scores given tokens. It keeps the log-probs of all scheduled prompt
+tokens over the full vocabulary in memory, 4 bytes each, so few tokens are scheduled at a time. By default it returns at
+most the top 20."""
 
 
 def teacher_role(config: Config, teacher: ServedTeacherConfig) -> ServerRole:
-    """What a server of `teacher` must be started as."""
+    """How the servers of `teacher` must be started."""
     return ServerRole(
         name="teacher",
         model=resolve(teacher.path),
@@ -43,20 +44,20 @@ def teacher_role(config: Config, teacher: ServedTeacherConfig) -> ServerRole:
 
 
 def teacher_longest(config: Config) -> int:
-    """Tokens of the longest sequence that a teacher's server sees: it generates one beyond what it scores."""
+    """The length of the longest sequence at a teacher's server, in tokens; vLLM generates one more than it scores."""
     return sum(config.algorithm.teacher_lengths(config).values()) + 1
 
 
 class _ServedScorer(FixedTeacher):
-    """Asks servers for the log-probs of a prompt: prompt and completion, taken together."""
+    """Scores completions by requesting the prompt log-probs of prompt and completion together from servers."""
 
     pool: ServerPool
 
     def __init__(self, ends: Sequence[int], vocabulary: int) -> None:
         """
         Args:
-            ends: token ids that end what the teacher writes.
-            vocabulary: it writes only ids below this one (vocabulary.py).
+            ends: token ids that end a completion by the teacher.
+            vocabulary: the teacher writes only ids below it (vocabulary.py).
         """
         self._ends = tuple(ends)
         self._vocabulary = vocabulary
@@ -65,9 +66,9 @@ class _ServedScorer(FixedTeacher):
         raise NotImplementedError
 
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
-        """See `Teacher.score`. Hidden states do not leave a server: `signal.tier` is sampled, top_k or given.
+        """See `Teacher.score`. A server does not return hidden states: `signal.tier` is sampled, top_k or given.
 
-        Raises: ServerError when the servers are gone or an answer is not complete and finite.
+        Raises: ServerError if the servers are lost or a response is incomplete or not finite.
         """
         check_scorable(questions)
         size = 1 if signal.tier == "given" else _PER_REQUEST
@@ -81,10 +82,11 @@ class _ServedScorer(FixedTeacher):
         return [scores for answer in self._run(parts, one) for scores in answer]
 
     def layers(self) -> tuple[OutputLayer, ...]:
+        """None, since the scores have no hidden states."""
         return ()
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
-        """See `Teacher.write`. Raises: ServerError as `score` does."""
+        """See `Teacher.write`. Raises: ServerError, see `score`."""
 
         def one(client: VLLMClient, model: str, question: Question) -> Completion:
             seed = request_seed(sampling.seed, iteration, f"teacher/{question.name}")
@@ -96,9 +98,10 @@ class _ServedScorer(FixedTeacher):
 
 
 class ServedTeacher(_ServedScorer):
-    """A frozen model behind one or more servers. See `Teacher` for the protocol.
+    """A frozen model on one or more servers. See `Teacher` for the protocol.
 
-    Its scores are at temperature 1: vLLM applies no temperature to them. Servers that go away are waited for.
+    Its scores are at temperature 1, since vLLM applies no temperature to prompt log-probs. If all servers are lost, it
+    waits until one is back.
     """
 
     def __init__(self, config: Config, teacher: ServedTeacherConfig) -> None:
@@ -110,13 +113,16 @@ class ServedTeacher(_ServedScorer):
         self.pool = ServerPool(teacher_role(config, teacher), teacher.server, self._longest)
 
     def start(self) -> None:
-        """Raises: RunStopped when the server cannot be started."""
+        """Start the servers if `launch` is set. Raises: RunStopped if one cannot be started."""
         if self._settings.server.launch:
             of_policy, of_teacher = server_counts(self._config)
             self.pool.start(self._config.run_dir, slots=(of_policy, of_policy + of_teacher))
 
     def open(self) -> None:
-        """Raises: RunStopped when the server does not come up, cannot be reached, or serves another model."""
+        """Connect to the servers.
+
+        Raises: RunStopped if a server does not come up, cannot be reached, or serves another model.
+        """
         self.pool.open(self._settings.addresses, self._model_path)
 
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
@@ -126,18 +132,19 @@ class ServedTeacher(_ServedScorer):
         return self.pool.run(jobs, act, _AT_ONCE, patient=is_the_teacher)
 
     def close(self) -> None:
-        """Ends the servers that we started; lets go of the others."""
+        """Stop the servers that this run started, and disconnect from the others."""
         self.pool.close()
 
 
 class PolicyServerTeacher(_ServedScorer):
-    """The student as its own teacher: the servers that sample also score."""
+    """The student as its own teacher: the servers that sample also score its tokens."""
 
     def __init__(self, policy: VLLMSampler, ends: Sequence[int], base: bool = False) -> None:
         """
         Args:
             ends: see `_ServedScorer`.
-            base: by the model that adapters are on top of, the student's start; else by the live student.
+            base: True: score with the base model without adapters, which is the initial student. False: score with the
+                current student.
         """
         super().__init__(ends, policy.vocabulary)
         self._policy = policy
@@ -145,28 +152,28 @@ class PolicyServerTeacher(_ServedScorer):
         self.pool = policy.pool
 
     def start(self) -> None:
-        pass
+        """Nothing to do; the sampler starts the servers."""
 
     def open(self) -> None:
-        """The sampler opens its servers."""
+        """Nothing to do; the sampler connects to the servers."""
 
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
         if self._base:
             answers = self.pool.run(jobs, act, _AT_ONCE, patient=None)
         else:
             answers = self._policy.run(jobs, act, _AT_ONCE)
-        self._policy.check_version()  # a score does not say which weights it is of
+        self._policy.check_version()  # a response does not name the version of its weights
         return answers
 
     def close(self) -> None:
-        """They belong to the sampler."""
+        """Nothing to do; the servers belong to the sampler."""
 
 
 def request_scores(
     client: VLLMClient, model: str, questions: Sequence[Question], signal: Signal
 ) -> list[TeacherScores]:
-    """Ask one server once. Raises: ServerError when the answer is not complete and finite."""
-    assert signal.tier != "hidden", "hidden states do not leave a server"
+    """Scores from one request to one server. Raises: ServerError if the response is incomplete or not finite."""
+    assert signal.tier != "hidden", "a server does not return hidden states"
     answer = client.post(
         "/v1/completions",
         {
@@ -174,7 +181,7 @@ def request_scores(
             "prompt": [[*q.prompt, *q.completion] for q in questions],
             "max_tokens": 1,
             "temperature": 0,
-            "prompt_logprobs": signal.k,  # besides the actual token's
+            "prompt_logprobs": signal.k,  # in addition to that of the actual token
         },
         CompletionsAnswer,
     )
@@ -193,11 +200,11 @@ def request_scores(
 
 
 def request_given(client: VLLMClient, model: str, question: Question) -> TeacherScores:
-    """Ask one server for the log-probs of the completion and of `question.ids`.
+    """The log-probs of the completion tokens and of `question.ids`, from one server.
 
-    Raises: ServerError when the answer is not complete and finite, or the server has vLLM's old runner (on a CPU).
+    Raises: ServerError if the response is incomplete or not finite, or the server runs vLLM's old runner (on a CPU).
     """
-    assert question.ids is not None, "the question names no tokens"
+    assert question.ids is not None, "the question has no ids"
     actual = torch.tensor(question.completion)[:, None]
     rows = torch.cat([actual, question.ids], dim=1)
     answer = client.post(
@@ -206,36 +213,36 @@ def request_given(client: VLLMClient, model: str, question: Question) -> Teacher
             "model": model,
             "token_ids": [*question.prompt, *question.completion],
             "sampling_params": {
-                "max_tokens": 1,  # vLLM insists
+                "max_tokens": 1,  # vLLM's minimum
                 "temperature": 0,
                 "detokenize": False,
                 "prompt_logprob_token_ids": rows.tolist(),
-                "prompt_logprob_start": len(question.prompt) - 1,  # what the first completion token is predicted from
+                "prompt_logprob_start": len(question.prompt) - 1,  # predicts the first completion token
             },
         },
         GivenAnswer,
     )
     check_model(answer.model, model, client.url)
     if answer.prompt_token_id_logprobs is None:
-        raise ServerError(f"{client.url}: no log-probs of the tokens that were to be scored")
+        raise ServerError(f"{client.url}: expected log-probs of the given tokens, got none")
     try:
-        figures = torch.from_numpy(float_array(answer.prompt_token_id_logprobs, rows.shape))
+        logprobs = torch.from_numpy(float_array(answer.prompt_token_id_logprobs, rows.shape))
     except ValueError as error:
         raise ServerError(f"{client.url}: log-probs of given tokens: {' '.join(str(error).split())[:200]}") from error
-    if not figures[:, 0].isfinite().all() or figures.isnan().any() or (figures == torch.inf).any():
-        raise ServerError(f"{client.url}: a log-prob is NaN, or that of a completion token not finite")
-    absent = figures[:, 1:] == -torch.inf
+    if not logprobs[:, 0].isfinite().all() or logprobs.isnan().any() or (logprobs == torch.inf).any():
+        raise ServerError(f"{client.url}: a log-prob is NaN or +inf, or a completion token's is not finite")
+    absent = logprobs[:, 1:] == -torch.inf
     return TeacherScores(
-        logprobs=tuple(figures[:, 0].tolist()),
+        logprobs=tuple(logprobs[:, 0].tolist()),
         top_ids=question.ids.masked_fill(absent, -1),
-        top_logprobs=figures[:, 1:],
+        top_logprobs=logprobs[:, 1:],
     )
 
 
 def request_completion(
     client: VLLMClient, model: str, prompt: Sequence[int], sampling: Sampling, seed: int, ends: Sequence[int]
 ) -> Completion:
-    """One completion by a plain server. Raises: ServerError when the answer is not complete and finite."""
+    """One completion from a server. Raises: ServerError if the response is incomplete or not finite."""
     answer = client.post(
         "/v1/completions",
         {
@@ -243,11 +250,11 @@ def request_completion(
             "prompt": [list(prompt)],
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
-            # a greedy request needs none, and on a CPU vLLM 0.32 can die of a seeded prefill in two parts
+            # greedy requests need no seed, and vLLM 0.32 on a CPU can crash on a seeded prefill in two parts
             **({"seed": seed} if sampling.temperature > 0 else {}),
             "logprobs": 0,
             "return_token_ids": True,
-            "ignore_eos": True,  # stop at our ids and at no others
+            "ignore_eos": True,  # stop only at our ids
             "stop_token_ids": sorted(ends),
             "include_stop_str_in_output": True,
         },
@@ -255,31 +262,31 @@ def request_completion(
     )
     check_model(answer.model, model, client.url)
     if len(answer.choices) != 1:
-        raise ServerError(f"{client.url}: {len(answer.choices)} completions, wanted 1")
+        raise ServerError(f"{client.url}: expected 1 completion, got {len(answer.choices)}")
     (choice,) = answer.choices
     token_ids = tuple(choice.token_ids or ())
-    figures = choice.logprobs.token_logprobs if choice.logprobs is not None else []
-    if len(token_ids) != len(figures) or not 0 < len(token_ids) <= sampling.max_tokens:
+    raw = choice.logprobs.token_logprobs if choice.logprobs is not None else []
+    if len(token_ids) != len(raw) or not 0 < len(token_ids) <= sampling.max_tokens:
         raise ServerError(
-            f"{client.url}: {len(token_ids)} tokens, {len(figures)} log-probs; wanted as many of both, 1 to "
-            f"{sampling.max_tokens}"
+            f"{client.url}: expected 1 to {sampling.max_tokens} tokens with one log-prob each, got {len(token_ids)} "
+            f"tokens and {len(raw)} log-probs"
         )
     what = f"{client.url}: the log-prob of written token"
-    logprobs = tuple(possible(figure, f"{what} {i}") for i, figure in enumerate(figures))
+    logprobs = tuple(possible(logprob, f"{what} {i}") for i, logprob in enumerate(raw))
     ended = token_ids[-1] in ends
     return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason="stop" if ended else "length")
 
 
 def top_logprobs(entries: Sequence[Mapping[int, Figure] | None], k: int) -> tuple[Tensor, Tensor]:
-    """([L, k] ids, [L, k] log-probs), likeliest first. Where the vocabulary has fewer tokens, the id is −1.
+    """([L, k] ids, [L, k] log-probs), most likely first. If the vocabulary has fewer than k tokens, the rest is −1.
 
-    An entry has the k likeliest tokens and, if it is none of them, the actual one.
+    An entry has the k most likely tokens and, if it is not among them, the actual token.
     """
     ids = torch.full((len(entries), k), -1)
     logprobs = torch.full((len(entries), k), -torch.inf)
     for row, entry in enumerate(entries):
-        figures = [(one.logprob, token) for token, one in (entry or {}).items() if is_possible(one.logprob)]
-        best = sorted(figures, reverse=True)[:k]
+        candidates = [(one.logprob, token) for token, one in (entry or {}).items() if is_possible(one.logprob)]
+        best = sorted(candidates, reverse=True)[:k]
         ids[row, : len(best)] = torch.tensor([token for _, token in best])
         logprobs[row, : len(best)] = torch.tensor([logprob for logprob, _ in best])
     return ids, logprobs
@@ -288,17 +295,19 @@ def top_logprobs(entries: Sequence[Mapping[int, Figure] | None], k: int) -> tupl
 def completion_logprobs(
     entries: Sequence[Mapping[int, Figure] | None], prompt: Sequence[int], completion: Sequence[int], where: str
 ) -> tuple[float, ...]:
-    """The log-prob of each completion token out of vLLM's `prompt_logprobs`, one entry (token id → figure) a token.
+    """The log-prob of each completion token, from vLLM's `prompt_logprobs`.
 
-    Raises: ServerError for one that is missing, or vLLM's stand-in for −inf.
+    `entries` has one entry (token id → log-prob) for each token of prompt and completion.
+
+    Raises: ServerError if one is missing or vLLM's placeholder for −inf.
     """
     length = len(prompt) + len(completion)
     if len(entries) != length:
-        raise ServerError(f"{where}: {length} tokens were to be scored, the answer has {len(entries)}")
+        raise ServerError(f"{where}: expected scores of {length} tokens, got {len(entries)}")
     logprobs = []
     for position, token in enumerate(completion):
-        figure = (entries[len(prompt) + position] or {}).get(token)
-        if figure is None:
+        scored = (entries[len(prompt) + position] or {}).get(token)
+        if scored is None:
             raise ServerError(f"{where}: no log-prob of completion token {position}, which is {token}")
-        logprobs.append(possible(figure.logprob, f"{where}: the log-prob of completion token {position}"))
+        logprobs.append(possible(scored.logprob, f"{where}: the log-prob of completion token {position}"))
     return tuple(logprobs)

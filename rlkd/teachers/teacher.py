@@ -1,4 +1,4 @@
-"""The protocol that every teacher keeps."""
+"""The protocol that every teacher implements."""
 
 from __future__ import annotations
 
@@ -16,55 +16,58 @@ from rlkd.types import Completion, Signal, TeacherScores
 
 @dataclass(frozen=True)
 class Question:
-    """What a teacher is asked about one rollout."""
+    """A request to a teacher about one rollout."""
 
     prompt: Sequence[int]
-    """Token ids as the teacher reads them."""
+    """The prompt's token ids as the teacher reads them."""
     completion: Sequence[int] = ()
-    """Token ids to be scored; none where the teacher is to write."""
+    """Token ids to score; empty if the teacher is to write."""
     ids: Tensor | None = field(default=None, compare=False)  # [L, K]
-    """Other tokens to be scored at the place of each of the completion; −1: none."""
+    """Extra token ids to score at each completion position; −1: padding."""
     name: str = ""
-    """What is drawn for it is a function of this."""
+    """A stable name; the teacher's sampling noise is a function of it."""
     meta: Mapping[str, Any] = field(default_factory=dict)
-    """The other columns of the data; they choose among several teachers."""
+    """The other columns of the data, which select one of several teachers."""
 
 
 def check_scorable(questions: Sequence[Question]) -> None:
-    """Raises: ValueError for a question without a prompt (the first token has no past) or without a completion."""
+    """Check that every question has a prompt, from which the first token is predicted, and a completion.
+
+    Raises: ValueError otherwise.
+    """
     for question in questions:
         if not question.prompt or not question.completion:
             raise ValueError(
-                f"a teacher needs a prompt and a completion, got {len(question.prompt)} and "
-                f"{len(question.completion)} tokens"
+                f"a teacher scores a prompt with a completion: expected at least 1 token of each, got "
+                f"{len(question.prompt)} and {len(question.completion)}"
             )
 
 
 class Teacher(Protocol):
-    """Scores token ids that somebody else wrote, and writes some. Frozen; never a submodule of the student."""
+    """Scores given token ids and writes completions. It is frozen, and never a submodule of the student."""
 
     def start(self) -> None:
-        """Begin what takes long, such as starting a server, without waiting. Every rank calls it, before `open`."""
+        """Begin slow operations, such as starting a server, without waiting. Every rank calls it before `open`."""
         ...
 
     def open(self) -> None:
-        """Load the model or connect to the server. Every rank calls it, after the process group exists."""
+        """Load the model or connect to the server. Every rank calls it after the process group exists."""
         ...
 
     def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
-        """What `signal` asks for, of every token of each completion given all before it."""
+        """The scores that `signal` requests for every completion token, given all tokens before it."""
         ...
 
     def layers(self) -> tuple[OutputLayer, ...]:
-        """The output layers for the hidden states in its scores; () where it gives none."""
+        """The output layers that belong to the hidden states in its scores; () if it returns none."""
         ...
 
     def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
-        """One completion after each prompt. What is drawn is a function of (sampling.seed, iteration, name)."""
+        """One completion of each prompt. The sample is a function of (sampling.seed, iteration, question.name)."""
         ...
 
     def close(self) -> None:
-        """Free what `open` took."""
+        """Release the model, or the servers and connections."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""What only a CUDA device shows. `pytest -m gpu`."""
+"""Tests that need a CUDA device: `pytest -m gpu`."""
 
 import json
 import subprocess

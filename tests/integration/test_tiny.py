@@ -1,4 +1,4 @@
-"""The built-in task and its models: what they must be for the learning tests to mean anything."""
+"""The built-in task and its models: the properties that the learning tests rely on."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def test_greedy_accuracy_is_in_bounds(capsys):
 
 def test_check_fails_on_a_model_out_of_bounds(tmp_path, capsys, tok):
     for name in FOLDERS:
-        (tmp_path / name).symlink_to(FOLDERS["teacher"])  # a student that is too good, a mentor that knows no form
+        (tmp_path / name).symlink_to(
+            FOLDERS["teacher"]
+        )  # a student that is too good, a mentor that does not know the format
     assert not make.check(tmp_path, task.rows("heldout")[:32])
     printed = capsys.readouterr().out
     assert "student plain: 1.000 (wanted 0.05 to 0.2)  OUT OF BOUNDS" in printed
@@ -145,7 +147,7 @@ def test_the_mentors_examples_are_what_it_is_to_write(tok):
         answer = word[::-1]
         if " answer: " not in example.prompt:
             assert example.prompt == f"reverse: {word}" and example.written == example.wanted
-            assert task.MARKER not in example.wanted, "it is not taught to reflect unasked"
+            assert task.MARKER not in example.wanted, "it is not taught to reflect without being asked"
             if example.given:
                 assert i >= 400 and example.wanted == answer and re.fullmatch(GIVEN, example.given)
                 going_on += 1
@@ -176,9 +178,9 @@ def test_what_is_given_is_read_but_not_learnt(tok):
     torch.testing.assert_close(make.supervised_loss(model, tok, [long]), nll[-8:].mean())
 
 
-def test_the_marker_is_the_mentors_alone(tok):
+def test_only_the_mentor_writes_the_marker(tok):
     prompts = [e["prompt"] for e in task.rows("heldout")]
-    for name in ("student", "teacher", "mentor"):  # not even of the mentor, asked for an answer
+    for name in ("student", "teacher", "mentor"):  # not even the mentor's when asked for an answer
         assert not any(task.MARKER in text for text in make.greedy(load(name), tok, prompts))
 
 
@@ -206,8 +208,8 @@ def test_training_is_a_function_of_the_seed(tok):
     assert not torch.equal(first, weights_after_three_steps(1))
 
 
-def test_teacher_goes_on_rightly_after_a_slip(tok):
-    """What distillation needs on a student's own, wrong prefixes."""
+def test_the_teacher_continues_correctly_after_a_mistake(tok):
+    """Distillation needs this on a student's own, wrong prefixes."""
     model, right = load("teacher"), 0
     examples = task.rows("heldout")[:64]
     for example in examples:

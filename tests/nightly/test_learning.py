@@ -1,4 +1,4 @@
-"""What each kind of distillation is for happens on the built-in task: whole runs of a minute, as a user starts them."""
+"""Every kind of distillation reaches its aim on the built-in task, in full runs of a minute, started like a user's."""
 
 import pytest
 import runs

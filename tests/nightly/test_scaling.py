@@ -36,7 +36,7 @@ def test_parameters_and_cache_of_a_dense_model_by_hand():
 
 @pytest.mark.parametrize("tokens", [16, 48])
 def test_flops_of_forward_and_backward_are_those_that_torch_counts(tokens):
-    """Torch counts the whole square of scores, and not the norms; so does this, at a context of all tokens."""
+    """Torch counts the full square of scores and no norms; so does the cost model, at a context of all tokens."""
     hf = LlamaForCausalLM._from_config(SETTINGS, attn_implementation="eager")
     ids = torch.zeros(1, tokens, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
@@ -45,9 +45,11 @@ def test_flops_of_forward_and_backward_are_those_that_torch_counts(tokens):
     with counter:
         logits.sum().backward()
     ours = cost.trunk(TINY, tokens, tokens, 4).flops + 2 * tokens * TINY.output_layer - 2 * tokens * NORMS
-    # and the table of rotary angles: head width / 2 products a token
+    # and the table of rotary angles: head width / 2 products per token
     assert forward == pytest.approx(ours, rel=1e-3)
-    assert counter.get_total_flops() == pytest.approx(2 * forward, rel=2e-3)  # the counter began anew: backward alone
+    assert counter.get_total_flops() == pytest.approx(
+        2 * forward, rel=2e-3
+    )  # the counter was reset: only the backward pass
 
 
 def test_an_update_is_six_flops_a_parameter_and_token_and_four_where_weights_are_frozen():
@@ -74,7 +76,7 @@ def test_a_decode_step_reads_weights_once_and_every_cache():
     assert cost.served_step(TINY, GPU, 8, 100.0, 1) == pytest.approx(read / 2e12)
 
 
-def test_experts_that_nobody_is_sent_to_are_not_read():
+def test_experts_without_tokens_are_not_read():
     mixture = replace(TINY, routed=TINY.blocks / 2, chosen=0.25)
     fixed = mixture.blocks - 0.25 * mixture.routed
     assert cost.touched(mixture, 1) == pytest.approx(mixture.blocks)
@@ -85,11 +87,11 @@ def test_experts_that_nobody_is_sent_to_are_not_read():
 def test_a_rollout_with_room_for_all_takes_the_steps_of_the_longest():
     machine = replace(GPU, flops=float("inf"), memory=float("inf"), step=0.01)
     assert cost.served_rollout(TINY, machine, 8, 8, 4, 100, 1, 4) == pytest.approx(100 * 0.01)
-    # 24 more of 50 tokens in the mean, 8 at a time
+    # 24 more completions of 50 tokens on average, 8 at a time
     assert cost.served_rollout(TINY, machine, 32, 8, 4, 100, 1, 4) == pytest.approx((100 + 24 * 50 / 8) * 0.01)
 
 
-def test_arithmetic_hides_communication_from_some_batch_on():
+def test_arithmetic_hides_communication_above_some_batch_size():
     machine = replace(GPU, flops=1e12)
     small = cost.gpu_training(TINY, machine, 8, 4, 8, 1024)
     large = cost.gpu_training(TINY, machine, 8 * 1024, 4, 8, 1024)

@@ -1,4 +1,4 @@
-"""The Slurm script with stand-ins for Slurm's programs: who gets which machine, and how the job ends."""
+"""The Slurm script with stand-ins for Slurm's programs: which role gets which machine, and how the job ends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 from launch_scripts import CONFIG, OVERRIDES, assert_known, assert_snapshot, with_python
 
-# Slurm's programs as far as the script uses them. A job step that serves goes on until it is ended; one that trains
-# shows what it would run, and then ends at once, or when it is signalled.
+# Slurm's programs as far as the script uses them. A job step that serves runs until it is stopped; one that trains
+# prints what it would run, and then ends immediately or when it is signalled.
 STUBS = {
     "scontrol": 'if [[ $1 = show ]]; then tr "," "\n" <<<"$3"; else echo "scontrol $*"; fi',
     "squeue": 'echo "7.0 policy"; echo "7.1 teacher"; echo "7.2 trainer"',
     "scancel": 'echo "scancel $*"; touch "$STUBS/signalled"',
-    # A server is healthy once it has said what it becomes: else the job may end before all have.
+    # A server is healthy once it has printed its role; otherwise the job may end before all have.
     "curl": """
 host=${*: -1}; host=${host#http://}; host=${host%%:*}
 for ((i = 0; i < 400; i++)); do [[ -e $STUBS/up-$host ]] && exit 0; sleep 0.05; done
@@ -40,14 +40,14 @@ exit "${TRAINER_EXIT:-0}"
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
-    """A Slurm of two trainers, two policy servers and a teacher's."""
+    """A fake Slurm with two trainers, two policy servers and a teacher's server."""
     found = with_python(tmp_path, STUBS) | {"STUBS": str(tmp_path), "SLURM_JOB_ID": "7"}
     found |= {"SLURM_JOB_NODELIST": "n0,n1,n2,n3,n4", "SLURM_GPUS_PER_NODE": "8"}
     return found | {"TRAINER_NODES": "2", "POLICY_NODES": "2", "TEACHER_NODES": "1"}
 
 
 class Job:
-    """The batch script, with its steps for real."""
+    """Run the batch script with real job steps."""
 
     def __init__(self, environment: Mapping[str, str], folder: Path) -> None:
         self._output = folder / "output.txt"
@@ -72,7 +72,7 @@ class Job:
         self._process.send_signal(number)
 
     def end(self) -> None:
-        """With the steps that it has left, as Slurm does."""
+        """End the job with all its remaining steps, as Slurm does."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -14,8 +14,8 @@ B, T, V, K = 2, 9, 40, 6
 def test_iw_opd_chooses_the_support_by_beta_and_we_by_name(beta, kind, tail):
     """IW-OPD: the teacher's top k for the forward KL, the student's for the reverse KL.
 
-    For the JSD it takes the union of both. We do not: a served teacher cannot score the student's tokens, and one k
-    from one side has one size.
+    For the JSD it takes the union of both. We do not, since a served teacher cannot score the student's tokens, and the
+    top k of one side always has the same size.
     """
     from trl.experimental.iw_opd.iw_opd_trainer import IWOPDTrainer
 

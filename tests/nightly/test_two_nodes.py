@@ -22,13 +22,13 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPAT
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a command is run, and the address that others reach it at."""
+    """A place to run commands, and the address at which others reach it."""
 
     address: str
     prefix: tuple[str, ...]
 
     def start(self, *command: str, output: Path | None = None, **environment: str) -> subprocess.Popen:
-        """`output`: the file of all it prints; None: a pipe."""
+        """Start a command. `output`: the file for its output; None: a pipe."""
         stdout = subprocess.PIPE if output is None else open(output, "w")  # noqa: SIM115  (the child's own)
         return subprocess.Popen(
             [*self.prefix, *command], env=ENV | environment, stdout=stdout, stderr=subprocess.STDOUT, text=True
@@ -37,7 +37,7 @@ class Machine:
 
 @pytest.fixture
 def machines() -> Iterator[tuple[Machine, Machine]]:
-    """Two network namespaces, joined by a cable."""
+    """Two network namespaces, connected by a virtual cable."""
     tag = uuid.uuid4().hex[:6]
     names = (f"rlkd-{tag}-a", f"rlkd-{tag}-b")
     made = [subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode for name in names]
@@ -62,14 +62,14 @@ def arguments(folder: Path, *overrides: str) -> list[str]:
 
 
 def start_on(machines, folder: Path, *overrides: str, **environment: str) -> list[subprocess.Popen]:
-    """The run `folder` by the launch script, one process on each machine: torchrun's agents."""
+    """Start the run `folder` with the launch script, one process (torchrun's agent) on each machine."""
     where = {"NODES": "2", "PROCESSES": "1", "HEAD": machines[1].address, "MAX_RESTARTS": "0"}
     command = ("launch/nodes.sh", *arguments(folder, *overrides))
     return [machine.start(*command, **where | environment) for machine in machines]
 
 
 def end_of(agents: list[subprocess.Popen]) -> list[str]:
-    """What each machine printed, once the run has ended well."""
+    """The output of each machine, after the run has ended successfully."""
     try:
         said = [agent.communicate(timeout=400)[0] for agent in agents]
     finally:
@@ -80,7 +80,7 @@ def end_of(agents: list[subprocess.Popen]) -> list[str]:
 
 
 def assert_as_in_one_process(two: Path, iterations: int) -> None:
-    """The run that two machines have made, against the same one in one process."""
+    """Compare a run on two machines with the same run in one process."""
     train(arguments(one := two.with_name("one"), f"run.iterations={iterations}"), two.parent)
     ours, theirs = saved(two, iterations), saved(one, iterations)
     assert ours.keys() == theirs.keys()
@@ -93,7 +93,7 @@ def assert_as_in_one_process(two: Path, iterations: int) -> None:
 
 
 def test_two_machines_agree_with_one_process(machines, tmp_path):
-    """KDRL, hf sampler. They meet at the second machine: rank 0 need not be there."""
+    """KDRL, hf sampler. The rendezvous is on the second machine, where rank 0 need not be."""
     iterations = 10
     said = end_of(start_on(machines, tmp_path / "two", f"run.iterations={iterations}"))
     assert all(f"--local-addr {m.address}" in text for m, text in zip(machines, said, strict=True))
@@ -102,7 +102,7 @@ def test_two_machines_agree_with_one_process(machines, tmp_path):
 
 
 def test_a_killed_trainer_is_started_again_and_the_run_is_the_same(machines, tmp_path):
-    """On both machines, each in torchrun's second round: nothing of the first may be left in the store they meet at."""
+    """Both machines run torchrun's second round: nothing of the first may be left in the rendezvous store."""
     folder = tmp_path / "two"
     agents = start_on(machines, folder, "run.iterations=10", MAX_RESTARTS="1")
     metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
@@ -117,7 +117,7 @@ def test_a_killed_trainer_is_started_again_and_the_run_is_the_same(machines, tmp
 
 @pytest.mark.server
 def test_two_machines_sample_from_a_server_on_each(machines, tmp_path):
-    """The policy's servers, as `rlkd.serve` starts them, at addresses that both machines reach, with a key."""
+    """Policy servers started by `rlkd.serve`, with a key, at addresses that both machines can reach."""
     addresses = [f"{machine.address}:{port}" for machine, port in zip(machines, ("8100", "8101"), strict=True)]
     key = {"RLKD_SERVER_KEY": "only-for-this-test", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     served = ("rollout.backend=vllm", f"rollout.server.urls=[http://{addresses[0]},http://{addresses[1]}]")
@@ -149,4 +149,4 @@ def test_two_machines_sample_from_a_server_on_each(machines, tmp_path):
     assert [row["iteration"] for row in trained] == list(range(1, 11))
     assert all(row["mismatch/mean"] < 1e-4 and row["staleness/mean"] == 0 for row in trained)
     print(f"mismatch {max(row['mismatch/mean'] for row in trained):.1e} nats a token at most")
-    assert all(log.read_text().count("POST /inference/v1/generate") >= 10 for log in logs), "one stood idle"
+    assert all(log.read_text().count("POST /inference/v1/generate") >= 10 for log in logs), "one server was idle"

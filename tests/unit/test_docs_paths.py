@@ -1,4 +1,4 @@
-"""The pages name files, links and Python names that exist."""
+"""The files, links and Python names in the documentation exist."""
 
 import ast
 import re
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Of "How to add an algorithm".
+# Made-up names in "How to add an algorithm".
 PLACEHOLDERS = {
     "rlkd/algorithms/mine.py",
     "rlkd/algorithms/mine_options.py",
@@ -26,13 +26,13 @@ def missing_paths(text: str) -> list[str]:
 
 
 def missing_links(page: Path, text: str) -> list[str]:
-    """Relative links to nothing."""
+    """Relative links to files that do not exist."""
     links = re.findall(r"\]\((?!http)([^)#]+)", text)
     return [link for link in links if not (page.parent / link).exists()]
 
 
 def bound(module: Path) -> set[str]:
-    """The names that a module's top level binds, under an `if` too."""
+    """The names bound at a module's top level, also under an `if`."""
     names: set[str] = set()
     body = ast.parse(module.read_text(encoding="utf-8")).body
     for node in body + [inner for branch in body if isinstance(branch, ast.If) for inner in branch.body]:
@@ -47,7 +47,7 @@ def bound(module: Path) -> set[str]:
 
 
 def exists(dotted: str) -> bool:
-    """Whether `rlkd.x.y` is a module, or a name that one binds."""
+    """Whether `rlkd.x.y` is a module, or a name bound in one."""
     place = ROOT
     parts = dotted.split(".")
     for i, part in enumerate(parts):

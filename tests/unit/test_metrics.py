@@ -50,8 +50,8 @@ print(json.dumps([
 
 
 @pytest.mark.process
-def test_ranks_that_hold_other_names_are_told_which(tmp_path):
-    """Summed by position they would be mixed without an error, or one rank would wait for ever."""
+def test_ranks_with_other_names_are_told_which(tmp_path):
+    """Otherwise values would be mixed up when summed by position, or one rank would wait forever."""
     command = [sys.executable, "-c", TWO_RANKS]
     environment = ENV | {"PYTHONPATH": str(ROOT)}
     ranks = [
@@ -72,7 +72,7 @@ def test_ranks_that_hold_other_names_are_told_which(tmp_path):
 
 
 def test_a_name_with_two_meanings_is_refused():
-    """Only one of the two could stand in the row."""
+    """Only one of the two could be in the row."""
     meter = Meter()
     meter.maximum("lr", 1e-6)
     meter.total("lr", 2.0)
@@ -103,7 +103,7 @@ def written() -> set[str]:
 
 
 def pattern(argument: ast.expr) -> str:
-    """The text that a literal is, also an f-string's; empty for anything else."""
+    """The text of a literal or f-string; empty for anything else."""
     if isinstance(argument, ast.JoinedStr):
         return "".join(part.value if isinstance(part, ast.Constant) else "*" for part in argument.values)
     return argument.value if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else ""
@@ -126,12 +126,12 @@ def test_every_declared_metric_is_written():
     }
 
 
-def test_a_declaration_says_what_its_reader_needs():
+def test_a_declaration_is_complete_and_consistent():
     assert len(METRICS) == sum(len(metrics) for _, metrics in SECTIONS), "a name is declared once"
     for metric in METRICS.values():
         assert metric.title and metric.help.endswith("."), metric.name
     titles = [panel.title for _, plots in panels() for panel in plots]
-    assert len(set(titles)) == len(titles), "two plots that are not meant to be one have one title"
+    assert len(set(titles)) == len(titles), "two different plots have the same title"
     for _, plots in panels():
         for panel in plots:
             assert {METRICS[name].unit for name in panel.keys} == {panel.note}, f"{panel.title}: one axis, one unit"

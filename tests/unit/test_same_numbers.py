@@ -47,7 +47,7 @@ def test_a_difference_is_named_with_both_values(after, said, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[0] == f"a: {said}"
 
 
-def test_two_failures_and_two_empty_files_are_no_proof(tmp_path):
+def test_two_failures_or_two_empty_files_are_not_equal(tmp_path):
     failed = {"name": "a", "failed": "killed"}
     assert compared(tmp_path, [failed], [failed]) == 1
     assert compared(tmp_path, [], []) == 1

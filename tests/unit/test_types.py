@@ -1,4 +1,4 @@
-"""What passes along the line refuses to be wrong."""
+"""The data types of the pipeline reject invalid values."""
 
 import dataclasses
 import math
@@ -55,7 +55,7 @@ def test_lengths_must_agree():
         Rollout(prompt=rollout().prompt, token_ids=(), logprobs=(), weight_versions=(), finish_reason="stop")
 
 
-def test_columns_speak_of_their_own_token():
+def test_column_t_is_about_token_t():
     made = groups(KDRL(config()))
     batch = collate(made, 0)
     for row, s in enumerate(s for group in made for s in group):

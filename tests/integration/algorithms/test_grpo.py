@@ -1,4 +1,4 @@
-"""GRPO's relatives: every option changes what it says and nothing else, however the work is cut."""
+"""Variants of GRPO: every option changes what it should and nothing else, however the work is split."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def settings_of(*overrides):
 
 
 def moved_on(settings, algorithm=GRPOModule):
-    """A batch of which the policy has moved since the old log-probs, so that ratios are not 1."""
+    """A batch whose policy has changed since the old log-probs, so that ratios are not 1."""
     batch = collate(groups(algorithm(settings)), 0)
     own = own_logprobs(settings, batch)
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(5))
@@ -63,7 +63,7 @@ def plain():
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_a_relative_differs_from_grpo_but_not_by_the_split(name, plain):
+def test_a_variant_differs_from_grpo_but_not_by_the_split(name, plain):
     settings = settings_of(*options(name))
     whole = Captured(settings, moved_on(settings))
     split = Captured(settings_of(*options(name), "trainer.micro_batch_tokens=48"), moved_on(settings))
@@ -76,7 +76,7 @@ def test_a_relative_differs_from_grpo_but_not_by_the_split(name, plain):
 
 
 @pytest.mark.parametrize("name", RELATIVES)
-def test_kdrl_with_coefficient_zero_is_every_relative_bit_for_bit(name):
+def test_kdrl_with_coefficient_zero_is_every_variant_bit_for_bit(name):
     grpo, kdrl = (
         settings_of(*options(name)),
         config(NO_CLIP, "rollout.max_tokens=12", *options(name), "algorithm.kd.coef=0"),
@@ -110,7 +110,7 @@ def test_the_entropy_bonus_has_the_gradient_of_the_mean_entropy():
 
 
 def test_dr_grpo_is_the_sum_over_rewards_less_their_mean_over_the_budget():
-    """arXiv 2503.20783: no deviation, no length; against REINFORCE written out."""
+    """arXiv 2503.20783: without standard deviation and length; compared with REINFORCE written out."""
     settings = settings_of(*options("Dr. GRPO"), "algorithm.importance=off")
     batch = collate(groups(GRPOModule(settings)), 0)
     hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
@@ -124,7 +124,7 @@ def test_dr_grpo_is_the_sum_over_rewards_less_their_mean_over_the_budget():
 
 
 def test_truncated_completions_take_no_part_in_the_comparison():
-    """Rows 0 and 2 of the first group were cut off: only 0 against 1 is left."""
+    """Rows 0 and 2 of the first group are truncated: only rewards 0 and 1 are left to compare."""
     settings = settings_of("algorithm.mask_truncated=true", "algorithm.normalise=false")
     first, second = groups(GRPOModule(settings))
     assert [s.rollout.finish_reason for s in first] == ["length", "stop", "length", "stop"]
@@ -183,7 +183,7 @@ PUNISHED = [
 
 
 def long_group(answers):
-    """One prompt's answers as (reward, tokens)."""
+    """A group of one prompt from (reward, tokens) of each completion."""
     prompt = scored(1, 1, 0.0).rollout.prompt
     return [scored(0, 1, reward, scores={}, rollout=written(prompt, (7,) * n, "data", "stop")) for reward, n in answers]
 
@@ -195,7 +195,7 @@ def dapo(*overrides):
 @pytest.mark.parametrize("answers", PUNISHED)
 @pytest.mark.parametrize("look_at", ["correct", "reward"])
 def test_dynamic_sampling_drops_what_is_all_right_or_all_wrong_whatever_the_lengths(answers, look_at):
-    """arXiv 2503.14476, Eq. 11, with the paper's lengths: the penalty acts inside kept groups, and keeps none."""
+    """arXiv 2503.14476, Eq. 11, with the paper's lengths: the penalty acts in kept groups, but keeps no group."""
     algorithm, group = dapo(f"algorithm.filter={look_at}"), long_group(answers)
     assert not algorithm.has_gradient(group, 0)
     assert [s.advantage for s in algorithm.advantages(group)] == [0.0] * 16, "nor does it fill up a batch with them"
@@ -218,8 +218,8 @@ def test_dapo_is_the_shipped_config():
         ((1.0, 0.0, None), True, True),
     ],
 )
-def test_what_a_filter_looks_at(rewards, correct, reward):
-    """A second reward, for a format say, tells answers apart, but not right from wrong ones."""
+def test_a_filter_uses_correctness_only(rewards, correct, reward):
+    """A second reward, for example for the format, distinguishes completions, but not right from wrong ones."""
     for look_at, carries in (("correct", correct), ("reward", reward)):
         algorithm = GRPOModule(config(*GRPO, "algorithm.resample_rounds=2", f"algorithm.filter={look_at}"))
         assert algorithm.has_gradient(group_of(*rewards), 0) is carries
@@ -227,7 +227,7 @@ def test_what_a_filter_looks_at(rewards, correct, reward):
 
 
 def test_a_measured_kl_is_that_of_the_current_policy_by_enumeration():
-    """One row for each token of a vocabulary, weighed by the older policy that drew it."""
+    """One row for each token of a vocabulary, weighted by the older policy that sampled it."""
     generator = torch.Generator().manual_seed(2)
     current, old, other = torch.randn(3, 7, generator=generator, dtype=torch.float64).log_softmax(-1)
     settings = config(*GRPO)

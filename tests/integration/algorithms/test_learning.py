@@ -1,4 +1,4 @@
-"""What each kind of method is for happens on the built-in task, in a minute: whole runs, as a user starts them.
+"""Every kind of method reaches its aim on the built-in task, in full runs of a minute, started like a user's.
 
 GRPO and KDRL have the quickstart's test. The tables with three seeds are in benchmarks/learning.py and thinktuning.py.
 """

@@ -1,4 +1,4 @@
-"""A new algorithm is one file: this one. Its config is known, it trains, and nothing else had to change."""
+"""A new algorithm needs only one file, like this one. Its config is known and it trains without other changes."""
 
 from dataclasses import replace
 from typing import ClassVar, Literal
@@ -40,7 +40,7 @@ class Shortest(Algorithm):
         return Loss(total=self.config.algorithm.scale * total)
 
 
-del ALGORITHMS["shortest"]  # known by its definition; other tests of the session must not meet it
+del ALGORITHMS["shortest"]  # defining the class registers it; other tests of the session must not see it
 
 
 def test_a_made_up_algorithm_trains_from_a_config(monkeypatch):

@@ -1,4 +1,4 @@
-"""The update: what is minimised does not depend on how the work is cut, and algorithms reduce to each other."""
+"""The update: the loss does not depend on how the work is split, and algorithms reduce to each other."""
 
 import dataclasses
 
@@ -75,7 +75,7 @@ def test_joint_k2_and_the_advantage_form_have_the_same_gradient_on_policy(mask, 
 
 
 def test_masked_samples_change_nothing():
-    """A failed reward masks its row: whatever that row holds, gradients and figures stay."""
+    """A failed reward masks its row: its contents change neither gradients nor metrics."""
     algorithm = KDRL(config())
     made = groups(algorithm, rewards=(1.0, 0.0, None, 1.0, 0.0, 0.0, 0.0, 0.0))
     batch = collate(made, 0)
@@ -138,7 +138,7 @@ def test_denominator_kept_rescales_by_the_kept_share():
     ("log_ratio", "options", "flipped"),
     [
         (-6.0, (), 1.0),  # 1 + 0.2 · −6 < 0
-        (-4.0, (), 0.0),  # 1 + 0.2 · −4 > 0: pulled the other way, and not turned round
+        (-4.0, (), 0.0),  # 1 + 0.2 · −4 > 0: reduced, but not reversed
         (6.0, (), 0.0),
         (-6.0, ("algorithm.kd.form=advantage",), 1.0),
         (-6.0, ("algorithm.kd.estimator=k3",), 0.0),  # 1 + 0.2 · (e^−6 − 1) > 0
@@ -192,7 +192,7 @@ def test_a_teacher_equal_to_the_student_gives_no_distillation():
 
 
 def test_the_second_of_two_updates_sees_a_ratio():
-    """At a ratio clipped to exactly 1, only a policy that has moved since the old log-probs can be clipped."""
+    """With clip bounds of 0, only a policy that has changed since the old log-probs can be clipped."""
     narrow = ("algorithm.clip_low=0", "algorithm.clip_high=0", "optim.lr=0.01", *GRPO)
     one = Captured(config(*narrow))
     two = Captured(config(*narrow, "trainer.updates_per_iteration=2"))
@@ -202,7 +202,7 @@ def test_the_second_of_two_updates_sees_a_ratio():
     assert one.row["mismatch/mean"] == pytest.approx(two.row["mismatch/mean"], rel=1e-5)
 
 
-def test_reference_kl_is_zero_at_the_start_and_pulls_back_elsewhere():
+def test_reference_kl_is_zero_at_the_start_and_positive_elsewhere():
     settings = config(*GRPO, "algorithm.reference_coef=1", NO_CLIP)
     batch = collate(groups(GRPOModule(settings), rewards=(0.0,) * 8), 0)
     start = Captured(settings, with_scores(batch, "reference", logprobs=own_logprobs(settings, batch)))
@@ -215,12 +215,12 @@ def test_reference_kl_is_zero_at_the_start_and_pulls_back_elsewhere():
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_a_prompt_token_that_the_student_finds_impossible_does_no_harm(estimator):
-    """Prompt and padding columns have no score: k3 of a made-up 0 there would overflow to inf, and 0 · inf is NaN."""
+    """Prompt and padding columns have no score: k3 with a 0 in its place would overflow to inf, and 0 · inf is NaN."""
     cold = ("rollout.temperature=0.02", "teacher.temperature=0.02")
     settings = config(*cold, f"algorithm.kd.estimator={estimator}", "algorithm.policy_coef=0")
     batch = collate(groups(KDRL(settings)), 0)
     own = own_logprobs(settings, batch)
-    assert own[~batch.completion_mask].min() < -200, "else nothing could overflow"
+    assert own[~batch.completion_mask].min() < -200, "otherwise nothing could overflow"
     teacher = torch.where(batch.completion_mask, own - 0.1, 0.0)
     captured = Captured(settings, with_scores(batch, "teacher", logprobs=teacher))
     assert all(g.isfinite().all() for g in captured.gradients.values())

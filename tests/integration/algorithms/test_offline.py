@@ -1,4 +1,4 @@
-"""Stages on completions of the data: SFT, REDI, TAID."""
+"""Algorithms that train on completions from the data: SFT, REDI, TAID."""
 
 import json
 from pathlib import Path
@@ -96,8 +96,8 @@ def test_redi_without_the_rejected_is_sft_with_its_sequence_mean(pairs):
     assert_same(a.gradients, b.gradients, 1e-6)
 
 
-def test_redi_takes_off_alpha_times_the_rejected(pairs):
-    """Eq. 5 is linear in α, and its two halves are SFT on either column."""
+def test_redi_subtracts_alpha_times_the_rejected(pairs):
+    """Eq. 5 is linear in α, and its two terms are SFT on the two columns."""
     redi, sft = (
         settings("redi", pairs, options=", alpha: 0.8"),
         settings("sft", pairs, options=", reduction: sequence_mean"),
@@ -151,22 +151,22 @@ def test_taids_first_adaptive_step_by_hand():
 
 
 def after(options, *losses):
-    """TAID after iterations with these losses."""
+    """TAID after iterations with the given losses."""
     module = TAID(taid(options=options))
     for iteration, loss in enumerate(losses):
         module.iteration_ended(iteration, {"loss/kd": loss})
     return module
 
 
-def test_taids_straight_line_is_where_the_authors_have_it():
-    """Their first step only stores its loss; after step i ≥ 1 t is on the line at i / N."""
+def test_taids_linear_schedule_is_the_authors():
+    """Their first step only stores its loss; after step i ≥ 1, t is that of the line at i / N."""
     line = [after(", t_start: 0.4, over: 10, step: 0.0", *[1.0] * n).t for n in range(13)]
     assert line == pytest.approx([0.4, 0.4, *(0.4 + 0.06 * i for i in range(1, 11)), 1.0])
 
 
 @pytest.mark.parametrize("losses", [(0.0, 1e-6), (1e-8, 1e-3), (2e-7, 0.05), (0.0, 0.0), (1e-12, 5.0), (-0.1, 3.0)])
-def test_taid_goes_on_from_a_loss_of_nothing(losses):
-    """A teacher that is the student's start, or t_start: 0: the next loss is many times the first."""
+def test_taid_continues_after_a_loss_of_zero(losses):
+    """If the teacher is the initial student, or t_start is 0, the next loss is many times the first."""
     module = after(", t_start: 0.4, over: 1000000, step: 0.1", *losses)
     assert -0.010001 <= module.momentum <= 0.0
     assert module.t == pytest.approx(0.43, abs=3e-4)  # sigmoid of about 0
@@ -206,8 +206,8 @@ def test_a_teacher_that_is_the_students_start_can_be_followed(options, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["taid", "opd", "opsd"])
-def test_distillation_wants_no_answers(name, tmp_path, monkeypatch):
-    """Chat data: the reward of every row fails, which is counted, and changes nothing else; nor does an evaluation."""
+def test_distillation_needs_no_answers(name, tmp_path, monkeypatch):
+    """Chat data: the reward of every row fails, which is counted but changes nothing else and ends no evaluation."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": f"reverse: {'abcdefgh'[:n]}", "reply": "hgfedcba"[-n:]} for n in (7, 3, 8, 5)]
     Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,4 +1,4 @@
-"""OPD: its tiers agree with each other, its mixture takes the prompts that the coin says, contradictions are named."""
+"""OPD: its tiers agree, its mixture takes the prompts that were drawn for it, and contradictions are reported."""
 
 import dataclasses
 
@@ -77,7 +77,7 @@ def test_top_k_of_the_whole_vocabulary_is_full(teacher, tier):
 @pytest.mark.long
 @pytest.mark.parametrize("rest", ["", ", tail: false", ", kind: jsd, clip: 0.05"])
 def test_on_policy_the_samplers_top_k_is_the_students(rest):
-    """Named at rollout by the same weights that the update starts from; the teacher gives log-probs of nothing else."""
+    """They come from the weights that the update starts from; the teacher gives log-probs of no other tokens."""
     first, later = (
         settings("rollout.prompts=2", divergence=f"{{tier: top_k, k: 5, support: {whose}{rest}}}")
         for whose in ("student", "sampler")
@@ -112,7 +112,7 @@ def test_the_full_tier_is_the_mean_reverse_kl_by_a_plain_forward(teacher):
 
 
 def moved_on(made, teacher):
-    """A batch whose tokens an older policy drew, and a sampler that differs from both."""
+    """A batch whose tokens an older policy sampled, with a sampler that differs from both."""
     module = OPD(made)
     layers = {"teacher": teacher.layers()} if module.signal.tier == "hidden" else {}
     batch = collate(groups(module, teacher=teacher), 0, layers)
@@ -193,7 +193,7 @@ def test_mask_eos_spares_the_last_token_of_finished_completions_only(teacher):
 
 @pytest.mark.parametrize("options", [{}, {"reduction": "sequence_mean"}, {"reduction": "dr_grpo"}])
 def test_the_kl_that_is_logged_is_a_mean_over_tokens_whatever_the_reduction(teacher, options):
-    """k3 under the current policy, corrected for the older one that drew the tokens."""
+    """k3 under the current policy, corrected for the older one that sampled the tokens."""
     made = settings(**options)
     batch = moved_on(made, teacher)
     unscored = batch.masks["kd"].index_fill(0, torch.tensor([0]), False)  # a completion without a context
@@ -206,7 +206,7 @@ def test_the_kl_that_is_logged_is_a_mean_over_tokens_whatever_the_reduction(teac
 
 
 def test_dr_grpo_divides_by_the_longest_completion_that_there_can_be(teacher):
-    """Of the data's too, where they are trained on."""
+    """Completions from the data count too if they are trained on."""
     sampled = settings(reduction="dr_grpo")
     mixed = settings(COMPLETIONS, "data.max_completion_tokens=64", student_share=0.5, reduction="dr_grpo")
     assert [OPD(made).longest_completion for made in (sampled, mixed)] == [16, 64]
@@ -219,7 +219,7 @@ def test_dr_grpo_divides_by_the_longest_completion_that_there_can_be(teacher):
 
 
 class Policy:
-    """Writes down which prompts it was asked; its completions say their place in the group."""
+    """Records the prompts it gets; its completions contain their index in the group."""
 
     def __init__(self):
         self.asked = []
@@ -253,7 +253,7 @@ def students(rollouts):
     return [group[0].prompt.id for group in rollouts if group[0].authors()[0] == "student"]
 
 
-def test_the_coin_is_a_function_of_seed_iteration_and_prompt():
+def test_the_mixture_is_a_function_of_seed_iteration_and_prompt():
     half = settings(COMPLETIONS, student_share=0.5)
     rollouts, asked = rolled(half, None)
     assert [group[0].prompt for group in rollouts] == PROMPTS, "in the order of the prompts"
@@ -264,7 +264,7 @@ def test_the_coin_is_a_function_of_seed_iteration_and_prompt():
     assert rolled(half, None, iteration=4)[1] != asked
     assert rolled(settings(COMPLETIONS, "run.seed=9", student_share=0.5), None)[1] != asked
     more = rolled(settings(COMPLETIONS, student_share=0.8), None)[1]
-    assert set(asked) < set(more), "a larger share adds prompts and takes none away"
+    assert set(asked) < set(more), "a larger share adds prompts and removes none"
     assert rolled(settings(COMPLETIONS, student_share=0), None)[1] == []
     assert rolled(settings(student_share=1), None)[1] == [prompt.id for prompt in PROMPTS]
 
@@ -300,7 +300,7 @@ def test_gkd_at_lambda_one_is_opd_bit_for_bit(teacher):
     assert_same(opd.parameters, gkd.parameters, 0)
 
 
-def test_completions_by_others_are_distilled_too_and_are_no_mismatch(teacher):
+def test_completions_by_others_are_distilled_and_do_not_count_as_mismatch(teacher):
     made = settings(COMPLETIONS, student_share=0)
     module = OPD(made)
     rollouts, _ = rolled(made, None, prompts=PROMPTS[:4])

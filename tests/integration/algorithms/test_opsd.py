@@ -1,4 +1,4 @@
-"""Self-distillation: the laws of the privileged prompt, and what the context may be."""
+"""Self-distillation: laws of the privileged prompt, and the kinds of context."""
 
 import dataclasses
 
@@ -89,7 +89,7 @@ def test_permuting_the_hints_changes_the_loss():
 
 
 def test_teacher_and_student_prompts_of_different_length_align():
-    """The teacher's scores of a completion are those of a plain forward over its own, longer prompt."""
+    """The teacher's scores of a completion equal those of a plain forward pass over its own, longer prompt."""
     plain = settings()
     loader = opened(plain)
     batch = loader.batch(0)
@@ -100,7 +100,7 @@ def test_teacher_and_student_prompts_of_different_length_align():
         completion = tuple(batch.input_ids[row, start:end].tolist())
         (group,) = loader.algorithm.rollout([prompt], loader.policy, None, 0)
         ids = loader.algorithm.teacher_prompt(scored_of(group[0]), [])
-        assert len(ids) > start, "the hint is longer than nothing"
+        assert len(ids) > start, "the prompt with the hint is longer"
         with torch.no_grad():
             logits = teacher.hf(torch.tensor([[*ids, *completion]])).logits[0, len(ids) - 1 : -1]
             ours = (
@@ -118,8 +118,8 @@ def scored_of(rollout):
     return dataclasses.replace(scored(0, 1, 0.0), rollout=rollout, scores={})
 
 
-def test_the_clip_caps_what_one_vocabulary_entry_may_do():
-    """Where the hinted teacher is sure and the student is not, its share is far above τ: no gradient is left."""
+def test_the_clip_bounds_each_vocabulary_entry():
+    """If the teacher with the hint is certain and the student is not, the entry is far above τ and has no gradient."""
     free, capped = settings("algorithm.divergence.clip=null"), settings("algorithm.divergence.clip=0.05")
     assert capped.algorithm.divergence.clip == settings().algorithm.divergence.clip, "the paper's τ is the default"
     assert largest(Captured(capped, real_batch(capped))) < 0.1 * largest(Captured(free, real_batch(free)))
@@ -131,7 +131,7 @@ def attempts(*rewards, feedback=None):
     return [dataclasses.replace(s, rollout=dataclasses.replace(s.rollout, prompt=prompt)) for s in rows]
 
 
-def test_a_sibling_is_the_first_other_success_and_who_has_none_is_masked():
+def test_a_sibling_is_the_first_other_success_and_a_rollout_without_one_is_masked():
     sdpo = SDPO(settings(name="sdpo", options="context: {template: '{prompt}{context}', sibling: ' seen: {text}'}"))
     group = attempts(0.0, 1.0, 1.0, None)
     first, second = (sdpo.text(group[i].rollout) for i in (1, 2))
@@ -166,7 +166,7 @@ def test_sdpo_shows_feedback_only_where_there_is_no_sibling():
     alone = attempts(0.0, 0.0, feedback="wrong sum")
     assert [sdpo.parts(s, alone) for s in alone] == [["(wrong sum)"]] * 2
     unseen = ContextConfig(sibling=None, feedback="({text})", feedback_beside_sibling=False)
-    assert unseen.parts(None, "cba", "wrong") == ["(wrong)"], "a sibling that is not shown hides nothing"
+    assert unseen.parts(None, "cba", "wrong") == ["(wrong)"], "a sibling that is not shown does not hide feedback"
     assert (
         ContextConfig().feedback_beside_sibling and SDPO.Options(name="sdpo").context.feedback_beside_sibling is False
     )
@@ -187,13 +187,13 @@ def test_the_ratio_cap_is_on_for_sdpo_alone():
         ("sdpo", "sibling: ' {text}'", True),
     ],
 )
-def test_rewards_are_needed_where_the_teacher_is_shown_what_they_found(name, parts, needed):
+def test_rewards_are_needed_if_the_teacher_is_shown_their_feedback(name, parts, needed):
     made = settings(name=name, options=f"context: {{template: '{{prompt}}{{context}}', {parts}}}")
     assert {"opsd": OPSD, "sdpo": SDPO}[name](made).needs_rewards is needed
 
 
 def test_a_failed_reward_takes_no_completion_from_sdpo():
-    """It is no sibling, but what it is shown is another's success."""
+    """It is no sibling itself, but it is shown another's success."""
     sdpo = SDPO(settings(name="sdpo", options="context: {template: '{prompt}{context}', sibling: ' seen: {text}'}"))
     group = attempts(None, 1.0, None)
     assert [s.error for s in group] == ["failed", None, "failed"]
@@ -223,7 +223,7 @@ def test_filling_happens_once_and_leaves_other_braces(prompt, context, rest):
     )
 
 
-def test_right_hints_fit_the_students_completions_otherwise_than_shuffled_ones():
+def test_right_and_shuffled_hints_give_different_losses():
     plain = settings("algorithm.leakage_every=2", "rollout.max_staleness=1")
     loader = opened(plain)
     figures = loader.batch(0).metrics.reduce()
@@ -279,7 +279,7 @@ def test_each_contradiction_is_one_line(overrides, line):
 
 
 def test_a_part_that_is_set_keeps_the_other_defaults_of_its_place():
-    """opsd's divergence is a forward KL with a cap, whatever else of it a config sets."""
+    """opsd's divergence stays a forward KL with a cap, whichever other keys of it a config sets."""
     assert settings("algorithm.divergence.k=7").algorithm.divergence == OPSD.Options(name="opsd").divergence.model_copy(
         update={"k": 7}
     )

@@ -1,4 +1,4 @@
-"""An algorithm in a file of the user, outside the package: it is trained, resumed, evaluated, staged and served."""
+"""An algorithm in a user's file, outside the package, is trained, resumed, evaluated, used in a stage and served."""
 
 import json
 import subprocess
@@ -63,7 +63,7 @@ log: {progress: false}
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working directory of its own, whose modules no other test has imported."""
+    """A working directory whose modules no other test has imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     known = dict(ALGORITHMS)
@@ -146,7 +146,7 @@ def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line
     assert other.startswith("command line: optim.rl: unknown key")
 
 
-def test_an_unknown_name_says_that_it_may_be_ones_own(here):
+def test_the_error_for_an_unknown_name_mentions_ones_own_algorithms(here):
     with pytest.raises(ConfigError) as caught:
         load([config_file("gppo", "unused")], [])
     assert caught.value.lines[0].endswith(" | module:Class of your own, got 'gppo'; did you mean grpo?")

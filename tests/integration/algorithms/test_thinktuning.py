@@ -1,4 +1,4 @@
-"""ThinkTuning: what is appended, to which rollouts, and which loss acts on it."""
+"""ThinkTuning: the feedback, the rollouts to which it is appended, and the loss on it."""
 
 import copy
 import functools
@@ -52,7 +52,7 @@ def sampled(text="cbb", *, word="abc", ended=True, name="p", version=0):
 
 
 class Student:
-    """Samples what it is told, for every prompt."""
+    """A sampler that returns the given completions for every prompt."""
 
     def __init__(self, *rollouts):
         self.rollouts = rollouts
@@ -62,7 +62,7 @@ class Student:
 
 
 class Scripted:
-    """A teacher that always writes the same, and remembers what it was asked."""
+    """A teacher that always writes the same text, and records its questions."""
 
     def __init__(self, text=GOOD, ended=True):
         self.answer = Completion(
@@ -109,15 +109,15 @@ def test_golden_augmentation():
     assert (sampling.temperature, sampling.max_tokens) == (0.0, 36)
 
 
-def test_the_students_token_ids_are_never_made_again_from_text():
-    """Here an <unk>, which no text gives back."""
+def test_the_students_token_ids_are_never_encoded_again_from_text():
+    """Here one is <unk>, which cannot be recovered from text."""
     odd = sampled()
     odd = replace(odd, token_ids=(TOK.unk_token_id, *odd.token_ids[1:]))
     ((made,),) = rolled(ThinkTuning(config()), [odd], Scripted())
     assert made.segments and made.token_ids[:3] == odd.token_ids[:3]
 
 
-def test_a_span_of_which_only_the_end_of_sequence_was_left_goes():
+def test_a_span_with_only_an_end_of_sequence_is_dropped():
     spans = (VersionSpan(start=0, end=3, version=0), VersionSpan(start=3, end=4, version=1))
     made = feedback.append(replace(sampled(), weight_versions=spans), [("teacher", ids("x"))])
     assert made.weight_versions == spans[:1]
@@ -340,13 +340,16 @@ def test_others_tokens_have_no_sampler_log_prob_and_importance_weight_one():
 
 def test_masked_tokens_change_nothing():
     other = {"reason": "quite others", "phrase": "text: z"}
-    assert [len(ids(text)) for text in other.values()] == [12, 7]  # as many: else the normaliser would differ
+    assert [len(ids(text)) for text in other.values()] == [
+        12,
+        7,
+    ]  # the same number, otherwise the normaliser would differ
     assert distance(captured("mask"), captured("mask", **other)) == 0
     assert distance(captured("ppo"), captured("ppo", **other)) > 1e-2
 
 
 def test_ppo_on_the_teachers_tokens_is_reinforce_at_the_start():
-    """sft differs from it by the advantage, on these tokens alone: ppo − mask = A (sft − mask)."""
+    """sft differs from ppo by the advantage, only on these tokens: ppo − mask = A (sft − mask)."""
     ppo, sft, mask = captured("ppo"), captured("sft"), captured("mask")
     assert distance(sft, mask) > 1e-2
     for name in ppo.gradients:
@@ -379,7 +382,7 @@ def test_negative_advantages_sft_none_and_rare_shaped_tokens_as_ppo():
     torch.testing.assert_close(gradient(0.011), torch.full((22,), 1.5 * 0.011 / 0.111))
 
 
-def test_the_glue_may_have_another_rule():
+def test_the_glue_may_have_its_own_loss():
     same, apart = captured("ppo"), captured("ppo", "algorithm.glue_tokens=mask")
     assert distance(same, captured("ppo", "algorithm.glue_tokens=ppo")) == 0
     assert distance(same, apart) > 1e-3
@@ -387,7 +390,7 @@ def test_the_glue_may_have_another_rule():
     assert distance(all_masked, captured("mask")) > 1e-3
 
 
-def test_figures_of_an_iteration():
+def test_metrics_of_an_iteration():
     algorithm = ThinkTuning(config())
     rolled(algorithm, [sampled()], Scripted("no, a slip"), names=("p", "q"))
     meter = Meter()
@@ -401,7 +404,7 @@ def test_figures_of_an_iteration():
 
 
 def test_failures_are_those_of_all_blocks_of_an_iteration():
-    """Dynamic sampling draws several; one that begins anew, since servers were lost, draws the same."""
+    """Dynamic sampling draws several blocks; an iteration that is retried after lost servers draws the same."""
     algorithm = ThinkTuning(config())
     for names in (("a", "b"), ("c", "d"), ("a", "b")):
         rolled(algorithm, [sampled()], Scripted("no, a slip"), names=names)
@@ -410,8 +413,8 @@ def test_failures_are_those_of_all_blocks_of_an_iteration():
     assert algorithm.failures == {"format": 1}
 
 
-def test_the_teachers_words_are_no_fault_of_the_students_length():
-    """The budget of a plain completion is 40 tokens, that of one with feedback 76; the last 8 are punished."""
+def test_the_overlong_penalty_does_not_count_the_teachers_tokens():
+    """The limit of a plain completion is 40 tokens, with feedback 76; the penalty acts on the last 8."""
     algorithm = ThinkTuning(config("algorithm.overlong_cache=8", "algorithm.normalise=false"))
     parts = [("teacher", ids("x" * 56))]
     long = feedback.append(sampled("cbb"), parts)
@@ -435,7 +438,7 @@ def test_dr_grpo_divides_by_the_budget_of_a_completion_with_feedback():
 
 
 def test_the_kl_to_the_reference_is_measured_on_the_students_tokens():
-    """What the teacher wrote says nothing of a KL(π‖·)."""
+    """Tokens by the teacher are no samples for an estimate of KL(π‖·)."""
     settings = config("algorithm.reference_coef=1")
     batch = collate(rows(), 0)
     own = own_logprobs(settings, batch)

@@ -6,7 +6,7 @@ from runs import arguments, train
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """Six iterations of the small run (KDRL, local teacher), in peace."""
+    """Six iterations of the small run (KDRL, local teacher), without faults."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     train(arguments(1, folder, "run.iterations=6"), folder.parent)
     return folder

@@ -1,8 +1,8 @@
-"""A teacher's server that starts in a moment and can be killed: every token's log-prob is a function of its id.
+"""A stub of a teacher's server that starts quickly and can be killed: a token's log-prob is a function of its id.
 
     python stub_teacher.py PORT
 
-The real server takes most of a minute to start; what is tested with this one is what a run does when it is gone.
+The real server takes most of a minute to start. This one is for tests of what a run does when the server is gone.
 """
 
 import json

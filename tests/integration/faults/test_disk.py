@@ -34,9 +34,9 @@ def fill(disk, leaving):
 
 @pytest.mark.parametrize("leaving", [0, 1_000_000, None])
 def test_a_full_disk_ends_the_run_and_nothing_that_was_saved_is_lost(leaving, disk, undisturbed, tmp_path):
-    """0: no log can be written either. 1 MB: no checkpoint is begun. None: a checkpoint's bytes fit, its rest does not.
+    """0: no log can be written either. 1 MB: no checkpoint is started. None: its tensors fit, its other files do not.
 
-    The model is held up after its second iteration, so that the disk fills between checkpoints.
+    The run is paused after its second iteration, so that the disk fills up between checkpoints.
     """
     folder = disk / "run"
     run = start(arguments(1, folder, "run.iterations=6", "checkpoint.every=2", "checkpoint.keep=9"), tmp_path)

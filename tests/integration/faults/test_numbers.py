@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not a number, and weights that are not."""
+"""Losses, gradients and weights that are not finite."""
 
 import dataclasses
 import math
@@ -48,7 +48,7 @@ def small(folder, *overrides):
 
 
 @pytest.mark.long
-def test_a_run_goes_on_after_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
+def test_a_run_continues_after_a_loss_that_is_nan(tmp_path, monkeypatch):
     class OnceNan(KDRL):
         def loss(self, output, batch, iteration):
             loss = super().loss(output, batch, iteration)
@@ -60,7 +60,7 @@ def test_a_run_goes_on_after_a_loss_that_is_not_a_number(tmp_path, monkeypatch):
     assert [row["updates/skipped"] for row in rows_so_far(tmp_path / "run")] == [0, 1, 1, 1]
     assert [row["loss"] is None for row in rows_so_far(tmp_path / "run")] == [False, True, False, False]
     before, after, last = (saved(tmp_path / "run", done) for done in (1, 2, 4))
-    assert all(torch.equal(before[name], after[name]) for name in before), "the update was skipped whole"
+    assert all(torch.equal(before[name], after[name]) for name in before), "the complete update was skipped"
     assert any(not torch.equal(after[name], last[name]) for name in after)
     assert all(value.isfinite().all() for value in last.values())
 
@@ -77,7 +77,7 @@ def right(completion, *, answer, prompt, meta):
 
 @pytest.mark.process
 def test_a_run_that_stops_in_an_evaluation_keeps_the_iteration_before_it(tmp_path):
-    """And its row: the resumed run has one for every iteration."""
+    """Its row in the log is kept too: the resumed run has one for every iteration."""
     (tmp_path / "reward_of_test.py").write_text(REWARD)
     (tmp_path / "held.jsonl").write_text('{"prompt": "reverse: ab", "answer": "held out"}\n')
     settings = (

@@ -1,4 +1,4 @@
-"""The policy's real vLLM server is killed: while it generates, while it takes new weights, and once too often."""
+"""The policy's real vLLM server is killed: while it generates, while it loads new weights, and once too often."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.server, pytest.mark.process]
 
 
 def server_group(folder):
-    """The process group of the policy's server, the newest one."""
+    """The process group of the policy's newest server."""
     port = re.search(r"--port (\d+)", (folder / "server" / "policy.log").read_text())[1]
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or []
@@ -26,7 +26,7 @@ def server_group(folder):
 
 
 def kill_when(run, happens, group):
-    """Hold the server still as soon as `happens()`, until what was asked of it is under way, and kill all of it."""
+    """When `happens()`, pause the server until the next request is in progress, then kill the whole process group."""
     while not happens():
         assert run.returncode is None, run.err.read_text()[-3000:]
         time.sleep(0.001)
@@ -37,9 +37,9 @@ def kill_when(run, happens, group):
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory, soak):
-    """A run whose server is killed and started again, until once too often; (its folder, the run).
+    """A run whose server is killed and restarted, until once too often; (its folder, the run).
 
-    With --soak it is killed while it takes new weights as well.
+    With --soak it is also killed while it loads new weights.
     """
     folder = tmp_path_factory.mktemp("scene") / "run"
     sync = folder.parent / "sync"
@@ -55,7 +55,7 @@ def scene(tmp_path_factory, soak):
     try:
         wait_for_rows(run, folder, 2, seconds=300)
         group, seen = server_group(folder), len(rows_so_far(folder))
-        # a row is written after its publish: what comes next is generation
+        # a row is written after the weights are published: generation is next
         kill_when(run, lambda: len(rows_so_far(folder)) > seen, group)
         wait_for_rows(run, folder, len(rows_so_far(folder)) + 2, seconds=300)
         if soak:
@@ -74,7 +74,7 @@ def losses(run):
 
 
 def test_killed_while_it_generates(scene, soak):
-    """The iteration begins anew on a server that was started again and holds the published weights again."""
+    """The iteration is retried on a restarted server that has the published weights again."""
     assert losses(scene[1])[0] == "/inference/v1/generate"
     assert scene[1].err.read_text().count("is in service again") == (2 if soak else 1)
 
@@ -84,7 +84,7 @@ def test_killed_while_it_takes_new_weights(scene):
     assert losses(scene[1])[1] in ("/pause", "/start_weight_update", "/update_weights", "/finish_weight_update")
 
 
-def test_nothing_was_trained_by_wrong_weights(scene):
+def test_no_rollout_came_from_wrong_weights(scene):
     folder, _ = scene
     trained = rows_so_far(folder)
     assert [row["iteration"] for row in trained] == list(range(1, len(trained) + 1))
@@ -101,7 +101,7 @@ def test_killed_once_too_often(scene):
     said = [line for line in run.err.read_text().splitlines() if line.startswith("stopped: ")]
     assert len(said) == 1 and said[0].startswith("stopped: the vLLM server 'policy' ended with exit code 137")
     done = rows_so_far(folder)[-1]["iteration"]
-    assert f"stopped: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
+    assert f"stopped: saved iteration {done}; continue with run.resume=auto" in run.out.read_text()
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"iteration-{done:06d}"]
     with pytest.raises(AssertionError, match="no server"):
         server_group(folder)

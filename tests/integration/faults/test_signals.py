@@ -23,13 +23,13 @@ def test_a_signal_saves_and_ends_the_run_which_resumes_as_if_nothing_had_been(nu
         run.kill()
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     done = int(checkpoint.name.split("-")[1])
-    assert f"signal: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
-    assert done < 6, "the machine is too slow for this test to see anything"
+    assert f"signal: saved iteration {done}; continue with run.resume=auto" in run.out.read_text()
+    assert done < 6, "the machine is too slow for this test"
     train(arguments(1, tmp_path / "run", "run.iterations=6", "run.resume=auto"), tmp_path)
     assert_same_run(tmp_path / "run", undisturbed, 6)
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+def test_a_second_signal_stops_immediately(tmp_path):
     run = start(arguments(1, tmp_path / "run", "run.iterations=10000", "checkpoint.every=0"), tmp_path)
     try:
         wait_for_rows(run, tmp_path / "run", 1)
@@ -51,7 +51,9 @@ def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
         wait_for_rows(ranks[0], folder, 2)
         for rank in ranks if which == "all" else ranks[1:]:
             rank.send_signal(signal.SIGTERM)
-            rank.send_signal(signal.SIGINT)  # within five seconds the same request: torchrun hands signals on
+            rank.send_signal(
+                signal.SIGINT
+            )  # within five seconds they are the same request, since torchrun forwards signals
         assert [rank.wait(60) for rank in ranks] == [0, 0], ranks[0].err.read_text()[-3000:]
     finally:
         for rank in ranks:
@@ -62,7 +64,7 @@ def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
 
 def torchrun(folder, *overrides):
     command = [*TORCHRUN, "--max-restarts=1", "-m", "rlkd.train", *arguments(2, folder, "run.resume=auto", *overrides)]
-    # without it, restarted workers find the addresses of the dead ones in torchrun's store (torch 2.13)
+    # otherwise restarted workers find the addresses of the dead ones in torchrun's store (torch 2.13)
     env = ENV | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -75,7 +77,7 @@ def wait_until_logged(run, folder, count):
 
 
 def test_a_rank_killed_under_torchrun_costs_only_what_was_not_saved(tmp_path):
-    """torchrun ends the other rank and starts both again, and then gets a SIGTERM itself, which both outlive whole."""
+    """torchrun stops the other rank and restarts both. Then it gets a SIGTERM itself, and both still save and exit."""
     folder = tmp_path / "run"
     run = torchrun(folder, "run.iterations=10000", "checkpoint.every=1")
     try:
@@ -86,12 +88,12 @@ def test_a_rank_killed_under_torchrun_costs_only_what_was_not_saved(tmp_path):
             time.sleep(0.05)
         before = len(rows_so_far(folder))
         wait_until_logged(run, folder, before + 2)
-        run.send_signal(signal.SIGTERM)  # torchrun's own exit code is 1 then, by its design
+        run.send_signal(signal.SIGTERM)  # torchrun itself then exits with 1, by design
         output, _ = run.communicate(timeout=60)
     finally:
         run.kill()
     done = rows_so_far(folder)[-1]["iteration"]
-    assert f"signal: saved iteration {done}; go on with run.resume=auto" in output
+    assert f"signal: saved iteration {done}; continue with run.resume=auto" in output
     assert [row["iteration"] for row in rows_so_far(folder)] == list(range(1, done + 1))
     straight = tmp_path / "straight"
     command = arguments(2, straight, f"run.iterations={done}", "checkpoint.every=1")

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.process
 
 
 class Teacher:
-    """The stub as a process that can be killed and started again at the same address."""
+    """The stub as a process that can be killed and restarted at the same address."""
 
     def __init__(self):
         with socket.socket() as free:
@@ -87,7 +87,7 @@ def test_a_teacher_that_stays_away_ends_the_run_with_a_checkpoint(teacher, taugh
     assert last.startswith("stopped: no teacher server came back in 1 s (retry_s): POST http://127.0.0.1"), last
     (checkpoint,) = (folder / "checkpoints").iterdir()
     done = int(checkpoint.name.split("-")[1])
-    assert done >= 2 and f"stopped: saved iteration {done}; go on with run.resume=auto" in run.out.read_text()
+    assert done >= 2 and f"stopped: saved iteration {done}; continue with run.resume=auto" in run.out.read_text()
     teacher.start()
     train(served(teacher, folder, "run.resume=auto"), tmp_path)
     assert_same_run(folder, taught_in_peace, 6)

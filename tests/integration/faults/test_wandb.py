@@ -1,4 +1,4 @@
-"""Weights & Biases is out of reach."""
+"""Weights & Biases cannot be reached."""
 
 import pytest
 from run_results import assert_same_run
@@ -6,11 +6,11 @@ from runs import ENV, arguments, train
 
 pytestmark = pytest.mark.process
 
-# Nobody listens there. The key has the right form, so that W&B tries.
+# No server listens there. The key has the right format, so that W&B tries to connect.
 UNREACHABLE = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}
 
 
-def test_a_run_without_its_tracker_goes_on_and_says_so(undisturbed, tmp_path):
+def test_a_run_without_its_tracker_continues_with_a_warning(undisturbed, tmp_path):
     folder = tmp_path / "run"
     train(arguments(1, folder, "run.iterations=6", "log.wandb=online"), tmp_path, env=ENV | UNREACHABLE)
     said = [line for line in (tmp_path / "err.txt").read_text().splitlines() if line.startswith("log.wandb: ")]

@@ -1,4 +1,4 @@
-"""Answers of a server, mutated: each is used as it stands, or it is a ServerError of one line. All through HTTP."""
+"""Mutated responses of a server, sent over HTTP: each is used unchanged, or it is a one-line ServerError."""
 
 import base64
 import copy
@@ -87,7 +87,7 @@ TEXT = ["", "null", "[]", '"', "}", "]", ",", "NaN", "1e999", "\x00", "<html>", 
 
 @st.composite
 def bodies(draw) -> tuple[str, bytes]:
-    """(what is asked, the body of the answer)."""
+    """(the request, the body of the response)."""
     kind = draw(st.sampled_from(sorted(ANSWERS)))
     tree = copy.deepcopy(ANSWERS[kind])
     for _ in range(draw(st.integers(0, 2))):
@@ -112,7 +112,7 @@ def bodies(draw) -> tuple[str, bytes]:
 
 @dataclass
 class Stub:
-    """A server that says `body` to everything."""
+    """A server that responds with `body` to everything."""
 
     body: bytes = b"{}"
     content_type: str = "application/json"
@@ -169,7 +169,7 @@ def ask(kind, client, sampler):
 
 
 def said_of(kind, body):
-    """What plain JSON says in the places that an accepted answer is made of, and the same of that answer."""
+    """(the values of an accepted response parsed by plain JSON, the same values as rlkd parsed them)."""
     choices = sorted(body["choices"], key=lambda choice: choice["index"]) if "choices" in body else []
     if kind == "sample":
         return [(c["token_ids"], [e["logprob"] for e in c["logprobs"]["content"]], c["finish_reason"]) for c in choices]
@@ -207,7 +207,7 @@ def test_the_answers_are_right_before_they_are_mutated(stub, client, sampler):
 
 @cases(300, 10_000)
 @given(drawn=bodies(), content_type=st.sampled_from(["application/json"] * 3 + ["text/html; charset=nowhere", "é;;"]))
-def test_an_answer_is_used_as_it_stands_or_is_one_line(stub, client, sampler, drawn, content_type):
+def test_an_answer_is_used_unchanged_or_is_one_line(stub, client, sampler, drawn, content_type):
     kind, stub.body = drawn
     stub.content_type = content_type
     try:

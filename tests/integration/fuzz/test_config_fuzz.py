@@ -1,4 +1,4 @@
-"""Shipped configs, mutated: whatever is written ends in stages that hold what was written, or in lines that say why."""
+"""Mutated shipped configs: each gives stages with the written values, or error lines."""
 
 import copy
 import functools
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * 3600)]
 CONFIGS = sorted(Path(__file__).parents[3].joinpath("configs").glob("*.yaml"))
 GIVEN = {"model.path": "builtin:student", "data.path": "builtin:reverse", "teacher.path": "builtin:teacher"}
 LONGEST_S = 20.0
-"""One load takes 0.1 s. A machine that does other things may take ten times as long."""
+"""Limit in seconds. One load takes 0.1 s; a busy machine may take ten times as long."""
 
 KEYS = sorted({".".join(key) for key in Schema({name: m.Options for name, m in ALGORITHMS.items()}).all_keys()})
 
@@ -78,7 +78,7 @@ ODD = [
 
 @functools.cache
 def command(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(the files that stand before it, what must be given) by the command in a config's header."""
+    """(the files before it, the keys that must be given) in the command of a config's header."""
     before = config_files(config)[:-1]
     try:
         load_stages([*before, str(config)], [])
@@ -89,13 +89,13 @@ def command(config: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def filled(config: Path) -> str:
-    """A config's text with a value in place of each ???: no override then hides what the mutation did."""
+    """A config's text with a value for each ???, so that no override hides the effect of a mutation."""
     return config.read_text(encoding="utf-8").replace("???", "builtin:student")
 
 
 @st.composite
 def structures(draw) -> tuple[Path, str]:
-    """A config, and its text with keys removed, renamed, moved, and values replaced: still YAML."""
+    """A config, and its text with keys removed, renamed or moved and values replaced; it is still YAML."""
     config = draw(st.sampled_from(CONFIGS))
     tree = yaml.safe_load(filled(config))
     for _ in range(draw(st.integers(1, 3))):
@@ -126,7 +126,7 @@ def structures(draw) -> tuple[Path, str]:
 
 @st.composite
 def texts(draw) -> tuple[Path, bytes]:
-    """A config, and its text with pieces of syntax put in, lines gone, doubled, swapped or indented."""
+    """A config, and its text with syntax inserted and lines removed, repeated, swapped or indented."""
     config = draw(st.sampled_from(CONFIGS))
     text = filled(config)
     for _ in range(draw(st.integers(1, 4))):
@@ -170,7 +170,7 @@ overrides = st.lists(
 
 
 def outcome(config: Path, path: Path, more=()) -> list | None:
-    """Of `path` in the place of `config`: the stages that come out; None after mistakes, each in one line."""
+    """The stages loaded from `path` in place of `config`; None after mistakes, each reported in one line."""
     start = time.monotonic()
     try:
         return load_stages([*command(config)[0], str(path)], more)
@@ -181,11 +181,11 @@ def outcome(config: Path, path: Path, more=()) -> list | None:
             assert len(line) < 1000, line
         return None
     finally:
-        assert time.monotonic() - start < LONGEST_S, "it hangs"
+        assert time.monotonic() - start < LONGEST_S, "loading hangs"
 
 
 def assert_reads_the_same_again(path: Path, stages) -> None:
-    """The text of every stage gives the same configuration again, and UTF-8 can hold it."""
+    """The text of every stage gives the same configuration again, and it is valid UTF-8."""
     for stage in stages:
         again = path.with_name("again.yaml")
         again.write_text(stage.loaded.text, encoding="utf-8")
@@ -228,7 +228,7 @@ def test_another_structure(path, drawn):
 @cases(50, 3400)
 @given(config=st.sampled_from(CONFIGS), more=overrides)
 def test_the_command_line(config, more, capsys):
-    """Through `main`, to what a user sees: the merged YAML and 0, or lines on stderr and 2."""
+    """Through `main`, with the output that a user sees: the merged YAML and 0, or lines on stderr and 2."""
     before, arguments = command(config)
     argv = [part for file in (*before, config) for part in ("--config", str(file))]
     code = main([*argv, *arguments, *more, "--print-config"])

@@ -1,4 +1,4 @@
-"""JSONL, mutated: a line is what plain JSON says, or it ends in one line that names file and line."""
+"""Mutated JSONL: a line is read like plain JSON, or gives a one-line error that names file and line."""
 
 import json
 import math
@@ -58,7 +58,7 @@ edits = st.lists(
 
 @st.composite
 def lines(draw) -> bytes:
-    """A row with columns replaced or gone, written as JSON, and then with pieces put in or cut out."""
+    """A row with columns replaced or removed, written as JSON, then with pieces inserted or cut out."""
     row = dict(draw(st.sampled_from(ROWS)))
     for column in draw(st.lists(st.sampled_from([*row, "other"]), max_size=2)):
         deed = draw(st.sampled_from(["value", "piece", "remove"]))
@@ -87,7 +87,7 @@ def is_finite(value) -> bool:
 
 @cases(200, 5000)
 @given(line=lines())
-def test_a_line_is_what_plain_json_says(line):
+def test_a_line_is_read_like_plain_json(line):
     try:
         read = parse(line)
     except ValueError as error:

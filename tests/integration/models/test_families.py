@@ -1,6 +1,6 @@
-"""Every decoder family of transformers: its log-probs are the model's own, trained and sampled, or it is refused.
+"""Every decoder family of transformers has the model's own log-probs in trainer and sampler, or is refused.
 
-The tables are what is so with transformers 5.19. `make test` walks some families, `--soak` all of them.
+The tables are for transformers 5.19. `make test` covers some families, `--soak` all of them.
 """
 
 import numpy as np
@@ -70,7 +70,7 @@ UNSAMPLED = {
     family: why
     for why, families in (
         (
-            "nats lie between",
+            "with and without a cache differ",
             "bart bigbird_pegasus blenderbot-small deepseek_v4 falcon_mamba git mamba mamba2 marian mbart "
             "moshi mvp nemotron_h pegasus plbart recurrent_gemma rwkv trocr zamba2",
         ),
@@ -93,7 +93,7 @@ def load(folder):
 
 @torch.no_grad()
 def own_logprobs(folder, sequences):
-    """Of all tokens of each sequence, by the model's own logits, in evaluation mode, as transformers loads it."""
+    """Log-probs of all tokens from the model's own logits, loaded by transformers in evaluation mode."""
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     scored = []
     for sequence in sequences:
@@ -110,7 +110,7 @@ def test_logprobs_are_the_models_own_trained_and_sampled_or_it_is_refused(family
         ) as failed:
             write(family, tmp_path)
             load(tmp_path)
-        assert not isinstance(failed.value, RunStopped), "built, and refused: it belongs in REFUSED"
+        assert not isinstance(failed.value, RunStopped), "built, but refused: it belongs in REFUSED"
         return
     write(family, tmp_path, dropout=0.1)
     if family in REFUSED:
@@ -120,7 +120,7 @@ def test_logprobs_are_the_models_own_trained_and_sampled_or_it_is_refused(family
         return
     hf = load(tmp_path)
     for block in blocks(hf):
-        block.training = True  # as gradient checkpointing wants it
+        block.training = True  # as gradient checkpointing needs it
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2, 90, (2, 24), generator=generator)
     with torch.no_grad():
@@ -148,7 +148,7 @@ def test_logprobs_are_the_models_own_trained_and_sampled_or_it_is_refused(family
 
 @pytest.mark.parametrize("name", ["opt", "falcon"])
 def test_gradient_checkpointing_drops_nothing(name, tmp_path):
-    """Their blocks call functional dropout themselves, with the rate of the config."""
+    """The blocks of these families call functional dropout themselves, with the rate of the config."""
     write(name, tmp_path, dropout=0.1)
     options = (f"model.path={tmp_path}", "data.completion_column=answer", "data.max_completion_tokens=32")
     options += ("data.limit=16", "rollout.prompts=4", "log.rollouts_every=0", "optim.max_grad_norm=1000000.0")

@@ -1,4 +1,4 @@
-"""LoRA: what is trained, what the adapters compute, and that they leave the run as they were."""
+"""LoRA: what is trained, what the adapters compute, and that exports compute the same."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_adapters_are_a_function_of_the_seed():
 
     state = torch.get_rng_state()
     assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
-    assert torch.equal(torch.get_rng_state(), state), "nothing else is drawn otherwise with adapters than without"
+    assert torch.equal(torch.get_rng_state(), state), "adapters do not change any other random numbers"
 
 
 def test_both_exports_compute_what_the_student_does(trained):
@@ -100,7 +100,7 @@ def test_both_exports_compute_what_the_student_does(trained):
     torch.testing.assert_close(of(merged), ours, atol=1e-4, rtol=0)
     torch.testing.assert_close(of(adapted), ours, atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-4, rtol=0)
-    assert (of(start()) - ours).abs().max() > 1, "else a lost adapter would not show"
+    assert (of(start()) - ours).abs().max() > 1, "otherwise a lost adapter would not show"
     told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (4, 8, resolve("builtin:student"))
 
@@ -121,7 +121,7 @@ def test_without_adapters_the_student_is_the_reference(trained):
 
 
 def test_the_kl_to_the_reference_needs_no_second_model():
-    """No score comes with the batch. In the second update the student has moved, the reference has not."""
+    """The batch has no reference scores. In the second update the student has changed, the reference has not."""
     reference = (*GRPO, LORA, "algorithm.reference_coef=1", "optim.lr=0.03")
     one = Captured(config(*reference))
     two = Captured(config(*reference, "trainer.updates_per_iteration=2"))
@@ -187,12 +187,12 @@ def test_what_a_server_cannot_do_is_one_line(override, line):
 
 def test_a_layer_that_cannot_be_adapted_is_known_before_the_model_is_loaded(tmp_path):
     for target in ("q_prj", "embed_tokens", "lm_head"):
-        with pytest.raises(ValueError, match=f"target_modules: '{target}' is no linear layer of LlamaForCausalLM"):
+        with pytest.raises(ValueError, match=f"target_modules: '{target}' is not a linear layer of LlamaForCausalLM"):
             lora.layer_names(start(), config(f"model.lora={{target_modules: [q_proj, {target}]}}").model.lora)
     fresh = f"run.dir={tmp_path}"  # runs/ may hold a run already
     (line,) = check(config("model.lora={target_modules: [q_proj, lm_head]}", fresh))
-    assert line.startswith("model.lora.target_modules: 'lm_head' is no linear layer of LlamaForCausalLM that can be")
-    assert line.endswith("it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
+    assert line.startswith("model.lora.target_modules: 'lm_head' is not a linear layer of LlamaForCausalLM that can be")
+    assert line.endswith("use some of down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj")
     assert check(config("model.lora={target_modules: [q_proj, layers.0.mlp.up_proj]}", fresh)) == []
 
 
@@ -203,7 +203,7 @@ def mixture(family, folder):
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granite_moe", "phi_moe", "qwen3_next"])
 def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_path, family):
-    """For PEFT, "all-linear" is also the fused experts and the router; here, as in the docs, it is what is linear."""
+    """For PEFT, "all-linear" includes fused experts and the router; here, as documented, only linear layers."""
     path = mixture(family, tmp_path / "model")
     settings = config(LORA, f"model.path={path}", f"run.dir={tmp_path}", "run.name=r")
     model = settings.model
@@ -225,13 +225,13 @@ def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_pa
     adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")
     torch.testing.assert_close(logits(merged), logits(hf), atol=1e-4, rtol=0)
     torch.testing.assert_close(logits(adapted), logits(hf), atol=1e-4, rtol=0)
-    assert (logits(hf) - before).abs().max() > 0.5, "else a lost adapter would not show"
+    assert (logits(hf) - before).abs().max() > 0.5, "otherwise a lost adapter would not show"
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("adapters", [(LORA,), ()])
 def test_a_mixture_of_experts_is_trained_published_and_exported(tmp_path, adapters):
-    """With the sampler in this process, whose names are those in memory. With adapters it used to end at once."""
+    """With the in-process sampler, which uses names in memory. With adapters it used to fail immediately."""
     path = tmp_path / "model"
     shutil.copytree(resolve("builtin:student"), path)
     size = {"vocab_size": start().config.vocab_size, "max_position_embeddings": 512, "dtype": "bfloat16"}
@@ -247,7 +247,7 @@ def test_a_mixture_of_experts_is_trained_published_and_exported(tmp_path, adapte
     assert exported.dtype == torch.bfloat16 and (tmp_path / "r" / "adapter").exists() == bool(adapters)
 
 
-def test_what_has_no_adapter_is_named(tmp_path):
+def test_matrices_without_adapters_are_listed(tmp_path):
     settings = config(LORA, f"model.path={mixture('mixtral', tmp_path / 'model')}").model
     found = lora.unadapted(lora.skeleton(settings), settings.lora)
     assert found == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "mlp.gate"]
@@ -259,10 +259,10 @@ def test_what_has_no_adapter_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("family", "target", "line"),
     [
-        ("mixtral", "w1", "'w1' is no linear layer of MixtralForCausalLM that can be adapted; it has k_proj, o_proj"),
-        ("mixtral", "gate", "'gate' is no linear layer of MixtralForCausalLM that can be adapted; it has"),
-        ("phi_moe", "router", "'router' is no linear layer of PhimoeForCausalLM that can be adapted; it has"),
-        ("qwen3_next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); it has"),
+        ("mixtral", "w1", "'w1' is not a linear layer of MixtralForCausalLM that can be adapted; use some of k_proj"),
+        ("mixtral", "gate", "'gate' is not a linear layer of MixtralForCausalLM that can be adapted; use some of"),
+        ("phi_moe", "router", "'router' is not a linear layer of PhimoeForCausalLM that can be adapted; use some of"),
+        ("qwen3_next", "up_proj", "can be adapted (up_proj is PEFT's name for the fused experts); use some of"),
     ],
 )
 def test_experts_and_routers_are_refused_in_one_line(tmp_path, family, target, line):
@@ -274,7 +274,7 @@ def test_experts_and_routers_are_refused_in_one_line(tmp_path, family, target, l
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU serves them")
 def test_a_cpu_server_of_adapters_for_a_mixture_is_refused_in_one_line(tmp_path):
-    """vLLM 0.32 starts, and dies of the first request."""
+    """vLLM 0.32 starts, and crashes at the first request."""
     served = ("rollout.backend=vllm", "rollout.server.launch=true", f"run.dir={tmp_path}")
     path = f"model.path={mixture('mixtral', tmp_path / 'model')}"
     line = "model.lora: vLLM serves no adapters of a mixture of experts on a CPU"
@@ -301,7 +301,7 @@ def test_adapters_learn(tmp_path):
     assert all(row["mismatch/mean"] < 1e-5 for row in figures), "the merged copy that samples and the trained adapters"
     (checkpoint,) = checkpoints(tmp_path / "r")
     kept = [name for name in FileSystemReader(checkpoint).read_metadata().state_dict_metadata if "layers" in name]
-    assert len(kept) > 28 and all(lora.is_adapter(name) for name in kept), "the base lies at model.path"
+    assert len(kept) > 28 and all(lora.is_adapter(name) for name in kept), "the base is at model.path"
 
 
 @pytest.mark.process

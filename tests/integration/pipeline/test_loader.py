@@ -1,4 +1,4 @@
-"""The left half of the line with its real parts: tiny models, hf sampler, reward workers."""
+"""The rollout loader with real parts: tiny models, hf sampler, reward workers."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def opened(*overrides, version=0, algorithm=KDRL):
 
 @pytest.fixture(autouse=True)
 def tests_on_the_path(monkeypatch):
-    """Reward workers import the user's module from where Python looks."""
+    """Put the user's module where reward workers can import it."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
 
 
@@ -169,7 +169,7 @@ def picky():
 @pytest.mark.parametrize(
     ("wanted", "chosen", "drawn"),
     [
-        ((0, 1, 2, 3, 4), (0, 1, 2, 3), 4),  # enough at once: no second round
+        ((0, 1, 2, 3, 4), (0, 1, 2, 3), 4),  # enough in the first round: no second one
         ((1, 3, 5, 6, 7), (1, 3, 5, 6), 8),
         ((2, 9), (0, 1, 2, 9), 12),  # too few: filled up, in the order of the prompts
         ((), (0, 1, 2, 3), 12),
@@ -187,7 +187,7 @@ def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, want
     assert row["groups/no_gradient"] == pytest.approx(1 - sum(i < drawn for i in wanted) / drawn)
 
 
-def test_figures_and_errors_are_those_of_all_that_was_sampled(picky):
+def test_metrics_and_errors_are_those_of_all_sampled_rollouts(picky):
     picky.algorithm.wanted = frozenset()
     batch = picky.batch(2)
     drawn, groups = picky.line.walk(2, Clock())
@@ -199,7 +199,7 @@ def test_figures_and_errors_are_those_of_all_that_was_sampled(picky):
 
 @pytest.mark.long
 def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
-    """With real rewards; a second loader that starts at iteration 3 draws the same."""
+    """With real rewards. A second loader that starts at iteration 3 gives the same batches."""
     made, resumed = opened(*ROUNDS, algorithm=GRPO), opened(*ROUNDS, algorithm=GRPO)
     for iteration in range(4):
         batch = made.batch(iteration)
@@ -235,7 +235,7 @@ def test_a_group_that_the_teacher_can_teach_is_never_resampled():
 
 @pytest.fixture
 def special_letters(tmp_path):
-    """The student's folder with a tokenizer to which letters and the marks of roles are special tokens."""
+    """The student's folder with a tokenizer in which letters and the role markers are special tokens."""
     folder = tmp_path / "special_letters"
     shutil.copytree(resolve("builtin:student"), folder)
     tokenizer = load_tokenizer(str(folder))
@@ -252,7 +252,7 @@ def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special
     prompt = dataclasses.replace(loader.line.prompts.take(0, 4)[0], answer="<user>area")
     eos = loader.tokenizer.eos_token_id
     ids = loader.tokenizer.encode("<user>area", add_special_tokens=False)
-    assert set(ids) & set(loader.tokenizer.all_special_ids), "else nothing is tested"
+    assert set(ids) & set(loader.tokenizer.all_special_ids), "otherwise nothing is tested"
     stopped, cut = written(prompt, [*ids, eos], "data", "stop"), written(prompt, ids, "data", "length")
     twice = written(prompt, [*ids, eos, eos], "data", "stop")
     try:
@@ -262,11 +262,11 @@ def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special
     assert [s.reward for s in group] == [1.0, 1.0, 0.0]
     assert [loader.algorithm.text(s.rollout) for s in group] == ["<user>area", "<user>area", "<user>area<eos>"]
     asked = feedback.question_ids(FeedbackConfig(behaviours=[], system=None), loader.tokenizer, stopped)
-    # As text, of which this tokenizer has no "<", and not as the token, which would open a turn.
+    # As text (this tokenizer has no "<") and not as the token, which would open a turn.
     assert "esponse:\n<unk>user<unk>area<assistant>" in loader.tokenizer.decode(asked)
 
 
-def test_a_reward_is_asked_in_the_users_words_and_gets_all_messages(tmp_path, monkeypatch):
+def test_a_reward_gets_the_users_last_message_and_all_messages(tmp_path, monkeypatch):
     (tmp_path / "chat_rewards_x.py").write_text(
         "def seen(completion, *, answer, prompt, messages, meta):\n"
         "    return 1.0, prompt + '|' + ' '.join(m['role'] + ':' + m['content'] for m in messages)\n"

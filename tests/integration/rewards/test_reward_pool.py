@@ -1,4 +1,4 @@
-"""The pool against rewards that hang, crash, fork and lie: real processes, really killed."""
+"""The pool with rewards that hang, crash, fork and return wrong values: real processes that are really killed."""
 
 import math
 import os
@@ -90,7 +90,7 @@ def context(completion, *, answer, prompt, meta, factor):
 
 @pytest.fixture(autouse=True)
 def mine(tmp_path, monkeypatch):
-    """A working directory with the module above, and a mark in the environment of every process started here."""
+    """A working directory with the module above, and a marker in the environment of every process started here."""
     (tmp_path / "pool_rewards_x.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     mark = f"RLKD_TEST_MARK={uuid.uuid4()}"
@@ -115,7 +115,7 @@ def running(mark: str, wanted: int | None = None) -> int:
 
 
 def pool(*names: str, timeout_s: float = 1.0, workers: int = 1, **options) -> RewardPool:
-    """Of builtin functions, and of those in MODULE by their bare names."""
+    """A pool of built-in functions and of those in MODULE, given by their bare names."""
     full = [f"pool_rewards_x:{name}" if f"def {name}(" in MODULE else name for name in names]
     functions = [RewardFunction(name=name, options=options) for name in full]
     return RewardPool(RewardConfig(functions=functions, timeout_s=timeout_s, workers=workers))
@@ -161,7 +161,7 @@ def test_a_reward_gets_prompt_answer_meta_and_options():
         ("1e15", 1e15),
     ],
 )
-def test_what_is_a_number_is_a_reward(value, reward):
+def test_any_kind_of_number_is_a_reward(value, reward):
     with pool("act", timeout_s=10.0) as scorer:
         (result,) = scorer.score(items(f"return {value}"))
     assert (result.reward, result.error) == (reward, None)
@@ -176,7 +176,7 @@ def test_a_sum_that_is_too_large_is_no_reward():
     assert result.error == "the weighted sum of the rewards is 1.5e+15, wants one from -1e+15 to 1e+15"
 
 
-def test_messages_are_given_to_who_takes_them():
+def test_messages_are_given_to_functions_that_accept_them():
     chat = ({"role": "system", "content": "abc"}, {"role": "user", "content": "de"})
     item = RewardItem(completion="", answer="a", prompt="de", messages=chat, meta={"tags": []})
     with pool("turns", "anything") as scorer:
@@ -212,7 +212,7 @@ def test_a_hanging_reward_is_killed_in_time_and_the_others_get_theirs(workers, m
 
 
 def test_a_reward_that_holds_the_interpreter_is_killed(mine):
-    """A regular expression that backtracks for hours holds the lock: only another process can end it."""
+    """A regular expression that backtracks for hours holds the interpreter lock, so only another process can end it."""
     with pool("format", pattern="(a+)+b") as scorer:
         bad, good = scorer.score(items("a" * 60, "aab"))
     assert (bad.reward, bad.error) == (None, "reward format: gave no answer within 1 s")
@@ -262,7 +262,7 @@ def test_each_failure_is_no_reward_with_its_cause(mine, completion, error):
 def test_what_a_killed_reward_started_is_gone_before_the_pool_closes(mine):
     with pool("act") as scorer:
         one = running(mine)
-        assert one == 2, "a worker and its guardian"
+        assert one == 2, "a worker and its supervisor"
         scorer.score(items("fork", "orphan", "return 1"))
         assert running(mine, one) == one
 
@@ -287,7 +287,7 @@ def test_slow_items_are_shared_among_the_workers():
 
 
 def test_items_larger_than_a_pipe_while_the_worker_hangs():
-    """Nobody reads the pipe then: a write that waits for the worker would wait for ever."""
+    """Nothing reads the pipe then, so a write that waits for the worker would block forever."""
     large = RewardItem(completion="return 2", answer="x" * 300_000, prompt="")
     with pool("act") as scorer:
         results = scorer.score([*items("hang"), *[large] * 40])
@@ -307,7 +307,7 @@ def test_a_name_that_the_worker_cannot_load_is_told_by_open(mine):
     assert running(mine, 0) == 0
 
 
-def test_a_module_that_ends_its_worker_is_told_by_open(mine, tmp_path):
+def test_open_reports_a_module_that_ends_its_worker(mine, tmp_path):
     (tmp_path / "fatal_x.py").write_text("import os; os._exit(9)")
     with pytest.raises(RunStopped, match="did not start: its process exited with status 9"):
         pool("fatal_x:f").open()
@@ -315,7 +315,7 @@ def test_a_module_that_ends_its_worker_is_told_by_open(mine, tmp_path):
 
 
 def test_workers_end_when_their_parent_is_killed(mine):
-    """In the middle of a call that holds the interpreter, with a child of a reward about."""
+    """In the middle of a call that holds the interpreter, while a child process of a reward is running."""
     code = textwrap.dedent(
         """
         from rlkd.config.schema import RewardConfig, RewardFunction
@@ -330,7 +330,7 @@ def test_workers_end_when_their_parent_is_killed(mine):
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None and parent.stdout.readline() == "open\n"
-    assert running(mine, 1 + 2 * 2 + 1) == 6, "the parent, two workers, two guardians, a child of a reward"
+    assert running(mine, 1 + 2 * 2 + 1) == 6, "the parent, two workers, two supervisors, a child of a reward"
     parent.kill()
     parent.wait()
     assert running(mine, 0) == 0

@@ -1,4 +1,4 @@
-"""Every shipped config loads, and trains two iterations with tiny models."""
+"""Every shipped config loads and trains for two iterations with tiny models."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from rlkd.reporting.metric_reference import METRICS
 from rlkd.run.fit import run_stages
 
 FOLDER = Path(__file__).parents[3] / "configs"
-SERVED = ("quickstart_vllm.yaml",)  # the command of its own test
+SERVED = ("quickstart_vllm.yaml",)  # has its own test
 SMALL = (
     "run.dir=runs",
     "run.iterations=2",
@@ -78,7 +78,7 @@ def test_a_config_leaves_open_only_what_its_command_gives():
 
 
 def value(config, key):
-    """Of `optim.lr`, or at an iteration: `optim.lr@10`."""
+    """The value of `optim.lr`, or at an iteration of `optim.lr@10`."""
     name, _, iteration = key.partition("@")
     found = functools.reduce(getattr, name.split("."), config)
     return found(int(iteration)) if iteration else found

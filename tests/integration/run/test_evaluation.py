@@ -34,7 +34,7 @@ def test_an_algorithm_that_asks_for_no_rewards_is_evaluated_all_the_same():
 
 
 def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
-    """pass@3 is no pass@4: such a prompt counts for avg@k alone."""
+    """pass@3 is not pass@4, so such a prompt counts only for avg@k."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     some = (
         "reward.functions=[{name: 'reward_that_raises:on_some_completions'}, {name: format, options: {pattern: .*a.*}}]"
@@ -56,7 +56,7 @@ def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
     assert figures["eval/pass@k"] != pytest.approx(sum(some) / len(some))
 
 
-def test_an_evaluation_whose_rewards_fail_says_so():
+def test_an_evaluation_whose_rewards_fail_stops():
     settings = config("data.answer_column=null", "eval.prompts=4", "eval.samples=2")
     loader = opened(settings)
     prompts = [replace(p, answer=None) for p in heldout_prompts(settings, loader.tokenizer)]
@@ -85,17 +85,17 @@ def run(tmp_path, monkeypatch):
     return folder
 
 
-def test_what_is_measured_is_said_and_is_the_student(run, capsys):
+def test_the_evaluated_model_is_printed_and_is_the_student(run, capsys):
     assert main(["runs/x", *FEW]) == 0
     said = capsys.readouterr()
     assert said.err == (
         "evaluating runs/x/hf, after 200 iterations; data builtin:reverse, split heldout: 8 prompts, greedy and 2 "
         "samples each at temperature 1\n"
     )
-    assert json.loads(said.out)["eval/greedy"] > 0.8, "the teacher's weights, which stand for the student's"
+    assert json.loads(said.out)["eval/greedy"] > 0.8, "the teacher's weights, used here as the student's"
     assert main(["--config", QUICKSTART, *FEW]) == 0
     said = capsys.readouterr()
-    assert said.err.startswith("evaluating builtin:student, which is no student that a run has exported; data")
+    assert said.err.startswith("evaluating builtin:student, which is not a student exported by a run; data")
     assert json.loads(said.out)["eval/greedy"] < 0.5
 
 
@@ -112,7 +112,9 @@ def test_a_sampler_of_other_weights_is_not_measured():
         check_sampler(settings, loader, prompts)
         with torch.no_grad():
             loader.policy._model.get_output_embeddings().weight.mul_(1.05)
-        with pytest.raises(RuntimeError, match="the sampler and builtin:student disagree by .* nothing was measured"):
+        with pytest.raises(
+            RuntimeError, match="the sampler and of builtin:student to differ by at most .* nothing was evaluated"
+        ):
             check_sampler(settings, loader, prompts)
     finally:
         loader.close()

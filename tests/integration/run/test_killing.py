@@ -1,6 +1,6 @@
-"""A trainer that is killed at any moment, again and again, ends with what an undisturbed one has, bit for bit.
+"""A trainer that is killed repeatedly, at any time, ends with the same results as an undisturbed one, bit for bit.
 
-`make soak` kills 200 times, `make test` twice. Each kill is SIGKILL: at a random moment of the run's whole length, or
+`make soak` kills 200 times, `make test` twice. Each kill is a SIGKILL, at a random time during the run, or
 while a checkpoint is written, or while the student is exported.
 """
 
@@ -34,7 +34,7 @@ SETTINGS = (
 )
 AIMS = ("anywhere", "checkpoint", "anywhere", "export")
 GONE_S = 20.0
-"""Within this time nothing that a killed trainer started may be left."""
+"""Within this time all processes that a killed trainer started must have ended."""
 
 
 def arguments(folder: Path) -> list[str]:
@@ -43,12 +43,12 @@ def arguments(folder: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class Ended:
-    """What a finished run leaves: all of this must not depend on kills."""
+    """The results of a finished run, none of which may depend on kills."""
 
     rows: list[dict[str, float]]
     """metrics.jsonl without times and memory."""
     tensors: dict[str, torch.Tensor]
-    """Of the last checkpoint."""
+    """The tensors of the last checkpoint."""
     files: dict[str, bytes]
     """Rollouts and the exported student."""
 
@@ -75,16 +75,16 @@ def assert_equal(a: Ended, b: Ended) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> tuple[Ended, float, Path]:
-    """(what it left, how many seconds it took, where)."""
+    """(its results, the seconds it took, its folder)."""
     folder = tmp_path_factory.mktemp("killing") / "undisturbed"
-    train(["--print-config", *arguments(folder)], folder.parent)  # starts the server that runs are forked from
+    train(["--print-config", *arguments(folder)], folder.parent)  # starts the server from which runs are forked
     before = time.monotonic()
     train(arguments(folder), folder.parent)
     return ended(folder), time.monotonic() - before, folder
 
 
 def kill(run: Run, folder: Path, aim: str, seconds: float, chance: random.Random) -> None:
-    """SIGKILL at the moment that `aim` says, unless the run has ended by then. `seconds`: how long a run takes."""
+    """Send SIGKILL at the time given by `aim`, unless the run has ended. `seconds`: the duration of a run."""
     if aim == "anywhere":
         run.wait(chance.uniform(0, seconds))
     else:
@@ -97,12 +97,12 @@ def kill(run: Run, folder: Path, aim: str, seconds: float, chance: random.Random
 
 
 def newest(folder: Path) -> int:
-    """The iteration of the newest whole checkpoint; 0 without any."""
+    """The iteration of the newest complete checkpoint; 0 without any."""
     return max((int(path.name.split("-")[1]) for path in checkpoints(folder)), default=0)
 
 
 def assert_sound(folder: Path, run: Run, before: int) -> None:
-    """What must hold of a run directory at any moment. `before`: the checkpoint that the run went on from."""
+    """Check what must hold for a run directory at any time. `before`: the checkpoint that the run resumed from."""
     for path in checkpoints(folder):
         assert {file.name for file in path.iterdir()} == {
             ".metadata",
@@ -113,7 +113,7 @@ def assert_sound(folder: Path, run: Run, before: int) -> None:
         }, path
     words = [line.split() for line in run.out.read_text().splitlines()]
     did = [int(line[1].split("/")[0]) for line in words if line[:1] == ["iteration"]]
-    assert did == list(range(before + 1, before + 1 + len(did))), "it went on from another iteration"
+    assert did == list(range(before + 1, before + 1 + len(did))), "it resumed from another iteration"
     assert before <= newest(folder) and before + len(did) - 1 <= newest(folder), "an iteration was lost"
     assert "Traceback" not in run.err.read_text(), run.err.read_text()
     if (folder / "metrics.jsonl").exists():
@@ -121,7 +121,7 @@ def assert_sound(folder: Path, run: Run, before: int) -> None:
 
 
 def assert_nothing_is_left(mark: str) -> None:
-    """No process that has `mark` in its environment."""
+    """Assert that no process has `mark` in its environment."""
 
     def holders() -> list[psutil.Process]:
         found = []
@@ -167,7 +167,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(undisturbed
         print(f"\n{killed} kills of {runs} runs; checkpoints at the kills: {sorted(at)}")
 
 
-def test_a_run_that_was_ended_before_it_exported_its_student_does_it_when_it_is_resumed(undisturbed, tmp_path):
+def test_a_run_that_ended_before_its_export_exports_when_it_is_resumed(undisturbed, tmp_path):
     """Killed between the last checkpoint and the export, or signalled in the last iteration."""
     wanted, _, folder = undisturbed
     resumed = tmp_path / folder.name
@@ -177,21 +177,21 @@ def test_a_run_that_was_ended_before_it_exported_its_student_does_it_when_it_is_
     assert_equal(ended(resumed), wanted)
 
 
-def test_what_came_after_the_checkpoint_that_a_run_goes_on_from_is_no_longer_its_own(undisturbed, tmp_path):
-    """Two of three iterations are undone by run.resume=PATH: neither keep=2 nor run.resume=auto may prefer them."""
+def test_checkpoints_after_the_resumed_one_are_removed(undisturbed, tmp_path):
+    """run.resume=PATH undoes two of three iterations; keep=2 and run.resume=auto must not prefer their checkpoints."""
     folder = tmp_path / "again"
     train([*arguments(folder), "run.iterations=3", "checkpoint.keep=9"], tmp_path)
     resume = f"run.resume={folder / 'checkpoints' / 'iteration-000001'}"
     printed = train([*arguments(folder), resume, "run.iterations=2"], tmp_path)
     assert [path.name for path in checkpoints(folder)] == ["iteration-000001", "iteration-000002"]
-    assert f"resume: {folder / 'checkpoints' / 'iteration-000003'} is removed, since the run goes on from" in printed
+    assert f"resume: removing {folder / 'checkpoints' / 'iteration-000003'}, since the run resumes from" in printed
     train([*arguments(folder), "run.iterations=3"], tmp_path)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [0, 1, 2, 3] and exported(folder) == 3
 
 
 def test_a_stage_is_over_when_its_last_student_is_exported(tmp_path):
-    """Not when its last row is written: a kill can fall between the two, while an older student is there."""
+    """Not when its last row is written: a kill can happen between the two, while an older student exists."""
     settings = load([str(ROOT / "configs" / "quickstart.yaml")], [f"run.dir={tmp_path}", "run.iterations=2"]).config
     folder = Path(settings.run_dir)
     (folder / "hf").mkdir(parents=True)
@@ -205,8 +205,8 @@ def test_a_stage_is_over_when_its_last_student_is_exported(tmp_path):
     assert not finished(settings), "the report is written after the export"
 
 
-def test_what_is_being_removed_or_written_is_never_taken_for_the_whole(tmp_path, monkeypatch):
-    """A process that dies in the middle, as it leaves the disk."""
+def test_partly_written_or_removed_folders_are_never_used(tmp_path, monkeypatch):
+    """The disk as a process leaves it that dies in the middle."""
     folder, file = tmp_path / "iteration-000001", tmp_path / "config.yaml"
     folder.mkdir()
     (folder / "a").write_text("")
@@ -224,6 +224,6 @@ def test_what_is_being_removed_or_written_is_never_taken_for_the_whole(tmp_path,
         atomic.write(file, b"after")
     assert file.read_text() == "before"
     folder.mkdir()
-    atomic.remove(folder)  # finds what the attempt before has left
+    atomic.remove(folder)  # finds the leftovers of the previous attempt
     atomic.write(file, b"after")
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"] and file.read_text() == "after"

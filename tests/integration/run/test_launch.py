@@ -1,4 +1,4 @@
-"""The launch scripts: the commands that they print, whole, and that the real programs know every option of these."""
+"""The launch scripts print the expected commands, and the real programs accept every option in them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_servers(environment, monkeypatch):
     assert all(variables["RLKD_SERVER_KEY"] == "secret" for _, variables in commands) and "secret" not in shown
 
 
-def test_what_is_missing_is_asked_for_in_one_line(environment):
+def test_a_missing_setting_is_one_line(environment):
     for script, name in (("one_box.sh", "PROCESSES"), ("nodes.sh", "NODES"), ("nodes.sh", "HEAD"), ("server.sh", "1")):
         given = {"NODES": "2", "PROCESSES": "1", "HEAD": "127.0.0.1"} | environment
         given.pop(name, None)
@@ -59,8 +59,8 @@ def test_what_is_missing_is_asked_for_in_one_line(environment):
         assert re.search(rf": {name}: expected ", done.stderr), done.stderr
 
 
-def test_a_name_that_means_loopback_on_its_own_machine_is_no_meeting_point(environment):
-    """Where /etc/hosts has the machine's own name as 127.0.1.1, the others could not reach it."""
+def test_a_name_that_resolves_to_loopback_is_no_rendezvous(environment):
+    """If /etc/hosts maps the machine's own name to 127.0.1.1, other machines cannot reach it."""
     command, given = ["launch/nodes.sh", *CONFIG], environment | {"NODES": "2", "PROCESSES": "1", "HEAD": "localhost"}
     done = subprocess.run(command, env=given, capture_output=True, text=True)
     assert done.returncode == 2

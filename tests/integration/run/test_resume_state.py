@@ -1,4 +1,4 @@
-"""State beyond weights and optimizer goes on exactly where a run was left: TAID's t, an average of the student,
+"""State beyond weights and optimizer is resumed exactly: TAID's t, an average of the student,
 adapters."""
 
 import json

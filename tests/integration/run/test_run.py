@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: real processes, real signals, equal results."""
+"""Full runs, started like a user's: real processes, real signals, equal results."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_several_updates_and_schedules_resume_bit_for_bit(tmp_path):
     assert len({row["lr"] for row in rows(tmp_path / "broken")}) == 4
 
 
-def test_a_run_goes_on_with_more_ranks_and_with_fewer(straight, tmp_path):
+def test_a_run_resumes_with_more_and_with_fewer_ranks(straight, tmp_path):
     folder = tmp_path / "moved"
     for ranks, iterations in ((1, 2), (2, 4), (1, 6)):
         train_small(ranks, folder, f"run.iterations={iterations}", "run.resume=auto")
@@ -81,7 +81,7 @@ def test_a_run_goes_on_with_more_ranks_and_with_fewer(straight, tmp_path):
 
 
 def test_two_ranks_agree_with_one_over_the_whole_vocabulary(tmp_path):
-    """Hidden states, the teacher's output layer and the gradient formed in the forward, under FSDP2."""
+    """Hidden states, the teacher's output layer and the gradient computed in the forward pass, with FSDP2."""
     for ranks in (1, 2):
         train_small(ranks, tmp_path / str(ranks), "algorithm={name: opd}", "run.iterations=3", "checkpoint.every=3")
     one, two = saved(tmp_path / "1", 3), saved(tmp_path / "2", 3)
@@ -92,8 +92,8 @@ def test_two_ranks_agree_with_one_over_the_whole_vocabulary(tmp_path):
             assert a[name] == pytest.approx(b[name], rel=1e-4), name
 
 
-def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
-    """Dynamic sampling: each rank draws until its own share carries a gradient."""
+def test_two_ranks_with_unequal_numbers_of_sampling_rounds_do_not_hang(tmp_path):
+    """Dynamic sampling: each rank samples until its own share carries a gradient."""
     (tmp_path / "first_letter.py").write_text(
         "def right(completion, *, answer, prompt, meta):\n    return float(completion[:1] == answer[:1])\n"
     )
@@ -103,17 +103,17 @@ def test_two_ranks_that_sample_unequal_rounds_do_not_wait_for_ever(tmp_path):
     )
     train_small(2, tmp_path / "run", *settings, env=ENV | {"PYTHONPATH": str(tmp_path)})
     drawn = [row["prompts/drawn"] for row in rows(tmp_path / "run")]
-    # 2 prompts a rank and round: a multiple of 4 in every iteration would be two ranks in step.
+    # 2 prompts per rank and round: multiples of 4 in every iteration would mean equal numbers of rounds.
     assert len(drawn) == 4 and any(count % 4 for count in drawn) and max(drawn) <= 12, drawn
     assert all(row["grad_norm"] > 0 for row in rows(tmp_path / "run"))
 
 
-def test_a_run_does_not_go_on_under_another_configuration(straight, capsys):
-    """In this process: it ends before anything is started. What is accepted is in test_resume."""
+def test_a_run_does_not_resume_with_another_configuration(straight, capsys):
+    """It runs in this process, since it ends before anything is started. See test_resume for accepted changes."""
     before = rows(straight[1])
     assert main(arguments(1, straight[1], "run.iterations=7", "run.resume=auto", "optim.lr=1.0e-4")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("optim.lr.value: is 0.0001, but iteration-000006 was trained with 0.0003; put it back, or")
+    assert line.startswith("optim.lr.value: expected 0.0003, with which iteration-000006 was trained, got 0.0001; ")
     assert rows(straight[1]) == before
 
 

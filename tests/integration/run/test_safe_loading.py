@@ -1,4 +1,4 @@
-"""A checkpoint that names code to run is refused before any of it runs."""
+"""A checkpoint that would run code is refused before any of that code runs."""
 
 import io
 import pickle
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.process
 
 
 class Trap:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path):
         self.path = path
@@ -33,13 +33,13 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_the_index_of_our_own_checkpoints_is_known(trained):
+def test_the_index_of_our_own_checkpoints_is_accepted(trained):
     check_index(trained / "checkpoints" / "iteration-000001")
     assert saved(trained, 1)
 
 
 @pytest.mark.parametrize("where", ["index", "state", "shard"])
-def test_a_trap_is_never_sprung(where, trained, tmp_path):
+def test_code_in_a_checkpoint_is_never_run(where, trained, tmp_path):
     folder, sprung = tmp_path / "run", tmp_path / "sprung"
     shutil.copytree(trained, folder)
     checkpoint = folder / "checkpoints" / "iteration-000001"
@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_is_one_line(file, damage, trained, tmp_path):
 
 
 def plant_in_shard(checkpoint, sprung):
-    """In place of the first entry of a shard that is no tensor, such as a learning rate."""
+    """Replace the first entry of a shard that is not a tensor, such as a learning rate."""
     with open(checkpoint / METADATA, "rb") as file:
         index = pickle.load(file)
     trap = io.BytesIO()
@@ -92,7 +92,7 @@ def plant_in_shard(checkpoint, sprung):
 
 def test_a_file_that_is_no_index_is_one_line(tmp_path):
     (tmp_path / METADATA).write_bytes(b"")
-    with pytest.raises(RunStopped, match=r"/\.metadata is no index of a checkpoint: .*; choose another checkpoint"):
+    with pytest.raises(RunStopped, match=r"/\.metadata is not a valid checkpoint index: .*; choose another checkpoint"):
         check_index(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""A recipe of several stages: how it is read, and that the chain runs, is left off and goes on."""
+"""A recipe of several stages: how it is loaded, and that it runs and can be resumed."""
 
 import json
 from pathlib import Path
@@ -23,9 +23,11 @@ def test_each_stage_is_the_file_with_its_changes(recipe):
     assert [c.run_dir for c in configs] == ["runs/recipe/imitate", "runs/recipe/taught", "runs/recipe/rewarded"]
     assert [c.algorithm.name for c in configs] == ["sft", "taid", "grpo"]
     assert [c.run.iterations for c in configs] == [2, 2, 7]
-    assert [c.optim.lr(0) for c in configs] == [0.001] * 3, "the command line holds for every stage"
+    assert [c.optim.lr(0) for c in configs] == [0.001] * 3, "the command line applies to every stage"
     every = load_stages([recipe], ["run.iterations=5"])
-    assert [stage.loaded.config.run.iterations for stage in every] == [5] * 3, "over what a stage in the file says too"
+    assert [stage.loaded.config.run.iterations for stage in every] == [5] * 3, (
+        "and overrides what a stage in the file sets"
+    )
     assert [c.teacher.backend for c in configs] == ["none", "local", "none"], "a stage does not see its neighbour"
     assert [stage.starts_from for stage in stages] == [None, "runs/recipe/imitate/hf", "runs/recipe/taught/hf"]
 
@@ -53,7 +55,7 @@ def test_a_mistake_names_its_stage(recipe, change, line):
 
 
 @pytest.mark.process
-def test_the_chain_runs_each_stage_from_the_student_before_and_goes_on_where_it_was_left(recipe):
+def test_each_stage_starts_from_the_previous_student_and_the_chain_can_be_resumed(recipe):
     two = RECIPE.replace("  taught:\n", "").replace("    algorithm: {name: taid, over: 10}\n", "")
     two = two.replace("    teacher: {backend: local, path: builtin:teacher}\n", "").replace(
         "iterations: 2", "iterations: 1"
@@ -72,5 +74,5 @@ def test_the_chain_runs_each_stage_from_the_student_before_and_goes_on_where_it_
     before = Path("runs/recipe/imitate/hf/model.safetensors").stat().st_mtime_ns
     run("stages.rewarded.run.iterations=2")
     assert [iterations(s) for s in ("imitate", "rewarded")] == [[1], [1, 2]]
-    assert Path("runs/recipe/imitate/hf/model.safetensors").stat().st_mtime_ns == before, "passed over"
+    assert Path("runs/recipe/imitate/hf/model.safetensors").stat().st_mtime_ns == before, "skipped"
     assert "path: runs/recipe/imitate/hf" in Path("runs/recipe/rewarded/config.yaml").read_text()

@@ -22,7 +22,7 @@ def test_a_run_leaves_its_configuration_and_samples_but_no_secret(tmp_path):
     assert b"openSesame" not in written
     tables = sorted((folder / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json"))
     read = [json.loads(table.read_text()) for table in tables]
-    assert {table["data"][0][0] for table in read} == {2, 3}, "where there is an evaluation, and at the end"
+    assert {table["data"][0][0] for table in read} == {2, 3}, "at every evaluation and at the end"
     for table in read:
         assert table["columns"] == ["iteration", *COLUMNS]
         dump = (folder / "rollouts" / f"{table['data'][0][0]:06d}-rank0.jsonl").read_text().splitlines()

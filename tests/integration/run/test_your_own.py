@@ -1,4 +1,4 @@
-"""docs/your_own.md: its files and its commands, as they stand there."""
+"""The files and commands of docs/your_own.md, taken from the page."""
 
 import json
 import re
@@ -33,7 +33,7 @@ def rows(folder: Path, name: str = "own") -> list[dict]:
     return [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_example_trains_goes_on_and_is_evaluated(folder):
+def test_the_example_trains_resumes_and_is_evaluated(folder):
     first, second, evaluate = (shlex.split(line) for line in blocks("bash")[0].splitlines())
     assert first[:3] == second[:3] == ["python", "-m", "rlkd.train"] and evaluate[2] == "rlkd.evaluate"
     train(first[3:], folder / "out", cwd=folder)

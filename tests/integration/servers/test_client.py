@@ -12,7 +12,7 @@ from rlkd.servers.responses import Answer
 
 
 class Answers(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"  # which keeps a connection open unless it is told not to
+    protocol_version = "HTTP/1.1"  # which keeps connections open by default
 
     def do_GET(self):
         self.send_response(200)
@@ -38,7 +38,7 @@ def url():
 
 
 def test_requests_of_many_threads_do_not_close_each_others_connections(url):
-    """httpx gives a finished connection to one thread while another closes it, unless no connection is ever kept.
+    """httpx can hand a finished connection to one thread while another closes it, unless connections are never kept.
 
     "Bad file descriptor", about once in a hundred requests of this test with a limit of zero kept connections.
     """

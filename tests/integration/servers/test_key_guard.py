@@ -1,4 +1,4 @@
-"""The key of a server of ours: asked on every route, sent by the client, written nowhere."""
+"""The key of our servers: required on every route, sent by the client, and never written anywhere."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ from rlkd.servers.responses import WeightInfo
 
 @pytest.mark.server
 def test_a_stranger_gets_401_on_every_route(policy_server):
-    """The list of routes is the server's own. It listens on an address that others reach, where there is one."""
+    """The routes come from the server itself. It listens on an address that others can reach, if there is one."""
     known = VLLMClient(policy_server.url, 30.0, KEY)
     listed = re.findall(r"Route: (/\S*), Methods: (.*)", policy_server.log.read_text())
     routes = [(method, path) for path, methods in listed for method in methods.split(", ")]
@@ -26,8 +26,8 @@ def test_a_stranger_gets_401_on_every_route(policy_server):
             answers = {f"{method} {path}": stranger.request(method, path).status_code for method, path in routes}
         assert {route for route, code in answers.items() if code != 401} == {"GET /health"}
     assert len(routes) > 50
-    assert known.healthy() and VLLMClient(policy_server.url, 30.0).healthy(), "health is everybody's"
-    assert known.get("/weight_info", WeightInfo), "nothing was changed or ended"
+    assert known.healthy() and VLLMClient(policy_server.url, 30.0).healthy(), "/health needs no key"
+    assert known.get("/weight_info", WeightInfo), "the server is unchanged and running"
     with pytest.raises(ServerError, match="answered 401: this server asks for its key.*; set the environment variable"):
         VLLMClient(policy_server.url, 30.0, "wrong").weight_version()
     known.close()
@@ -50,7 +50,7 @@ def test_it_listens_on_its_own_address_only(policy_server):
 
 
 def guarded(monkeypatch, scope):
-    """What a guarded application answers, and whether it was reached."""
+    """(the response of a guarded application, whether the request reached it)."""
     monkeypatch.setenv("RLKD_SERVER_KEY", "right")
     reached, said = [], []
 

@@ -1,4 +1,4 @@
-"""Adapters at a real vLLM server: each version under its own name, beside a base that never changes."""
+"""Adapters on a real vLLM server: each version has its own name, and the base never changes."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def student():
 
 
 def adapted(seed):
-    """(adapters with all parts random, the whole model that they make)."""
+    """(random adapters, the merged model)."""
     hf = student()
     lora.inject(hf, ADAPTERS, seed)
     torch.manual_seed(seed)
@@ -98,7 +98,7 @@ def test_each_published_adapter_is_the_served_one_and_old_ones_are_gone(sampler,
         adapter, whole = adapted(version)
         sampler.publish(adapter, version)
         assert largest_gap(sampler, whole, version) < 1e-4
-        assert largest_gap(sampler, before, version) > 0.3, "else this test could not see an old adapter"
+        assert largest_gap(sampler, before, version) > 0.3, "otherwise this test could not see an old adapter"
         before = whole
     folder = sampler._folder.directory
     assert sorted(path.name for path in folder.iterdir()) == [f"{folder.name}-v5", f"{folder.name}-v6"]
@@ -113,7 +113,7 @@ def test_each_published_adapter_is_the_served_one_and_old_ones_are_gone(sampler,
 
 @pytest.mark.server
 def test_a_server_without_the_adapter_is_lost_until_it_has_it_again(sampler, client):
-    """As one that was started again; nothing is ever sampled from the base in silence."""
+    """Like a restarted server. Nothing is ever sampled from the base without an error."""
     adapter, whole = adapted(7)
     sampler.publish(adapter, 7)
     (name,) = client.adapters()
@@ -144,16 +144,16 @@ def test_a_base_with_other_weights_than_it_was_started_with_is_refused(sampler, 
     sampler.publish(adapter, 9)
     client.order("/update_weight_version", {"new_version": "3"})
     try:
-        with pytest.raises(ServerError, match="holds weight version '3', but with model.lora the adapters belong to"):
+        with pytest.raises(ServerError, match="with model.lora, expected the weights .* got version '3'"):
             sampler.sample(PROMPTS, n=1, iteration=0, sampling=SAMPLING)
-        with pytest.raises(ServerError, match="holds weight version 3, but with model.lora"):
+        with pytest.raises(ServerError, match="with model.lora, expected the weights .* got version 3"):
             PolicyServerTeacher(sampler, (1,), base=True).score(QUESTIONS, Signal())
     finally:
         client.order("/update_weight_version", {"new_version": "default"})
 
 
 @pytest.mark.server
-def test_a_refused_adapter_stops_the_run_with_the_servers_words(sampler):
+def test_a_refused_adapter_stops_the_run_with_the_servers_message(sampler):
     wide = {name.replace("layers.0", "layers.0.nothing"): tensor for name, tensor in adapted(1)[0].items()}
     with pytest.raises(ServerError, match=r"/v1/load_lora_adapter answered \d+: "):
         sampler.publish({name.replace("q_proj", "no_proj"): tensor for name, tensor in wide.items()}, 1)
@@ -161,8 +161,8 @@ def test_a_refused_adapter_stops_the_run_with_the_servers_words(sampler):
 
 @pytest.mark.server
 @pytest.mark.process
-def test_a_run_publishes_adapters_alone_and_its_base_teaches(server, client, tmp_path):
-    """OPSD with the start as fixed teacher, and no second copy of any model anywhere."""
+def test_a_run_publishes_only_adapters_and_its_base_is_the_teacher(server, client, tmp_path):
+    """OPSD with the initial student as fixed teacher, without a second copy of the model anywhere."""
     overrides = (
         *(LORA, "rollout.backend=vllm", f"rollout.server.urls=[{server.url}]", f"run.dir={tmp_path}", "run.name=r"),
         *("teacher={backend: self, weights: fixed, scorer: policy_server}", "data.privileged_column=privileged"),
@@ -178,13 +178,15 @@ def test_a_run_publishes_adapters_alone_and_its_base_teaches(server, client, tmp
     for iteration in (1, 2, 3):
         (dump,) = (tmp_path / "r" / "rollouts").glob(f"{iteration:06d}-*")
         assert {json.loads(line)["weight_version"] for line in dump.read_text().splitlines()} == {iteration - 1}
-    assert client.adapters() == [], "a server that goes on is left as it was found"
+    assert client.adapters() == [], "a server that keeps running is left as it was found"
 
 
-def test_a_server_of_adapters_is_started_for_a_rank_that_vllm_knows():
+def test_a_server_of_adapters_is_started_with_a_rank_that_vllm_accepts():
     for rank, known in ((1, 1), (4, 8), (64, 64), (200, 256), (512, 512)):
         arguments = policy_role(settings("rollout.server.launch=true", f"model.lora.r={rank}")).arguments
         assert arguments[arguments.index("--max-lora-rank") + 1] == str(known)
-        assert arguments[arguments.index("--max-loras") + 1] == "3", "those that may be asked for, and the next"
+        assert arguments[arguments.index("--max-loras") + 1] == "3", (
+            "the versions that may be requested, and the next one"
+        )
         assert "--weight-transfer-config" not in arguments and "lm_head" not in arguments
     assert "--enable-lora" not in policy_role(config("rollout.backend=vllm", "rollout.server.launch=true")).arguments

@@ -1,6 +1,6 @@
-"""Embedding rows beyond the tokenizer's ids (Qwen2.5 has 271) take no part in anything: not sampled, scored or trained.
+"""Embedding rows beyond the tokenizer's ids (Qwen2.5 has 271) are never sampled, scored or trained.
 
-The padded rows here are loud: large random numbers, with logits far above every token's.
+The padded rows here have large random values, so that their logits are far above every token's.
 """
 
 import json
@@ -30,7 +30,7 @@ TOKENS = 56  # of the built-in tokenizer
 
 
 def padded(folder: Path, rows: int, name: str = "student") -> str:
-    """The built-in model with `rows` loud rows more, or with fewer."""
+    """The built-in model with `rows` additional such rows, or with fewer rows."""
     hf = AutoModelForCausalLM.from_pretrained(resolve(f"builtin:{name}"), dtype=torch.float32)
     hf.resize_token_embeddings(TOKENS + rows, mean_resizing=False)
     torch.manual_seed(rows)
@@ -44,7 +44,7 @@ def padded(folder: Path, rows: int, name: str = "student") -> str:
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory) -> dict[int, str]:
-    """Rows of padding → the same student with as many."""
+    """Number of padding rows → the same student with that many."""
     folder = tmp_path_factory.mktemp("padded")
     return {rows: padded(folder / str(rows), rows) for rows in (3, 7)}
 
@@ -53,7 +53,7 @@ def test_the_vocabulary_is_what_tokenizer_and_student_both_have(paths, tmp_path)
     assert [vocabulary_size(ModelConfig(path=path)) for path in paths.values()] == [TOKENS, TOKENS]
     assert padding(ModelConfig(path=paths[3]), paths[7]) == range(TOKENS, TOKENS + 7)
     assert not padding(ModelConfig(path="builtin:student"), "builtin:teacher")
-    # a token without an embedding, as a pad token that was added to the tokenizer alone
+    # a token without an embedding, like a pad token added only to the tokenizer
     path = padded(tmp_path, 0)
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<new>"]})
@@ -110,7 +110,7 @@ def test_padded_rows_are_never_trained(paths, tier):
 
 
 def test_a_padded_student_is_the_unpadded_one(paths):
-    """The same samples, figures and gradients, bit for bit."""
+    """The same samples, metrics and gradients, bit for bit."""
     settings = [config(f"model.path={path}", "rollout.prompts=4") for path in ("builtin:student", paths[3])]
     plain, found = (Captured(one, real_batch(one)) for one in settings)
     assert found.row["loss"] == plain.row["loss"] and found.row["kd/kl"] == plain.row["kd/kl"]
@@ -149,7 +149,7 @@ def test_preflight_names_a_prompt_with_an_id_that_has_no_embedding(tmp_path):
 
 @pytest.fixture(scope="module")
 def server(paths, tmp_path_factory):
-    """Serves the student with 7 padded rows, as a run would start it."""
+    """A server of the student with 7 padded rows, started as a run would start it."""
     settings = served_config(paths, 7)
     launch = RolloutServerConfig(launch=True, max_model_len=64, start_timeout_s=300.0)
     logs = tmp_path_factory.mktemp("logs")
@@ -213,7 +213,7 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
                 own = truth.gather(1, torch.tensor(question.completion)[:, None])[:, 0]
                 assert torch.allclose(torch.tensor(score.logprobs), own, atol=1e-4)
                 assert int(score.top_ids.max()) < TOKENS
-                assert float(score.top_logprobs.logsumexp(-1).abs().max()) < 1e-5, "tokens have all the probability"
+                assert float(score.top_logprobs.logsumexp(-1).abs().max()) < 1e-5, "the tokens' probabilities sum to 1"
                 ours = score.top_logprobs.log_softmax(-1)
                 theirs = truth.gather(1, score.top_ids)
                 assert float((ours.exp() * (ours - theirs)).sum(-1).abs().max()) < 1e-6
@@ -223,8 +223,8 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
 
 
 @pytest.mark.server
-def test_the_probe_finds_a_server_that_does_not_leave_padding_out(policy_server, policy_path):
-    """It serves 60 rows, and was told of no padding: the last 4 stand for padded ones here."""
+def test_the_check_finds_a_server_that_does_not_exclude_padding(policy_server, policy_path):
+    """It serves 60 rows and was given no padding; the last 4 count as padding here."""
     client = VLLMClient(policy_server.url, 60.0, KEY)
     model = client.model_card(policy_path, 10)
     share = padding_share(client, model, range(56, 60))

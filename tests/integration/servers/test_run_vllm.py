@@ -1,4 +1,4 @@
-"""Whole runs with real vLLM servers that the run starts and stops."""
+"""Full runs with real vLLM servers that the run starts and stops."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 pytestmark = [pytest.mark.server, pytest.mark.process]
 
-# As it is when tests are collected: a Trainer in this process leaves its rank and port behind for its children.
+# The environment at collection; later a Trainer in this process sets its rank and port, which children would inherit.
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -60,7 +60,7 @@ def test_the_exported_student_is_evaluated_by_a_server_of_its_own(served):
     )
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     assert f"evaluating {folder}/hf, after 4 iterations" in evaluated.stderr
-    # The last weights that were published, now loaded by a server itself, which still says that it holds its own.
+    # The last published weights, loaded from disk by a server, which still reports the version "default".
     assert json.loads(evaluated.stdout)["eval/greedy"] == rows(folder)[-1]["eval/greedy"]
     assert not servers_of(folder)
 
@@ -82,8 +82,8 @@ importlib.import_module = import_module
 
 
 @pytest.mark.soak
-def test_a_stale_tied_head_stops_the_run_instead_of_training_on(tmp_path):
-    """The engine's fix taken out: every call of the update succeeds, the version moves, the output layer is old."""
+def test_a_stale_tied_head_stops_the_run(tmp_path):
+    """Without the engine's fix all calls of the update succeed and the version changes, but the head is old."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_REFRESH)
     folder = tmp_path / "stale"
     local = "teacher={backend: local, path: 'builtin:teacher'}"
@@ -91,6 +91,6 @@ def test_a_stale_tied_head_stops_the_run_instead_of_training_on(tmp_path):
     assert done.returncode == 1
     assert "stopped: iteration" in done.stderr and "sampler and trainer disagree by" in done.stderr
     assert "is the output layer tied?" in done.stderr
-    assert 1 <= len(rows(folder)) < 10  # the first weights are the served ones; the next already are not
+    assert 1 <= len(rows(folder)) < 10  # the first weights are the served ones, the next ones are not
     assert "the tied head is not refreshed" in (folder / "server" / "policy.log").read_text()
     assert not servers_of(folder)

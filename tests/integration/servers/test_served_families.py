@@ -1,6 +1,6 @@
-"""Weights reach a vLLM server whole, also where transformers has renamed or fused them on loading.
+"""All weights reach a vLLM server, also if transformers has renamed or fused them on loading.
 
-pytest tests/integration/servers/test_served_families.py -s            one mixture of experts, with figures
+pytest tests/integration/servers/test_served_families.py -s            one mixture of experts, with numbers
 pytest tests/integration/servers/test_served_families.py -s --soak     all
 """
 
@@ -45,7 +45,7 @@ def test_three_updates_of_every_weight_are_served(family: str, tmp_path: Path) -
             print(f"{family}, update {version}: mismatch/max {after:.1e}", flush=True)
             assert after < 1e-4
             assert before < 1e-4
-        assert mismatch(sampler, start, 3) > 1.0, "else this test could not see old weights"
+        assert mismatch(sampler, start, 3) > 1.0, "otherwise this test could not see old weights"
         weights = student.loader_weights(student.full_weights())
         expert = next((name for name in weights if ".experts.1." in name), None)
         if expert is not None:
@@ -61,7 +61,7 @@ def test_three_updates_of_every_weight_are_served(family: str, tmp_path: Path) -
 
 
 def assert_its_death_is_whole_and_explained(server: VLLMServer) -> None:
-    """Its first process is killed: nothing is left of the others, and one line says what happened and where to look."""
+    """Its first process is killed: the others end, and one line reports what happened and where to look."""
     server.check_alive()
     held = shared_memory(server.pid)
     os.kill(server.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Servers of our own: they end whole, whatever ends them, and say in one line what went wrong."""
+"""Servers that we start: all their processes end, whatever ends them, and one line reports what went wrong."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_host_that_is_not_this_machine_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.process
-def test_a_killed_trainer_leaves_nothing_of_its_server_and_the_other_one_does_the_work(
+def test_a_killed_trainer_leaves_no_server_process_and_the_other_server_does_the_work(
     policy_server: VLLMServer, policy_path: str, tmp_path: Path
 ) -> None:
     trainer = subprocess.Popen(
@@ -76,12 +76,14 @@ def test_a_killed_trainer_leaves_nothing_of_its_server_and_the_other_one_does_th
 
         assert len(group_members(int(pid))) >= 3, "API process, engine and worker"
         held = shared_memory(int(pid))
-        assert held and Path(weights).exists(), "else this test could not see a leak"
+        assert held and Path(weights).exists(), "otherwise this test could not see a leak"
         trainer.kill()
         wait_until(lambda: not group_members(int(pid)) and not group_members(int(guardian)), 15.0)
         assert not [path for path in held if path.exists()]
         wait_until(lambda: not Path(weights).exists(), 2.0)
-        assert len(sampler.sample(prompts(4), n=1, iteration=0, sampling=SAMPLING)) == 4, "the other one does it all"
+        assert len(sampler.sample(prompts(4), n=1, iteration=0, sampling=SAMPLING)) == 4, (
+            "the other one does all the work"
+        )
         assert sampler.pool.lost.keys() == {url}
         assert sampler.pool.lost[url].startswith(f"POST {url}/inference/v1/generate: ConnectError: ")
         sampler.close()
@@ -91,7 +93,7 @@ def test_a_killed_trainer_leaves_nothing_of_its_server_and_the_other_one_does_th
 
 
 @pytest.mark.process
-def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None:
+def test_a_server_that_cannot_start_reports_why_in_one_line(tmp_path: Path) -> None:
     model = tmp_path / "empty"
     model.mkdir()
     server = start_server("hopeless", str(model), tmp_path)
@@ -106,7 +108,7 @@ def test_a_server_that_cannot_start_says_why_in_one_line(tmp_path: Path) -> None
 
 
 def stand_in(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> VLLMServer:
-    """A server whose Python runs `command` instead of vLLM, with a real guardian."""
+    """A server whose Python runs `command` instead of vLLM, with a real supervisor."""
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\ncase "$2" in vllm*) {command} ;; *) exec {sys.executable} "$@" ;; esac\n')
     python.chmod(0o755)
@@ -140,7 +142,7 @@ def test_every_way_to_end_ends_the_children_too(ending: str, tmp_path: Path, mon
         else:
             server.stop()
         wait_until(lambda: not group_members(server.pid), 15.0)
-        if ending != "guardian killed":  # then nobody knows of the segment but the server
+        if ending != "guardian killed":  # then only the server knows of the segment
             wait_until(lambda: not Path(segment).exists(), 5.0)
     finally:
         server.stop()
@@ -178,9 +180,7 @@ def test_servers_get_cores_from_the_last_down_and_leave_the_first(monkeypatch: p
 
 
 @pytest.mark.process
-def test_a_server_does_not_take_itself_for_a_worker_of_torchrun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_does_not_inherit_torchruns_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "7")
     server = stand_in("env; exit 0", tmp_path, monkeypatch)
@@ -231,7 +231,7 @@ def test_what_a_rank_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path) -
 
 
 def test_the_cache_of_a_cpu_server_may_be_part_of_a_gib(monkeypatch):
-    """vLLM's VLLM_CPU_KVCACHE_SPACE takes whole GiB only ("invalid literal for int"), and wins over its argument."""
+    """vLLM's VLLM_CPU_KVCACHE_SPACE must be whole GiB ("invalid literal for int"), and overrides its argument."""
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
     role = ServerRole(name="policy", model="m", max_model_len=64)
     settings = ServerConfig(kv_cache_gb=0.2)

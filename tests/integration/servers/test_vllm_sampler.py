@@ -1,4 +1,4 @@
-"""The vLLM sampler and the served teacher against a real server; truth is a plain transformers forward."""
+"""The vLLM sampler and the served teacher on a real server, compared with a plain transformers forward pass."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def sampler(policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM) -> Iterator[VLLMSampler]:
-    """Holds tiny_model(1) as version 3."""
+    """A sampler whose server has tiny_model(1) as version 3."""
     made = VLLMSampler(run_config(policy_path, policy_server.url), eos_ids=[EOS])
     made.open()
     made.publish(model.state_dict(), 3)
@@ -53,10 +53,10 @@ def tokens(groups: list[list[Rollout]]) -> list[list[tuple[int, ...]]]:
 
 
 @pytest.mark.server
-def test_a_server_that_a_run_has_used_is_not_taken_for_its_start(sampler: VLLMSampler, policy_path: str) -> None:
+def test_a_server_that_a_run_has_used_does_not_count_as_unchanged(sampler: VLLMSampler, policy_path: str) -> None:
     other = VLLMSampler(run_config(policy_path, sampler.pool.clients[0].url), eos_ids=[EOS])
     other.open()
-    with pytest.raises(ServerError, match="holds weight version 3, which a run has given it.* start that server again"):
+    with pytest.raises(ServerError, match="got version 3, which a run has published; restart that server"):
         other.keep_loaded()
     other.close()
 
@@ -86,8 +86,8 @@ def test_the_likeliest_tokens_are_the_models(sampler: VLLMSampler, model: LlamaF
 
 
 @pytest.mark.server
-def test_a_server_without_the_new_runner_says_so(sampler: VLLMSampler) -> None:
-    """On a CPU vLLM cannot score tokens of our choice; `test_tokens_of_our_choice…` has the answer of one that can."""
+def test_a_server_without_the_new_runner_is_an_error(sampler: VLLMSampler) -> None:
+    """On a CPU vLLM cannot score given tokens; `test_given_tokens…` has the response of a server that can."""
     teacher = PolicyServerTeacher(sampler, (1,))
     teacher.open()
     with pytest.raises(ServerError, match="answered 400: prompt_logprob_token_ids requires the V2 model runner"):
@@ -107,7 +107,7 @@ def test_a_completion_stops_at_eos_with_its_logprob_or_at_the_budget(sampler: VL
 
 @pytest.mark.server
 def test_more_prompt_tokens_than_one_prefill_takes_do_not_end_the_server(sampler: VLLMSampler) -> None:
-    """20,000 prompt tokens at once: with chunked prefill, vLLM on a CPU dies of a request with a seed."""
+    """20,000 prompt tokens together: with chunked prefill, vLLM on a CPU crashes on a request with a seed."""
     long = [Prompt(id=f"l{i}", messages=(), token_ids=tuple(2 + (i + t) % 50 for t in range(40))) for i in range(125)]
     groups = sampler.sample(long, n=4, iteration=0, sampling=Sampling(temperature=1.0, max_tokens=2, seed=0))
     assert [len(group) for group in groups] == [4] * 125
@@ -159,7 +159,7 @@ def test_a_served_teacher_scores_as_the_model_does(
 def test_a_served_teachers_top_k_are_the_models(
     sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
 ) -> None:
-    """Ids and log-probs, up to the whole vocabulary (which vLLM pads to 64 inside); it refuses a larger k."""
+    """Ids and log-probs, up to the full vocabulary (which vLLM pads to 64 internally); it refuses a larger k."""
     questions = [Question(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(20), start=1)]
     settings = run_config(policy_path, policy_server.url)
     teacher = ServedTeacher(settings, settings.teacher)
@@ -249,7 +249,7 @@ def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, polic
 
 @pytest.mark.server
 def test_a_temperature_that_vllm_would_change_is_refused(sampler: VLLMSampler) -> None:
-    with pytest.raises(ValueError, match=r"temperature is 0.001, but vLLM silently raises it to 0.01"):
+    with pytest.raises(ValueError, match=r"at least 0.01, to which vLLM silently raises .*, got 0.001; use 0"):
         sampler.sample(prompts(1), n=1, iteration=0, sampling=Sampling(temperature=0.001, max_tokens=4, seed=0))
 
 
@@ -275,7 +275,7 @@ def choice(token_ids: list[int], entries: list[tuple[int, float | None]]) -> dic
         ({"index": 0, "token_ids": [4], "logprobs": None}, "1 tokens but 0 log-probs"),
     ],
 )
-def test_a_value_that_is_none_is_an_error(answer: dict[str, Any], complaint: str) -> None:
+def test_an_invalid_log_prob_is_an_error(answer: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ServerError, match=complaint):
         sampled_logprobs(Generated.model_validate(answer), "server")
 
@@ -283,13 +283,13 @@ def test_a_value_that_is_none_is_an_error(answer: dict[str, Any], complaint: str
 @pytest.mark.parametrize(
     ("entries", "complaint"),
     [
-        ([], "3 tokens were to be scored, the answer has 0"),
-        ([None, {"7": {"logprob": -1.0}}], "3 tokens were to be scored, the answer has 2"),
+        ([], "expected scores of 3 tokens, got 0"),
+        ([None, {"7": {"logprob": -1.0}}], "expected scores of 3 tokens, got 2"),
         ([None, {"7": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}], "no log-prob of completion token 1, which is 8"),
         ([None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -1.0}}], "completion token 0 is -9999.0"),
     ],
 )
-def test_a_teachers_value_that_is_none_is_an_error(entries: list[object], complaint: str) -> None:
+def test_a_teachers_invalid_log_prob_is_an_error(entries: list[object], complaint: str) -> None:
     answer = parse(json.dumps({"index": 0, "prompt_logprobs": entries}).encode(), Completed)
     with pytest.raises(ServerError, match=complaint):
         completion_logprobs(answer.prompt_logprobs or [], [6], [7, 8], "server")
@@ -305,7 +305,7 @@ GIVEN = Question((5, 6, 9), (7, 8), ids=torch.tensor([[7, 9], [3, 99]]))
 
 
 def given_scores(answer: dict[str, object]) -> tuple[TeacherScores, dict[str, Any]]:
-    """What is read of a server's answer to GIVEN, and what that server was asked."""
+    """(the scores read from a server's response to GIVEN, the request)."""
     asked: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -332,8 +332,8 @@ def given_scores(answer: dict[str, object]) -> tuple[TeacherScores, dict[str, An
             stub.shutdown()
 
 
-def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
-    """vLLM's contract: row i scores its ids as predictions of prompt token prompt_logprob_start + i + 1, as float32
+def test_given_tokens_are_requested_in_the_completions_rows() -> None:
+    """In vLLM, row i scores its ids as predictions of prompt token prompt_logprob_start + i + 1, as float32
     .npy in base64. A token that the teacher lacks is scored −inf."""
     scores, asked = given_scores(
         {"model": "m", "prompt_token_id_logprobs": npy([[-1.0, -1.0, -3.0], [-2.0, -4.0, -np.inf]])}
@@ -350,7 +350,7 @@ def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
 @pytest.mark.parametrize(
     ("figures", "complaint"),
     [
-        (None, "no log-probs of the tokens"),
+        (None, "expected log-probs of the given tokens, got none"),
         (
             npy([[-1.0, -1.0, -3.0]]),
             r"float32 of shape \[1, 3\], wanted floats of shape \[2, 3\]",
@@ -359,7 +359,7 @@ def test_tokens_of_our_choice_are_asked_in_the_completions_rows() -> None:
         ("AAAA", "log-probs of given tokens: "),
         ("no base64!", "log-probs of given tokens: "),
         (npy([[-1.0, np.inf, -3.0], [-2.0, -4.0, -5.0]]), "a log-prob is NaN"),
-        (npy([[-np.inf, -1.0, -3.0], [-2.0, -4.0, -5.0]]), "that of a completion token not finite"),
+        (npy([[-np.inf, -1.0, -3.0], [-2.0, -4.0, -5.0]]), "a completion token's is not finite"),
     ],
 )
 def test_a_wrong_answer_about_them_is_an_error(figures: str | None, complaint: str) -> None:
@@ -367,7 +367,7 @@ def test_a_wrong_answer_about_them_is_an_error(figures: str | None, complaint: s
         given_scores({"model": "m", "prompt_token_id_logprobs": figures})
 
 
-def test_a_server_with_its_start_weights_is_named_as_such() -> None:
+def test_a_server_with_its_initial_weights_is_reported() -> None:
     assert parse_version("12", "server") == 12
     with pytest.raises(ServerError, match="server holds its start weights .* publish before sampling"):
         parse_version("default", "server")

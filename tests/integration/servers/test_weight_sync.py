@@ -1,4 +1,4 @@
-"""New weights reach a running server: exactly, whole, and from nowhere but the agreed directory."""
+"""New weights reach a running server exactly, completely, and only from the agreed directory."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_published_weights_are_the_served_ones(policy_server: VLLMServer, policy
         model = tiny_model(seed)
         sampler.publish(model.state_dict(), version)
         assert mismatch(sampler, model, version) < 1e-4
-        assert mismatch(sampler, tiny_model(seed + 100), version) > 1.0, "else this test could not see old weights"
+        assert mismatch(sampler, tiny_model(seed + 100), version) > 1.0, "otherwise this test could not see old weights"
     sampler.close()
 
 
 @pytest.mark.server
-def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
+def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
     policy_server: VLLMServer, policy_path: str
 ) -> None:
     sampler, model = opened(policy_path, policy_server), tiny_model(31)
@@ -53,7 +53,7 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
         sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
     sampler.publish(weights, 15)
     assert mismatch(sampler, model, 15) < 1e-4
-    # A third of a layer that vLLM fuses, and biases, which it takes for those of a quantised checkpoint: it skips both.
+    # A third of a layer that vLLM fuses, and biases, which it treats as those of a quantised checkpoint: it skips both.
     third = {name: tensor for name, tensor in weights.items() if "layers.0.self_attn.k_proj" not in name}
     norm = weights["model.norm.weight"]
     unknown = {"model.norm.bias": norm + 1, "model.layers.1.mlp.up_proj.bias": norm + 2}
@@ -71,7 +71,7 @@ def test_a_failed_update_loses_the_server_until_a_whole_one_succeeds(
 
 @pytest.mark.server
 def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMServer, policy_path: str) -> None:
-    """As after a restart: it says "default". A score does not say which weights it is of, so the server is asked."""
+    """As after a restart: it reports "default". Scores do not name their version, so it is requested separately."""
     sampler, model = opened(policy_path, policy_server), tiny_model(32)
     sampler.publish(model.state_dict(), 18)
     teacher = PolicyServerTeacher(sampler, (EOS,))
@@ -83,11 +83,11 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
     assert mismatch(sampler, model, 18) < 1e-4
     assert teacher.score([Question((4, 5), (6, 7))], Signal())
     client.order("/update_weight_version", {"new_version": "default"})
-    with pytest.raises(ServerLost, match=f"{policy_server.url} holds version None, wanted 18"):
+    with pytest.raises(ServerLost, match=f"{policy_server.url} expected weight version 18, got None"):
         teacher.score([Question((4, 5), (6, 7))], Signal())
     sampler.recover()
     client.order("/pause", query={"mode": "wait"})
-    client.order("/start_weight_update")  # of a trainer that died then
+    client.order("/start_weight_update")  # by a trainer that died during an update
     sampler.publish(tiny_model(33).state_dict(), 19)
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
     other = opened(policy_path, policy_server)  # another run, whose version 19 is not ours
@@ -96,7 +96,7 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
     sampler.recover()
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
     other.close()
-    client.order("/pause", query={"mode": "keep"})  # the publish was cut off after the weights, before the resume
+    client.order("/pause", query={"mode": "keep"})  # publishing was interrupted after the weights, before the resume
     sampler.recover()
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
     client.close()
@@ -125,7 +125,7 @@ def test_the_engine_reads_only_inside_its_directory(
     sampler.close()
 
 
-def test_a_weight_file_is_whole_private_and_replaces_the_last() -> None:
+def test_a_weight_file_is_atomic_private_and_replaces_the_last() -> None:
     weights = tiny_model(0).state_dict()
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
     files = WeightFile(None)
@@ -140,13 +140,13 @@ def test_a_weight_file_is_whole_private_and_replaces_the_last() -> None:
     assert not files.directory.exists()
 
 
-def test_the_plugin_is_harmless_where_vllm_is_not_used() -> None:
+def test_the_plugin_does_nothing_without_vllm() -> None:
     code = "import sys, rlkd.servers.plugin; assert not {'torch', 'vllm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_gpu_engines_http_calls_carry_the_version() -> None:
-    """vLLM's own engines finish an update without saying which; the server would go on saying "default"."""
+    """vLLM's own engines finish an update without its version; the server would still report "default"."""
     calls: list[tuple[str, object]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -177,7 +177,7 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
     ]
 
 
-def test_the_source_of_the_gpu_engines_says_what_it_yields() -> None:
+def test_the_source_of_the_gpu_engines_describes_what_it_yields() -> None:
     source = CurrentWeights()
     torch.manual_seed(0)
     size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}

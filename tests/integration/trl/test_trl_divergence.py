@@ -15,7 +15,7 @@ pytestmark = pytest.mark.long
 B, T, V, H, K = 2, 9, 40, 16, 6
 SAME_AS = [(0.0, "forward_kl"), (0.1, "jsd"), (0.5, "jsd"), (0.9, "jsd"), (1.0, "reverse_kl")]
 """TRL's β → our kind. TRL jumps from β·KL(T‖M) + (1−β)·KL(S‖M) to the plain KLs at the end points, where that formula
-is 0: its loss at β = 0.001 is a thousandth of the one at 0. We name the KLs as kinds of their own and refuse β = 0."""
+is 0: its loss at β = 0.001 is a thousandth of the one at 0. We have separate kinds for the KLs and refuse β = 0."""
 
 
 def close(got, wanted):
@@ -32,7 +32,7 @@ def log_softmaxes(student, teacher, temperature=1.0):
 
 
 def assert_same(ours, trl, student):
-    """Per token in value, and in the gradient of an uneven sum."""
+    """Compare the value per token, and the gradient of an uneven sum."""
     close(ours, trl)
     uneven = torch.linspace(0.5, 2.0, ours.numel()).view(ours.shape)
     slopes = [gradients((value * uneven).sum(), student)[0] for value in (ours, trl)]
@@ -65,10 +65,10 @@ def test_gkd(beta, kind, temperature):
 )
 @pytest.mark.parametrize(("beta", "kind"), SAME_AS)
 def test_chunked_from_hidden_states(monkeypatch, beta, kind, config, scale, softcap):
-    """TRL's kernel cuts the vocabulary and recomputes the logits in the backward pass; we cut the tokens and do not.
+    """TRL's kernel splits the vocabulary and recomputes the logits in the backward pass; we split the tokens instead.
 
     It gives per-token values with gradient, we a weighted sum. It has no clip, no top k, no blend, one teacher, and
-    wants vocabularies of one width.
+    needs vocabularies of equal width.
     """
     from trl.kernels import chunked_divergence
 
@@ -116,7 +116,7 @@ def test_sdpo_on_the_students_top_k(beta, kind, tail):
 
 @pytest.mark.parametrize(("beta", "kind"), SAME_AS)
 def test_a_served_teachers_top_k_with_the_tail_bucket(beta, kind):
-    """From the k log-probs that a server says, the last of them missing in some rows."""
+    """From the k log-probs that a server returns, the last of which is missing in some rows."""
     from trl.experimental.server_distillation import server_distillation_trainer as trl
 
     student, teacher = pair()
@@ -134,7 +134,7 @@ def test_a_served_teachers_top_k_with_the_tail_bucket(beta, kind):
 
 
 def test_where_the_student_is_sure_of_its_top_k_trl_loses_the_tail():
-    """1 − Σ p in fp32 has no digits left below 1e-7 and is cut there, gradient and all. We add the other tokens up."""
+    """1 − Σ p in fp32 has no precision below 1e-7 and is clamped there, with zero gradient. We sum the other tokens."""
     from trl.experimental.sdpo.loss_utils import compute_topk_self_distillation_loss
 
     student, teacher = pair()

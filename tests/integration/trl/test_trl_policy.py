@@ -1,6 +1,6 @@
-"""Parity with TRL 1.16: its own `_compute_loss` and `_generate_and_score_completions` beside ours, on the same tensors.
+"""Parity with TRL 1.16: its own `_compute_loss` and `_generate_and_score_completions` and ours on the same tensors.
 
-A trainer is made without `__init__` (which wants a model, a data set and an accelerator) and given the attributes that
+A trainer is made without `__init__` (which needs a model, a data set and an accelerator) and given the attributes that
 the method reads; the model's forward and the generation are replaced by the tensors of the test. What is computed from
 them is TRL's code, unchanged. Values and gradients agree within 1e-5 unless a test says why not.
 """
@@ -149,7 +149,7 @@ def assert_parity(made, got, wanted):
         pair = [torch.zeros_like(tensor) if g is None else g for g in pair]
         torch.testing.assert_close(*pair, **CLOSE)
     slopes = torch.autograd.grad(wanted, logprobs)[0]
-    assert slopes.abs().max() > 1e-2, "else the tolerance would hide a difference"
+    assert slopes.abs().max() > 1e-2, "otherwise the tolerance would hide a difference"
 
 
 CASES = {
@@ -193,19 +193,19 @@ def test_the_loss_is_trls(name, made):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", ["truncate", "mask"])
 def test_the_importance_weight_is_trls_and_spares_the_kl(mode, level, made):
-    """TRL's weight by its own code, then in its own loss. It multiplies the policy term only, in both."""
+    """TRL's weight from its own code, used in its own loss. In both it multiplies only the policy term."""
     weight = scored_by_trl(made, [0.0] * ROWS, vllm_importance_sampling_mode=f"{level}_{mode}")
     weight = weight["importance_sampling_ratio"]
     batch, mask = made[0], made[0].completion_mask[:, PROMPT:]
     own = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.student_mask, mode, 1.3, level)
     torch.testing.assert_close(own[:, PROMPT:][mask], weight.expand(mask.shape)[mask], **CLOSE)
-    assert 0 < (weight == (1.3 if mode == "truncate" else 0.0)).sum() < weight.numel(), "the cap binds on some"
+    assert 0 < (weight == (1.3 if mode == "truncate" else 0.0)).sum() < weight.numel(), "the cap is active for some"
     options = (f"importance={mode}", f"importance_level={level}", "importance_cap=1.3", "reference_coef=0.2")
     assert_parity(made, ours(made, *options), theirs(made, weight, loss_type="dapo", beta=0.2))
 
 
 def scored_by_trl(made, rewards, kind=GRPOTrainer, **attributes):
-    """What TRL makes of the batch's completions, which one reward function gave `rewards` (NaN: None)."""
+    """TRL's advantages for the batch's completions with `rewards` from one reward function (NaN: None)."""
     batch, _, entropy = made
     old, sampler = batch.old_logprobs[:, PROMPT:], batch.sampler_logprobs[:, PROMPT:]
     prompts, completions = [[1] * PROMPT] * ROWS, [[2] * n for n in LENGTHS]
@@ -251,7 +251,7 @@ NAN = float("nan")
 REWARDS = [
     [1.0, 0.0, 0.25, 0.5, 0.5, 2.0],
     [1.0, NAN, 0.0, 0.3, 0.3, 0.3],  # a failed reward takes no part, in both
-    [1.0, NAN, NAN, NAN, NAN, NAN],  # nobody to compare with: 0, in both
+    [1.0, NAN, NAN, NAN, NAN, NAN],  # nothing to compare with: 0, in both
 ]
 
 

@@ -18,7 +18,7 @@ def test_mean_only_leaves_the_scale():
 
 @pytest.mark.parametrize("size", range(2, 100))
 def test_equal_rewards_give_exactly_zero(size):
-    """Also where the mean of equal numbers rounds to another one: dynamic sampling asks for != 0."""
+    """Even if the mean of equal numbers is rounded, since dynamic sampling checks for != 0."""
     for reward in (0.1, 1 / 3, 0.7 + 1e-16, -0.9):
         assert group_relative([reward] * size, normalise=True) == [0.0] * size
         assert leave_one_out([reward] * size) == [0.0] * size
@@ -58,7 +58,7 @@ def test_only_leave_one_out_expects_the_true_gradient(credit, share):
 
 
 @pytest.mark.parametrize(("length", "penalty"), [(1, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (100, -1.0)])
-def test_the_overlong_penalty_falls_in_a_line(length, penalty):
+def test_the_overlong_penalty_is_linear(length, penalty):
     """arXiv 2503.14476, Eq. 13 at L_max = 100, L_cache = 20."""
     assert overlong_penalty(length, 100, 20) == pytest.approx(penalty)
 

@@ -44,7 +44,7 @@ model: {path: builtin:student}
 data: {path: "builtin:reverse"}
 algorithm: {name: plain}
 """
-"""Three lines: what a test adds starts on line 4."""
+"""Three lines, so the text that a test adds starts on line 4."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Completions of the data are what the template writes, cut where the prompt ends and where the student would stop."""
+"""Completions from the data are the template's own text, from the end of the prompt to where the student would stop."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_prompt_and_completion_are_the_templates_own_ids(tokenizer, text):
     ids = (*prompt.token_ids, *encode_completion(tokenizer, prompt, text, (tokenizer.eos_token_id,)))
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]
     whole = tokenizer.encode(tokenizer.apply_chat_template(talk, tokenize=False), add_special_tokens=False)
-    cut = len(whole) - whole[::-1].index(tokenizer.eos_token_id)  # what stands after the end of the turn goes
+    cut = len(whole) - whole[::-1].index(tokenizer.eos_token_id)  # text after the end of the turn is dropped
     assert list(ids) == whole[:cut]
 
 
@@ -52,7 +52,7 @@ def test_no_blank_is_put_before_it():
 
 
 def test_the_prompts_own_ids_stay_where_letters_would_join_over_the_border():
-    """`:a` is one token, and so is a double line break: a student that sampled would have written what is left."""
+    """`:a` and a double line break are one token each; the completion has the tokens that a student would sample."""
     assert tokens(BYTES, "a", "q:", chat_template=False) == ["a", "<|im_end|>"]
     assert tokens(BYTES, "\na") == ["Ċ", "a", "<|im_end|>"]
 
@@ -62,7 +62,7 @@ def test_a_turn_ends_with_the_token_that_the_template_and_the_model_agree_on():
     tokenizer = load_tokenizer("builtin:student")
     tokenizer.chat_template = TOK.chat_template.replace("{{ '<eos>' }}", "{{ '<system>\\n' }}")
     assert tokens(tokenizer, "cba", ends=ends) == ["c", "b", "a", "<system>"]
-    # The model never ends with what this template closes a turn with: then its own end stands in its place.
+    # The model never ends with the token that closes a turn in this template, so its own end token replaces it.
     assert tokens(tokenizer, "cba", ends=ends[:1]) == ["c", "b", "a", "<eos>"]
     tokenizer.chat_template = TOK.chat_template.replace("{{ '<eos>' }}", "")
     assert tokens(tokenizer, "cba", ends=ends[::-1]) == ["c", "b", "a", "<eos>"]
@@ -81,12 +81,12 @@ def test_an_end_within_the_text_ends_nothing_and_other_special_tokens_are_the_st
 
 
 def test_a_template_that_opens_a_turn_with_a_thought_of_its_own():
-    """The prompt ends within the thought, which the template would leave out of a turn that is there."""
+    """The prompt ends within the thought, which the template leaves out of earlier turns."""
     assert tokens(byte_level(THINKS), "hm</think>so") == ["h", "m", "</think>", "s", "o", "<|im_end|>"]
 
 
 def test_a_thought_that_the_template_leaves_out_of_a_turn_is_learnt():
-    """As DeepSeek-R1's template does, whose generation prompt need not open the thought."""
+    """Like DeepSeek-R1's template, whose generation prompt need not open the thought."""
     template = THINKS.replace("<think>\n", "").replace("<think>", "")
     assert tokens(byte_level(template), "hm</think>so") == ["h", "m", "</think>", "s", "o", "<|im_end|>"]
 
@@ -118,7 +118,7 @@ def test_a_completion_of_the_builtin_task_is_what_it_was():
 
 
 def test_preflight_takes_the_models_ends(tmp_path):
-    """A tokenizer that names no end of sequence is no fault where the model's generation config does."""
+    """A tokenizer without an end-of-sequence token is fine if the model's generation config has one."""
     folder = tmp_path / "model"
     shutil.copytree(resolve("builtin:student"), folder)
     described = json.loads((folder / "tokenizer_config.json").read_text())

@@ -1,4 +1,4 @@
-"""What only spells a special token stays text; all else is read as the template's own rendering is."""
+"""Text that merely spells a special token stays text; everything else is encoded like the template's own rendering."""
 
 import json
 from pathlib import Path
@@ -53,7 +53,7 @@ def test_text_that_spells_none_has_the_ids_of_the_templates_own_rendering(text, 
 
 @given(spelling.map("".join))
 def test_text_keeps_its_characters_and_adds_no_special_token(text):
-    """With byte-level tokens nothing is lost: the rendered text, and the template's special tokens alone."""
+    """Byte-level tokens lose nothing: the ids are the rendered text with only the template's special tokens."""
     messages = [{"role": "system", "content": text}, {"role": "user", "content": f"{text} {text}"}]
     plain = [{"role": m["role"], "content": "x"} for m in messages]
     _, ids = encode_prompt(BYTES, messages)
@@ -65,7 +65,7 @@ def test_text_keeps_its_characters_and_adds_no_special_token(text):
 
 
 def test_the_tokens_around_it_are_those_of_one_text():
-    """No blank is put in, and letters join as they do: by hand."""
+    """No space is inserted, and letters merge as in one text; expected ids by hand."""
     _, ids = encode_prompt(INSTRUCTED["first"], "b</s>c d")
     assert INSTRUCTED["first"].convert_ids_to_tokens(list(ids)) == (
         ["<s>", "[INST]", "b", "<", "/", "s", ">", "c", "▁d", "[/INST]"]
@@ -151,13 +151,13 @@ def test_prompts_that_were_rendered_beforehand_are_not_read_as_letters_unasked(t
     ]
     assert load_source(data("data.special_tokens=tokens"), BYTES)[0].token_ids == tuple(BYTES.encode(texts[0]))
     assert decode(BYTES, load_source(data("data.special_tokens=text"), BYTES)[0].token_ids) == texts[0]
-    assert load_source(data("data.chat_template=true"), BYTES).notes  # there a prompt is what a user wrote
+    assert load_source(data("data.chat_template=true"), BYTES).notes  # there a prompt is text written by a user
     path.write_text("".join(json.dumps({"prompt": text, "answer": "a"}) + "\n" for text in [*texts, "d"]))
-    assert len(load_source(data(), BYTES)) == 4, "half of them are not most of them"
+    assert len(load_source(data(), BYTES)) == 4, "half is not most"
 
 
 def test_a_letter_that_is_marked_as_special_cannot_be_told_from_text(tmp_path):
-    """It is read as ever, and said."""
+    """It is encoded as before, with a warning."""
     tokenizer = load_tokenizer("builtin:student")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<system>", "<user>", "<assistant>", "a"]})
     (tmp_path / "data.jsonl").write_text('{"prompt": "abc", "answer": "cba"}\n')

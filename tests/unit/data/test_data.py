@@ -44,7 +44,7 @@ def make_tokenizer(
 
 
 def problems(data):
-    """What reading says without a tokenizer, one line or none."""
+    """The error of reading without a tokenizer, one line or none."""
     try:
         list(read_rows(data))
     except ValueError as error:
@@ -80,7 +80,7 @@ def test_template_ids_have_one_bos_and_end_with_the_generation_prompt(tokenizer)
 @pytest.mark.parametrize("text", ["hi", "<s>hi"])
 @pytest.mark.parametrize("ends", ["", "</s>"])
 def test_plain_text_has_one_bos_and_no_end_of_sequence(text, ends):
-    """`<s>hi`: as data that was rendered beforehand has it (data.special_tokens: tokens)."""
+    """`<s>hi`, as in data that is already rendered (data.special_tokens: tokens)."""
     tokenizer = make_tokenizer(template=None, ends=ends)
     messages, ids = encode_prompt(tokenizer, text, chat_template=False, spelled_tokens=True)
     assert ids == (1, *tokenizer.convert_tokens_to_ids(["h", "i"]))
@@ -379,7 +379,7 @@ def test_an_epoch_has_each_prompt_once_and_the_rest_waits():
     assert all(len(set(epoch)) == 9 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 40, "each epoch has an order of its own"
     seen = collections.Counter(i for epoch in epochs for i in epoch)
-    assert len(seen) == 10 and min(seen.values()) >= 30, "who is left out changes with the epoch"
+    assert len(seen) == 10 and min(seen.values()) >= 30, "the prompts left out change with the epoch"
 
 
 def test_the_order_is_a_function_of_the_seed_and_the_iteration():
@@ -387,7 +387,7 @@ def test_the_order_is_a_function_of_the_seed_and_the_iteration():
     backwards = PromptStream(prompts(10), seed=3)
     assert [ids(backwards.take(i, 4)) for i in reversed(range(8))] == straight[::-1]
     assert [ids(PromptStream(prompts(10), seed=4).take(i, 4)) for i in range(8)] != straight
-    # Pinned: a run must find the same order after an update of numpy.
+    # Pinned: the order must not change with a new version of numpy.
     assert straight[0] == ["6", "1", "8", "5"]
 
 

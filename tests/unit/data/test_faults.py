@@ -1,4 +1,4 @@
-"""All that is wrong with a data set is said at once, a line a fault, up to a bound."""
+"""All faults of a data set are reported together, one line each, up to a limit."""
 
 import json
 import re
@@ -101,4 +101,4 @@ def test_preflight_prints_a_line_a_fault_for_training_and_held_out_data(tmp_path
         ["eval.path", f"{held}:3"],
     ]
     few = check(load(["configs/quickstart.yaml"], [*keys, f"data.path={held}", "eval.every=0"]).config)
-    assert len(few) == 2, "how many prompts there are is asked of data that is right"
+    assert len(few) == 2, "the number of prompts is checked only for valid data"

@@ -1,4 +1,4 @@
-"""Columns and messages of other shapes, and what of them reaches the chat template."""
+"""Columns and messages in other formats, and what reaches the chat template."""
 
 import json
 
@@ -147,14 +147,14 @@ def test_calls_thoughts_and_tools_reach_the_template(tok, tmp_path):
 
 
 def test_nulls_that_a_table_fills_in_are_taken_out(tok, tmp_path):
-    """In Arrow every message has the fields of all others, and every tool the parameters."""
+    """In Arrow every message has the fields of all other messages, and every tool the parameters of all other tools."""
     rows = [
         {"prompt": [ASKED, CALLED, TOLD], "answer": "3", "tools": [tool("add", x=1)]},
         {"prompt": [ASKED], "answer": "3", "tools": [tool("sub", y=2)]},
         {"prompt": [ASKED], "answer": "3", "tools": []},
     ]
     table = datasets.Dataset.from_list(rows)
-    assert table[1]["prompt"][0]["tool_calls"] is None, "or this tests nothing"
+    assert table[1]["prompt"][0]["tool_calls"] is None, "otherwise this tests nothing"
     table.save_to_disk(tmp_path / "data")
     prompts = source(tok, tmp_path / "data", tools_column="tools")
     assert [read(tok, p) for p in prompts] == [
@@ -221,7 +221,7 @@ def test_teachers_read_whole_messages_tools_and_variables_too(tok, tmp_path):
 # ---- a last message by the assistant -----------------------------------------------------------------------------
 
 
-def test_a_last_message_by_the_assistant_is_refused_or_gone_on_with(tok, tmp_path):
+def test_a_last_message_by_the_assistant_is_refused_or_continued(tok, tmp_path):
     begun = [ASKED, {"role": "assistant", "content": "so: "}]
     path = write(tmp_path / "data.jsonl", {"prompt": begun, "answer": "3"}, {"prompt": "a", "answer": "b"})
     parts = ("'prompt'", "data.prompt_column", "last message", "assistant", "data.continue_final_message: true")

@@ -1,4 +1,4 @@
-"""The in-process sampler: its log-probs are the model's, and what it draws does not depend on company."""
+"""The in-process sampler: its log-probs are the model's, and its samples do not depend on the rest of the batch."""
 
 import numpy as np
 import pytest
@@ -56,7 +56,7 @@ def test_logprobs_are_the_models_at_the_temperature_with_prompts_of_unequal_leng
             assert torch.tensor(rollout.logprobs).sub(wanted).abs().max() < 1e-4
 
 
-def test_samples_do_not_depend_on_company(sampler):
+def test_samples_do_not_depend_on_the_rest_of_the_batch(sampler):
     many = prompts(*range(3, 19))
     together = sampler.sample(many, n=4, iteration=2, sampling=SAMPLING)
     alone = [sampler.sample([p], n=4, iteration=2, sampling=SAMPLING)[0] for p in many]
@@ -94,7 +94,7 @@ def test_completions_end_with_the_end_token_or_at_the_budget(sampler):
 
 
 def test_the_likeliest_tokens_are_the_models(sampler, hf):
-    """Named at every position, whatever was sampled; rows that end leave the batch meanwhile."""
+    """They are returned at every position, whatever was sampled, while finished rows leave the batch."""
     sampling = Sampling(temperature=0.7, max_tokens=12, seed=3, top_k=4)
     groups = sampler.sample(prompts(2, 5, 3), n=3, iteration=0, sampling=sampling)
     for rollout in (r for group in groups for r in group):

@@ -41,14 +41,14 @@ def layer(seed=10, vocabulary=V, width=H_TEACHER, **changes):
 
 
 def weights_of_tokens(dtype=torch.float64):
-    """Rows of which some tokens have a weight; never column 0."""
+    """Weights of rows in which some tokens have a weight, but never column 0."""
     weights = torch.zeros(B, T, dtype=dtype)
     weights[0, 2:6], weights[1, 1:4], weights[2, 5] = 0.1, 0.25, -0.5
     return weights
 
 
 def with_teacher(weights, theirs, comparison, hidden=None, width=V):
-    """A batch whose teacher has hidden states, and says its top k where the comparison asks for that."""
+    """A batch with the teacher's hidden states, and its top k if the comparison uses them."""
     hidden = normal(20, *weights.shape, theirs.weight.shape[1]) if hidden is None else hidden
     batch = batch_of(weights, hidden=hidden, layers=(theirs,))
     if comparison.support != "given":
@@ -59,7 +59,7 @@ def with_teacher(weights, theirs, comparison, hidden=None, width=V):
 
 
 def naive(hidden, output, batch, theirs, teacher_hidden, comparison, width=V):
-    """Σ weight · divergence with all logits at once. Column t is predicted from the student's hidden state t − 1."""
+    """Σ weight · divergence without chunks. Column t is predicted from the student's hidden state t − 1."""
     logits_s = torch.roll(output(hidden), 1, dims=1)[..., :width]
     logits_t = (teacher_hidden @ theirs.weight.T + theirs.bias)[..., :width]
     values = reference(logits_s, logits_t, comparison)
@@ -89,7 +89,7 @@ def test_the_clip_caps_each_entry_in_value_and_gradient(kind, beta, clip):
     assert_close(got, wanted)
     assert_close(*(gradients(value.sum(), student)[0] for value in (got, wanted)))
     terms = summands(student.log_softmax(-1), teacher.log_softmax(-1), kind, beta)
-    assert (terms > clip).any() and (got < terms.sum(-1)).any(), "else the cap did nothing"
+    assert (terms > clip).any() and (got < terms.sum(-1)).any(), "otherwise the cap did nothing"
 
 
 def test_a_clipped_kl_may_be_negative():
@@ -128,7 +128,7 @@ def test_top_k_with_its_tail_and_renormalised_are_distributions():
 
 
 def test_the_tail_of_everything_is_finite_with_its_gradient():
-    """fp32: the sum of all probabilities may round to above 1, whose rest has no logarithm."""
+    """In fp32 the sum of all probabilities may round to above 1, and then the tail has no logarithm."""
     logits = normal(3, 500, 40, dtype=torch.float32, scale=3.0).requires_grad_()
     everything = torch.arange(40).expand(500, 40)
     for tail in (with_tail(logits.log_softmax(-1)), among(logits.log_softmax(-1), everything, tail=True)):
@@ -137,9 +137,9 @@ def test_the_tail_of_everything_is_finite_with_its_gradient():
 
 
 def test_the_students_tail_is_exact_however_small():
-    """A student sure of its top k that the teacher doubts: 1 − Σ p in fp32 would lose the gradient just there."""
+    """The student is sure of its top k, the teacher doubts it: 1 − Σ p in fp32 would lose the gradient there."""
     student, ids = normal(3, 8, 500, dtype=torch.float32), torch.arange(20).expand(8, 20)
-    student[:, 0] += 24.0  # the rest has about 1e-8
+    student[:, 0] += 24.0  # the tail has a probability of about 1e-8
     log_t = torch.full((8, 21), math.log(0.9 / 20))
     log_t[:, 20] = math.log(0.1)
 
@@ -294,7 +294,7 @@ def test_blend_goes_from_nothing_to_the_forward_kl():
 def test_vocabularies_of_unequal_width_are_compared_on_the_common_columns(chunked, ours, theirs, support):
     """Embeddings are padded to 151,936 in one size of a model and to 152,064 in another; the tokenizer is the same.
 
-    The teacher's top k are of its own whole vocabulary: where padded rows have no probability, that is the same.
+    The teacher's top k are from its own full vocabulary; if padded rows have no probability, that is the same.
     """
     comparison = Comparison(kind="jsd", temperature=1.0, support=support, k=4)
     hidden, output, teacher = normal(5, B, T, H).requires_grad_(), head(vocabulary=ours), layer(vocabulary=theirs)
@@ -309,7 +309,7 @@ def test_vocabularies_of_unequal_width_are_compared_on_the_common_columns(chunke
         assert_close(got, want)
 
 
-def test_a_teachers_token_that_the_student_has_no_column_for_counts_to_the_rest():
+def test_a_teachers_token_outside_the_students_vocabulary_counts_to_the_tail():
     output, hidden = head(vocabulary=9), normal(5, 1, 2, H)
     weights = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     log_t = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).log().expand(1, 2, 3)
@@ -364,7 +364,7 @@ def test_both_models_are_compared_at_the_temperature():
     ids=["scale", "softcap"],
 )
 def test_logits_are_shaped_as_each_architecture_does(chunked, config, scale, softcap):
-    """The student's by its config, the teacher's by its own layer: here scaled by 3 and capped at 5."""
+    """The student's logits by its config, the teacher's by its own layer, here with scale 3 and cap 5."""
     comparison = Comparison(kind="jsd", temperature=1.0)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer(scale=3.0, softcap=5.0)
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
@@ -381,7 +381,7 @@ def test_logits_are_shaped_as_each_architecture_does(chunked, config, scale, sof
 
 @pytest.mark.parametrize(("support", "kind"), itertools.product(("full", "student_top_k"), ("forward_kl", "jsd")))
 def test_half_precision_rounds_its_inputs_and_nothing_else(support, kind):
-    """From bf16 states and weights; logits are whole. The reference takes the same rounded numbers in float64."""
+    """States and weights are bf16, logits are not rounded. The reference uses the same rounded numbers in float64."""
     comparison = Comparison(kind=kind, temperature=1.0, support=support, k=4)
     weights = weights_of_tokens(torch.float32)
     output, theirs = head(dtype=torch.bfloat16), layer()
@@ -405,7 +405,7 @@ def test_half_precision_rounds_its_inputs_and_nothing_else(support, kind):
 
 
 def test_a_frozen_output_layer_gets_no_gradient():
-    """As under LoRA: its gradient is as large as the layer, so it is not even made."""
+    """As with LoRA. The gradient is as large as the layer, so it is not computed at all."""
     comparison = Comparison(kind="jsd", temperature=1.0)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)

@@ -124,7 +124,7 @@ def test_jsd_tends_to_the_kls_when_rescaled_and_refuses_the_ends(pair):
         reverse_kl(student, teacher).item(), rel=1e-3
     )
     for beta in (0.0, 1.0):
-        with pytest.raises(ValueError, match="beta is"):
+        with pytest.raises(ValueError, match="0 < beta < 1, got"):
             generalized_jsd(student, teacher, beta)
 
 
@@ -140,7 +140,7 @@ def test_surrogate_at_ratio_one_is_reinforce():
     ("ratio", "advantage", "value", "slope"),
     [(1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5), (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.7, 0.0)],
 )
-def test_surrogate_clips_only_where_the_ratio_has_gone_too_far(ratio, advantage, value, slope):
+def test_surrogate_clips_only_outside_the_bounds(ratio, advantage, value, slope):
     """PPO's table (arXiv 1707.06347, Fig. 1) at ε_low = 0.3, ε_high = 0.2."""
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     loss = clipped_surrogate(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), 0.3, 0.2)
@@ -180,7 +180,7 @@ def test_cispo_is_reinforce_under_a_capped_ratio_and_drops_no_token(ratio, weigh
 
 @pytest.mark.parametrize("clips", [(10.0, 10.0), (0.02, 0.02)])
 def test_the_sequence_ratio_has_value_and_gradient_of_gspo(clips):
-    """Against Eq. 5 of arXiv 2507.18071 as it stands there: one ratio, one clip, one term for each sequence."""
+    """Against Eq. 5 of arXiv 2507.18071 as written there: one ratio, one clip, one term for each sequence."""
     generator = torch.Generator().manual_seed(1)
     mask = mask_of(3, 1, 7)
     logprobs = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -192,7 +192,7 @@ def test_the_sequence_ratio_has_value_and_gradient_of_gspo(clips):
     clipped = ratio.clamp(1 - clips[0], 1 + clips[1])
     wanted = -torch.minimum(ratio * advantages, clipped * advantages).mean()
 
-    padded = torch.where(mask, old, math.nan)  # what stands outside must not matter
+    padded = torch.where(mask, old, math.nan)  # values outside the mask must not matter
     per_token = clipped_surrogate(
         logprobs, sequence_old_logprobs(logprobs, padded, mask), advantages[:, None].expand(3, 8), *clips
     )
@@ -259,7 +259,7 @@ def test_importance_of_a_sequence_is_the_product_over_the_students_tokens(mode, 
     torch.testing.assert_close(got, torch.tensor(weights))
 
 
-def test_a_hopeless_sequence_has_a_finite_importance():
+def test_the_importance_weight_of_an_impossible_sequence_is_finite():
     old, sampler, student = torch.zeros(1, 9), torch.full((1, 9), -50.0), torch.ones(1, 9, dtype=torch.bool)
     assert importance_weights(old, sampler, student, "truncate", 2.0, "sequence").tolist() == [[2.0] * 9]
     assert importance_weights(old, sampler, student, "mask", 2.0, "sequence").tolist() == [[0.0] * 9]
@@ -275,8 +275,8 @@ def test_token_ratios_cap_both_factors_and_count_others_tokens_once():
 
 
 def test_token_ratios_leave_the_expectation_to_the_older_prefixes():
-    """Two places, by enumeration: uncapped, a token's own ratio expects 1, so that the gradient is as without it; what
-    makes it that of the current policy is the ratio of the prefix."""
+    """Two positions, by enumeration: without a cap, a token's own ratio has mean 1 and does not change the gradient;
+    only the ratio of the prefix would make it the gradient of the current policy."""
     generator = torch.Generator().manual_seed(5)
     first, old_first, teacher_first = torch.randn(3, V, generator=generator, dtype=torch.float64)
     second, old_second, teacher_second = torch.randn(3, V, V, generator=generator, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""A model folder that is not what it should be is one line, and nothing is made up in place of what it lacks."""
+"""A damaged or inconsistent model folder is reported in one line, and missing weights are never initialised."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def refused(said):
 
 
 def test_a_whole_model_is_loaded(folder):
-    replace_weights(folder, lambda weights: weights.update(more=torch.zeros(1)))  # what is not used harms nobody
+    replace_weights(folder, lambda weights: weights.update(more=torch.zeros(1)))  # unused weights do no harm
     assert loaded().num_parameters() > 0
 
 
@@ -66,27 +66,27 @@ def test_weights_that_are_cut_off_or_absent(folder):
     refused("the model m cannot be loaded: OSError: .*no file named model.safetensors")
 
 
-def test_missing_weights_are_not_made_up(folder):
+def test_missing_weights_are_refused(folder):
     replace_weights(folder, lambda weights: weights.pop(DOWN))
-    refused(f"the model m: 1 weight is missing that its config.json asks for: {DOWN}; copy the whole folder again")
+    refused(f"the model m: 1 weight is missing that its config.json requires: {DOWN}; copy the whole folder again")
 
 
 def test_weights_of_another_model(folder):
     layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
     edit(folder, num_hidden_layers=layers + 1)
-    refused(f"the model m: 9 weights are missing that its config.json asks for: model.layers.{layers}.")
+    refused(f"the model m: 9 weights are missing that its config.json requires: model.layers.{layers}.")
     edit(folder, num_hidden_layers=layers, vocab_size=120)
     refused(
-        r"the model m: 1 weight is of another shape than .*: model.embed_tokens.weight is \[56, 64\], wanted \[120,"
+        r"the model m: 1 weight is not of the shape .*: expected model.embed_tokens.weight \[120, 64\], got \[56, 64\]"
     )
 
 
-def test_weights_that_are_no_numbers(folder):
+def test_weights_that_are_not_finite(folder):
     replace_weights(folder, lambda weights: weights[DOWN].fill_(float("nan")))
     refused(f"the model m: 1 weight is not finite: {DOWN}; use another model")
 
 
-def test_an_attention_that_is_not_there(folder):
+def test_an_attention_that_is_not_installed(folder):
     with pytest.raises(
         RunStopped, match='the model m cannot be loaded: ValueError: Specified `attn_implementation="fl'
     ):

@@ -22,7 +22,7 @@ from rlkd.planning.memory import (
 )
 from rlkd.train import main
 
-# The figures of the model cards: Qwen2.5-7B has 7.61 billion parameters, 6.53 without embeddings; 28 layers, 28 query
+# From the model cards: Qwen2.5-7B has 7.61 billion parameters, 6.53 without embeddings; 28 layers, 28 query
 # heads and 4 key-value heads of 128.
 QWEN_7B = Qwen2Config(
     vocab_size=152064,
@@ -81,7 +81,7 @@ def test_what_a_training_step_keeps_is_what_is_estimated(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_of_a_block_are_what_autograd_keeps(dtype):
-    """Without the softmax statistics and the rotary angles, which are small beside them in a real model."""
+    """Without the softmax statistics and the rotary angles, which are small in comparison in a real model."""
     hf = tiny_model(0, tied=False).to(dtype)
     known, tokens, storages = shape(hf.config), 2 * 64, {}
     weights = {p.untyped_storage().data_ptr() for p in hf.parameters()}
@@ -119,7 +119,7 @@ def test_a_report_says_what_fits_and_what_does_not(tmp_path, capsys):
     for devices in (small, [*large, "teacher.server.devices=[[9,10]]"]):
         assert main([*command, *devices, "--estimate=80"]) == 0
     one, eight = capsys.readouterr().out.split("student: ")[1:]
-    # 16 bytes a parameter stay: the figure of ZeRO (arXiv 1910.02054, §3.1), there with half-precision copies.
+    # 16 bytes per parameter, as in ZeRO (arXiv 1910.02054, §3.1), there with half-precision copies.
     assert "28.37 GiB  master weights: 4 B · 7.62e9 parameters / 1" in one
     assert "DOES NOT FIT in 80.00 GiB" in one and "DOES NOT FIT" not in eight
     assert "7.09 GiB  AdamW's moments: 2 · 4 B · 7.62e9 parameters / 8" in eight
@@ -144,7 +144,7 @@ def test_every_model_of_a_trainer_is_counted():
     assert part(trainer_place(settings).resident, "teacher") == 4 * shape_of("builtin:teacher").parameters
 
 
-def test_without_a_known_device_nothing_is_said_of_it():
+def test_without_a_known_device_the_report_does_not_mention_it():
     assert "the device is not known: --estimate=GIB" in report(config(), None)
     assert server_places(config()) == []
     with pytest.raises(ConfigError, match="--estimate: .*'big'.*--estimate=80"):

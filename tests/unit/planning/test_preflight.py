@@ -42,7 +42,7 @@ def config(*overrides: str) -> Config:
 
 
 def model_folder(name: str, positions: int = 512, extra: list[str] | None = None) -> str:
-    """A model without weights: preflight must not miss them."""
+    """A model folder without weights, since preflight must not need them."""
     folder = Path(name)
     shutil.copytree(resolve("builtin:student"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     if extra:
@@ -61,7 +61,7 @@ def data_file(rows: list[dict[str, Any]], name: str = "data.jsonl") -> str:
 
 @contextmanager
 def server(model: str, length: int = 4096, routes: dict[str, Any] | None = None) -> Iterator[str]:
-    """The address of a server that answers a few GETs as vLLM does; `routes` replaces answers, None is a 404."""
+    """The URL of a server that answers a few GETs like vLLM; `routes` replaces responses, None is a 404."""
     answers: dict[str, Any] = {
         "/health": {},
         "/v1/models": {"data": [{"id": model, "root": model, "parent": None, "max_model_len": length}]},
@@ -155,7 +155,7 @@ GUIDED = "algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40
 def test_a_teacher_in_process_that_writes_is_asked_for_its_end_too(algorithm):
     with_ends("endless", {"eos_token_id": []})
     (line,) = check(config(algorithm, LOCAL))
-    assert line.startswith("teacher.path: endless: eos_token_id of generation_config.json is [], wants")
+    assert line.startswith("teacher.path: endless: expected eos_token_id of generation_config.json to be")
     assert check(config(OTHERS, "algorithm.student_share=1.0", LOCAL)) == []  # this one only scores
 
 
@@ -202,7 +202,7 @@ def test_teacher_and_student_must_share_a_vocabulary():
 
 
 def test_lengths_are_the_algorithms():
-    """Here the student is trained on more than it samples, and the teacher reads more than the student."""
+    """Here the student is trained on longer sequences than it samples, and the teacher reads longer ones still."""
     model_folder("short", positions=90)
     settings = ("algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}",)
     assert check(config(*settings, "algorithm.feedback.max_prompt_tokens=50", "model.path=short")) == []
@@ -304,7 +304,7 @@ LAUNCHED = ("rollout.backend=vllm", "rollout.server.launch=true")
 
 
 def test_gpus_of_servers(monkeypatch):
-    """What the machine has is what torch says of it."""
+    """The GPUs of the machine are those that torch reports."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert check(config(*LAUNCHED)) == []
     found = check(config(*LAUNCHED, "rollout.server.devices=[[5]]"))
@@ -325,7 +325,7 @@ def test_gpus_of_servers(monkeypatch):
         ("rollout.server.devices: ", "GPU 3", 1.35, "rollout.server.memory", "teacher.server.memory"),
     )
     assert check(config(*LAUNCHED, teacher, "rollout.server.devices=[[3]]", "rollout.server.memory=0.5")) == []
-    monkeypatch.setenv("RANK", "1")  # of another node, which starts none
+    monkeypatch.setenv("RANK", "1")  # for another node, which starts no server
     assert check(config(*LAUNCHED, "rollout.server.devices=[[5]]")) == []
 
 
@@ -351,7 +351,7 @@ def test_a_server_that_serves_the_model_is_fine():
 
 def test_servers_that_do_not_answer_are_named_with_their_key():
     with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))  # bound, but not listening
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         assert_lines(check(with_servers(url)), ("rollout.server.urls: ", url, "GET /health", "5 s"))
         teacher = f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}"
@@ -361,7 +361,7 @@ def test_servers_that_do_not_answer_are_named_with_their_key():
     assert line.startswith("rollout.server.urls: ") and "port" in line
 
 
-def test_each_of_several_teachers_is_looked_at():
+def test_each_of_several_teachers_is_checked():
     other = model_folder("other", extra=["<think>"])
     first = "{backend: local, name: a, path: 'builtin:teacher'}"
     second = f"{{backend: served, name: b, path: {other}, url: 'http://127.0.0.1:9'}}"
@@ -391,7 +391,7 @@ def test_a_server_of_another_model_or_kind_is_refused():
         assert check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}")) == []
 
 
-def test_all_problems_come_at_once():
+def test_all_problems_are_reported_together():
     keys = [
         line.split(":")[0]
         for line in check(
@@ -425,7 +425,7 @@ def test_servers_that_other_nodes_cannot_reach_are_refused():
 
 
 def test_each_model_is_read_once(monkeypatch):
-    """And again where its files have changed; a tokenizer reads the configuration of its model by itself."""
+    """It is read again if its files have changed. A tokenizer reads its model's configuration itself."""
     read: list[str] = []
     for kind in (AutoConfig, AutoTokenizer):
         plain = kind.from_pretrained

@@ -54,7 +54,7 @@ def write_lines(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 class Page(HTMLParser):
-    """What a browser sees: tags, attributes and text; asserts that every element is closed in order."""
+    """The tags, attributes and text that a browser sees; asserts that all elements are closed in order."""
 
     VOID = frozenset({"meta", "link", "img", "br"})
 
@@ -129,7 +129,7 @@ def test_what_is_declared_has_its_plot_and_the_rest_is_among_the_others(run_dir:
     [
         ("kd/coef", [0.2] * 30),
         ("kd/coef", [0.2, 0.20000000298, 0.19999999] * 10),  # in single precision, summed in different orders
-        ("loss/pg", [1e-9, -2e-9, 3e-10] * 10),  # zero but for rounding
+        ("loss/pg", [1e-9, -2e-9, 3e-10] * 10),  # zero up to rounding
         ("entropy", [0.0] * 30),
     ],
 )
@@ -158,7 +158,7 @@ def test_nothing_that_a_model_wrote_becomes_markup(run_dir: Path) -> None:
     page = Page(write_report(run_dir))
     assert "script" not in page.tags and "figure>" in page.text
     assert "<script>alert(5)</script> & \\ud800" in page.text
-    assert page.text.count("<script>") == 12, "a dozen samples, spread over the newest iteration"
+    assert page.text.count("<script>") == 12, "12 samples, evenly spaced over the newest iteration"
     assert "12 of the 64 rollouts in 10.jsonl of iteration 4" in page.text
     assert "of an older iteration" not in page.text
 
@@ -219,7 +219,7 @@ def test_smoothing_is_drawn_only_with_enough_points_and_says_so(run_dir: Path) -
     assert mean[-1][1] == pytest.approx((raw[-1][1] + raw[-2][1]) / 2, abs=0.11)
 
 
-def test_a_run_that_goes_on_can_be_looked_at(run_dir: Path) -> None:
+def test_the_report_of_a_run_in_progress_can_be_written(run_dir: Path) -> None:
     with open(run_dir / "metrics.jsonl", "w") as file:
         file.write(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1]) + "\n" + '{"iteration": 2, "rewa')
     text = Page(write_report(run_dir)).text
@@ -240,7 +240,7 @@ def test_a_run_without_rows_or_rollouts_has_a_page(run_dir: Path) -> None:
 def test_a_resumed_run_shows_the_later_of_repeated_rows(run_dir: Path) -> None:
     write_lines(run_dir / "metrics.jsonl", [*ROWS, {"iteration": 4, "loss": 0.0625}])
     page = Page(write_report(run_dir))
-    assert "Of iteration 4 there are several rows" in page.text
+    assert "Iteration 4 has several rows" in page.text
     assert "0.0625" in page.text and "75.0%" in page.text
 
 
@@ -248,9 +248,9 @@ def test_a_resumed_run_shows_the_later_of_repeated_rows(run_dir: Path) -> None:
     ("line", "message"),
     [
         ('{"iteration": 2, "rewa', "line 2: not JSON"),
-        ("[1, 2]", "line 2: got [1, 2], wanted one JSON object"),
-        ('{"loss": 1.0}', "line 2: iteration is None"),
-        ('{"iteration": 2, "loss": "low"}', "line 2: loss is 'low', wanted a number or null"),
+        ("[1, 2]", "line 2: expected one JSON object, got [1, 2]"),
+        ('{"loss": 1.0}', "line 2: expected an integer as iteration, got None"),
+        ('{"iteration": 2, "loss": "low"}', "line 2: expected a number or null as loss, got 'low'"),
     ],
 )
 def test_a_broken_line_is_named(run_dir: Path, line: str, message: str) -> None:
@@ -261,7 +261,7 @@ def test_a_broken_line_is_named(run_dir: Path, line: str, message: str) -> None:
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no metrics\.jsonl; give the directory of a run"):
+    with pytest.raises(ValueError, match=r"expected a run directory, got .* has no metrics\.jsonl"):
         write_report(tmp_path)
 
 
@@ -282,4 +282,4 @@ def test_the_command_needs_no_torch_and_ends_a_mistake_in_one_line(run_dir: Path
     assert good.returncode == 0 and good.stdout.strip() == str(run_dir / "report.html")
     assert "rlkd.reporting.svg_plots" in good.stderr and "torch" not in good.stderr
     bad = subprocess.run([sys.executable, "-m", "rlkd.report", "no-such"], capture_output=True, text=True, timeout=60)
-    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "no-such has no metrics.jsonl" in bad.stderr
+    assert bad.returncode == 2 and len(bad.stderr.splitlines()) == 1 and "got no-such, which" in bad.stderr

@@ -226,11 +226,11 @@ def test_math_answers_fast_whatever_the_size(tower):
     assert math(box(tower), answer="7", **NOTHING) == 0.0
     assert math(box(tower), answer=tower, **NOTHING) == 1.0, "the same text needs no arithmetic"
     assert math(box("7"), answer=tower, **NOTHING) == 0.0
-    assert time.process_time() - start < 2.5, "below the limit of processor time: the size has stopped it"
+    assert time.process_time() - start < 2.5, "below the limit of processor time: the size limit has stopped it"
 
 
-def test_processor_time_ends_what_no_size_tells():
-    """Also where somebody's code catches it once; and what stood there before comes back."""
+def test_processor_time_ends_a_comparison_that_no_size_limit_stops():
+    """Even if other code catches the exception once; afterwards the previous timer and handler are restored."""
     before = signal.getsignal(signal.SIGVTALRM)
     start, caught = time.process_time(), 0
     with pytest.raises(OutOfTime), processor_time(0.2):
@@ -380,7 +380,7 @@ def test_answers_that_math_cannot_use_are_named_before_a_run():
 
 
 def test_an_answer_that_is_too_long_to_be_read_is_named_before_a_run():
-    """Wherever it stands, not only among those that are read."""
+    """In any row, not only in those that are read in full."""
     fractions = [rf"\frac{{{i}}}{{7}}" for i in range(300)]
     solution = "so " * 1400
     (line,) = answers("math", *fractions[:150], solution, *fractions[150:])
@@ -398,7 +398,7 @@ def test_rows_without_an_answer_are_named_before_a_run():
     assert_lines(answers("math", *[None] * 9), ("reward 'math'", "'q0'; 'q1'; 'q2'", 6))
 
 
-def test_a_hundred_thousand_numbers_are_looked_through_in_moments():
+def test_a_hundred_thousand_answers_are_checked_quickly():
     start = time.process_time()
     assert answers("math", *map(str, range(100_000))) == []
     assert time.process_time() - start < 3

@@ -22,8 +22,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(correct, k):
 
 
 @pytest.mark.parametrize(("samples", "correct", "k"), [(2, 0, 4), (2, 2, 4), (3, 1, 0)])
-def test_pass_at_k_of_fewer_samples_is_no_number(samples, correct, k):
-    with pytest.raises(ValueError, match=f"pass@{k} of {samples} samples: wants 1 ≤ k ≤ samples"):
+def test_pass_at_k_of_fewer_samples_is_refused(samples, correct, k):
+    with pytest.raises(ValueError, match=f"pass@k: expected 1 ≤ k ≤ {samples} samples, got k = {k}"):
         pass_at_k(samples, correct, k)
 
 
@@ -83,25 +83,25 @@ def test_a_model_that_is_named_wins_over_the_runs_own_student(run):
     assert asked_for(["runs/x", "model.path=builtin:student"]).model.path == "builtin:student"
     assert asked_for(["runs/x", "--config", "other.yaml"]).model.path == "somewhere"
     assert Path(asked_for(["--config", "other.yaml", "runs/x"]).model.path) == run / "hf"
-    assert asked_for(["--config", QUICKSTART]).model.path == "builtin:student", "no file of a run"
+    assert asked_for(["--config", QUICKSTART]).model.path == "builtin:student", "not the file of a run"
     Path("config.yaml").write_text(Path(QUICKSTART).read_text())
-    assert asked_for(["--config", "config.yaml"]).model.path == "builtin:student", "nor is this one"
+    assert asked_for(["--config", "config.yaml"]).model.path == "builtin:student", "neither is this one"
 
 
-def test_a_run_without_a_student_yet_is_one_line_and_never_its_start(run, capsys):
+def test_a_run_without_a_student_is_one_line_and_its_initial_model_is_not_evaluated(run, capsys):
     shutil.rmtree(run / "hf")
     Path(run, "checkpoints", "iteration-000050").mkdir(parents=True)
     assert main(["runs/x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "runs/x has no exported student (runs/x/hf) yet; its last checkpoint is of iteration 50 of 200: train it to "
-        "its end, by run.resume=auto, or name the model to evaluate by model.path=FOLDER"
+        "runs/x has no exported student (runs/x/hf) yet; its last checkpoint is of iteration 50 of 200: finish its "
+        "training with run.resume=auto, or set the model to evaluate with model.path=FOLDER"
     )
     with pytest.raises(ConfigError, match="run.resume=auto and checkpoint.export=true"):
         asked_for(["runs/x", "checkpoint.export=false"])
 
 
-def test_its_help_says_how_to_call_it(capsys):
+def test_its_help_shows_how_to_call_it(capsys):
     assert main(["--help"]) == 0
     assert "python -m rlkd.evaluate runs/x [key=value" in capsys.readouterr().out
 
@@ -114,5 +114,5 @@ def test_other_mistakes_are_one_line_each(run, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "eval.path: got nothing, wants held-out data; give it by eval.path=FILE"
     assert lines[1].startswith("eval.path: none.jsonl: cannot be read: ")
-    assert lines[2].startswith("stages: evaluate one stage")
+    assert lines[2].startswith("stages: evaluate a single stage")
     assert len(lines) == 3

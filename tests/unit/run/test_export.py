@@ -1,4 +1,4 @@
-"""The exported student: what transformers and vLLM load, as its source was stored, and known to work beforehand."""
+"""The exported student: transformers and vLLM can load it, it is stored like its source, and this is checked early."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from rlkd.run.export import export_dtype, export_student
 
 
 def variant(folder, **files):
-    """The built-in student with other keys in its JSON files; a file of None is not there."""
+    """The built-in student with other keys in its JSON files; a file given as None is missing."""
     shutil.copytree(resolve("builtin:student"), folder)
     for name, keys in files.items():
         path = folder / f"{name}.json"
@@ -111,7 +111,7 @@ def test_others_may_read_the_files_as_far_as_the_umask_lets_them(tmp_path, umask
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_tied", "qwen3_moe", "mixtral", "gpt_neox", "granite_moe"])
 def test_exported_and_published_names_are_those_of_the_source(tmp_path, family):
-    """Of the source that transformers wrote, so the names that vLLM loads. In most families memory has others."""
+    """The source was written by transformers, so these are the names that vLLM loads. Most differ in memory."""
     torch.manual_seed(0)
     path = save_model(AutoModelForCausalLM.from_config(FAMILIES[family]()), tmp_path / "source")
     hf, folder = exported(path, tmp_path)

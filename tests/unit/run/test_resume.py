@@ -1,4 +1,4 @@
-"""A run goes on only under the configuration that its checkpoint was trained under; what may change is listed."""
+"""A run resumes only with the configuration of its checkpoint, except for the keys that may change."""
 
 import functools
 import json
@@ -22,7 +22,7 @@ SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
 
 @pytest.fixture
 def resumed(tmp_path):
-    """(what stands in the way of going on with these overrides, for a run that had those)."""
+    """A function from overrides to the changes that prevent resuming a run with them."""
 
     def lines(now, before=()):
         where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
@@ -48,7 +48,7 @@ def test_the_same_configuration_goes_on(resumed):
         ("rollout.server.request_timeout_s=7", "reward.workers=2"),
     ],
 )
-def test_how_long_where_and_what_is_looked_at_may_change(resumed, free):
+def test_keys_for_length_place_and_logging_may_change(resumed, free):
     assert resumed(free) == []
 
 
@@ -71,7 +71,7 @@ def test_what_changes_the_trajectory_is_refused_until_it_is_named(resumed, chang
 
 
 def test_a_key_that_the_checkpoint_does_not_know_is_a_change_only_when_it_is_set(tmp_path):
-    """Also where the default of a place is another than its section's: SDPO's context."""
+    """Also if a section has its own default there, like SDPO's context."""
     folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
     folder.mkdir(parents=True)
     context = "context: {template: '{prompt}{context}', sibling: ' seen {text}'}"
@@ -87,16 +87,16 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_only_when_it_is_set
     as_it_was = (*plain, "algorithm.ratio_cap=null", "algorithm.context.feedback_beside_sibling=true")
     assert changes(config(*as_it_was)) == []
     (line,) = changes(config(*as_it_was, "algorithm.mask_eos=true"))
-    assert line.startswith("algorithm.mask_eos: is True, but iteration-000003 was trained with absent")
+    assert line.startswith("algorithm.mask_eos: expected absent, with which iteration-000003 was trained, got True")
     (line,) = changes(config(*as_it_was, "algorithm.ratio_cap=3.0"))
-    assert line.startswith("algorithm.ratio_cap: is 3.0, but iteration-000003 was trained with None")
-    beside, cap = changes(config(*plain))  # SDPO's defaults of today are another objective
-    assert beside.startswith("algorithm.context.feedback_beside_sibling: is False, but iteration-000003 was trained w")
-    assert cap.startswith("algorithm.ratio_cap: is 2.0, but iteration-000003 was trained with None")
+    assert line.startswith("algorithm.ratio_cap: expected None, with which iteration-000003 was trained, got 3.0")
+    beside, cap = changes(config(*plain))  # SDPO's current defaults are a different objective
+    assert beside.startswith("algorithm.context.feedback_beside_sibling: expected True, with which iteration-000003")
+    assert cap.startswith("algorithm.ratio_cap: expected None, with which iteration-000003 was trained, got 2.0")
 
 
 def test_the_ratio_cap_of_grpo_is_no_weight_of_a_divergence(tmp_path):
-    """It is another key of the same name, and never was null."""
+    """It is a different key of the same name, and was never null."""
     where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "algorithm={name: grpo}", "teacher=null")
     folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
     folder.mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_each_changed_key_is_a_line_and_a_section_may_be_named_whole(resumed):
 
 @pytest.fixture
 def with_data(tmp_path):
-    """(what stands in the way of going on with these rows, for a run that was trained on ROWS)."""
+    """A function from data rows to the changes that prevent resuming a run that was trained on ROWS."""
     path = tmp_path / "train.jsonl"
 
     def lines(rows, *overrides):
@@ -158,7 +158,7 @@ def test_the_same_data_goes_on_however_it_is_written(with_data):
     assert with_data([dict(reversed(row.items())) for row in ROWS]) == []
 
 
-def test_another_key_of_data_is_said_by_itself(with_data):
+def test_a_changed_key_of_data_is_reported_without_the_changed_rows(with_data):
     (line,) = with_data(ROWS, "data.limit=2")
     assert_lines([line], ("data.limit: ", 2))
     assert with_data(ROWS, "data.limit=2", "run.accept_changes=[data.limit]") == []
@@ -168,7 +168,7 @@ def test_a_key_that_does_not_change_the_rows_does_not_excuse_other_rows(with_dat
     accepted = ("data.max_prompt_tokens=99", "run.accept_changes=[data.max_prompt_tokens]")
     assert with_data(ROWS, *accepted) == []
     (line,) = with_data(ROWS[:2], *accepted)
-    assert line.startswith("data.path: ") and "now holds 2 rows" in line
+    assert line.startswith("data.path: ") and "got 2 rows" in line
     columns = ("data.privileged_column=level", "run.accept_changes=[data.privileged_column]")
     assert with_data(ROWS, *columns) == []
 
@@ -200,15 +200,15 @@ def test_a_key_that_is_newer_than_the_checkpoint_was_its_default(resumed, tmp_pa
     file.write_text(json.dumps(saved))
     where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
     (line,) = changes(config(*where))
-    assert line.startswith("data.special_tokens: is text, but iteration-000003 was trained with tokens; put it back")
-    where = (*where, "data.special_tokens=tokens")  # what a prompt spelled was always the token then
+    assert line.startswith("data.special_tokens: expected tokens, with which iteration-000003 was trained, got text; ")
+    where = (*where, "data.special_tokens=tokens")  # at that time a spelled special token was always the token
     assert changes(config(*where)) == []
     (line,) = changes(config(*where, "data.template_variables={thinking: true}"))
     assert_lines([line], ("data.template_variables.thinking: ", "True"))
 
 
 def test_a_checkpoint_of_a_run_knows_its_data(tmp_path):
-    """What the loader keeps is what a resumed run compares."""
+    """The loader saves the same identity that a resumed run compares."""
     settings = config(f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "data.limit=64")
     loader = RolloutLoader(settings, build_algorithm(settings))
     folder = tmp_path / "r" / "checkpoints" / "iteration-000001"
@@ -246,8 +246,8 @@ def leaves(tree, above=""):
             yield f"{above}{name}"
 
 
-def test_what_is_free_are_keys_that_exist():
-    """Walked in a whole configuration: a renamed key must not stay free, or become forbidden, in silence."""
+def test_the_keys_that_may_change_exist():
+    """Checked in a full configuration, so that renaming a key does not silently change whether it may change."""
     alone = "backend: served, path: 'builtin:teacher', urls: ['http://h:1']"
     local = "{backend: local, name: b, path: 'builtin:teacher'}"
     keys = set(

@@ -1,4 +1,4 @@
-"""What a run shows on the console: the figures that its algorithm has, and its own iterations."""
+"""The console output of a run: the metrics of its algorithm, and its iterations."""
 
 from builders import config
 
@@ -9,7 +9,7 @@ SFT = ("algorithm={name: sft}", "teacher=null", "data.completion_column=answer",
 FEW = ("run.iterations=2", "rollout.prompts=4", "eval.every=0")
 
 
-def test_the_figures_that_the_algorithm_has():
+def test_the_console_shows_the_metrics_of_the_algorithm():
     assert shown({"loss": 0.23354, "tokens_per_s": 1234.5, "entropy": 1.0}) == {
         "loss": "0.234",
         "tokens_per_s": "1.23e+03",

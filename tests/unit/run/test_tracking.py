@@ -1,4 +1,4 @@
-"""Weights & Biases offline: figures, the run's configuration and a table of samples; and what W&B would refuse."""
+"""Settings that Weights & Biases would reject are reported before the run."""
 
 import pytest
 from builders import config
@@ -10,7 +10,7 @@ from rlkd.run.wandb_logger import tracking_problems
 def test_a_mode_that_wandb_does_not_know_is_one_line(monkeypatch, mode):
     monkeypatch.setenv("WANDB_MODE", mode)
     (line,) = tracking_problems(config("log.wandb=online"))
-    assert line.startswith(f"WANDB_MODE: got {mode!r}; W&B says: Input should be 'online', 'offline', ")
+    assert line.startswith(f"WANDB_MODE: got {mode!r}; W&B: Input should be 'online', 'offline', ")
     assert line.endswith("correct the variable or unset it, or set log.wandb: off")
     assert tracking_problems(config("log.wandb=off")) == []
 
@@ -21,10 +21,10 @@ def test_other_variables_of_wandb(monkeypatch):
         assert tracking_problems(config("log.wandb=online")) == []
     monkeypatch.setenv("WANDB_BASE_URL", "foo")
     (line,) = tracking_problems(config("log.wandb=offline"))
-    assert line.startswith("WANDB_BASE_URL: got 'foo'; W&B says: Input should be a valid URL")
+    assert line.startswith("WANDB_BASE_URL: got 'foo'; W&B: Input should be a valid URL")
 
 
 def test_a_wrong_key_is_not_shown(monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", " a secret that is no key ")
     (line,) = tracking_problems(config("log.wandb=online"))
-    assert line.startswith("log.wandb: W&B says: API key cannot start or end with whitespace") and "secret" not in line
+    assert line.startswith("log.wandb: W&B: API key cannot start or end with whitespace") and "secret" not in line

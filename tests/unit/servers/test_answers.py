@@ -1,4 +1,4 @@
-"""What is read of a server's answer, and the one line for what cannot be."""
+"""How a server's responses are parsed, and the one-line error for an invalid one."""
 
 import base64
 import io
@@ -119,7 +119,7 @@ def test_an_array():
     ],
 )
 def test_each_token_has_one_weight_version(spans):
-    """Else the rollout would be refused as our own mistake, or counted out token by token without end."""
+    """Otherwise the rollout would fail as our own mistake, or be expanded token by token without end."""
 
     class Client:
         url = "http://server"
@@ -131,5 +131,5 @@ def test_each_token_has_one_weight_version(spans):
             return kind.model_validate({"model": "m", "choices": [{**choice, "weight_versions": said}]})
 
     prompt, sampling = Prompt(id="p", messages=(), token_ids=(5,)), Sampling(temperature=1.0, max_tokens=4, seed=0)
-    with pytest.raises(ServerError, match="no weight versions, or not one for each of 2 tokens"):
+    with pytest.raises(ServerError, match="expected one weight version for each of 2 tokens"):
         VLLMSampler(config(), [EOS])._one_prompt(Client(), "m", prompt, 1, 1, sampling)

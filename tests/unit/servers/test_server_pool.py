@@ -1,4 +1,4 @@
-"""Which server gets which request, and what happens when one is gone. The servers are stubs, the requests real."""
+"""Which server gets which request, and what happens when one is lost. The servers are stubs, the requests are real."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ ROLE = ServerRole(name="policy", model="m", max_model_len=8)
 
 
 class Stub:
-    """Answers /v1/models, and POST /work after `delay` seconds with its own name; counts how many it works on."""
+    """Answers /v1/models, and POST /work with its own name after `delay` seconds; counts concurrent requests."""
 
     def __init__(self, name, delay=0.0, port=0):
         stub = self
@@ -82,7 +82,7 @@ def test_a_slow_server_gets_less_and_does_not_stall_the_others():
     took = time.monotonic() - start
     assert [job for job, _ in answers] == list(range(40)), "in the order of the jobs"
     assert slow.most <= 2 and fast.most <= 2
-    assert slow.done <= 6 and took < 4.0, "half of the jobs each would take ten seconds"
+    assert slow.done <= 6 and took < 4.0, "with half of the jobs each it would take ten seconds"
     pool.close()
 
 
@@ -108,7 +108,7 @@ def test_the_jobs_of_a_dead_server_go_to_the_others_and_it_is_named_once(capfd):
     pool.close()
 
 
-def test_a_patient_pool_waits_until_one_is_back():
+def test_a_pool_that_reconnects_waits_until_one_is_back():
     first = Stub("first")
     pool = opened(first)
     first.die()
@@ -117,7 +117,7 @@ def test_a_patient_pool_waits_until_one_is_back():
     timer.start()
     looks = []
     assert pool.run([1], work, at_once=4, patient=looks.append) == [(1, "second")]
-    assert [client.url for client in looks] == [first.url], "the check of the role, once it answers again"
+    assert [client.url for client in looks] == [first.url], "the role is checked once it answers again"
     asked[0].die()
     with pytest.raises(ServerError, match=r"no policy server came back in 0\.5 s \(retry_s\): POST ") as gone:
         pool.config = ServerConfig(retry_s=0.5)
@@ -126,8 +126,8 @@ def test_a_patient_pool_waits_until_one_is_back():
     pool.close()
 
 
-def test_whoever_is_told_of_a_loss_asks_again_only_what_is_lost():
-    """`await_one` ends as soon as one is back, though another never will be."""
+def test_agreeing_on_lost_servers_retries_only_those():
+    """`await_one` returns as soon as one server is back, even if another never returns."""
     gone, back = Stub("gone"), Stub("back")
     pool = opened(gone, back)
     gone.die()
@@ -139,7 +139,7 @@ def test_whoever_is_told_of_a_loss_asks_again_only_what_is_lost():
 
 @pytest.mark.parametrize(("code", "lost"), [(500, False), (400, False), (502, True), (503, True), (504, True)])
 def test_a_healthy_servers_refusal_is_no_loss(code, lost):
-    """It would refuse again; a gateway's 502 to 504 say that the server behind it is gone."""
+    """It would refuse again, while 502 to 504 from a gateway mean that the server behind it is gone."""
     stub = Stub("only")
     pool = opened(stub)
     stub.code = code

@@ -1,4 +1,4 @@
-"""Only an error of the disk is reported as one."""
+"""Only disk errors are reported as disk errors."""
 
 import errno
 import resource
@@ -75,7 +75,7 @@ def test_any_other_error_keeps_its_type(error):
     assert caught.value is error
 
 
-def test_a_model_that_does_not_fit_is_no_full_disk():
+def test_a_model_that_does_not_fit_into_memory_is_not_a_full_disk():
     with pytest.raises(RuntimeError, match="Missing key") as caught, writing("x"):
         torch.nn.Linear(2, 2).load_state_dict({})
     assert not isinstance(caught.value, RunStopped)

@@ -1,4 +1,4 @@
-"""Teachers in this process against a plain forward, and the parity check that finds a wrong one."""
+"""Teachers in this process against a plain forward pass, and the parity check that finds a wrong one."""
 
 import dataclasses
 from functools import partial
@@ -52,7 +52,7 @@ def test_scores_are_a_plain_forwards_whatever_the_batch(temperature, batch_token
 
 @pytest.fixture
 def line():
-    """A loader whose sampler holds the student's start."""
+    """A loader whose sampler has the student's initial weights."""
     settings = config("rollout.max_mismatch=0.001")
     loader = RolloutLoader(settings, KDRL(settings))  # rollout.backend is hf
     loader.policy.open()
@@ -79,7 +79,7 @@ def test_parity_finds_a_sampler_with_other_weights(line):
 
 
 def plain_distribution(hf, question, temperature=1.0):
-    """[L, V] log-probs that each completion token is drawn from."""
+    """[L, V] log-probs from which each completion token is drawn."""
     ids = torch.tensor([[*question.prompt, *question.completion]])
     with torch.no_grad():
         return (hf(ids).logits[0, len(question.prompt) - 1 : -1] / temperature).log_softmax(-1)
@@ -105,7 +105,7 @@ def test_given_tokens_are_scored_as_by_a_plain_forward(temperature):
     teacher = local_scorer(temperature=temperature)
     generator = torch.Generator().manual_seed(0)
     given = [torch.randint(0, 56, (len(q.completion), 4), generator=generator) for q in QUESTIONS]
-    given[1][0, 2], given[1][1, 3] = -1, 60  # no token, and a row of the student's embeddings that the teacher lacks
+    given[1][0, 2], given[1][1, 3] = -1, 60  # padding, and a student's embedding row that the teacher lacks
     questions = [dataclasses.replace(q, ids=ids) for q, ids in zip(QUESTIONS, given, strict=True)]
     for question, ids, scores in zip(questions, given, teacher.score(questions, Signal(tier="given")), strict=True):
         truth = plain_distribution(teacher.hf, question, temperature)
@@ -128,7 +128,7 @@ def test_hidden_states_give_the_distribution_through_the_output_layer(batch_toke
 
 
 def test_a_bf16_teachers_top_k_and_logprobs_are_near():
-    """TRL's kernel, which gives the log-probs, rounds logits to bf16; the top k are from logits that are not."""
+    """TRL's kernel rounds logits to bf16 before it computes log-probs; the top k use unrounded logits."""
     teacher = local_scorer(dtype=torch.bfloat16)
     for question, scores in zip(QUESTIONS, teacher.score(QUESTIONS, Signal(tier="top_k", k=56)), strict=True):
         chosen = torch.tensor(question.completion)[:, None]
@@ -192,8 +192,8 @@ def test_what_a_narrow_teacher_leaves_free_is_no_token():
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [((), (7,)), ((4,), ())])
-def test_a_question_without_a_past_or_a_completion_is_refused(prompt, completion):
-    with pytest.raises(ValueError, match=f"got {len(prompt)} and {len(completion)} tokens"):
+def test_a_question_without_a_prompt_or_a_completion_is_refused(prompt, completion):
+    with pytest.raises(ValueError, match=f"got {len(prompt)} and {len(completion)}"):
         local_scorer().score([Question((4,), (7,)), Question(prompt, completion)], Signal())
 
 
@@ -264,13 +264,13 @@ def test_each_teacher_writes_its_own(routed):
 
 
 def test_an_unknown_teacher_is_one_clear_error(routed):
-    message = r"teacher.column: a prompt has 'whose' = 'medium', but the teachers are called small, large"
+    message = r"teacher.column: expected 'whose' to be one of small, large in every prompt, got 'medium'"
     questions = asked(["small", "medium", "large"], QUESTIONS)
     for ask in (partial(routed.score, signal=Signal()), partial(routed.write, sampling=HOT, iteration=0)):
         with pytest.raises(RunStopped, match=message) as caught:
             ask(questions)
         assert "\n" not in str(caught.value)
-    with pytest.raises(RunStopped, match="'whose' = None"):
+    with pytest.raises(RunStopped, match="expected 'whose' to be one of .*, got None"):
         routed.score(QUESTIONS, Signal())
 
 
@@ -290,7 +290,7 @@ def state(teacher):
 
 
 def moved(weights, by):
-    """Other weights, tied as the student's are."""
+    """Other weights, tied like the student's."""
     generator = torch.Generator().manual_seed(1)
     made = {name: value + by * torch.randn(value.shape, generator=generator) for name, value in weights.items()}
     return made | {"lm_head.weight": made["model.embed_tokens.weight"]}
@@ -330,7 +330,7 @@ def test_the_average_follows_by_one_minus_its_decay():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_restored_average_goes_on_bit_for_bit(tmp_path, dtype):
+def test_a_restored_average_continues_bit_for_bit(tmp_path, dtype):
     straight, first = self_teacher("ema", dtype=dtype), self_teacher("ema", dtype=dtype)
     start = {name: value.float() for name, value in state(straight).items()}
     steps = [moved(start, 0.1 * i) for i in range(5)]
@@ -342,7 +342,7 @@ def test_a_restored_average_goes_on_bit_for_bit(tmp_path, dtype):
     resumed = self_teacher("ema", dtype=dtype)
     resumed.restore(tmp_path, 2)
     assert_weights(state(resumed), state(first))
-    for version in (2, 3, 4):  # a resumed run publishes first what it has restored
+    for version in (2, 3, 4):  # a resumed run first publishes the weights it has restored
         resumed.publish(steps[version], version)
     assert_weights(state(resumed), state(straight))
     scores = [t.score(QUESTIONS, Signal()) for t in (resumed, straight)]

@@ -1,4 +1,4 @@
-"""Sampler and trainer are compared on every iteration, and most strictly when weights have first changed."""
+"""Sampler and trainer are compared in every iteration, with the tightest bound after the first weight change."""
 
 import pytest
 from builders import GRPO, config
@@ -18,11 +18,11 @@ def measured(gap):
 @pytest.mark.parametrize(
     ("at_start", "gap", "bound"),
     [
-        (None, 0.02, None),  # no first change: max_mismatch alone
+        (None, 0.02, None),  # not the first change: only max_mismatch
         (None, 0.06, "rollout.max_mismatch = 0.05"),
         (1e-6, 0.004, None),  # fp32: a tenth of max_mismatch
         (1e-6, 0.01, "0.005, the bound for the first changed weights (it was 1e-06 before)"),
-        (0.006, 0.02, None),  # bf16: four times what it was
+        (0.006, 0.02, None),  # bf16: four times the previous mismatch
         (0.006, 0.025, "0.024, the bound for the first changed weights (it was 0.006 before)"),
         (0.02, 0.045, None),  # never wider than max_mismatch
         (0.02, 0.06, "rollout.max_mismatch = 0.05"),
