@@ -12,21 +12,21 @@ from rlkd.storage.run_folder import checkpoints, iteration_of
 
 
 def asked_for(argv: Sequence[str]) -> Config:
-    """The configuration that a command line asks to evaluate; a lone folder is the run in it.
+    """The configuration to evaluate, from a command line. A folder stands for the `config.yaml` of the run in it.
 
-    A run directory's own `config.yaml` names the model that the run began with. What is asked for is the run's student,
-    unless another file or the command line says what `model.path` is.
+    The `config.yaml` of a run directory names the model that the run started from. The run's exported student is
+    evaluated instead, unless another file or the command line sets `model.path`.
 
-    Raises: ConfigError, also where that run has no student yet.
+    Raises: ConfigError, also if that run has no student yet.
     """
-    words = []
-    for before, word in zip(["", *argv], argv, strict=False):
-        file = str(Path(word, "config.yaml")) if Path(word).is_dir() else None
-        words.append(word if file is None else file if before == "--config" else f"--config={file}")
-    args = parse_args(words)
+    arguments = []
+    for before, argument in zip(["", *argv], argv, strict=False):
+        file = str(Path(argument, "config.yaml")) if Path(argument).is_dir() else None
+        arguments.append(argument if file is None else file if before == "--config" else f"--config={file}")
+    args = parse_args(arguments)
     under, over, problems = read(args.files, args.overrides)
     if "stages" in on_top(under, over).value and not problems:
-        raise ConfigError(["stages: evaluate one stage, whose run directory is <run.dir>/<run.name>/<stage>"])
+        raise ConfigError(["stages: evaluate a single stage; its run directory is <run.dir>/<run.name>/<stage>"])
     config = checked(on_top(under, over), problems, known_options(), learn_options).config
     run_dir = run_directory(set_by(under, over, ("model", "path")), config)
     path = config.model.path
@@ -34,7 +34,7 @@ def asked_for(argv: Sequence[str]) -> Config:
         path = str(run_dir / "hf")
         if not Path(path).is_dir():
             raise ConfigError([_no_student(run_dir, config)])
-    # What is evaluated is whole: model.path is the base, or an export with its adapter merged. No weights are sent.
+    # The model has no separate adapter: model.path is the base or an export with merged adapter. No weights are sent.
     server = config.rollout.server.model_copy(update={"weight_sync": "file"})
     return config.model_copy(
         update={
@@ -46,19 +46,19 @@ def asked_for(argv: Sequence[str]) -> Config:
 
 
 def run_directory(file: str, config: Config) -> Path | None:
-    """The run whose own configuration `file` is, in which a run has been begun; None: a file that stands elsewhere."""
+    """The run directory of which `file` is the saved `config.yaml`; None if `file` is any other configuration file."""
     folder = Path(file).parent
     if Path(file).name != "config.yaml":
         return None
-    begun = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (folder / name).exists()]
-    return folder if begun or folder.resolve() == Path(config.run_dir).resolve() else None
+    found = [name for name in ("metrics.jsonl", "checkpoints", "hf") if (folder / name).exists()]
+    return folder if found or folder.resolve() == Path(config.run_dir).resolve() else None
 
 
 def _no_student(run_dir: Path, config: Config) -> str:
     saved = [iteration_of(path) for path in checkpoints(run_dir)]
-    seen = f"; its last checkpoint is of iteration {saved[-1]} of {config.run.iterations}" if saved else ""
-    off = "" if config.checkpoint.export else " and checkpoint.export=true"
+    last = f"; its last checkpoint is of iteration {saved[-1]} of {config.run.iterations}" if saved else ""
+    export = "" if config.checkpoint.export else " and checkpoint.export=true"
     return (
-        f"{run_dir} has no exported student ({run_dir}/hf) yet{seen}: train it to its end, by run.resume=auto{off}, or "
-        "name the model to evaluate by model.path=FOLDER"
+        f"{run_dir} has no exported student ({run_dir}/hf) yet{last}: finish its training with "
+        f"run.resume=auto{export}, or set the model to evaluate with model.path=FOLDER"
     )
