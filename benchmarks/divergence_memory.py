@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import logprob_head as policy_head
-from rlkd.models.logprob_head import Comparison, compared
+from rlkd.models.logprob_head import DivergenceSpec, teacher_divergence
 from rlkd.types import Batch, BatchScores
 
 VOCABULARY, HIDDEN, TOKENS = 151_936, 256, 2_048
@@ -62,8 +62,8 @@ def run(variant: str, hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> No
     """Leaves gradients of the mean reverse KL in `hidden` and `head`."""
     how, support = variant.split()
     if how == "chunked":
-        comparison = Comparison(kind="reverse_kl", temperature=1.0, support=support, k=100)  # type: ignore[arg-type]
-        compared(hidden, head, batch, comparison, LlamaConfig())[0].backward()
+        comparison = DivergenceSpec(kind="reverse_kl", temperature=1.0, support=support, k=100)  # type: ignore[arg-type]
+        teacher_divergence(hidden, head, batch, comparison, LlamaConfig())[0].backward()
         return
     assert batch.scores["teacher"].hidden is not None
     log_s = head(hidden[:, :-1]).log_softmax(-1)

@@ -147,7 +147,7 @@ def fixed(lora: bool) -> dict[str, float]:
     from rlkd.models.logprob_head import Needs
     from rlkd.models.student import build_student, load_causal_lm
     from rlkd.teachers.local import LocalScorer
-    from rlkd.teachers.teacher import Question
+    from rlkd.teachers.teacher import ScoreRequest
     from rlkd.types import Batch, Signal
 
     del lightning, ModelParallelStrategy  # imported as a run does; they set what torch's threads do
@@ -199,7 +199,7 @@ def fixed(lora: bool) -> dict[str, float]:
             decode(sampler, 64, [[2]], noise, 1.0, [-1])
 
         def forward(scorer=scorer) -> None:
-            scorer.score([Question((2,), (2,))], Signal())
+            scorer.score([ScoreRequest((2,), (2,))], Signal())
 
         acts = {"update": update, "publish": publish, "step": steps, "forward": forward}
         seconds[layers] = {name: mean_of(act, 20) for name, act in acts.items()}

@@ -28,7 +28,7 @@ from rlkd.config_file import load
 from rlkd.data.chat import completion_text, load_tokenizer
 from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.hf import HFSampler
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.models.student import load_causal_lm
 from rlkd.rewards.exact_match import exact_match
 
@@ -48,7 +48,7 @@ def unaided(config: Config, folder: Path) -> tuple[float, float, float]:
     """(share with the marker, share that is right, share that is right of those with the marker) of the student in
     `folder`, on every held-out prompt, SAMPLES times."""
     tokenizer = load_tokenizer(str(folder))
-    sampler = HFSampler(config, end_ids(str(folder), False))
+    sampler = HFSampler(config, eos_ids(str(folder), False))
     sampler.open()
     model = load_causal_lm(str(folder), torch.float32, attention=None, trust_remote_code=False)
     sampler.publish(model.state_dict(), 0)

@@ -8,7 +8,7 @@ from rlkd import distributed
 from rlkd.distributed import RunStopped
 
 
-class Meter:
+class MetricAccumulator:
     """Collects means, totals and maxima under metric names; `reduce` combines the ranks.
 
     Example: m.mean("reward/mean", total=3.0, count=8); m.total("tokens/trained", 512); m.maximum("mismatch/max", 1e-6)
@@ -32,7 +32,7 @@ class Meter:
         """Let `name` be at least `value`."""
         self._maxima[name] = max(self._maxima.get(name, value), value)
 
-    def merge(self, other: Meter) -> None:
+    def merge(self, other: MetricAccumulator) -> None:
         """Add all that `other` collected."""
         for name, (total, count) in other._means.items():
             self.mean(name, total, count)

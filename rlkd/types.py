@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlkd.losses.lm_head import OutputLayer
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the last token is the end-of-sequence token that the author chose. `length`: the token limit was reached."""
@@ -295,7 +295,7 @@ class Batch:
     """The masks that the algorithm's terms use besides `completion` and `student`."""
     loss_weights: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T]
     """By term: the weight of each token in it, made once per update from global counts (`Term`)."""
-    metrics: Meter = field(default_factory=Meter)
+    metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     """Metrics of this rank's rollouts that are known before training."""
 
     def __post_init__(self) -> None:
@@ -341,7 +341,7 @@ class Batch:
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` [b], cut to the longest of them. The metrics stay with the full batch."""
         length = int(self.lengths[index].max())
-        picked: dict[str, Any] = {"metrics": Meter()}
+        picked: dict[str, Any] = {"metrics": MetricAccumulator()}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):

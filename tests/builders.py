@@ -14,7 +14,7 @@ from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.teachers.local import LocalScorer
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch, BatchScores, Prompt, Rollout, ScoredRollout, TeacherScores, VersionSpan
 
@@ -73,7 +73,7 @@ def groups(algorithm, lengths=LENGTHS, rewards=REWARDS, teacher=None):
     """Two groups of four, credited by the algorithm; scored by a real teacher where one is given."""
     rows = [scored(i, n, r) for i, (n, r) in enumerate(zip(lengths, rewards, strict=True))]
     if teacher is not None:
-        questions = [Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
+        questions = [ScoreRequest(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows]
         answers = teacher.score(questions, algorithm.signal)
         rows = [s.with_scores("teacher", answer) for s, answer in zip(rows, answers, strict=True)]
     return [algorithm.advantages(rows[:4]), algorithm.advantages(rows[4:])]

@@ -19,7 +19,7 @@ from rlkd.config.kinds import Reduction
 from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
 from rlkd.data.chat import completion_text, load_tokenizer
 from rlkd.generation.sampler import Sampler, Sampling
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
@@ -174,7 +174,11 @@ class Algorithm:
         return Signal()
 
     def diagnose(
-        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+        self,
+        groups: Sequence[Sequence[ScoredRollout]],
+        teacher: Teacher | None,
+        iteration: int,
+        meter: MetricAccumulator,
     ) -> None:
         """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
 

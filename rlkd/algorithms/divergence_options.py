@@ -10,7 +10,7 @@ from rlkd.config.kinds import DivergenceKind
 from rlkd.config.schema import Config, NoTeacherConfig, Section, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
 
 if TYPE_CHECKING:  # these import torch, which reading a configuration does not need
-    from rlkd.models.logprob_head import Comparison
+    from rlkd.models.logprob_head import DivergenceSpec
     from rlkd.types import Signal
 
 
@@ -63,14 +63,14 @@ class DivergenceConfig(Section):
 
     def comparison(
         self, temperature: float, *, blend: float | None = None, ratio_cap: float | None = None
-    ) -> Comparison | None:
+    ) -> DivergenceSpec | None:
         """What the forward must give; None where the log-probs of the sampled tokens are enough."""
         if self.tier == "sampled":
             return None
-        from rlkd.models.logprob_head import Comparison
+        from rlkd.models.logprob_head import DivergenceSpec
 
         top: Literal["given", "student_top_k"] = "student_top_k" if self.support == "student" else "given"
-        return Comparison(
+        return DivergenceSpec(
             kind=self.kind,
             temperature=temperature,
             beta=self.beta,

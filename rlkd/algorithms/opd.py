@@ -24,7 +24,7 @@ from rlkd.losses import (
     weighted_sum,
 )
 from rlkd.models.logprob_head import Needs, PolicyOutput
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal, written
 
 
@@ -83,7 +83,7 @@ class OPD(Algorithm):
         if self.options.others == "data":
             return [from_data(prompt) for prompt in prompts]
         assert teacher is not None
-        questions = [Question(p.token_ids, name=p.id, meta=p.meta) for p in prompts]
+        questions = [ScoreRequest(p.token_ids, name=p.id, meta=p.meta) for p in prompts]
         completions = teacher.write(questions, self.sampling, iteration)
         return [written(p, c.token_ids, "teacher", c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
 

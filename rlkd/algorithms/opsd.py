@@ -9,8 +9,8 @@ from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.opsd_options import OPSDConfig
 from rlkd.algorithms.privileged_prompt import privileged_prompt
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.metrics import Meter
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.metrics import MetricAccumulator
+from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import Prompt, ScoredRollout, Signal
 
 LEAKAGE_ROLLOUTS = 32
@@ -57,7 +57,11 @@ class OPSD(OPD):
         return ids if len(ids) <= context.max_tokens else None
 
     def diagnose(
-        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+        self,
+        groups: Sequence[Sequence[ScoredRollout]],
+        teacher: Teacher | None,
+        iteration: int,
+        meter: MetricAccumulator,
     ) -> None:
         rows = [scored for group in groups for scored in group]
         meter.mean("context/share", sum(s.teacher is not None for s in rows), len(rows))
@@ -65,7 +69,7 @@ class OPSD(OPD):
             assert teacher is not None
             self._leakage([group[0] for group in groups][:LEAKAGE_ROLLOUTS], teacher, meter)
 
-    def _leakage(self, rows: Sequence[ScoredRollout], teacher: Teacher, meter: Meter) -> None:
+    def _leakage(self, rows: Sequence[ScoredRollout], teacher: Teacher, meter: MetricAccumulator) -> None:
         """log π − log T a token, an estimate of KL(π‖T), under the right hint and under another prompt's.
 
         A hint that only gives the style away moves the teacher as far whether it is right or not.
@@ -76,7 +80,7 @@ class OPSD(OPD):
             for scored, hint in zip(rows, shown, strict=True):
                 ids = self._shown(scored.rollout.prompt, self.options.context.parts(hint, None, None))
                 if ids is not None and scored.rollout.oldest_version is not None:
-                    asked.append((scored, Question(ids, scored.rollout.token_ids, meta=scored.rollout.prompt.meta)))
+                    asked.append((scored, ScoreRequest(ids, scored.rollout.token_ids, meta=scored.rollout.prompt.meta)))
             scores = teacher.score([question for _, question in asked], Signal())
             gaps = [
                 own - other

@@ -19,9 +19,9 @@ from rlkd.config.schema import Config
 from rlkd.data import seeds
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.losses import advantage_shaping, weighted_sum
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import PolicyOutput
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import AUTHORS, Batch, Prompt, Rollout, ScoredRollout
 
 RARE = 0.01
@@ -65,13 +65,13 @@ class ThinkTuning(GRPO):
         if share <= self.options.off_below:
             return groups
         asked, budget = self.options.feedback, self.options.augmented_tokens(self.config)
-        questions: dict[tuple[int, int], Question] = {}
+        questions: dict[tuple[int, int], ScoreRequest] = {}
         for g, i in [(g, i) for g, group in enumerate(groups) for i in self._chosen(group, share, iteration)]:
             prompt, ids = groups[g][i].prompt, feedback.question_ids(asked, self.tokenizer, groups[g][i])
             if len(ids) > asked.max_prompt_tokens:
                 self._failed[prompt.id, i] = "budget"
             else:
-                questions[g, i] = Question(ids, name=f"{prompt.id}/{i}", meta=prompt.meta)
+                questions[g, i] = ScoreRequest(ids, name=f"{prompt.id}/{i}", meta=prompt.meta)
         assert teacher is not None
         sampling = Sampling(temperature=asked.temperature, max_tokens=asked.max_tokens, seed=self.config.run.seed)
         answers = teacher.write(list(questions.values()), sampling, iteration)
@@ -103,7 +103,11 @@ class ThinkTuning(GRPO):
         """The teacher writes, and scores nothing."""
 
     def diagnose(
-        self, groups: Sequence[Sequence[ScoredRollout]], teacher: Teacher | None, iteration: int, meter: Meter
+        self,
+        groups: Sequence[Sequence[ScoredRollout]],
+        teacher: Teacher | None,
+        iteration: int,
+        meter: MetricAccumulator,
     ) -> None:
         for scored in (s for group in groups for s in group):
             guided = bool(scored.rollout.segments)

@@ -68,7 +68,7 @@ def load_source(
 ) -> PromptList:
     """All prompts of `path` (default: data.path), as the student of `tokenizer` reads them.
 
-    `ends`: the tokens that end a completion (`sampler.end_ids`), for data with completions; without them, the
+    `ends`: the tokens that end a completion (`sampler.eos_ids`), for data with completions; without them, the
     tokenizer's end of sequence.
 
     Raises: DataError with a line for each thing that is wrong with the data.

@@ -81,7 +81,7 @@ class Sampler(Protocol):
         ...
 
 
-def end_ids(path: str, trust_remote_code: bool) -> tuple[int, ...]:
+def eos_ids(path: str, trust_remote_code: bool) -> tuple[int, ...]:
     """The token ids that end a completion: `eos_token_id` of the model's generation_config.json if it has one, else of
     its config.json, else of its tokenizer.
 

@@ -2,13 +2,13 @@
 
 from rlkd.config.kinds import DivergenceKind, Reduction
 from rlkd.losses.divergence import (
-    among,
+    append_tail,
     divergence,
     forward_kl,
     generalized_jsd,
     renormalised,
+    restrict_to,
     reverse_kl,
-    with_tail,
 )
 from rlkd.losses.estimators import importance_weights, kl_k1_advantage, kl_k2, kl_k3, token_ratios
 from rlkd.losses.policy_gradient import (
@@ -25,7 +25,7 @@ __all__ = [
     "DivergenceKind",
     "Reduction",
     "advantage_shaping",
-    "among",
+    "append_tail",
     "capped_tokens",
     "cispo_surrogate",
     "clipped_surrogate",
@@ -40,9 +40,9 @@ __all__ = [
     "kl_k3",
     "reduction_weights",
     "renormalised",
+    "restrict_to",
     "reverse_kl",
     "sequence_old_logprobs",
     "token_ratios",
     "weighted_sum",
-    "with_tail",
 ]

@@ -58,17 +58,17 @@ MIN_TAIL_PROB = 1e-7
 """Lower bound of the total probability of the tokens outside the top k, so that its log is finite."""
 
 
-def with_tail(logprobs: Tensor) -> Tensor:
+def append_tail(logprobs: Tensor) -> Tensor:
     """[..., K] log-probs of some tokens → [..., K + 1]: the last entry is the log of the tail probability 1 − Σ p.
 
     Use it for a teacher that returned only these K log-probs. In fp32 the difference 1 − Σ p loses all precision near
-    `MIN_TAIL_PROB`. `among` is exact; use it for anything that carries gradient.
+    `MIN_TAIL_PROB`. `restrict_to` is exact; use it for anything that carries gradient.
     """
     rest = -torch.expm1(torch.logsumexp(logprobs, dim=-1, keepdim=True).clamp(max=-MIN_TAIL_PROB))
     return torch.cat([logprobs, rest.log()], dim=-1)
 
 
-def among(logprobs: Tensor, ids: Tensor, tail: bool) -> Tensor:
+def restrict_to(logprobs: Tensor, ids: Tensor, tail: bool) -> Tensor:
     """Reduce a distribution over the vocabulary to the tokens `ids`.
 
     Args:

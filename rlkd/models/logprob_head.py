@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from rlkd.losses import DivergenceKind, among, divergence, renormalised, with_tail
+from rlkd.losses import DivergenceKind, append_tail, divergence, renormalised, restrict_to
 from rlkd.losses.lm_head import OutputLayer, logit_transform, projected, shaped
 from rlkd.types import Batch, BatchScores
 
@@ -25,7 +25,7 @@ CHUNK_LOGITS = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
+class DivergenceSpec:
     """A divergence between student and teacher, over the full vocabulary or a part of it."""
 
     kind: DivergenceKind
@@ -59,7 +59,7 @@ class Needs:
     temperature: float
     """The rollout temperature. Logits are divided by it for `logprobs` and `entropy`."""
     entropy: bool = False
-    comparison: Comparison | None = None
+    comparison: DivergenceSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class PolicyOutput:
     entropy: Tensor | None = None  # [B, T] fp32
     divergence: Tensor | None = None
     """Scalar Σ divergence · ratio · weight of its term, with gradient. It is summed in the forward pass, chunk by
-    chunk. The ratio is that of `Comparison.ratio_cap`, or 1."""
+    chunk. The ratio is that of `DivergenceSpec.ratio_cap`, or 1."""
     token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
 
 
@@ -112,11 +112,11 @@ def token_logprobs(
     return aligned(result[0]), aligned(result[1]) if entropy else None
 
 
-def compared(
+def teacher_divergence(
     hidden: Tensor,
     head: nn.Linear | OutputLayer,
     batch: Batch,
-    comparison: Comparison,
+    comparison: DivergenceSpec,
     config: PreTrainedConfig,
     ratios: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def compared(
 
 
 def _against(
-    scores: BatchScores, comparison: Comparison, teacher: int, row: Tensor, column: Tensor, width: int
+    scores: BatchScores, comparison: DivergenceSpec, teacher: int, row: Tensor, column: Tensor, width: int
 ) -> Callable[[Tensor, slice], Tensor]:
     """A function (student logits [n, width] of a chunk of tokens, the chunk) → their divergences [n]."""
     kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
@@ -178,8 +178,8 @@ def _against(
         ids = picked(scores.top_ids, chunk)
         log_t = picked(scores.top_logprobs, chunk).to(logits.dtype)
         absent = (ids < 0) | (ids >= width)  # fewer than k tokens were returned, or a padding row
-        log_t = (with_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
-        log_s = among((logits / temperature).log_softmax(-1), ids, comparison.tail)
+        log_t = (append_tail if comparison.tail else renormalised)(log_t.masked_fill(absent, -torch.inf))
+        log_s = restrict_to((logits / temperature).log_softmax(-1), ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
     def by_hidden_states(logits: Tensor, chunk: slice) -> Tensor:
@@ -191,7 +191,7 @@ def _against(
         log_s, log_t = (logits / temperature).log_softmax(-1), (teacher_logits / temperature).log_softmax(-1)
         if comparison.support == "student_top_k":
             ids = log_s.detach().topk(min(comparison.k, width), dim=-1).indices
-            log_s, log_t = among(log_s, ids, comparison.tail), among(log_t, ids, comparison.tail)
+            log_s, log_t = restrict_to(log_s, ids, comparison.tail), restrict_to(log_t, ids, comparison.tail)
         return divergence(log_s, log_t, kind, beta, clip)
 
     return by_given_tokens if comparison.support == "given" else by_hidden_states

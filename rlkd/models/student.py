@@ -24,7 +24,7 @@ from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import lora
 from rlkd.models.loader_names import loader_names
 from rlkd.models.loading import check_whole, loading
-from rlkd.models.logprob_head import Needs, PolicyOutput, compared, token_logprobs
+from rlkd.models.logprob_head import Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
 from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.types import Batch
@@ -67,7 +67,7 @@ class Student(nn.Module):
         cap = needs.comparison.ratio_cap
         old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # in the first update both are equal
         ratios = None if cap is None else token_ratios(logprobs, old, batch.sampler_logprobs, batch.student_mask, cap)
-        total, per_token = compared(hidden, head, batch, needs.comparison, self.hf.config, ratios)
+        total, per_token = teacher_divergence(hidden, head, batch, needs.comparison, self.hf.config, ratios)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:

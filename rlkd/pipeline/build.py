@@ -9,7 +9,7 @@ from rlkd.config import schema as configuration
 from rlkd.config.schema import Config, LocalTeacher, NoTeacher, ServedTeacher
 from rlkd.data.prompts import PromptStream
 from rlkd.generation.hf import HFSampler
-from rlkd.generation.sampler import Sampler, end_ids
+from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models.vocabulary import vocabulary_size
@@ -43,7 +43,7 @@ def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> L
 
 def build_sampler(config: Config) -> Sampler:
     """The sampler that `rollout.backend` names, not yet opened."""
-    ends = end_ids(config.model.path, config.model.trust_remote_code)
+    ends = eos_ids(config.model.path, config.model.trust_remote_code)
     if config.rollout.backend == "hf":
         return HFSampler(config, ends)
     kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
@@ -59,7 +59,7 @@ def build_teacher(config: Config, policy: Sampler) -> Teacher:
         if teacher.scorer == "local":
             return SelfTeacher(config)
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
-        ends = end_ids(config.model.path, config.model.trust_remote_code)
+        ends = eos_ids(config.model.path, config.model.trust_remote_code)
         return served.PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
     assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher)

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 
 from rlkd.losses.lm_head import OutputLayer
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.types import AUTHORS, Batch, BatchScores, ScoredRollout
 
 
@@ -20,7 +20,7 @@ def collate(
     layers: Mapping[str, tuple[OutputLayer, ...]] = MappingProxyType({}),
     *,
     mask_failed: bool = True,
-    metrics: Meter | None = None,
+    metrics: MetricAccumulator | None = None,
 ) -> Batch:
     """One row a rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked whole.
 
@@ -72,7 +72,7 @@ def collate(
         weight_version=torch.tensor([-1 if v is None else v for v in (s.rollout.oldest_version for s in rows)]),
         masks=masks,
         scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in _names(rows, "scores")},
-        metrics=Meter() if metrics is None else metrics,
+        metrics=MetricAccumulator() if metrics is None else metrics,
     )
 
 
@@ -116,9 +116,9 @@ def _filled(shape: tuple[int, int], parts: Sequence[torch.Tensor | None], value:
     return torch.full((*shape, max(part.shape[1] for part in given)), value, dtype=dtype)
 
 
-def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_at: float) -> Meter:
+def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_at: float) -> MetricAccumulator:
     """The figures of this rank's rollouts: rewards, lengths, groups, staleness."""
-    meter = Meter()
+    meter = MetricAccumulator()
     for group in groups:
         rewards = [s.reward for s in group if s.reward is not None]
         correct = [s.is_correct(correct_at) is True for s in group if s.reward is not None]

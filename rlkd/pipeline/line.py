@@ -17,20 +17,20 @@ from rlkd.data.chat import completion_text, last_user_text
 from rlkd.data.prompts import PromptStream
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.rewards.pool import RewardItem, RewardPool
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import Rollout, ScoredRollout
 
 Groups = list[list[ScoredRollout]]
 """One list a prompt."""
 
 
-class Clock:
+class PhaseTimer:
     """Seconds between laps, added up by name; each figure is the slowest rank's."""
 
     def __init__(self) -> None:
-        self.meter = Meter()
+        self.meter = MetricAccumulator()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._last = time.perf_counter()
 
@@ -58,7 +58,7 @@ class Line:
         """The configured teacher."""
         return self.scorers.get("teacher")
 
-    def walk(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
+    def walk(self, iteration: int, clock: PhaseTimer) -> tuple[Groups, Groups]:
         """One iteration's share of this rank, which is a function of the seed and the iteration.
 
         Returns: all groups that were sampled, with rewards, and those to train on, with scores and advantages too.
@@ -70,7 +70,7 @@ class Line:
         self.algorithm.diagnose(credited, self.teacher, iteration, clock.meter)
         return drawn, credited
 
-    def draw(self, iteration: int, clock: Clock) -> tuple[Groups, Groups]:
+    def draw(self, iteration: int, clock: PhaseTimer) -> tuple[Groups, Groups]:
         """Blocks of prompts → rollout → reward, until enough groups carry a gradient or the rounds are used up.
 
         Dynamic sampling, DAPO, arXiv 2503.14476, Eq. 11. This rank's share stays the same size: groups that carry
@@ -135,7 +135,7 @@ class Line:
             prompts = [self.algorithm.scorer_prompt(name, scored, group) for group in groups for scored in group]
             asked = [i for i, prompt in enumerate(prompts) if prompt is not None]
             questions = [
-                Question(prompts[i] or (), r.token_ids, ids=r.top_ids, meta=r.prompt.meta)
+                ScoreRequest(prompts[i] or (), r.token_ids, ids=r.top_ids, meta=r.prompt.meta)
                 for i, r in ((i, rows[i].rollout) for i in asked)
             ]
             scores_of = scorer.score(questions, self.algorithm.scorer_signal(name))

@@ -16,10 +16,10 @@ from rlkd.config.schema import Config, NoTeacher
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampler, end_ids
+from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
-from rlkd.pipeline.line import Clock, Groups
+from rlkd.pipeline.line import Groups, PhaseTimer
 from rlkd.pipeline.rollout_files import write_rollouts
 from rlkd.servers.client import ServerLost
 from rlkd.storage.disk_errors import writing
@@ -50,7 +50,7 @@ class RolloutLoader:
         self.algorithm = algorithm
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
-        ends = end_ids(config.model.path, config.model.trust_remote_code)
+        ends = eos_ids(config.model.path, config.model.trust_remote_code)
         source = load_source(config.data, self.tokenizer, ends=ends)
         self.data = source.identity
         if distributed.rank() == 0:
@@ -151,9 +151,9 @@ class RolloutLoader:
             check_errors(drawn, self.config, f"iteration {iteration + 1}")
         return batch
 
-    def _walk(self, iteration: int) -> tuple[Groups, Groups, Clock]:
+    def _walk(self, iteration: int) -> tuple[Groups, Groups, PhaseTimer]:
         """The line once, and its rollouts on disk; no collectives."""
-        clock = Clock()
+        clock = PhaseTimer()
         drawn, groups = self.line.walk(iteration, clock)
         with writing(f"the rollouts of iteration {iteration + 1}"):
             write_rollouts(self.config, self.tokenizer, groups, iteration)

@@ -23,7 +23,7 @@ from rlkd.data.faults import DataError
 from rlkd.data.heldout import heldout
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
-from rlkd.generation.sampler import end_ids
+from rlkd.generation.sampler import eos_ids
 from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
 from rlkd.models import lora
@@ -62,7 +62,7 @@ def check(config: Config) -> list[str]:
             served or config.algorithm.teacher_writes
         ):  # a server's scorer is made with its ends
             try:
-                end_ids(settings.path, trusted)
+                eos_ids(settings.path, trusted)
             except (ValueError, OSError) as error:
                 problems.append(f"{key}.path: {' '.join(str(error).split())}")
         difference = first_difference(student, teacher) if student is not None and teacher is not None else None
@@ -108,7 +108,7 @@ def _generation(config: Config) -> list[str]:
     """The student must say how completions end and how its logits are made, and have the layers to be adapted."""
     model = config.model
     try:
-        end_ids(model.path, model.trust_remote_code)
+        eos_ids(model.path, model.trust_remote_code)
         known = load_config(model.path, model.trust_remote_code)
         logit_transform(known)
         if config.model.lora is not None:
@@ -286,7 +286,7 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if held_out is not None and config.eval.every > 0:
         sources.append(("eval.path", held_out))
     try:
-        ends = end_ids(config.model.path, config.model.trust_remote_code)
+        ends = eos_ids(config.model.path, config.model.trust_remote_code)
     except (ValueError, OSError):
         ends = ()  # said by _generation
     for key, source in sources:

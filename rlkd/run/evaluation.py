@@ -8,7 +8,7 @@ from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.sampler import Sampling
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.pipeline.loader import RolloutLoader, check_errors
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
@@ -44,9 +44,11 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, st
     return meter.reduce()
 
 
-def _evaluated(config: Config, loader: RolloutLoader, mine: list[Prompt]) -> tuple[Meter, list[list[ScoredRollout]]]:
+def _evaluated(
+    config: Config, loader: RolloutLoader, mine: list[Prompt]
+) -> tuple[MetricAccumulator, list[list[ScoredRollout]]]:
     """The metrics of this rank's share, and the scored completions that they are computed from."""
-    meter, scored = Meter(), []
+    meter, scored = MetricAccumulator(), []
     plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
     meter.total("eval/errors", 0.0)
     for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 
 from rlkd.distributed import local_device
 from rlkd.generation.hf import check_decode, decode, uniform
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.logprob_head import CHUNK_LOGITS, token_logprobs
 from rlkd.models.student import load_causal_lm
-from rlkd.teachers.teacher import FixedTeacher, Question, check_scorable
+from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
 
@@ -84,7 +84,7 @@ class LocalScorer(FixedTeacher):
         return (OutputLayer.of(self.hf, self.vocabulary),)
 
     @torch.no_grad()
-    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+    def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
         """See `Teacher.score`. Sorts by length, so that a forward pass has little padding."""
         check_scorable(questions)
         lengths = [len(q.prompt) + len(q.completion) for q in questions]
@@ -107,9 +107,9 @@ class LocalScorer(FixedTeacher):
                 scores[i] = self._scores(logprobs[row, start:end], states, signal, questions[i].ids)
         return [score for score in scores if score is not None]
 
-    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+    def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
         """See `Teacher.write`. Raises: RunStopped if `decode` cannot sample from this model."""
-        ends = end_ids(self.path, self.trust_remote_code)
+        ends = eos_ids(self.path, self.trust_remote_code)
         if not self._writes:
             check_decode(self.hf, self.path)
             self._writes = True

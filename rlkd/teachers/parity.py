@@ -10,7 +10,7 @@ from rlkd.config.schema import Config, ServedTeacherConfig
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.teachers.local import LocalScorer
-from rlkd.teachers.teacher import Question, Teacher
+from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import Prompt, Signal
 
 PROMPTS = 8
@@ -66,7 +66,7 @@ def check_parity(
 
 def sampler_gap(
     config: Config, prompts: Sequence[Prompt], policy: Sampler, same: LocalScorer
-) -> tuple[list[Question], float]:
+) -> tuple[list[ScoreRequest], float]:
     """Sample one completion of each of the first few prompts.
 
     Returns: (the samples as questions, the mean difference per token, in nats, between their log-probs by the sampler
@@ -76,7 +76,7 @@ def sampler_gap(
         temperature=config.rollout.temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed
     )
     rollouts = [group[0] for group in policy.sample(prompts[:PROMPTS], n=1, iteration=0, sampling=sampling)]
-    questions = [Question(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
+    questions = [ScoreRequest(rollout.prompt.token_ids, rollout.token_ids) for rollout in rollouts]
     scores = [s.logprobs for s in same.score(questions, Signal())]
     return questions, _gap(scores, [[p or 0.0 for p in r.logprobs] for r in rollouts])
 

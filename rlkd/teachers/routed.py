@@ -9,7 +9,7 @@ from typing import TypeVar
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer
-from rlkd.teachers.teacher import FixedTeacher, Question, Teacher
+from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, Teacher
 from rlkd.types import Completion, Signal, TeacherScores
 
 Answer = TypeVar("Answer")
@@ -37,7 +37,7 @@ class RoutedTeacher(FixedTeacher):
         for teacher in self.teachers.values():
             teacher.close()
 
-    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+    def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
         """See `Teacher.score`. `TeacherScores.teacher` is the index of the teacher that scored."""
         scores = self._ask(questions, lambda teacher, part: teacher.score(part, signal))
         index = {name: i for i, name in enumerate(self.teachers)}
@@ -47,11 +47,11 @@ class RoutedTeacher(FixedTeacher):
         """The output layers of all teachers, in order."""
         return tuple(layer for teacher in self.teachers.values() for layer in teacher.layers())
 
-    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+    def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
         """See `Teacher.write`."""
         return self._ask(questions, lambda teacher, part: teacher.write(part, sampling, iteration))
 
-    def _name(self, question: Question) -> str:
+    def _name(self, question: ScoreRequest) -> str:
         """The name of the teacher that a question goes to. Raises: RunStopped if the data names an unknown teacher."""
         name = question.meta.get(self.column)
         if name not in self.teachers:
@@ -62,7 +62,7 @@ class RoutedTeacher(FixedTeacher):
         return str(name)
 
     def _ask(
-        self, questions: Sequence[Question], act: Callable[[Teacher, list[Question]], Sequence[Answer]]
+        self, questions: Sequence[ScoreRequest], act: Callable[[Teacher, list[ScoreRequest]], Sequence[Answer]]
     ) -> list[Answer]:
         """Pass each teacher its questions, and return all answers in the order of `questions`."""
         names = [self._name(question) for question in questions]

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlkd.builtin import resolve
 from rlkd.config.schema import Config, ServedTeacherConfig
 from rlkd.data.seeds import request_seed
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.vocabulary import padding, vocabulary_size
@@ -19,7 +19,7 @@ from rlkd.servers.command import ServerRole
 from rlkd.servers.pool import Answer, Job, ServerPool
 from rlkd.servers.process import server_counts
 from rlkd.servers.responses import CompletionsAnswer, Figure, GivenAnswer, float_array, in_order
-from rlkd.teachers.teacher import FixedTeacher, Question, check_scorable
+from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
 _PER_REQUEST = 16
@@ -65,7 +65,7 @@ class _ServedScorer(FixedTeacher):
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
         raise NotImplementedError
 
-    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+    def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
         """See `Teacher.score`. A server does not return hidden states: `signal.tier` is sampled, top_k or given.
 
         Raises: ServerError if the servers are lost or a response is incomplete or not finite.
@@ -74,7 +74,7 @@ class _ServedScorer(FixedTeacher):
         size = 1 if signal.tier == "given" else _PER_REQUEST
         parts = [questions[start : start + size] for start in range(0, len(questions), size)]
 
-        def one(client: VLLMClient, model: str, part: Sequence[Question]) -> list[TeacherScores]:
+        def one(client: VLLMClient, model: str, part: Sequence[ScoreRequest]) -> list[TeacherScores]:
             if signal.tier == "given":
                 return [request_given(client, model, question) for question in part]
             return request_scores(client, model, part, signal)
@@ -85,10 +85,10 @@ class _ServedScorer(FixedTeacher):
         """None, since the scores have no hidden states."""
         return ()
 
-    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+    def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
         """See `Teacher.write`. Raises: ServerError, see `score`."""
 
-        def one(client: VLLMClient, model: str, question: Question) -> Completion:
+        def one(client: VLLMClient, model: str, question: ScoreRequest) -> Completion:
             seed = request_seed(sampling.seed, iteration, f"teacher/{question.name}")
             completion = request_completion(client, model, question.prompt, sampling, seed, self._ends)
             check_ids(completion.token_ids, self._vocabulary, client.url)
@@ -105,7 +105,7 @@ class ServedTeacher(_ServedScorer):
     """
 
     def __init__(self, config: Config, teacher: ServedTeacherConfig) -> None:
-        super().__init__(end_ids(teacher.path, config.model.trust_remote_code), vocabulary_size(config.model))
+        super().__init__(eos_ids(teacher.path, config.model.trust_remote_code), vocabulary_size(config.model))
         self._config = config
         self._settings = teacher
         self._model_path = resolve(teacher.path)
@@ -170,7 +170,7 @@ class PolicyServerTeacher(_ServedScorer):
 
 
 def request_scores(
-    client: VLLMClient, model: str, questions: Sequence[Question], signal: Signal
+    client: VLLMClient, model: str, questions: Sequence[ScoreRequest], signal: Signal
 ) -> list[TeacherScores]:
     """Scores from one request to one server. Raises: ServerError if the response is incomplete or not finite."""
     assert signal.tier != "hidden", "a server does not return hidden states"
@@ -199,7 +199,7 @@ def request_scores(
     return scores
 
 
-def request_given(client: VLLMClient, model: str, question: Question) -> TeacherScores:
+def request_given(client: VLLMClient, model: str, question: ScoreRequest) -> TeacherScores:
     """The log-probs of the completion tokens and of `question.ids`, from one server.
 
     Raises: ServerError if the response is incomplete or not finite, or the server runs vLLM's old runner (on a CPU).

@@ -15,7 +15,7 @@ from rlkd.types import Completion, Signal, TeacherScores
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreRequest:
     """A request to a teacher about one rollout."""
 
     prompt: Sequence[int]
@@ -30,7 +30,7 @@ class Question:
     """The other columns of the data, which select one of several teachers."""
 
 
-def check_scorable(questions: Sequence[Question]) -> None:
+def check_scorable(questions: Sequence[ScoreRequest]) -> None:
     """Check that every question has a prompt, from which the first token is predicted, and a completion.
 
     Raises: ValueError otherwise.
@@ -54,7 +54,7 @@ class Teacher(Protocol):
         """Load the model or connect to the server. Every rank calls it after the process group exists."""
         ...
 
-    def score(self, questions: Sequence[Question], signal: Signal) -> list[TeacherScores]:
+    def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
         """The scores that `signal` requests for every completion token, given all tokens before it."""
         ...
 
@@ -62,7 +62,7 @@ class Teacher(Protocol):
         """The output layers that belong to the hidden states in its scores; () if it returns none."""
         ...
 
-    def write(self, questions: Sequence[Question], sampling: Sampling, iteration: int) -> list[Completion]:
+    def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
         """One completion of each prompt. The sample is a function of (sampling.seed, iteration, question.name)."""
         ...
 

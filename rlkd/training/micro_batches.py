@@ -47,7 +47,7 @@ def split_by_tokens(batch: Batch, budget: int) -> list[torch.Tensor]:
     return [torch.tensor(part, device=batch.input_ids.device) for part in parts]
 
 
-def weightless(batch: Batch) -> Batch:
+def zero_weight_batch(batch: Batch) -> Batch:
     """The first row with all weights 0: keeps a rank in step that has fewer micro-batches than the others."""
     row = batch.rows(torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device))
     off = torch.zeros_like(row.completion_mask)

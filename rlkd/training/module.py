@@ -21,11 +21,11 @@ from rlkd.algorithms.base import Algorithm
 from rlkd.algorithms.registry import build_algorithm
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.models.student import Student, build_student
 from rlkd.training.loss_weights import with_loss_weights
-from rlkd.training.micro_batches import split_by_tokens, updates, weightless
+from rlkd.training.micro_batches import split_by_tokens, updates, zero_weight_batch
 from rlkd.types import Batch, BatchScores
 
 RECENT = 20
@@ -99,7 +99,7 @@ class PolicyModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = 0.0  # an older checkpoint may have brought another
-        meter = Meter()
+        meter = MetricAccumulator()
         meter.merge(batch.metrics)
         meter.maximum("lr", lr)
         if self.algorithm.needs_reference and self.config.model.lora is not None:
@@ -123,12 +123,12 @@ class PolicyModule(lightning.LightningModule):
         check_finite(self.model, batch.iteration)
         self.updating = False
 
-    def _update(self, batch: Batch, optimizer: Any, meter: Meter) -> None:
+    def _update(self, batch: Batch, optimizer: Any, meter: MetricAccumulator) -> None:
         """One optimizer step on `batch`, this rank's share of the update."""
         batch = with_loss_weights(batch, self.algorithm)
         first = batch.old_logprobs is None
         sums: dict[str, float] = {}
-        mismatch = Meter()
+        mismatch = MetricAccumulator()
         optimizer.zero_grad()
         for micro in self._micro_batches(batch):
             output: PolicyOutput = self.model(micro, self.algorithm.needs)
@@ -170,7 +170,7 @@ class PolicyModule(lightning.LightningModule):
                 if parameter.requires_grad and parameter.dim() > 1 and not name.endswith(("bias", "A_log")):
                     parameter.mul_(1.0 - lr * self.config.optim.weight_decay)
 
-    def _check_gap(self, mismatch: Meter, iteration: int) -> None:
+    def _check_gap(self, mismatch: MetricAccumulator, iteration: int) -> None:
         """See `check_mismatch`. `self.row` still holds the figures of the iteration before."""
         served = self.config.rollout.backend == "vllm"  # in this process a strict load takes over all or fails
         moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may begin at 0
@@ -209,12 +209,12 @@ class PolicyModule(lightning.LightningModule):
         """
         parts = [batch.rows(i) for i in split_by_tokens(batch, self.config.trainer.micro_batch_tokens)]
         most = int(distributed.all_reduce([float(len(parts))], "max")[0])
-        return parts + [weightless(batch)] * (most - len(parts))
+        return parts + [zero_weight_batch(batch)] * (most - len(parts))
 
-    def _with_old_logprobs(self, batch: Batch, meter: Meter) -> Batch:
+    def _with_old_logprobs(self, batch: Batch, meter: MetricAccumulator) -> Batch:
         """The trainer's own log-probs before the first of several updates, and the mismatch with the sampler's."""
         batch = replace(batch, old_logprobs=self._own_logprobs(batch))
-        mismatch = Meter()
+        mismatch = MetricAccumulator()
         measure_mismatch(batch, mismatch)
         self._check_gap(mismatch, batch.iteration)
         meter.merge(mismatch)
@@ -231,7 +231,7 @@ class PolicyModule(lightning.LightningModule):
             logprobs = self.model(batch.rows(index), needs).logprobs
             own[index, : logprobs.shape[1]] = logprobs
         for _ in range(most - len(indices)):
-            self.model(weightless(batch), needs)
+            self.model(zero_weight_batch(batch), needs)
         return own
 
 
@@ -258,7 +258,7 @@ def check_finite(student: Student, iteration: int) -> None:
         )
 
 
-def measure_mismatch(batch: Batch, meter: Meter) -> None:
+def measure_mismatch(batch: Batch, meter: MetricAccumulator) -> None:
     """Add |log-prob by sampler − by trainer| of the student's own tokens, freshly sampled, to `meter`."""
     assert batch.old_logprobs is not None
     gap = (batch.old_logprobs - batch.sampler_logprobs).abs()[batch.student_mask].double()
@@ -266,7 +266,9 @@ def measure_mismatch(batch: Batch, meter: Meter) -> None:
     meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
 
 
-def check_mismatch(meter: Meter, config: Config, iteration: int, at_start: float | None = None) -> float | None:
+def check_mismatch(
+    meter: MetricAccumulator, config: Config, iteration: int, at_start: float | None = None
+) -> float | None:
     """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
 
     Args:

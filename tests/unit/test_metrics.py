@@ -12,21 +12,21 @@ import pytest
 from runs import ENV, ROOT
 
 from rlkd.distributed import RunStopped
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.reporting.metric_reference import METRICS, SECTIONS, panels
 
 TWO_RANKS = """
 import json, sys
 import torch.distributed as dist
 from rlkd.distributed import RunStopped
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 
 
 def reduced(*others):
-    meter = Meter()
+    meter = MetricAccumulator()
     meter.mean("reward/mean", total=1.0 + 2 * rank, count=1.0 + rank)
     meter.mean("of/none", 0.0, 0.0)
     meter.total("tokens", 10.0 + rank)
@@ -73,7 +73,7 @@ def test_ranks_with_other_names_are_told_which(tmp_path):
 
 def test_a_name_with_two_meanings_is_refused():
     """Only one of the two could be in the row."""
-    meter = Meter()
+    meter = MetricAccumulator()
     meter.maximum("lr", 1e-6)
     meter.total("lr", 2.0)
     with pytest.raises(RunStopped, match="got lr as total and as maximum"):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LINE = {"name": "a", "metrics": {"run": [{"loss": 0.1, "lr": 0.0}, {"loss": float("nan")}]}, "weights": {"w": "0f"}}
 
 
-def compared(folder, before, after):
+def teacher_divergence(folder, before, after):
     """Exit code of `compare` for two files with these lines."""
     paths = [folder / "before.jsonl", folder / "after.jsonl"]
     for path, lines in zip(paths, (before, after), strict=True):
@@ -24,7 +24,7 @@ def compared(folder, before, after):
 
 def test_equal_lines_are_equal_in_any_order(tmp_path, capsys):
     other = LINE | {"name": "b"}
-    assert compared(tmp_path, [LINE, other], [other, LINE]) == 0
+    assert teacher_divergence(tmp_path, [LINE, other], [other, LINE]) == 0
     assert capsys.readouterr().out == "a: equal\nb: equal\n"
 
 
@@ -43,14 +43,14 @@ def test_equal_lines_are_equal_in_any_order(tmp_path, capsys):
     ],
 )  # fmt: skip
 def test_a_difference_is_named_with_both_values(after, said, tmp_path, capsys):
-    assert compared(tmp_path, [LINE], [after]) == 1
+    assert teacher_divergence(tmp_path, [LINE], [after]) == 1
     assert capsys.readouterr().out.splitlines()[0] == f"a: {said}"
 
 
 def test_two_failures_or_two_empty_files_are_not_equal(tmp_path):
     failed = {"name": "a", "failed": "killed"}
-    assert compared(tmp_path, [failed], [failed]) == 1
-    assert compared(tmp_path, [], []) == 1
+    assert teacher_divergence(tmp_path, [failed], [failed]) == 1
+    assert teacher_divergence(tmp_path, [], []) == 1
 
 
 def test_times_are_left_out():

@@ -10,11 +10,11 @@ from rlkd.algorithms.opd import OPD
 from rlkd.config.load import ConfigError
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
-from rlkd.losses import among
-from rlkd.losses import divergence as compared
+from rlkd.losses import divergence as teacher_divergence
+from rlkd.losses import restrict_to
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Rollout, ScoredRollout, VersionSpan
 
 NO_CLIP = "optim.max_grad_norm=1000000.0"
@@ -141,11 +141,11 @@ def test_a_ratio_cap_weighs_each_token_as_written_out(teacher, tier):
     own = log_s.gather(2, batch.input_ids[:, 1:, None]).squeeze(2).detach()
     if options.tier == "top_k":
         ids = (log_t if options.support == "teacher" else log_s.detach()).topk(5).indices
-        log_s, log_t = among(log_s, ids, tail=True), among(log_t, ids, tail=True)
+        log_s, log_t = restrict_to(log_s, ids, tail=True), restrict_to(log_t, ids, tail=True)
     mask, old = batch.completion_mask[:, 1:], batch.old_logprobs[:, 1:]
     factor = torch.exp(own - old).clamp(max=cap) * torch.exp(old - batch.sampler_logprobs[:, 1:]).clamp(max=cap)
     assert (torch.exp(own - old)[mask] > cap).any() and (factor[mask] < 0.9).any()
-    values = compared(log_s, log_t, options.kind, options.beta)
+    values = teacher_divergence(log_s, log_t, options.kind, options.beta)
     loss = (values[mask] * factor[mask]).sum() / mask.sum()
     loss.backward()
     found = Captured(made, batch)
@@ -286,7 +286,7 @@ def test_others_teacher_lets_the_teacher_write(teacher):
     rollouts, asked = rolled(settings(student_share=0.5, others="teacher"), teacher)
     sampling = Sampling(temperature=1.0, max_tokens=16, seed=0)
     theirs = [group for group in rollouts if group[0].prompt.id not in asked]
-    questions = [Question(group[0].prompt.token_ids, name=group[0].prompt.id) for group in theirs]
+    questions = [ScoreRequest(group[0].prompt.token_ids, name=group[0].prompt.id) for group in theirs]
     for (rollout,), wanted in zip(theirs, teacher.write(questions, sampling, 3), strict=True):
         assert (rollout.token_ids, rollout.finish_reason) == (wanted.token_ids, wanted.finish_reason)
         assert set(rollout.authors()) == {"teacher"}
@@ -305,7 +305,7 @@ def test_completions_by_others_are_distilled_and_do_not_count_as_mismatch(teache
     module = OPD(made)
     rollouts, _ = rolled(made, None, prompts=PROMPTS[:4])
     rows = [ScoredRollout(rollout=group[0], reward=None) for group in rollouts]
-    scores = teacher.score([Question(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows], module.signal)
+    scores = teacher.score([ScoreRequest(s.rollout.prompt.token_ids, s.rollout.token_ids) for s in rows], module.signal)
     rows = [s.with_scores("teacher", score) for s, score in zip(rows, scores, strict=True)]
     found = Captured(made, collate([module.advantages([s]) for s in rows], 0, {"teacher": teacher.layers()}))
     assert_moved(found)

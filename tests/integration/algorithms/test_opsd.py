@@ -15,9 +15,9 @@ from rlkd.algorithms.sdpo import SDPO
 from rlkd.config.load import ConfigError
 from rlkd.data.chat import filled, load_tokenizer
 from rlkd.distributed import RunStopped
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.pipeline.collate import collate
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Signal, TeacherScores
 
 pytestmark = pytest.mark.long
@@ -234,7 +234,7 @@ def test_right_and_shuffled_hints_give_different_losses():
 
 
 def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
-    question = [Question((4, 5, 6), (7, 8))]
+    question = [ScoreRequest((4, 5, 6), (7, 8))]
     for weights, follows in (("fixed", False), ("ema", True), ("live", True)):
         loader = opened(settings(teacher=f"teacher={{backend: self, weights: {weights}, decay: 0.5}}"))
         before = loader.line.teacher.score(question, Signal())[0].logprobs
@@ -287,6 +287,6 @@ def test_a_part_that_is_set_keeps_the_other_defaults_of_its_place():
 
 def test_diagnose_names_are_the_same_without_any_context():
     sdpo = SDPO(settings(name="sdpo", options="group_size: 2"))
-    meter = Meter()
+    meter = MetricAccumulator()
     sdpo.diagnose([sdpo.advantages(attempts(0.0, 0.0))], None, 0, meter)
     assert meter.reduce() == {"context/share": 0.0}

@@ -18,7 +18,7 @@ from rlkd.config_file import ConfigError, load
 from rlkd.data.chat import filled, load_tokenizer
 from rlkd.distributed import RunStopped
 from rlkd.losses import importance_weights
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
@@ -393,11 +393,11 @@ def test_the_glue_may_have_its_own_loss():
 def test_metrics_of_an_iteration():
     algorithm = ThinkTuning(config())
     rolled(algorithm, [sampled()], Scripted("no, a slip"), names=("p", "q"))
-    meter = Meter()
+    meter = MetricAccumulator()
     algorithm.diagnose([*rows(), [scored(1, 3, None)]], None, 0, meter)
     wanted = {"fraction": 0.2, "reward": 1.0, "plain_reward": 0.0, "format_failures": 2, "budget_failures": 0}
     assert meter.reduce() == {f"guided/{name}": value for name, value in wanted.items()}
-    nobody, everybody = Meter(), Meter()
+    nobody, everybody = MetricAccumulator(), MetricAccumulator()
     algorithm.diagnose([[scored(1, 3, 1.0)]], None, 0, nobody)
     algorithm.diagnose([rows()[0][:1]], None, 0, everybody)
     assert nobody._means.keys() == everybody._means.keys()  # all ranks reduce the same names

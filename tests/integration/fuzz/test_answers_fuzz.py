@@ -21,15 +21,15 @@ from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.teachers.served import request_completion, request_given, request_scores
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Signal
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(3 * 3600)]
 
 EOS = 3
 SAMPLING = Sampling(temperature=1.0, max_tokens=3, seed=0, top_k=2)
-QUESTIONS = [Question((5, 6), (7, 8)), Question((9,), (4,))]
-GIVEN = Question((5, 6, 9), (7, 8), ids=torch.tensor([[7, 9], [3, 99]]))
+QUESTIONS = [ScoreRequest((5, 6), (7, 8)), ScoreRequest((9,), (4,))]
+GIVEN = ScoreRequest((5, 6, 9), (7, 8), ids=torch.tensor([[7, 9], [3, 99]]))
 
 
 def entry(token, logprob):

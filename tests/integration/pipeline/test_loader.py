@@ -18,7 +18,7 @@ from rlkd.algorithms.sdpo import SDPO
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
 from rlkd.models.student import load_causal_lm
-from rlkd.pipeline.line import Clock, check_versions
+from rlkd.pipeline.line import PhaseTimer, check_versions
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.types import written
 
@@ -178,7 +178,7 @@ def picky():
 def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, wanted, chosen, drawn):
     owned = [p for block in range(3) for p in picky.line.prompts.take(2, 4, block=block, blocks=3)]
     picky.algorithm.wanted = frozenset(owned[i].id for i in wanted)
-    clock = Clock()
+    clock = PhaseTimer()
     seen, groups = picky.line.walk(2, clock)
     assert [g[0].rollout.prompt.id for g in seen] == [p.id for p in owned[:drawn]]
     assert [g[0].rollout.prompt.id for g in groups] == [owned[i].id for i in chosen]
@@ -190,7 +190,7 @@ def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, want
 def test_metrics_and_errors_are_those_of_all_sampled_rollouts(picky):
     picky.algorithm.wanted = frozenset()
     batch = picky.batch(2)
-    drawn, groups = picky.line.walk(2, Clock())
+    drawn, groups = picky.line.walk(2, PhaseTimer())
     assert (len(batch), len(drawn), len(groups)) == (16, 12, 4)
     row = batch.metrics.reduce()
     assert row["tokens/generated"] == sum(len(s.rollout.token_ids) for group in drawn for s in group)
@@ -217,7 +217,7 @@ def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
 
 def test_the_teacher_scores_only_what_is_trained_on():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0}}")
-    drawn, groups = made.line.walk(0, Clock())
+    drawn, groups = made.line.walk(0, PhaseTimer())
     assert len(drawn) > 4, "else nothing was left out"
     assert all(s.teacher is None for group in drawn for s in group)
     assert all(s.teacher is not None for group in groups for s in group)
@@ -226,7 +226,7 @@ def test_the_teacher_scores_only_what_is_trained_on():
 
 def test_a_group_that_the_teacher_can_teach_is_never_resampled():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0.1}}")
-    drawn, groups = made.line.walk(0, Clock())
+    drawn, groups = made.line.walk(0, PhaseTimer())
     made.close()
     assert len(drawn) == len(groups) == 4
     assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"

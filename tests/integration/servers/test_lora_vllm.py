@@ -13,7 +13,7 @@ from rlkd.builtin import resolve
 from rlkd.config.schema import LoraConfig
 from rlkd.config_file import load, load_stages
 from rlkd.data.prompts import Prompt
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.generation.vllm import policy_role
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models import lora
@@ -22,14 +22,14 @@ from rlkd.run.fit import run_stages
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.teachers.served import PolicyServerTeacher
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Signal
 
 LORA = "model.lora={r: 4, alpha: 8}"
 ADAPTERS = LoraConfig(r=4, alpha=8)
 SAMPLING = Sampling(temperature=0.8, max_tokens=16, seed=0)
 PROMPTS = [Prompt(id=f"p{i}", messages=(), token_ids=(5 + i, 9, 14 + 2 * i, 7)) for i in range(4)]
-QUESTIONS = [Question((5, 9, 14), (7, 8, 9)), Question((6, 4), (11, 12))]
+QUESTIONS = [ScoreRequest((5, 9, 14), (7, 8, 9)), ScoreRequest((6, 4), (11, 12))]
 
 
 def student():
@@ -74,7 +74,7 @@ def client(server):
 
 @pytest.fixture
 def sampler(server):
-    made = LoraVLLMSampler(settings(f"rollout.server.urls=[{server.url}]"), end_ids("builtin:student", False))
+    made = LoraVLLMSampler(settings(f"rollout.server.urls=[{server.url}]"), eos_ids("builtin:student", False))
     made.open()
     yield made
     made.close()

@@ -15,7 +15,7 @@ from vllm_fixtures import KEY
 
 from rlkd.builtin import resolve
 from rlkd.config.schema import ModelConfig, RolloutServerConfig
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.generation.vllm import VLLMSampler, policy_role
 from rlkd.models.vocabulary import padding, vocabulary_size
 from rlkd.planning.preflight import check
@@ -23,7 +23,7 @@ from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.padding_probe import check_padding, padding_share
 from rlkd.servers.process import VLLMServer, cpu_cores
 from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Signal
 
 TOKENS = 56  # of the built-in tokenizer
@@ -169,9 +169,9 @@ def served_config(paths, student: int, *overrides: str):
     )
 
 
-def questions(count: int) -> list[Question]:
+def questions(count: int) -> list[ScoreRequest]:
     return [
-        Question(tuple(4 + (7 * i + t) % 50 for t in range(5)), tuple(4 + i + t for t in range(6)))
+        ScoreRequest(tuple(4 + (7 * i + t) % 50 for t in range(5)), tuple(4 + i + t for t in range(6)))
         for i in range(count)
     ]
 
@@ -181,7 +181,7 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
     settings = served_config(paths, 7, "rollout.server.launch=false", f"rollout.server.urls=['{server.url}']")
     teacher_of = f"teacher={{backend: served, path: '{paths[7]}', url: '{server.url}'}}"
     hf = AutoModelForCausalLM.from_pretrained(paths[3], dtype=torch.float32)  # the same model, padded otherwise
-    sampler = VLLMSampler(settings, end_ids(paths[7], False))
+    sampler = VLLMSampler(settings, eos_ids(paths[7], False))
     sampler.open()
     try:
         sampler.publish(AutoModelForCausalLM.from_pretrained(paths[7], dtype=torch.float32).state_dict(), 0)
@@ -201,7 +201,7 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
         assert max(gaps) < 1e-4
         scorers = (
             ServedTeacher(served_config(paths, 3, teacher_of), served_config(paths, 3, teacher_of).teacher),
-            PolicyServerTeacher(sampler, end_ids(paths[7], False)),
+            PolicyServerTeacher(sampler, eos_ids(paths[7], False)),
         )
         for scorer in scorers:
             scorer.open()

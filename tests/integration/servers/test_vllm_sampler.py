@@ -26,7 +26,7 @@ from rlkd.servers.process import VLLMServer
 from rlkd.servers.responses import Completed, Generated, parse
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher, completion_logprobs, request_given
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Rollout, Signal, TeacherScores
 
 HOT = Sampling(temperature=0.7, max_tokens=24, seed=5)
@@ -91,7 +91,7 @@ def test_a_server_without_the_new_runner_is_an_error(sampler: VLLMSampler) -> No
     teacher = PolicyServerTeacher(sampler, (1,))
     teacher.open()
     with pytest.raises(ServerError, match="answered 400: prompt_logprob_token_ids requires the V2 model runner"):
-        teacher.score([Question((5, 6), (7, 8), ids=torch.tensor([[7, 9], [8, 2]]))], Signal(tier="given"))
+        teacher.score([ScoreRequest((5, 6), (7, 8), ids=torch.tensor([[7, 9], [8, 2]]))], Signal(tier="given"))
     teacher.close()
 
 
@@ -140,7 +140,9 @@ def test_what_is_drawn_depends_on_seed_iteration_and_prompt_alone(sampler: VLLMS
 def test_a_served_teacher_scores_as_the_model_does(
     sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
 ) -> None:
-    questions = [Question(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(40), start=1)]
+    questions = [
+        ScoreRequest(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(40), start=1)
+    ]
     settings = run_config(policy_path, policy_server.url)
     teacher = ServedTeacher(settings, settings.teacher)
     teacher.open()
@@ -149,9 +151,9 @@ def test_a_served_teacher_scores_as_the_model_does(
         truth = true_logprobs(model, question.prompt, question.completion)
         torch.testing.assert_close(torch.tensor(score.logprobs), truth, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="got 2 and 0 tokens"):
-        teacher.score([Question((4, 5), ())], Signal())
+        teacher.score([ScoreRequest((4, 5), ())], Signal())
     with pytest.raises(ServerError, match="answered 400: .*96"):
-        teacher.score([Question((4, 5), (6,) * 95)], Signal())
+        teacher.score([ScoreRequest((4, 5), (6,) * 95)], Signal())
     teacher.close()
 
 
@@ -160,7 +162,9 @@ def test_a_served_teachers_top_k_are_the_models(
     sampler: VLLMSampler, policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
 ) -> None:
     """Ids and log-probs, up to the full vocabulary (which vLLM pads to 64 internally); it refuses a larger k."""
-    questions = [Question(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(20), start=1)]
+    questions = [
+        ScoreRequest(prompt.token_ids, range(2, 2 + length)) for length, prompt in enumerate(prompts(20), start=1)
+    ]
     settings = run_config(policy_path, policy_server.url)
     teacher = ServedTeacher(settings, settings.teacher)
     teacher.open()
@@ -188,7 +192,7 @@ def test_the_servers_that_sample_also_score_for_a_live_self_teacher(
 ) -> None:
     teacher = PolicyServerTeacher(sampler, (1,))
     teacher.open()
-    questions = [Question(prompt.token_ids, (7, 8, 9)) for prompt in prompts(4)]
+    questions = [ScoreRequest(prompt.token_ids, (7, 8, 9)) for prompt in prompts(4)]
     for question, score in zip(questions, teacher.score(questions, Signal(tier="top_k", k=3)), strict=True):
         truth = true_logprobs(model, question.prompt, question.completion)
         torch.testing.assert_close(torch.tensor(score.logprobs), truth, atol=1e-4, rtol=0)
@@ -215,7 +219,7 @@ def test_a_served_teacher_writes_as_the_local_one_does(
         trust_remote_code=False,
     )
     local.open()
-    questions = [Question(prompt.token_ids, name=prompt.id) for prompt in prompts(12)]
+    questions = [ScoreRequest(prompt.token_ids, name=prompt.id) for prompt in prompts(12)]
     a, b = (teacher.write(questions, GREEDY, 0) for teacher in (served, local))
     assert [c.token_ids for c in a] == [c.token_ids for c in b]
     assert [c.finish_reason for c in a] == [c.finish_reason for c in b]
@@ -301,7 +305,7 @@ def npy(values: object) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-GIVEN = Question((5, 6, 9), (7, 8), ids=torch.tensor([[7, 9], [3, 99]]))
+GIVEN = ScoreRequest((5, 6, 9), (7, 8), ids=torch.tensor([[7, 9], [3, 99]]))
 
 
 def given_scores(answer: dict[str, object]) -> tuple[TeacherScores, dict[str, Any]]:

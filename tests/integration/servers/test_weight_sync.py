@@ -22,7 +22,7 @@ from rlkd.models.loader_names import loader_names
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer
 from rlkd.teachers.served import PolicyServerTeacher
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Signal
 from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
 from rlkd.weight_sync.weight_file import WeightFile
@@ -81,10 +81,10 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
         sampler.sample(prompts(2), n=1, iteration=0, sampling=SAMPLING)
     sampler.recover()
     assert mismatch(sampler, model, 18) < 1e-4
-    assert teacher.score([Question((4, 5), (6, 7))], Signal())
+    assert teacher.score([ScoreRequest((4, 5), (6, 7))], Signal())
     client.order("/update_weight_version", {"new_version": "default"})
     with pytest.raises(ServerLost, match=f"{policy_server.url} expected weight version 18, got None"):
-        teacher.score([Question((4, 5), (6, 7))], Signal())
+        teacher.score([ScoreRequest((4, 5), (6, 7))], Signal())
     sampler.recover()
     client.order("/pause", query={"mode": "wait"})
     client.order("/start_weight_update")  # by a trainer that died during an update

@@ -5,10 +5,10 @@ import torch
 from divergence_reference import PLAIN, batch_of, gradients, normal, reference
 from transformers import CohereConfig, Gemma2Config
 
-from rlkd.losses import among, divergence, generalized_jsd, with_tail
+from rlkd.losses import append_tail, divergence, generalized_jsd, restrict_to
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import logprob_head as policy_head
-from rlkd.models.logprob_head import Comparison, compared
+from rlkd.models.logprob_head import DivergenceSpec, teacher_divergence
 
 pytestmark = pytest.mark.long
 
@@ -85,9 +85,9 @@ def test_chunked_from_hidden_states(monkeypatch, beta, kind, config, scale, soft
     states = normal(6, B, T, 2 * H, dtype=torch.float32, scale=0.3)
     weights = torch.linspace(0.1, 1.0, T).expand(B, T).clone()
     weights[:, 0] = 0
-    comparison = Comparison(kind=kind, temperature=0.7, beta=beta)
+    comparison = DivergenceSpec(kind=kind, temperature=0.7, beta=beta)
     batch = batch_of(weights, hidden=states, layers=(theirs,))
-    ours, per_token = compared(hidden, head, batch, comparison, config)
+    ours, per_token = teacher_divergence(hidden, head, batch, comparison, config)
     trl, _ = chunked_divergence.ChunkedDivergenceFunction.apply(
         hidden[:, :-1].flatten(0, 1), head.weight, head.bias, states[:, 1:].flatten(0, 1), theirs.weight, theirs.bias,
         beta, 0.7, scale, softcap, theirs.scale, theirs.softcap,
@@ -110,7 +110,7 @@ def test_sdpo_on_the_students_top_k(beta, kind, tail):
         student, teacher, distillation_topk=K, distillation_alpha=beta, distillation_add_tail=tail
     )
     ids = student.topk(K, dim=-1).indices
-    ours = divergence(*(among(x, ids, tail) for x in log_softmaxes(student, teacher)), kind, beta)
+    ours = divergence(*(restrict_to(x, ids, tail) for x in log_softmaxes(student, teacher)), kind, beta)
     assert_same(ours, trl, student)
 
 
@@ -129,7 +129,7 @@ def test_a_served_teachers_top_k_with_the_tail_bucket(beta, kind):
     of_teacher, _ = trl._add_tail_bucket(said, valid)
     wanted = trl._jsd_divergence(of_student, of_teacher, beta, mask).sum(-1)
     ids = top.indices.masked_fill(~valid, -1)
-    ours = divergence(among(log_s, ids, tail=True), with_tail(said), kind, beta)
+    ours = divergence(restrict_to(log_s, ids, tail=True), append_tail(said), kind, beta)
     assert_same(ours, wanted, student)
 
 
@@ -141,9 +141,9 @@ def test_where_the_student_is_sure_of_its_top_k_trl_loses_the_tail():
     with torch.no_grad():
         student[..., :K] += 24.0
 
-    comparison = Comparison(kind="forward_kl", temperature=1.0, support="student_top_k", k=K)
+    comparison = DivergenceSpec(kind="forward_kl", temperature=1.0, support="student_top_k", k=K)
     ids = student.topk(K, dim=-1).indices
-    ours = divergence(*(among(x, ids, True) for x in log_softmaxes(student, teacher)), "forward_kl")
+    ours = divergence(*(restrict_to(x, ids, True) for x in log_softmaxes(student, teacher)), "forward_kl")
     trl = compute_topk_self_distillation_loss(
         student, teacher, distillation_topk=K, distillation_alpha=0.0, distillation_add_tail=True
     )

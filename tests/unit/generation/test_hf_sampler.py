@@ -7,7 +7,7 @@ from builders import config, encode_prompt
 
 from rlkd.data.chat import load_tokenizer
 from rlkd.generation.hf import HFSampler, draw, uniform
-from rlkd.generation.sampler import Sampling, end_ids
+from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.models.student import load_causal_lm
 from rlkd.types import Prompt
 
@@ -33,7 +33,7 @@ def hf():
 @pytest.fixture(scope="module")
 def sampler(hf):
     settings = config()
-    made = HFSampler(settings, end_ids(settings.model.path, False))
+    made = HFSampler(settings, eos_ids(settings.model.path, False))
     made.open()
     made.publish(hf.state_dict(), 4)
     return made
@@ -83,7 +83,7 @@ def test_greedy_takes_the_most_likely_token(sampler, hf):
 
 
 def test_completions_end_with_the_end_token_or_at_the_budget(sampler):
-    ends = set(end_ids(config().model.path, False))
+    ends = set(eos_ids(config().model.path, False))
     for group in sampler.sample(prompts(5, 7), n=16, iteration=0, sampling=SAMPLING):
         for rollout in group:
             if rollout.finish_reason == "stop":

@@ -11,11 +11,11 @@ from divergence_reference import PLAIN, batch_of, gradients, normal, reference
 from transformers import CohereConfig, Gemma2Config
 
 from rlkd.algorithms.divergence_options import DivergenceConfig
-from rlkd.losses import among, divergence, renormalised, with_tail
+from rlkd.losses import append_tail, divergence, renormalised, restrict_to
 from rlkd.losses.divergence import summands
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import logprob_head as policy_head
-from rlkd.models.logprob_head import Comparison, compared
+from rlkd.models.logprob_head import DivergenceSpec, teacher_divergence
 
 B, T, V, H, H_TEACHER = 3, 6, 11, 7, 5
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.5), ("jsd", 0.9)]
@@ -85,7 +85,7 @@ def chunked(request, monkeypatch):
 def test_the_clip_caps_each_entry_in_value_and_gradient(kind, beta, clip):
     student, teacher = normal(1, 4, V, scale=2.0).requires_grad_(), normal(2, 4, V, scale=2.0)
     got = divergence(student.log_softmax(-1), teacher.log_softmax(-1), kind, beta, clip)
-    wanted = reference(student, teacher, Comparison(kind=kind, temperature=1.0, beta=beta, clip=clip))
+    wanted = reference(student, teacher, DivergenceSpec(kind=kind, temperature=1.0, beta=beta, clip=clip))
     assert_close(got, wanted)
     assert_close(*(gradients(value.sum(), student)[0] for value in (got, wanted)))
     terms = summands(student.log_softmax(-1), teacher.log_softmax(-1), kind, beta)
@@ -105,7 +105,7 @@ def test_an_entry_that_neither_has_adds_nothing(kind, beta):
     student, teacher = normal(1, 4, V).requires_grad_(), normal(2, 4, V)
     absent = torch.zeros(4, V, dtype=torch.bool)
     absent[:, 5:] = True
-    for closed in (with_tail, renormalised):
+    for closed in (append_tail, renormalised):
         whole = [x.log_softmax(-1) for x in (student, teacher)]
         padded = divergence(*(closed(x.masked_fill(absent, -torch.inf)) for x in whole), kind, beta)
         short = divergence(*(closed(x[:, :5]) for x in whole), kind, beta)
@@ -115,15 +115,15 @@ def test_an_entry_that_neither_has_adds_nothing(kind, beta):
 
 def test_top_k_with_its_tail_and_renormalised_are_distributions():
     top = normal(1, 4, V).log_softmax(-1)[:, :3]
-    assert_close(with_tail(top).exp().sum(-1), torch.ones(4, dtype=torch.float64))
-    assert_close(with_tail(top)[:, :3], top)
+    assert_close(append_tail(top).exp().sum(-1), torch.ones(4, dtype=torch.float64))
+    assert_close(append_tail(top)[:, :3], top)
     assert_close(renormalised(top).exp().sum(-1), torch.ones(4, dtype=torch.float64))
     assert_close(renormalised(top).diff(dim=-1), top.diff(dim=-1))
     whole, ids = normal(1, 4, V).log_softmax(-1), torch.arange(3).expand(4, 3)
-    assert_close(among(whole, ids, tail=True), with_tail(top))
-    assert_close(among(whole, ids, tail=False), renormalised(top))
+    assert_close(restrict_to(whole, ids, tail=True), append_tail(top))
+    assert_close(restrict_to(whole, ids, tail=False), renormalised(top))
     assert_close(
-        among(whole, torch.tensor([[0, -1, 1, V, 2]]).expand(4, 5), tail=True)[:, [0, 2, 4, 5]], with_tail(top)
+        restrict_to(whole, torch.tensor([[0, -1, 1, V, 2]]).expand(4, 5), tail=True)[:, [0, 2, 4, 5]], append_tail(top)
     )
 
 
@@ -131,7 +131,7 @@ def test_the_tail_of_everything_is_finite_with_its_gradient():
     """In fp32 the sum of all probabilities may round to above 1, and then the tail has no logarithm."""
     logits = normal(3, 500, 40, dtype=torch.float32, scale=3.0).requires_grad_()
     everything = torch.arange(40).expand(500, 40)
-    for tail in (with_tail(logits.log_softmax(-1)), among(logits.log_softmax(-1), everything, tail=True)):
+    for tail in (append_tail(logits.log_softmax(-1)), restrict_to(logits.log_softmax(-1), everything, tail=True)):
         assert tail.isfinite().all()
         assert gradients(tail.sum(), logits)[0].isfinite().all()
 
@@ -144,7 +144,7 @@ def test_the_students_tail_is_exact_however_small():
     log_t[:, 20] = math.log(0.1)
 
     def found(logits, kind):
-        value = divergence(among(logits.log_softmax(-1), ids, tail=True), log_t.to(logits), kind)
+        value = divergence(restrict_to(logits.log_softmax(-1), ids, tail=True), log_t.to(logits), kind)
         return value, gradients(value.sum(), logits)[0]
 
     for kind in ("forward_kl", "reverse_kl"):
@@ -179,10 +179,10 @@ def test_the_rescaled_jsd_tends_to_the_kls(beta, kind):
 @pytest.mark.parametrize(("support", "tail"), SUPPORTS)
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_chunked_is_naive(chunked, kind, beta, support, tail, clip):
-    comparison = Comparison(kind=kind, temperature=1.3, beta=beta, clip=clip, support=support, k=4, tail=tail)
+    comparison = DivergenceSpec(kind=kind, temperature=1.3, beta=beta, clip=clip, support=support, k=4, tail=tail)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
-    value, per_token = compared(hidden, output, batch, comparison, PLAIN)
+    value, per_token = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     wanted, wanted_per_token = naive(hidden, output, batch, theirs, normal(20, B, T, H_TEACHER), comparison)
     assert abs(wanted) > 1e-3 and not per_token.requires_grad
     assert_close(value, wanted)
@@ -195,10 +195,10 @@ def test_chunked_is_naive(chunked, kind, beta, support, tail, clip):
 
 @pytest.mark.parametrize("support", ["full", "student_top_k"])
 def test_a_tied_output_layer_gets_the_gradients_of_both_its_uses(chunked, support):
-    comparison = Comparison(kind="reverse_kl", temperature=1.0, support=support, k=4)
+    comparison = DivergenceSpec(kind="reverse_kl", temperature=1.0, support=support, k=4)
     output, theirs, ids = head(bias=False), layer(), torch.arange(B * T).view(B, T) % V
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
-    got, _ = compared(torch.tanh(output.weight[ids]), output, batch, comparison, PLAIN)
+    got, _ = teacher_divergence(torch.tanh(output.weight[ids]), output, batch, comparison, PLAIN)
     wanted, _ = naive(torch.tanh(output.weight[ids]), output, batch, theirs, normal(20, B, T, H_TEACHER), comparison)
     assert_close(got, wanted)
     assert_close(*(gradients(value, output.weight)[0] for value in (got, wanted)))
@@ -207,11 +207,11 @@ def test_a_tied_output_layer_gets_the_gradients_of_both_its_uses(chunked, suppor
 @pytest.mark.parametrize(("support", "tail"), SUPPORTS)
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_a_teacher_equal_to_the_student_gives_nothing(kind, beta, support, tail):
-    comparison = Comparison(kind=kind, temperature=0.7, beta=beta, support=support, k=4, tail=tail)
+    comparison = DivergenceSpec(kind=kind, temperature=0.7, beta=beta, support=support, k=4, tail=tail)
     hidden, output = normal(5, B, T, H).requires_grad_(), head()
     same = OutputLayer(weight=output.weight.detach().clone(), bias=output.bias.detach().clone())
     batch = with_teacher(weights_of_tokens(), same, comparison, torch.roll(hidden.detach(), 1, dims=1))
-    value, per_token = compared(hidden, output, batch, comparison, PLAIN)
+    value, per_token = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     assert value.abs() < 1e-12 and per_token.abs().max() < 1e-12
     for gradient in gradients(value, hidden, output.weight, output.bias):
         assert gradient.abs().max() < 1e-12
@@ -220,12 +220,14 @@ def test_a_teacher_equal_to_the_student_gives_nothing(kind, beta, support, tail)
 @pytest.mark.parametrize(("support", "tail"), SUPPORTS[1:])
 @pytest.mark.parametrize(("kind", "beta"), KINDS)
 def test_top_k_of_the_whole_vocabulary_is_full(kind, beta, support, tail):
-    full = Comparison(kind=kind, temperature=0.7, beta=beta)
+    full = DivergenceSpec(kind=kind, temperature=0.7, beta=beta)
     top = dataclasses.replace(full, support=support, k=V, tail=tail)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
     found = []
     for comparison in (full, top):
-        value, _ = compared(hidden, output, with_teacher(weights_of_tokens(), theirs, comparison), comparison, PLAIN)
+        value, _ = teacher_divergence(
+            hidden, output, with_teacher(weights_of_tokens(), theirs, comparison), comparison, PLAIN
+        )
         found.append((value, *gradients(value, hidden, output.weight, output.bias)))
     for got, wanted in zip(*found, strict=True):
         assert_close(got, wanted)
@@ -235,15 +237,15 @@ def test_a_k_beyond_the_vocabulary_is_the_vocabulary():
     hidden, output, theirs = normal(5, B, T, H), head(), layer()
     values = []
     for k in (V, V + 5):
-        comparison = Comparison(kind="jsd", temperature=1.0, support="student_top_k", k=k)
+        comparison = DivergenceSpec(kind="jsd", temperature=1.0, support="student_top_k", k=k)
         batch = with_teacher(weights_of_tokens(), theirs, comparison)
-        values.append(compared(hidden, output, batch, comparison, PLAIN)[0])
+        values.append(teacher_divergence(hidden, output, batch, comparison, PLAIN)[0])
     assert_close(*values)
 
 
 @pytest.mark.parametrize(("support", "tail"), SUPPORTS)
 def test_tokens_without_weight_do_not_matter_even_as_nan(support, tail):
-    comparison = Comparison(kind="reverse_kl", temperature=1.0, support=support, k=4, tail=tail)
+    comparison = DivergenceSpec(kind="reverse_kl", temperature=1.0, support=support, k=4, tail=tail)
     hidden, output, theirs = normal(5, B, T, H), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
     off = batch.loss_weights["kd"] == 0
@@ -251,8 +253,10 @@ def test_tokens_without_weight_do_not_matter_even_as_nan(support, tail):
     spoilt = {name: getattr(batch.scores["teacher"], name).masked_fill(off[..., None], math.nan)}
     # the state that a token is predicted from is the one before it
     bad_hidden = hidden.masked_fill(torch.roll(off, -1, dims=1)[..., None], math.nan).requires_grad_()
-    clean = compared(hidden, output, batch, comparison, PLAIN)
-    value, per_token = compared(bad_hidden, output, with_scores(batch, "teacher", **spoilt), comparison, PLAIN)
+    clean = teacher_divergence(hidden, output, batch, comparison, PLAIN)
+    value, per_token = teacher_divergence(
+        bad_hidden, output, with_scores(batch, "teacher", **spoilt), comparison, PLAIN
+    )
     assert value == clean[0] and torch.equal(per_token, clean[1])
     (gradient,) = gradients(value, bad_hidden)
     assert gradient.isfinite().all()
@@ -260,10 +264,10 @@ def test_tokens_without_weight_do_not_matter_even_as_nan(support, tail):
 
 
 def test_a_batch_without_weights_keeps_the_graph_alive():
-    comparison = Comparison(kind="jsd", temperature=1.0)
+    comparison = DivergenceSpec(kind="jsd", temperature=1.0)
     hidden, output = normal(5, B, T, H).requires_grad_(), head()
     batch = with_teacher(torch.zeros(B, T, dtype=torch.float64), layer(), comparison)
-    value, _ = compared(hidden, output, batch, comparison, PLAIN)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     assert value == 0
     assert all((gradient == 0).all() for gradient in gradients(value, hidden, output.weight, output.bias))
 
@@ -271,11 +275,11 @@ def test_a_batch_without_weights_keeps_the_graph_alive():
 def test_blend_goes_from_nothing_to_the_forward_kl():
     """TAID, arXiv 2501.16937: at 0 the target is the student itself, at 1 the teacher."""
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
-    plain = Comparison(kind="forward_kl", temperature=1.0)
+    plain = DivergenceSpec(kind="forward_kl", temperature=1.0)
     batch = with_teacher(weights_of_tokens(), theirs, plain)
 
     def found(blend):
-        value, _ = compared(hidden, output, batch, dataclasses.replace(plain, blend=blend), PLAIN)
+        value, _ = teacher_divergence(hidden, output, batch, dataclasses.replace(plain, blend=blend), PLAIN)
         return value, gradients(value, hidden, output.weight)
 
     value, at_zero = found(0.0)
@@ -296,12 +300,12 @@ def test_vocabularies_of_unequal_width_are_compared_on_the_common_columns(chunke
 
     The teacher's top k are from its own full vocabulary; if padded rows have no probability, that is the same.
     """
-    comparison = Comparison(kind="jsd", temperature=1.0, support=support, k=4)
+    comparison = DivergenceSpec(kind="jsd", temperature=1.0, support=support, k=4)
     hidden, output, teacher = normal(5, B, T, H).requires_grad_(), head(vocabulary=ours), layer(vocabulary=theirs)
     output.bias.data[9:] = -1e4
     teacher.bias[9:] = -1e4
     batch = with_teacher(weights_of_tokens(), teacher, comparison, width=theirs)
-    value, _ = compared(hidden, output, batch, comparison, PLAIN)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     wanted, _ = naive(hidden, output, batch, teacher, normal(20, B, T, H_TEACHER), comparison, width=9)
     assert_close(value, wanted)
     inputs = (hidden, output.weight, output.bias)
@@ -313,9 +317,9 @@ def test_a_teachers_token_outside_the_students_vocabulary_counts_to_the_tail():
     output, hidden = head(vocabulary=9), normal(5, 1, 2, H)
     weights = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     log_t = torch.tensor([0.5, 0.2, 0.1], dtype=torch.float64).log().expand(1, 2, 3)
-    comparison = Comparison(kind="reverse_kl", temperature=1.0, support="given", k=3)
+    comparison = DivergenceSpec(kind="reverse_kl", temperature=1.0, support="given", k=3)
     batch = batch_of(weights, top_ids=torch.tensor([[[0, 0, 0], [3, 9, -1]]]), top_logprobs=log_t)
-    value, _ = compared(hidden, output, batch, comparison, PLAIN)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     s = float(output(hidden[0, 0]).softmax(-1)[3])
     assert float(value) == pytest.approx(s * math.log(s / 0.5) + (1 - s) * math.log((1 - s) / 0.5))
 
@@ -323,7 +327,7 @@ def test_a_teachers_token_outside_the_students_vocabulary_counts_to_the_tail():
 @pytest.mark.parametrize("support", ["full", "student_top_k"])
 def test_each_row_is_compared_with_its_own_teacher(chunked, support):
     """Two teachers of different hidden width in one batch, their states padded to the wider."""
-    comparison = Comparison(kind="forward_kl", temperature=1.0, support=support, k=4)
+    comparison = DivergenceSpec(kind="forward_kl", temperature=1.0, support=support, k=4)
     hidden, output = normal(5, B, T, H).requires_grad_(), head()
     layers = layer(10, width=5), layer(12, width=3)
     states = normal(20, B, T, 5), normal(21, B, T, 3)
@@ -332,7 +336,7 @@ def test_each_row_is_compared_with_its_own_teacher(chunked, support):
     both[1] = torch.nn.functional.pad(states[1][1], (0, 2), value=99.0)
     weights = weights_of_tokens()
     batch = batch_of(weights, hidden=both, layers=layers, index=index)
-    value, per_token = compared(hidden, output, batch, comparison, PLAIN)
+    value, per_token = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     parts = [
         naive(hidden, output, batch_of(weights * (index == i)[:, None]), layers[i], states[i], comparison)
         for i in (0, 1)
@@ -351,10 +355,10 @@ def test_both_models_are_compared_at_the_temperature():
     cool.weight.data, cool.bias.data = output.weight.data / 2, output.bias.data / 2
     halved = OutputLayer(weight=theirs.weight / 2, bias=theirs.bias / 2)
     for kind, beta in KINDS:
-        hot = Comparison(kind=kind, beta=beta, temperature=2.0)
+        hot = DivergenceSpec(kind=kind, beta=beta, temperature=2.0)
         one = dataclasses.replace(hot, temperature=1.0)
-        a, _ = compared(hidden, output, with_teacher(weights_of_tokens(), theirs, hot), hot, PLAIN)
-        b, _ = compared(hidden, cool, with_teacher(weights_of_tokens(), halved, one), one, PLAIN)
+        a, _ = teacher_divergence(hidden, output, with_teacher(weights_of_tokens(), theirs, hot), hot, PLAIN)
+        b, _ = teacher_divergence(hidden, cool, with_teacher(weights_of_tokens(), halved, one), one, PLAIN)
         assert_close(a, b)
 
 
@@ -365,10 +369,10 @@ def test_both_models_are_compared_at_the_temperature():
 )
 def test_logits_are_shaped_as_each_architecture_does(chunked, config, scale, softcap):
     """The student's logits by its config, the teacher's by its own layer, here with scale 3 and cap 5."""
-    comparison = Comparison(kind="jsd", temperature=1.0)
+    comparison = DivergenceSpec(kind="jsd", temperature=1.0)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer(scale=3.0, softcap=5.0)
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
-    value, _ = compared(hidden, output, batch, comparison, config)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, config)
     logits = scale * torch.roll(output(hidden), 1, dims=1)
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     raw = normal(20, B, T, H_TEACHER) @ theirs.weight.T + theirs.bias
@@ -382,7 +386,7 @@ def test_logits_are_shaped_as_each_architecture_does(chunked, config, scale, sof
 @pytest.mark.parametrize(("support", "kind"), itertools.product(("full", "student_top_k"), ("forward_kl", "jsd")))
 def test_half_precision_rounds_its_inputs_and_nothing_else(support, kind):
     """States and weights are bf16, logits are not rounded. The reference uses the same rounded numbers in float64."""
-    comparison = Comparison(kind=kind, temperature=1.0, support=support, k=4)
+    comparison = DivergenceSpec(kind=kind, temperature=1.0, support=support, k=4)
     weights = weights_of_tokens(torch.float32)
     output, theirs = head(dtype=torch.bfloat16), layer()
     output.weight.data *= 3  # logits of about 20, whose spacing is 0.125 in bf16
@@ -390,7 +394,7 @@ def test_half_precision_rounds_its_inputs_and_nothing_else(support, kind):
     hidden = normal(5, B, T, H).bfloat16().requires_grad_()
     states = normal(20, B, T, H_TEACHER).bfloat16()
     batch = batch_of(weights, hidden=states, layers=(theirs,))
-    value, _ = compared(hidden, output, batch, comparison, PLAIN)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     value.backward()
     exact = torch.nn.Linear(H, V, dtype=torch.float64)
     exact.weight.data, exact.bias.data = output.weight.data.double(), output.bias.data.double()
@@ -406,13 +410,13 @@ def test_half_precision_rounds_its_inputs_and_nothing_else(support, kind):
 
 def test_a_frozen_output_layer_gets_no_gradient():
     """As with LoRA. The gradient is as large as the layer, so it is not computed at all."""
-    comparison = Comparison(kind="jsd", temperature=1.0)
+    comparison = DivergenceSpec(kind="jsd", temperature=1.0)
     hidden, output, theirs = normal(5, B, T, H).requires_grad_(), head(), layer()
     batch = with_teacher(weights_of_tokens(), theirs, comparison)
-    (wanted,) = gradients(compared(hidden, output, batch, comparison, PLAIN)[0], hidden)
+    (wanted,) = gradients(teacher_divergence(hidden, output, batch, comparison, PLAIN)[0], hidden)
     output.requires_grad_(False)
-    value, _ = compared(hidden, output, batch, comparison, PLAIN)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     assert_close(gradients(value, hidden)[0], wanted)
-    value, _ = compared(hidden, output, batch, comparison, PLAIN)
+    value, _ = teacher_divergence(hidden, output, batch, comparison, PLAIN)
     value.backward()
     assert output.weight.grad is None and output.bias.grad is None

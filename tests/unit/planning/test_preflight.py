@@ -20,7 +20,7 @@ from rlkd.builtin import resolve
 from rlkd.config.schema import Config
 from rlkd.config_file import load
 from rlkd.data.chat import load_tokenizer
-from rlkd.generation.sampler import end_ids
+from rlkd.generation.sampler import eos_ids
 from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.pipeline.build import build_sampler
 from rlkd.planning.preflight import check, check_evaluation
@@ -127,11 +127,11 @@ def with_ends(name: str, generation: dict[str, Any] | None, **changes: Any) -> s
 
 def test_the_ends_of_completions_are_found_wherever_a_model_names_them():
     eos = load_tokenizer("builtin:student").eos_token_id
-    assert end_ids(with_ends("several", {"eos_token_id": [eos, 5]}), False) == (eos, 5)
-    assert end_ids(with_ends("in_config", None, eos_token_id=7), False) == (7,)
-    assert end_ids(with_ends("in_both", {"pad_token_id": 0}, eos_token_id=7), False) == (7,)
-    assert end_ids(with_ends("of_text", {}, eos_token_id=None, text_config={"eos_token_id": 6}), False) == (6,)
-    assert end_ids(with_ends("in_tokenizer", None, eos_token_id=None), False) == (eos,)
+    assert eos_ids(with_ends("several", {"eos_token_id": [eos, 5]}), False) == (eos, 5)
+    assert eos_ids(with_ends("in_config", None, eos_token_id=7), False) == (7,)
+    assert eos_ids(with_ends("in_both", {"pad_token_id": 0}, eos_token_id=7), False) == (7,)
+    assert eos_ids(with_ends("of_text", {}, eos_token_id=None, text_config={"eos_token_id": 6}), False) == (6,)
+    assert eos_ids(with_ends("in_tokenizer", None, eos_token_id=None), False) == (eos,)
     assert check(config("model.path=in_tokenizer", "teacher.path=in_config")) == []
 
 
@@ -168,7 +168,7 @@ def test_the_end_of_a_tokenizer_that_brings_its_own_code():
     settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     eos = load_tokenizer("builtin:student").eos_token_id
-    assert end_ids("coded", trust_remote_code=True) == (eos,)
+    assert eos_ids("coded", trust_remote_code=True) == (eos,)
     trusting = config("model.path=coded", "teacher.path=coded", "model.trust_remote_code=true")
     assert check(trusting) == []
     assert build_sampler(trusting).eos_ids == (eos,)

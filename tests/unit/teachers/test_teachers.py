@@ -17,13 +17,13 @@ from rlkd.pipeline.loader import RolloutLoader
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
-from rlkd.teachers.teacher import Question
+from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, ScoredRollout, Signal, TeacherScores, written
 
 QUESTIONS = [
-    Question((4, 20, 9, 11), (7, 8, 1)),
-    Question((4, 20), (12, 12, 9, 30, 1)),
-    Question((4, 5, 6, 7, 8, 9, 10), (3,)),
+    ScoreRequest((4, 20, 9, 11), (7, 8, 1)),
+    ScoreRequest((4, 20), (12, 12, 9, 30, 1)),
+    ScoreRequest((4, 5, 6, 7, 8, 9, 10), (3,)),
 ]
 
 
@@ -143,7 +143,7 @@ def test_column_t_is_what_the_teacher_predicts_token_t_from_whatever_its_prompt(
     prompts = [(4, 20, 9), (4, 5, 6, 7, 8, 9), (4, 11)]
     theirs = [(4, 30, 31, 32, 20, 9, 11), (4, 5), (4, 11)]
     completions = [(7, 8, 9, 1), (3, 1), (12, 13, 14, 15, 16, 1)]
-    questions = [Question(p, c) for p, c in zip(theirs, completions, strict=True)]
+    questions = [ScoreRequest(p, c) for p, c in zip(theirs, completions, strict=True)]
     scores = teacher.score(questions, Signal(tier=tier, k=6))
     rows = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
@@ -194,12 +194,12 @@ def test_what_a_narrow_teacher_leaves_free_is_no_token():
 @pytest.mark.parametrize(("prompt", "completion"), [((), (7,)), ((4,), ())])
 def test_a_question_without_a_prompt_or_a_completion_is_refused(prompt, completion):
     with pytest.raises(ValueError, match=f"got {len(prompt)} and {len(completion)}"):
-        local_scorer().score([Question((4,), (7,)), Question(prompt, completion)], Signal())
+        local_scorer().score([ScoreRequest((4,), (7,)), ScoreRequest(prompt, completion)], Signal())
 
 
 GREEDY = Sampling(temperature=0.0, max_tokens=8, seed=3)
 HOT = Sampling(temperature=1.5, max_tokens=8, seed=3)
-TO_WRITE = [Question((4, 20 + i, *range(5, 5 + i % 4)), name=f"q{i}") for i in range(6)]
+TO_WRITE = [ScoreRequest((4, 20 + i, *range(5, 5 + i % 4)), name=f"q{i}") for i in range(6)]
 
 
 def test_greedy_writing_takes_the_likeliest_tokens_and_stops_at_the_end():

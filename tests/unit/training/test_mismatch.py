@@ -5,12 +5,12 @@ from builders import GRPO, config
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.distributed import RunStopped
-from rlkd.metrics import Meter
+from rlkd.metrics import MetricAccumulator
 from rlkd.training.module import check_mismatch
 
 
 def measured(gap):
-    meter = Meter()
+    meter = MetricAccumulator()
     meter.mean("mismatch/mean", gap, 1.0)
     return meter
 
@@ -90,7 +90,7 @@ def test_the_narrow_bound_waits_for_the_first_step_and_is_of_one_iteration():
 
 def test_an_iteration_without_a_token_of_the_student_is_not_the_first():
     algorithm = module()
-    algorithm._check_gap(Meter(), 0)
+    algorithm._check_gap(MetricAccumulator(), 0)
     assert passes(algorithm, START, STEP)
     assert not passes(algorithm, BETWEEN, STEP)
 
