@@ -176,7 +176,7 @@ def test_without_adapters_the_policys_servers_hold_no_fixed_teacher():
     ("override", "line"),
     [
         ("rollout.server.weight_sync=nccl", "rollout.server.weight_sync: is nccl, but with model.lora an adapter is"),
-        ("model.lora.r=1024", "model.lora.r: is 1024, but vLLM serves adapters of rank 512 at most"),
+        ("model.lora.r=1024", "model.lora.r: is 1024, but vLLM serves adapters only up to rank 512"),
     ],
 )
 def test_what_a_server_cannot_do_is_one_line(override, line):
