@@ -1,4 +1,4 @@
-"""Which configuration a command line of `python -m rlkd.evaluate` asks to evaluate. Read without torch."""
+"""The configuration that a `python -m rlkd.evaluate` command line refers to. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from rlkd.storage.run_folder import checkpoints, iteration_of
 
 
 def asked_for(argv: Sequence[str]) -> Config:
-    """The configuration that a command line asks to evaluate; a lone folder is the run in it.
+    """The configuration to evaluate; a folder given without a flag is a run directory.
 
-    A run directory's own `config.yaml` names the model that the run began with. What is asked for is the run's student,
-    unless another file or the command line says what `model.path` is.
+    A run directory's `config.yaml` contains the model that the run started from. This function replaces it by the
+    run's exported student, unless another file or the command line sets `model.path`.
 
-    Raises: ConfigError, also where that run has no student yet.
+    Raises: ConfigError, also if that run has not exported a student yet.
     """
     words = []
     for before, word in zip(["", *argv], argv, strict=False):
@@ -26,7 +26,12 @@ def asked_for(argv: Sequence[str]) -> Config:
     args = parse_args(words)
     under, over, problems = read(args.files, args.overrides)
     if "stages" in on_top(under, over).value and not problems:
-        raise ConfigError(["stages: evaluate one stage, whose run directory is <run.dir>/<run.name>/<stage>"])
+        raise ConfigError(
+            [
+                "stages: expected one run, got several stages; evaluate one stage's run directory "
+                "<run.dir>/<run.name>/<stage>"
+            ]
+        )
     config = checked(on_top(under, over), problems, known_options(), learn_options).config
     run_dir = run_directory(set_by(under, over, ("model", "path")), config)
     path = config.model.path
@@ -34,7 +39,7 @@ def asked_for(argv: Sequence[str]) -> Config:
         path = str(run_dir / "hf")
         if not Path(path).is_dir():
             raise ConfigError([_no_student(run_dir, config)])
-    # What is evaluated is whole: model.path is the base, or an export with its adapter merged. No weights are sent.
+    # The evaluated model has no separate adapter (exports have it merged in), and no weights are sent to servers.
     server = config.rollout.server.model_copy(update={"weight_sync": "file"})
     return config.model_copy(
         update={
@@ -46,7 +51,7 @@ def asked_for(argv: Sequence[str]) -> Config:
 
 
 def run_directory(file: str, config: Config) -> Path | None:
-    """The run whose own configuration `file` is, in which a run has been begun; None: a file that stands elsewhere."""
+    """The run directory that `file` is the config.yaml of, if a run was started there; otherwise None."""
     folder = Path(file).parent
     if Path(file).name != "config.yaml":
         return None
@@ -59,6 +64,6 @@ def _no_student(run_dir: Path, config: Config) -> str:
     seen = f"; its last checkpoint is of iteration {saved[-1]} of {config.run.iterations}" if saved else ""
     off = "" if config.checkpoint.export else " and checkpoint.export=true"
     return (
-        f"{run_dir} has no exported student ({run_dir}/hf) yet{seen}: train it to its end, by run.resume=auto{off}, or "
-        "name the model to evaluate by model.path=FOLDER"
+        f"{run_dir} has no exported student ({run_dir}/hf) yet{seen}: finish the run with run.resume=auto{off}, or "
+        "set model.path=FOLDER to the model to evaluate"
     )

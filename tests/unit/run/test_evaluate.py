@@ -94,8 +94,8 @@ def test_a_run_without_a_student_yet_is_one_line_and_never_its_start(run, capsys
     assert main(["runs/x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
-        "runs/x has no exported student (runs/x/hf) yet; its last checkpoint is of iteration 50 of 200: train it to "
-        "its end, by run.resume=auto, or name the model to evaluate by model.path=FOLDER"
+        "runs/x has no exported student (runs/x/hf) yet; its last checkpoint is of iteration 50 of 200: finish "
+        "the run with run.resume=auto, or set model.path=FOLDER to the model to evaluate"
     )
     with pytest.raises(ConfigError, match="run.resume=auto and checkpoint.export=true"):
         asked_for(["runs/x", "checkpoint.export=false"])
@@ -114,5 +114,5 @@ def test_other_mistakes_are_one_line_each(run, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "eval.path: got nothing, wants held-out data; give it by eval.path=FILE"
     assert lines[1].startswith("eval.path: none.jsonl: cannot be read: ")
-    assert lines[2].startswith("stages: evaluate one stage")
+    assert lines[2].startswith("stages: expected one run")
     assert len(lines) == 3
