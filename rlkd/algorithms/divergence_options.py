@@ -100,8 +100,7 @@ class DivergenceConfig(Section):
             return [
                 (
                     "teacher.backend",
-                    f"is none, but algorithm.name {config.algorithm.name} imitates one; set it to local, served or "
-                    f"self",
+                    f"is none, but algorithm.name {config.algorithm.name} imitates one; configure one",
                 )
             ]
         found = []

@@ -24,7 +24,7 @@ class SDPOConfig(OPSDConfig):
     reduction: Reduction = Field(
         "token_mean",
         description="average over all tokens of completions with a context, over tokens per sequence then "
-        "sequences, or dr_grpo",
+        "sequences, or as in dr_grpo",
     )
     ratio_cap: float | None = Field(
         2.0,

@@ -126,11 +126,11 @@ class _Loading:
     report: Report
 
     def run(self) -> Loaded:
-        root = self._readable(self.root, ())
+        root = self._parsable(self.root, ())
         self.references = OmegaConf.create(_plain(root))
-        tree = OmegaConf.create(self._filled(self.schema.root, root, ()))
+        tree = OmegaConf.create(self._with_defaults(self.schema.root, root, ()))
         resolved = _as_nodes(self._resolved(tree, ()))
-        values = self._filled(self.schema.root, resolved, ())  # again: references are resolved now
+        values = self._with_defaults(self.schema.root, resolved, ())  # again: references are resolved now
         config = self._checked(values)
         if config is not None and not self.report.lines:
             _keep_set(config, root)
@@ -140,12 +140,12 @@ class _Loading:
             raise ConfigError(self.report.lines)
         return Loaded(config, OmegaConf.to_yaml(tree))
 
-    def _readable(self, node: Node, path: Path) -> Node:
+    def _parsable(self, node: Node, path: Path) -> Node:
         """The tree without strings that OmegaConf cannot parse, which are reported."""
         if isinstance(node.value, dict):
-            return replace(node, value={key: self._readable(inner, (*path, key)) for key, inner in node.value.items()})
+            return replace(node, value={key: self._parsable(inner, (*path, key)) for key, inner in node.value.items()})
         if isinstance(node.value, list):
-            return replace(node, value=[self._readable(inner, (*path, i)) for i, inner in enumerate(node.value)])
+            return replace(node, value=[self._parsable(inner, (*path, i)) for i, inner in enumerate(node.value)])
         if isinstance(node.value, str) and "${" in node.value:
             try:
                 OmegaConf.create({"text": node.value})
@@ -156,7 +156,9 @@ class _Loading:
                 return replace(node, value="")
         return node
 
-    def _filled(self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None) -> Any:
+    def _with_defaults(
+        self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None
+    ) -> Any:
         """The plain value of `node` with defaults filled in; on/off and numbers are converted to the type of `place`.
 
         `defaults`: the section's default values here, if they differ from those of its class.
@@ -165,21 +167,21 @@ class _Loading:
             self.report.add(path, "is ???, a placeholder; set a value")
             return MISSING
         if place is None:
-            return self._free(node, path, known=False)
+            return self._untyped(node, path, known=False)
         if isinstance(node.value, list):
             item = place.item
-            return [self._filled(item, inner, (*path, i)) for i, inner in enumerate(node.value)]
+            return [self._with_defaults(item, inner, (*path, i)) for i, inner in enumerate(node.value)]
         if node.value is None and place.models and not place.nullable and not place.is_schedule:
             node = Node({}, node.origin) if path != ("teacher",) else Node({"backend": Node("none", "")}, node.origin)
         if isinstance(node.value, dict):
             model = self._model(place, node, path)
             return (
-                self._free(node, path, known=place.is_free)
+                self._untyped(node, path, known=place.is_free)
                 if model is None
                 else self._section(model, node, path, defaults)
             )
         if place.is_free:
-            return self._free(node, path, known=True)
+            return self._untyped(node, path, known=True)
         if isinstance(node.value, str) and bool in place.members and str not in place.members:
             return _SWITCHES.get(node.value.lower(), node.value)
         is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
@@ -196,14 +198,14 @@ class _Loading:
             value = defaults[name] if defaults is not None else default(model.model_fields[name])
             if name in node.value:
                 inner = value if place.tag is None and place.models and isinstance(value, dict) else None
-                filled[name] = self._filled(place, node.value[name], (*path, name), inner)
+                filled[name] = self._with_defaults(place, node.value[name], (*path, name), inner)
                 continue
             if value is not PydanticUndefined:
                 filled[name] = value
             elif place.models and place.tag is None:
                 filled[name] = self._section(place.models[0], Node({}, node.origin), (*path, name))
         for name in node.value.keys() - slots.keys():
-            filled[name] = self._filled(None, node.value[name], (*path, name))
+            filled[name] = self._with_defaults(None, node.value[name], (*path, name))
         return filled
 
     def _model(self, place: Slot, node: Node, path: Path) -> type[BaseModel] | None:
@@ -220,12 +222,12 @@ class _Loading:
                 return None  # reported where references are resolved
         return place.variants.get(kind) if isinstance(kind, str) else None
 
-    def _free(self, node: Node, path: Path, known: bool) -> Any:
+    def _untyped(self, node: Node, path: Path, known: bool) -> Any:
         """A value without a declared type. A bare `off` is rejected there: it could be a string or a boolean."""
         if isinstance(node.value, dict):
-            return {key: self._free(inner, (*path, key), known) for key, inner in node.value.items()}
+            return {key: self._untyped(inner, (*path, key), known) for key, inner in node.value.items()}
         if isinstance(node.value, list):
-            return [self._free(inner, (*path, i), known) for i, inner in enumerate(node.value)]
+            return [self._untyped(inner, (*path, i), known) for i, inner in enumerate(node.value)]
         if known and node.plain and isinstance(node.value, str) and node.value.lower() in _SWITCHES:
             self.report.add(path, f"expected true or false, or a quoted string, got {node.text}")
         return node.value
