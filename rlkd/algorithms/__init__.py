@@ -1,8 +1,8 @@
-"""The algorithms: one file each, beside its options.
+"""The algorithms: each has a file of its own and a file of options.
 
-The names that this package hands out, such as `rlkd.algorithms.GRPO`, are LightningModules: `GRPO(config)` goes into a
-plain Trainer, and trains by the plain object `rlkd.algorithms.grpo.GRPO`. They are made when they are first asked for,
-so that the files of this folder can be imported without Lightning, and `*_options.py` and `registry.py` without torch.
+The names exported here, such as `rlkd.algorithms.GRPO`, are LightningModules: `GRPO(config)` can be passed to a plain
+Trainer and wraps the plain object `rlkd.algorithms.grpo.GRPO`. They are created on first access, so that the files of
+this folder can be imported without Lightning, and `*_options.py` and `registry.py` without torch.
 """
 
 from typing import TYPE_CHECKING, Any

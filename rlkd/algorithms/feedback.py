@@ -1,4 +1,4 @@
-"""What a teacher is asked about a finished rollout, how its answer is read, and how the two become one completion."""
+"""Teacher feedback on rollouts: builds the request, parses the answer and appends it to the completion."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rlkd.data.control import spelled
 from rlkd.types import Author, Completion, Prompt, Rollout, Segment
 
 Failure = Literal["format", "budget"]
-"""Why a teacher's answer is not appended: another form than wanted, or too long."""
+"""Why a teacher's answer is not appended: it has the wrong format, or is too long."""
 
-_NEIGHBOURHOOD = 64
-"""Characters of a response that decide how what follows is encoded; all of a long one would cost time."""
+_CONTEXT_CHARS = 64
+"""Characters of the response used as context when tokenizing what follows; using all of a long one is slow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,25 +30,25 @@ class Feedback:
 
 
 def question_text(prompt: Prompt) -> str:
-    """What the student was asked: its messages without a system message."""
+    """The student's question: the contents of all messages except system messages."""
     return "\n\n".join(m["content"] for m in prompt.messages if m["role"] != "system" and m["content"])
 
 
-def _asked(options: FeedbackConfig, question: str, response: str) -> str:
+def _user_message(options: FeedbackConfig, question: str, response: str) -> str:
     return filled(options.user, {"question": question, "response": response})
 
 
 def chat(options: FeedbackConfig, question: str, response: str) -> list[dict[str, str]]:
-    """The conversation that the teacher goes on with."""
+    """The chat messages of a feedback request; the teacher writes the next turn."""
     messages = [] if options.system is None else [{"role": "system", "content": options.system}]
     for example in options.behaviours:
-        messages.append({"role": "user", "content": _asked(options, example.question, example.response)})
+        messages.append({"role": "user", "content": _user_message(options, example.question, example.response)})
         messages.append({"role": "assistant", "content": example.feedback})
-    return [*messages, {"role": "user", "content": _asked(options, question, response)}]
+    return [*messages, {"role": "user", "content": _user_message(options, question, response)}]
 
 
 def parse(pattern: str, text: str) -> Feedback | None:
-    """Reason and phrase, white space around them dropped; None where `text` has another form or one is empty."""
+    """Reason and phrase, stripped; None if `text` does not match `pattern` or either is empty."""
     found = re.fullmatch(pattern, text, flags=re.DOTALL)
     if found is None:
         return None
@@ -57,7 +57,7 @@ def parse(pattern: str, text: str) -> Feedback | None:
 
 
 def question_ids(options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> tuple[int, ...]:
-    """What the teacher reads of `rollout`."""
+    """Token ids of the feedback request for `rollout`."""
     response = completion_text(tokenizer, rollout.token_ids, rollout.finish_reason)
     messages = chat(options, question_text(rollout.prompt), response)
     with refusing(rollout.prompt):
@@ -70,30 +70,30 @@ def question_ids(options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, ro
 def answered(
     options: FeedbackConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout, answer: Completion, budget: int
 ) -> Rollout | Failure:
-    """`rollout` with the teacher's `answer`, of at most `budget` tokens; or why there is none."""
+    """`rollout` with the teacher's `answer` appended (at most `budget` completion tokens), or why it is rejected."""
     found = parse(options.pattern, completion_text(tokenizer, answer.token_ids, answer.finish_reason))
     if answer.finish_reason != "stop" or found is None:
         return "format"
-    if spelled(tokenizer, [found.reason, found.phrase])[0]:  # a text that spells an end of sequence ends nothing
+    if spelled(tokenizer, [found.reason, found.phrase])[0]:  # text that spells a special token, e.g. end of sequence
         return "format"
-    said = completion_text(tokenizer, rollout.token_ids, rollout.finish_reason)
+    response = completion_text(tokenizer, rollout.token_ids, rollout.finish_reason)
     texts: list[tuple[Author, str]] = [
         ("glue", options.glue),
         ("teacher", found.reason),
         ("glue", options.glue),
         ("teacher", found.phrase),
     ]
-    ids = encode_after(tokenizer, said[-_NEIGHBOURHOOD:], [text for _, text in texts])
+    ids = encode_after(tokenizer, response[-_CONTEXT_CHARS:], [text for _, text in texts])
     if len(rollout.token_ids) + sum(map(len, ids)) > budget:
         return "budget"
     return append(rollout, [(author, part) for (author, _), part in zip(texts, ids, strict=True)])
 
 
 def append(rollout: Rollout, parts: Sequence[tuple[Author, Sequence[int]]]) -> Rollout:
-    """`rollout`, `parts`, end of sequence.
+    """Append `parts` to `rollout`, before its end-of-sequence token.
 
-    The student's token ids stay as they were drawn. Its end of sequence moves to the end, where it is its new
-    neighbour's: the student drew it elsewhere. Tokens of others have no sampler log-prob.
+    The student's other token ids do not change. The moved end of sequence is attributed to the author of the last
+    part, because the student sampled it in a different place. Appended tokens have no sampler log-prob.
     """
     assert rollout.finish_reason == "stop" and parts and not rollout.segments
     kept = len(rollout.token_ids) - 1

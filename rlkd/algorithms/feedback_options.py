@@ -1,4 +1,4 @@
-"""The section `feedback` of ThinkTuning: what a teacher is asked, and the examples that it is shown."""
+"""The section `feedback` of ThinkTuning: the teacher's instructions and few-shot examples."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PATTERN = (
 
 
 class Behaviour(Section):
-    """One example of feedback: a cognitive behaviour that the teacher is to show."""
+    """One few-shot example of feedback, demonstrating a cognitive behaviour."""
 
     question: str = Field(description="a question")
-    response: str = Field(description="what a student answers")
-    feedback: str = Field(description="what the teacher writes about it, in the form that the pattern reads")
+    response: str = Field(description="a student's response")
+    feedback: str = Field(description="the teacher's feedback on it, in the format that `pattern` matches")
 
 
 def _feedback(opinion: str, reason: str, phrase: str) -> str:
@@ -83,22 +83,26 @@ BEHAVIOURS = [
 
 
 class FeedbackConfig(Section):
-    """How a teacher is asked for feedback, and how its answer is read."""
+    """How the teacher is prompted for feedback and how its answer is parsed."""
 
     system: str | None = Field(SYSTEM, description="the teacher's system message; null: none")
-    user: str = Field(USER, description="what it is asked; {question} and {response} are filled in, other braces stay")
-    behaviours: list[Behaviour] = Field(
-        BEHAVIOURS, description="examples, put before the question as turns of the chat; []: none"
+    user: str = Field(
+        USER, description="the user message; {question} and {response} are filled in, other braces are kept"
     )
-    chat_template: bool = Field(True, description="ask in the student's chat template; false: as plain text")
+    behaviours: list[Behaviour] = Field(
+        BEHAVIOURS, description="few-shot examples, placed before the question as chat turns; []: none"
+    )
+    chat_template: bool = Field(True, description="apply the student's chat template; false: plain text")
     pattern: str = Field(
         PATTERN,
-        description="regular expression that the whole answer must match; its groups `reason` and `phrase` are used",
+        description="regular expression that must match the full answer; its groups `reason` and `phrase` are used",
     )
-    glue: str = Field("\n\n", description="text between response, reason and phrase")
+    glue: str = Field("\n\n", description="separator between response, reason and phrase")
     max_tokens: int = Field(1024, ge=1, description="longest answer of the teacher, in tokens")
-    max_prompt_tokens: int = Field(3072, ge=1, description="longest question to the teacher, examples included")
-    temperature: float = Field(0.0, ge=0, description="at which the teacher writes; 0: greedily")
+    max_prompt_tokens: int = Field(
+        3072, ge=1, description="longest prompt to the teacher, examples included, in tokens"
+    )
+    temperature: float = Field(0.0, ge=0, description="the teacher's sampling temperature; 0: greedy")
 
     @field_validator("pattern")
     @classmethod
@@ -110,7 +114,7 @@ class FeedbackConfig(Section):
         missing = [name for name in ("reason", "phrase") if name not in groups]
         if missing:
             raise ValueError(
-                f"expected a group named {missing[0]}; write (?P<{missing[0]}>…) around that part of the answer"
+                f"expected a group named {missing[0]}; put (?P<{missing[0]}>…) around that part of the answer"
             )
         return value
 
@@ -118,5 +122,5 @@ class FeedbackConfig(Section):
     @classmethod
     def _check_user(cls, value: str) -> str:
         if "{response}" not in value:
-            raise ValueError("expected {response} in it; the teacher must see what it is to judge")
+            raise ValueError("expected a text with {response}; the teacher must see the response to judge it")
         return value

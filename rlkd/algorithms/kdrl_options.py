@@ -1,4 +1,4 @@
-"""The section `algorithm` of KDRL: GRPO's options and the teacher's share."""
+"""The section `algorithm` of KDRL: GRPO's options and the distillation term."""
 
 from __future__ import annotations
 
@@ -12,24 +12,29 @@ from rlkd.config.schema import Config, NoTeacherConfig, Section
 
 
 class DistillationConfig(Section):
-    """The teacher's share of KDRL."""
+    """The distillation term of KDRL."""
 
     form: Literal["joint", "advantage"] = Field(
-        "joint", description="joint: a loss beside the surrogate; advantage: β·log(T/π) added to each token's advantage"
+        "joint",
+        description="joint: a loss added to the surrogate; advantage: β·log(T/π) added to each token's advantage",
     )
     estimator: Literal["k2", "k3"] = Field(
-        "k2", description="joint form: k2 has the gradient of KL(π‖T), k3 that of KL(T‖π); k1 has none and is refused"
+        "k2", description="joint form: k2 has the gradient of KL(π‖T), k3 that of KL(T‖π); k1 has none and is rejected"
     )
     coef: Schedule = Field(
         Linear(kind="linear", start=5e-3, end=1e-3, over=80), description="β, a number or a schedule over iterations"
     )
     mask: Literal["none", "response", "group"] = Field(
-        "none", description="imitate on all completions, on failed ones, or only in groups where all failed"
+        "none",
+        description="none: imitate on all completions; response: on failed ones; group: only in groups where all "
+        "failed",
     )
     denominator: Literal["all", "kept"] = Field(
-        "all", description="normalise by all completion tokens (β keeps its meaning) or by those that the mask kept"
+        "all", description="average over all completion tokens (β keeps its meaning) or over those that the mask keeps"
     )
-    mask_eos: bool = Field(False, description="no imitation on the end-of-sequence token, where chat templates differ")
+    mask_eos: bool = Field(
+        False, description="do not imitate on the end-of-sequence token, in case chat templates differ"
+    )
 
     @field_validator("estimator", mode="before")
     @classmethod
@@ -47,9 +52,9 @@ class KDRLConfig(GRPOConfig):
 
     name: Literal["kdrl"] = Field(description="kdrl")  # type: ignore[assignment]
     policy_coef: Schedule = Field(
-        Constant(value=1.0), description="factor of the reward's advantages; 0: distillation only"
+        Constant(value=1.0), description="factor on the advantages from rewards; 0: distillation only"
     )
-    kd: DistillationConfig = Field(DistillationConfig(), description="the teacher's share")
+    kd: DistillationConfig = Field(DistillationConfig(), description="the distillation term")
 
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
@@ -60,10 +65,10 @@ class KDRLConfig(GRPOConfig):
         elif teacher.temperature != temperature:
             why = (
                 f"is {teacher.temperature}, but rollout.temperature is {temperature}; k2, k3 and log T − log π have "
-                "the gradient of a KL only on samples of the distribution that they compare: make them equal"
+                "the gradient of a KL only at the sampling temperature; make them equal"
             )
             found.append(("teacher.temperature", why))
         if self.kd.form == "advantage" and self.kd.estimator != "k2":
-            why = f"is {self.kd.estimator}, but algorithm.kd.form: advantage uses log T − log π; drop the estimator"
+            why = f"is {self.kd.estimator}, but algorithm.kd.form: advantage uses log T − log π; remove the estimator"
             found.append(("algorithm.kd.estimator", why))
         return found

@@ -1,4 +1,4 @@
-"""The section `algorithm` of OPD, and of what refines it."""
+"""The section `algorithm` of OPD, also the base of other algorithms' sections."""
 
 from __future__ import annotations
 
@@ -12,26 +12,40 @@ from rlkd.config.schema import AlgorithmConfig, Config
 
 
 class OPDConfig(AlgorithmConfig):
-    """On-policy distillation (GKD, arXiv 2306.13649): the teacher grades every token of the student's own samples."""
+    """On-policy distillation (GKD, arXiv 2306.13649): the teacher scores every token of the student's own samples."""
 
     name: Literal["opd"] = Field(description="opd")
     group_size: int = Field(4, ge=1, description="completions per prompt")
-    divergence: DivergenceConfig = Field(DivergenceConfig(), description="what is minimised at each token")
+    divergence: DivergenceConfig = Field(
+        DivergenceConfig(), description="the divergence that is minimised at each token"
+    )
     student_share: float = Field(
-        1.0, ge=0, le=1, description="GKD's λ: share of prompts that the student completes; others write the rest"
+        1.0,
+        ge=0,
+        le=1,
+        description="GKD's λ: fraction of prompts that the student completes; the rest are completed by `others`",
     )
     others: Literal["data", "teacher"] = Field(
-        "data", description="who completes the rest: data.completion_column, or the teacher, sampling"
+        "data", description="source of the other completions: data.completion_column, or samples from the teacher"
     )
-    reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
-    importance_cap: float = Field(2.0, gt=0, description="sampled tier: cap of the weight between sampler and trainer")
+    reduction: Reduction = Field(
+        "token_mean",
+        description="average over all tokens, over tokens per sequence then sequences, or over sequences × longest "
+        "completion",
+    )
+    importance_cap: float = Field(
+        2.0, gt=0, description="tier: sampled: cap on the importance weight between sampler and trainer"
+    )
     ratio_cap: float | None = Field(
         None,
         gt=0,
-        description="full, top_k: each token that the student sampled counts min(π/π_old, cap) · min(π_old/π_sampler, "
-        "cap) times, as in SDPO's code; null: no weighting, even with several updates per iteration.",
+        description="full, top_k: weight each token that the student sampled by min(π/π_old, cap) · "
+        "min(π_old/π_sampler, "
+        "cap), as in SDPO's code; null: no weighting, even with several updates per iteration",
     )
-    mask_eos: bool = Field(False, description="no imitation on the end-of-sequence token, where chat templates differ")
+    mask_eos: bool = Field(
+        False, description="do not imitate on the end-of-sequence token, in case chat templates differ"
+    )
 
     @property
     def teacher_writes(self) -> bool:
@@ -49,10 +63,12 @@ class OPDConfig(AlgorithmConfig):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config) + self.divergence.problems(config)
         if self.student_share < 1 and self.divergence.tier == "sampled":
-            why = "is sampled, which is exact on the student's own tokens only; set algorithm.student_share: 1"
+            why = "is sampled, which is correct only on the student's own samples; set algorithm.student_share: 1"
             found.append(("algorithm.divergence.tier", why))
         if self.student_share < 1 and self.divergence.sampler_top_k:
-            why = "is sampler, but others' completions have no sampler (algorithm.student_share < 1); set teacher"
+            why = (
+                "is sampler, but completions by others have no sampler (algorithm.student_share < 1); set it to teacher"
+            )
             found.append(("algorithm.divergence.support", why))
         if self.student_share < 1 and self.group_size > 1:
             why = f"is {self.group_size}, but others complete a prompt once (algorithm.student_share < 1); set it to 1"

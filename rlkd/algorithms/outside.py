@@ -1,4 +1,4 @@
-"""`algorithm.name: module:Class`: an algorithm from a file of the user, outside the package."""
+"""`algorithm.name: module:Class`: user-defined algorithms from outside the package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from rlkd.rewards.registry import one_line, search_path
 
 
 def learn(name: str) -> None:
-    """Make the class that `name` (`module:Class`) means known in ALGORITHMS, under `name` itself.
+    """Import the class `name` (`module:Class`) and register it in ALGORITHMS under `name`.
 
-    Its section of a config is its own Options, whose `name` is then `name`: so `config.yaml` and checkpoints say where
-    the class comes from. The module is looked for in the working directory too, as a reward's is.
+    Its `algorithm` section is its Options class, with `name` as the algorithm's name, so that `config.yaml` and
+    checkpoints record where the class comes from. Like reward modules, it may be in the working directory.
 
-    Raises: ValueError, one line.
+    Raises: ValueError with a one-line message.
     """
     if name in ALGORITHMS:
         return
@@ -31,7 +31,7 @@ def learn(name: str) -> None:
     sys.path[:] = search_path()
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything; its own words are the best message
+    except (Exception, SystemExit) as error:  # the user's module may raise anything; show its own message
         raise ValueError(f"importing {module_name} raised {one_line(error)}{_where(error)}") from error
     found = vars(module).get(class_name)
     if found is None:
@@ -44,15 +44,15 @@ def learn(name: str) -> None:
             f"{class_name} of {module_name}: expected a subclass of rlkd.algorithms.base.Algorithm; derive it from "
             "that, or from an algorithm such as rlkd.algorithms.grpo.GRPO"
         )
-    _call(name, found)
+    _register(name, found)
 
 
-def _call(name: str, found: type[Algorithm]) -> None:
-    """Define a subclass of `found` whose Options are called `name`, which makes it known (`Algorithm`)."""
+def _register(name: str, found: type[Algorithm]) -> None:
+    """Define a subclass of `found` whose Options have the name `name`; subclassing `Algorithm` registers it."""
     options = getattr(found, "Options", None)
     if not (isinstance(options, type) and issubclass(options, AlgorithmConfig)):
         raise ValueError(
-            f"{found.__name__} has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section"
+            f"{found.__name__} has no Options; define Options as a subclass of rlkd.config.AlgorithmConfig"
         )
     field: Any = (Literal[name], Field(description=name))
     type(
@@ -67,7 +67,7 @@ def _call(name: str, found: type[Algorithm]) -> None:
 
 
 def _where(error: BaseException) -> str:
-    """The last line of a source file that was running; nothing where an import found no file."""
+    """` at FILE:LINE` of the innermost frame with a source file; empty if the module was not found."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
     own = [frame for frame in frames[1:] if not frame.filename.startswith("<")]
     return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

@@ -1,6 +1,6 @@
-"""What a privileged reader is shown beside the prompt: templates, filled in one pass.
+"""Builds the teacher's privileged prompt (reference solution, sibling, feedback).
 
-Shared by the algorithms in which the student teaches itself (OPSD, SDPO).
+Shared by the self-distillation algorithms (OPSD, SDPO).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rlkd.types import Prompt
 def privileged_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: Prompt, template: str, parts: Sequence[str], data: DataConfig
 ) -> tuple[int, ...]:
-    """Token ids of `prompt` with what the user said last put into `template`, beside the `parts`.
+    """Token ids of `prompt` with its last user message replaced by `template`, filled with that message and `parts`.
 
-    All else stays: tools, what tools returned since, and an answer that the student goes on with.
+    Everything else is kept: tools, later tool results, and an assistant message that the student continues.
     """
     messages = list(prompt.messages)
-    asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
-    told = {"prompt": messages[asked]["content"] or "", "context": "".join(parts)}
-    messages[asked] = {**messages[asked], "content": filled(template, told)}
-    shown = messages if data.chat_template else messages[asked]["content"]
+    last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+    values = {"prompt": messages[last]["content"] or "", "context": "".join(parts)}
+    messages[last] = {**messages[last], "content": filled(template, values)}
+    content = messages if data.chat_template else messages[last]["content"]
     with refusing(prompt):
-        return read_as_configured(data, tokenizer, shown, prompt.variables).token_ids
+        return read_as_configured(data, tokenizer, content, prompt.variables).token_ids

@@ -1,4 +1,4 @@
-"""The section `context` of the algorithms in which the student teaches itself: OPSD, SDPO."""
+"""The section `context` of the self-distillation algorithms, OPSD and SDPO."""
 
 from __future__ import annotations
 
@@ -10,43 +10,43 @@ from rlkd.config.schema import Section
 
 
 class ContextConfig(Section):
-    """The privileged prompt: the template, and what each part of its {context} looks like."""
+    """The privileged prompt: its template, and a template for each part of its {context}."""
 
     template: str = Field(
         "{prompt}\n\n{context}\n\nWork through the problem in your own words, step by step, to its answer.",
         description="the privileged prompt; {prompt} and {context} are filled in",
     )
     reference: str | None = Field(
-        None, description="part with the reference solution (data.privileged_column) as {text}; null: not shown"
+        None, description="template of the reference solution (data.privileged_column), as {text}; null: not shown"
     )
     sibling: str | None = Field(
-        None, description="part with a correct completion of the same prompt, another one, as {text}; null: not shown"
+        None, description="template of another, correct completion of the same prompt, as {text}; null: not shown"
     )
     feedback: str | None = Field(
-        None, description="part with what the rewards said of the completion, as {text}; null: not shown"
+        None, description="template of the reward functions' feedback on the completion, as {text}; null: not shown"
     )
     feedback_beside_sibling: bool = Field(
-        True, description="show feedback beside a sibling too; false: only where there is no sibling to show"
+        True, description="show feedback together with a sibling; false: only if there is no sibling to show"
     )
     drop: str = Field(
-        r"(?s)<think>.*?</think>\s*", description="what this regular expression matches is left out of a sibling"
+        r"(?s)<think>.*?</think>\s*", description="regular expression; its matches are removed from a sibling"
     )
     max_tokens: int = Field(
-        2048, ge=1, description="longest privileged prompt, in tokens; longer: as if there were no context"
+        2048, ge=1, description="longest privileged prompt, in tokens; a longer one is treated as having no context"
     )
 
     @field_validator("template")
     @classmethod
     def _has_the_prompt(cls, value: str) -> str:
         if "{prompt}" not in value:
-            raise ValueError("expected {prompt} in it, where the student's prompt goes")
+            raise ValueError("expected a template with {prompt}; put it where the student's prompt belongs")
         return value
 
     @field_validator("reference", "sibling", "feedback")
     @classmethod
     def _has_the_text(cls, value: str | None) -> str | None:
         if value is not None and "{text}" not in value:
-            raise ValueError("expected {text} in it; null leaves the part out")
+            raise ValueError("expected a template with {text}; or set null to omit this part")
         return value
 
     @field_validator("drop")
@@ -59,8 +59,8 @@ class ContextConfig(Section):
         return value
 
     def parts(self, reference: str | None, sibling: str | None, feedback: str | None) -> list[str]:
-        """The parts that are asked for and to be had."""
-        from rlkd.data.chat import filled  # late: options are read without transformers
+        """The filled templates, for those parts that are configured and available."""
+        from rlkd.data.chat import filled  # imported here so that reading options needs no transformers
 
         if sibling is not None:
             sibling = re.sub(self.drop, "", sibling)

@@ -1,7 +1,7 @@
-"""The algorithms that a configuration may name. Importing this imports no algorithm, hence no torch.
+"""The registered algorithms. Importing this file imports no algorithm and therefore no torch.
 
-A built-in algorithm is one line here: its name and the class of its section, in `<name>_options.py`. Its own class is
-in `<name>.py`.
+To add a built-in algorithm, add its name and its section class (in `<name>_options.py`) to OPTIONS. The algorithm's
+own class is in `<name>.py`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ OPTIONS: Mapping[str, type[AlgorithmConfig]] = {
     "taid": TAIDConfig,
     "thinktuning": ThinkTuningConfig,
 }
-"""algorithm.name → the class of the section `algorithm`, of every built-in algorithm."""
+"""algorithm.name → class of the `algorithm` section, for every built-in algorithm."""
 
 
 def algorithm_class(name: str) -> type[Algorithm]:
-    """The class of `algorithm.name`: a built-in one is in the file of its name. Imports torch."""
+    """The class of the algorithm called `name`; imports its file if it is built in. Imports torch."""
     if name in OPTIONS:
         importlib.import_module(f"rlkd.algorithms.{name}")
     from rlkd.algorithms.base import ALGORITHMS
@@ -54,18 +54,18 @@ def build_algorithm(config: Config) -> Algorithm:
 
 
 def known_options() -> dict[str, type[AlgorithmConfig]]:
-    """algorithm.name → the class of its section: the built-in algorithms, and those that other code has defined."""
+    """algorithm.name → section class, for built-in algorithms and those already defined by other code."""
     if "rlkd.algorithms.base" not in sys.modules:
-        return dict(OPTIONS)  # without the base class nothing can have been defined
+        return dict(OPTIONS)  # the base class is not imported, so no other algorithm can be defined
     from rlkd.algorithms.base import ALGORITHMS
 
     return {**OPTIONS, **{name: algorithm.Options for name, algorithm in ALGORITHMS.items()}}
 
 
 def learn_options(name: str) -> type[AlgorithmConfig]:
-    """The class of the section of an algorithm outside the package, `name` being module:Class. Imports torch.
+    """The section class of an algorithm outside the package; `name` is module:Class. Imports torch.
 
-    Raises: ValueError, one line, where there is no such algorithm.
+    Raises: ValueError with a one-line message if there is no such algorithm.
     """
     from rlkd.algorithms import outside
 

@@ -14,8 +14,12 @@ class SFTConfig(AlgorithmConfig):
     """Supervised fine-tuning on `data.completion_column`."""
 
     name: Literal["sft"] = Field(description="sft")
-    group_size: Literal[1] = Field(1, description="one completion per prompt: the data's")
-    reduction: Reduction = Field("token_mean", description="normaliser: all tokens, or tokens of a sequence first")
+    group_size: Literal[1] = Field(1, description="one completion per prompt, from the data")
+    reduction: Reduction = Field(
+        "token_mean",
+        description="average over all tokens, over tokens per sequence then sequences, or over sequences × longest "
+        "completion",
+    )
 
     def trained_lengths(self, config: Config) -> dict[str, int]:
         return {
@@ -26,6 +30,6 @@ class SFTConfig(AlgorithmConfig):
     def problems(self, config: Config) -> list[tuple[str, str]]:
         found = super().problems(config)
         if config.data.completion_column is None:
-            why = f"is null, but algorithm.name {self.name} trains on the completions of the data; name their column"
+            why = f"is null, but algorithm.name {self.name} trains on completions from the data; set it to their column"
             found.append(("data.completion_column", why))
         return found

@@ -15,20 +15,21 @@ Rule = Literal["ppo", "shaped", "sft", "mask"]
 
 
 class ThinkTuningConfig(GRPOConfig):
-    """ThinkTuning (arXiv 2508.07616): GRPO in which a teacher's feedback goes on with some of the rollouts."""
+    """ThinkTuning (arXiv 2508.07616): GRPO in which a teacher's feedback is appended to some rollouts."""
 
     name: Literal["thinktuning"] = Field(description="thinktuning")  # type: ignore[assignment]
     guided: Schedule = Field(
         Linear(kind="linear", start=0.1, end=0.01, over=100),
-        description="share of a prompt's ended completions that get feedback, a number or a schedule over iterations",
+        description="fraction of a prompt's finished completions that get feedback, a number or a schedule over "
+        "iterations",
     )
-    off_below: float = Field(0.06, ge=0, description="at this share or below the teacher is not asked: plain GRPO")
-    at_least: int = Field(1, ge=0, description="completions of a prompt that get feedback however small the share is")
-    feedback: FeedbackConfig = Field(FeedbackConfig(), description="what the teacher is asked")
+    off_below: float = Field(0.06, ge=0, description="no feedback (plain GRPO) if `guided` is at or below this")
+    at_least: int = Field(1, ge=0, description="minimum number of completions per prompt that get feedback")
+    feedback: FeedbackConfig = Field(FeedbackConfig(), description="how the teacher is prompted for feedback")
     max_augmented_tokens: int | None = Field(
         None,
         ge=1,
-        description="longest completion with its feedback; null: rollout.max_tokens + algorithm.feedback.max_tokens",
+        description="longest completion including feedback; null: rollout.max_tokens + algorithm.feedback.max_tokens",
     )
     teacher_tokens: Rule = Field(
         "ppo",
@@ -36,10 +37,13 @@ class ThinkTuningConfig(GRPOConfig):
         "aware shaping), sft (cross-entropy where the advantage is positive), or mask (none)",
     )
     glue_tokens: Rule | None = Field(
-        None, description="loss on the glue before them; null: as algorithm.teacher_tokens"
+        None, description="loss on the separators (glue) before them; null: as algorithm.teacher_tokens"
     )
     shaping: list[float] = Field(
-        [0.0, 0.1], min_length=2, max_length=2, description="shaped: γ at advantages of 4 and of −4; the more, the less"
+        [0.0, 0.1],
+        min_length=2,
+        max_length=2,
+        description="shaped: γ at advantages of 4 and −4; a larger γ gives a smaller gradient",
     )
 
     @property
@@ -47,7 +51,7 @@ class ThinkTuningConfig(GRPOConfig):
         return True
 
     def augmented_tokens(self, config: Config) -> int:
-        """The longest completion with its feedback."""
+        """Maximum tokens of a completion including its feedback."""
         default = config.rollout.max_tokens + self.feedback.max_tokens
         return default if self.max_augmented_tokens is None else self.max_augmented_tokens
 
@@ -66,10 +70,11 @@ class ThinkTuningConfig(GRPOConfig):
         found = super().problems(config)
         asked, (low, high) = self.feedback, self.shaping
         if isinstance(config.teacher, NoTeacherConfig):
-            why = "is none, but algorithm.name thinktuning needs a teacher for its feedback; set local, served or self"
+            why = "is none, but algorithm.name thinktuning needs a teacher to write feedback; set it to local, "
+            "served or self"
             found.append(("teacher.backend", why))
         if not asked.chat_template and (asked.system is not None or asked.behaviours):
-            why = "is false, but a system message and examples are turns of a chat; set system: null, behaviours: []"
+            why = "is false, but system messages and examples need a chat template; set system: null, behaviours: []"
             found.append(("algorithm.feedback.chat_template", why))
         if not 0 <= low <= high:
             why = f"expected 0 <= first <= second, got [{low}, {high}]; otherwise π / (π + γ) has no bound"

@@ -1,4 +1,4 @@
-"""The configuration: its classes, and YAML files and overrides on their way to them. Nothing here imports torch."""
+"""The configuration: its classes, and loading them from YAML files and overrides. Nothing here imports torch."""
 
 from rlkd.config.schema import AlgorithmConfig, Config
 

@@ -1,4 +1,4 @@
-"""The command line of rlkd.train: flags, files and `key=value`, not yet read."""
+"""The command line of rlkd.train: parses flags, file names and `key=value` arguments; opens no file."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _FLAGS = ("--config", "--print-config", "--estimate", "--help")
 
 @dataclass(frozen=True)
 class Args:
-    """The command line."""
+    """The parsed command line."""
 
     files: tuple[str, ...]
     overrides: tuple[str, ...]
     print_config: bool
     help: bool
     estimate: float | None
-    """GiB of a device; 0: whatever this machine has; None: not asked for."""
+    """Device memory in GiB; 0: use this machine's; None: no estimate requested."""
 
 
 def parse_args(argv: Sequence[str]) -> Args:
     """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--help]`.
 
-    Raises: ConfigError on an unknown flag, or without a file.
+    Raises: ConfigError for an unknown flag, or if no --config is given.
     """
     files, overrides, lines = [], [], []
     print_config = help = False
@@ -51,12 +51,14 @@ def parse_args(argv: Sequence[str]) -> Args:
         elif flag == "--estimate" and _GIB.fullmatch(value):
             estimate = float(value)
         elif flag == "--estimate":
-            lines.append(f"{COMMAND_LINE}: --estimate: expected the GiB of a device, got {value!r}; e.g. --estimate=80")
+            lines.append(
+                f"{COMMAND_LINE}: --estimate: expected device memory in GiB, got {value!r}; e.g. --estimate=80"
+            )
         elif flag.startswith("-") and "." in flag and equals:
             lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
         elif flag.startswith("-"):
             near = difflib.get_close_matches(flag, _FLAGS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_FLAGS)} and key=value"
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(_FLAGS)} or key=value"
             lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; {hint}")
         else:
             overrides.append(argument)

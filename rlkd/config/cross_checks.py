@@ -1,4 +1,4 @@
-"""Contradictions between keys of different sections."""
+"""Checks for contradictions between keys of different sections."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from rlkd.config.schema import Config
 
 LARGEST_SERVED_RANK = 512
-"""The largest rank of an adapter that vLLM 0.32 serves."""
+"""The largest LoRA rank that vLLM 0.32 can serve."""
 
 COLDEST_SERVED = 0.01
 """vLLM silently raises a lower temperature to this, except 0, which is greedy."""
 
 
 def contradictions(config: Config) -> list[tuple[str, str]]:
-    """Each contradiction between keys of different sections: (first key, one line that names both and the fix)."""
+    """Contradictions between keys of different sections: (first key, one-line message with both keys and the fix)."""
     found: list[tuple[str, str]] = []
     if config.rollout.prompts % config.world_size:
         found.append(
@@ -27,7 +27,7 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
                 "rollout.prompts",
                 f"is {config.rollout.prompts}, not divisible by trainer.devices × trainer.num_nodes = "
                 f"{config.world_size}; "
-                "each rank samples whole groups: choose a multiple",
+                "each rank samples complete groups, so choose a multiple",
             )
         )
     rollouts = config.rollout.prompts * config.algorithm.group_size // config.world_size
@@ -52,7 +52,7 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.append(
             (
                 "rollout.backend",
-                "is hf, but rollout.server names servers; set rollout.backend: vllm or drop rollout.server",
+                "is hf, but rollout.server configures vLLM servers; set rollout.backend: vllm or remove rollout.server",
             )
         )
     if config.rollout.backend == "vllm":
@@ -96,9 +96,9 @@ def _scorer_problems(config: Config, teacher: SelfTeacherConfig) -> list[tuple[s
         found.append(("teacher.scorer", why))
     elif teacher.weights == "fixed" and config.model.lora is None:
         why = (
-            "is fixed, but without model.lora the servers of teacher.scorer policy_server hold the live weights "
-            "alone; set teacher.weights: live, or teacher.scorer: local (for a server of its own: teacher.backend: "
-            "served with the student's path)"
+            "is fixed, but with teacher.scorer: policy_server and no model.lora the servers hold only the live "
+            "weights; set teacher.weights: live, or teacher.scorer: local (or teacher.backend: served with the "
+            "student's path, for a separate server)"
         )
         found.append(("teacher.weights", why))
     return found
@@ -115,23 +115,23 @@ def _launch_problems(config: Config) -> list[tuple[str, str]]:
         shared = {gpu for gpus in server.devices for gpu in gpus} & set(range(config.trainer.devices))
         if shared and config.trainer.accelerator != "cpu":
             why = (
-                f"names GPU {min(shared)}, on which trainer.devices = {config.trainer.devices} trains; choose "
-                f"others, or [[]] with a small {key}.memory to share one GPU on purpose"
+                f"contains GPU {min(shared)}, which trainer.devices = {config.trainer.devices} also uses; choose "
+                f"other GPUs, or [[]] with a small {key}.memory to share one GPU on purpose"
             )
             found.append((f"{key}.devices", why))
     return found
 
 
 def _adapter_problems(lora: LoraConfig, server: RolloutServerConfig) -> list[tuple[str, str]]:
-    """What stands in the way of adapters at vLLM servers."""
+    """Settings under which vLLM servers cannot load the published adapter."""
     found = []
     if server.weight_sync != "file":
         why = (
-            f"is {server.weight_sync}, but with model.lora an adapter is published, which vLLM reads from a disk; set "
-            "it to file"
+            f"is {server.weight_sync}, but model.lora publishes an adapter, which vLLM can only read from disk; set it "
+            "to file"
         )
         found.append(("rollout.server.weight_sync", why))
     if lora.r > LARGEST_SERVED_RANK:
-        why = f"is {lora.r}, but vLLM serves adapters of rank {LARGEST_SERVED_RANK} at most; lower it"
+        why = f"is {lora.r}, but vLLM serves adapters only up to rank {LARGEST_SERVED_RANK}; lower it"
         found.append(("model.lora.r", why))
     return found

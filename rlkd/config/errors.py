@@ -1,4 +1,4 @@
-"""Mistakes in a configuration, one line each: `FILE:LINE: key: expected X, got Y; fix`."""
+"""Configuration errors, one line each: `FILE:LINE: key: expected X, got Y; fix`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pydantic_core import ErrorDetails
 from rlkd.config.help import Path, Schema, Slot, choices, dotted, expected
 from rlkd.config.yaml_tree import COMMAND_LINE, Node, at, scalar
 
-_LONGEST = 60
+_MAX_SHOWN_CHARS = 60
 
 
 class ConfigError(ValueError):
-    """What is wrong with a configuration: `lines`, one per mistake.
+    """An invalid configuration; `lines` has one line per mistake.
 
-    A key that a file holds may have any character in it: what would break the line, or steer a terminal, is escaped.
+    Keys in a file may contain any character, so newlines and terminal control characters are escaped.
     """
 
     def __init__(self, lines: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 
 
 def shown(node: Node) -> str:
-    """What was written, for a message: texts in quotes, numbers as they were typed, nothing longer than a line."""
+    """A node as it was written, for messages: strings quoted, numbers as typed, long values shortened."""
     if isinstance(node.value, dict):
         return "a section"
     if isinstance(node.value, list):
@@ -36,99 +36,101 @@ def shown(node: Node) -> str:
         text = repr(node.value)
     else:
         text = node.text or "nothing"
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return text if len(text) <= _MAX_SHOWN_CHARS else f"{text[: _MAX_SHOWN_CHARS - 1]}…"
 
 
 @dataclass
 class Report:
-    """Collects mistakes about one merged tree; the first one of a key counts."""
+    """Collects the mistakes in one merged tree; only the first per key is kept."""
 
     root: Node
     schema: Schema
     general: list[str]
-    """Lines that belong to no key."""
+    """Lines that are not about a key, such as syntax errors."""
     _lines: dict[Path, str] = field(default_factory=dict)
 
     @property
     def lines(self) -> list[str]:
-        """In the order of the sections."""
+        """All lines, those about keys in the order of the sections."""
         order = [*self.schema.fields(self.schema.config)]
         ranked = sorted(self._lines, key=lambda path: order.index(path[0]) if path[0] in order else len(order))
         return [*self.general, *(self._lines[path] for path in ranked if self._lines[path])]
 
-    def say(self, path: Path, message: str) -> None:
-        """Add a mistake, with the place that set the key, or the section that lacks it."""
+    def add(self, path: Path, message: str) -> None:
+        """Add a mistake, prefixed with the file and line that set the key (or the section that lacks it)."""
         origin = at(self.root, path)[0].origin or COMMAND_LINE
         self._lines.setdefault(path, f"{origin}: {dotted(path)}: {' '.join(message.split())}")
 
-    def blame_elsewhere(self, path: Path) -> None:
-        """What is wrong at `path` follows from a mistake that has its own line."""
+    def suppress(self, path: Path) -> None:
+        """Report nothing for `path`: its error is a consequence of a mistake that is reported elsewhere."""
         self._lines.setdefault(path, "")
 
     def unknown_kind(self, place: Slot, path: Path) -> None:
-        """The section at `path` has no tag, or one that is none of the kinds."""
+        """Report that the section at `path` has no tag, or an unknown one."""
         node, exact = at(self.root, path)
         assert place.tag is not None
         kinds = list(place.variants)
         if exact and not isinstance(node.value, dict) and node.value is not None:
             hint = f"; did you mean {dotted(path)}.{place.tag}: {node.value}?" if node.value in kinds else ""
-            self.say(path, f"expected {expected(place)}, got {shown(node)}{hint}")
+            self.add(path, f"expected {expected(place)}, got {shown(node)}{hint}")
             return
         path = (*path, place.tag)
         tag, exact = at(self.root, path)
         own = " | module:Class of your own" if self.schema.others and place is self.schema.algorithm else ""
         names = f"expected {' | '.join(kinds)}{own}"
-        self.say(path, f"{names}, got {shown(tag)}{_near(tag.value, kinds)}" if exact else f"missing; {names}")
+        self.add(path, f"{names}, got {shown(tag)}{_near(tag.value, kinds)}" if exact else f"missing; {names}")
 
     def pydantic(self, errors: Sequence[ErrorDetails], above: Path, place: Slot) -> None:
-        """One line for each of pydantic's errors about the value at `above`, a place of type `place`."""
+        """Add a line for each pydantic error about the value at `above`, whose slot is `place`."""
         for error in errors:
             path, slot, owner = self._locate(error["loc"], above, place)
             kind = error["type"]
             if kind == "extra_forbidden":
-                self.say(path, self._unknown_key(path, owner))
+                self.add(path, self._unknown_key(path, owner))
             elif kind.startswith("union_tag_") or (slot.tag is not None and not slot.is_schedule):
                 self.unknown_kind(slot, path)
             elif kind == "missing":
-                self.say(path, f"missing; expected {expected(slot)}")
+                self.add(path, f"missing; expected {expected(slot)}")
             elif kind in ("value_error", "assertion_error"):
                 self.refused(path, str(error["ctx"]["error"]))
             else:
                 what = "a finite number" if kind == "finite_number" else expected(slot)
-                self.say(path, self._wrong(path, slot, error["input"], what))
+                self.add(path, self._wrong(path, slot, error["input"], what))
 
     def refused(self, path: Path, why: str) -> None:
-        """Add the message of a validator of ours, with the value that it refused."""
+        """Add the message of one of our validators, with the value it rejected."""
         node, exact = at(self.root, path)
         what, semicolon, fix = why.partition("; ")
         if not exact or isinstance(node.value, dict | list):
-            self.say(path, why)
+            self.add(path, why)
         elif what.startswith("expected "):
-            self.say(path, f"{what}, got {shown(node)}{semicolon}{fix}")
+            self.add(path, f"{what}, got {shown(node)}{semicolon}{fix}")
         else:
-            self.say(path, f"got {shown(node)}; {why}")
+            self.add(path, f"got {shown(node)}; {why}")
 
     def _wrong(self, path: Path, slot: Slot, value: Any, what: str) -> str:
         node, exact = at(self.root, path)
-        if not exact:  # it came from a reference
+        if not exact:  # the value came from a reference
             return f"expected {what}, got {type(value).__name__} from {shown(node)}"
         line = f"expected {what}, got {shown(node)}"
         if not isinstance(node.value, str):
             return line
         numeric = {int, float} & set(slot.members) or slot.is_schedule
         if numeric and "${" in node.value:
-            return f"{line}; a reference gives a text: write ${{oc.decode:{node.value}}} to read the number in it"
+            return f"{line}; a reference gives a string: write ${{oc.decode:{node.value}}} to parse it as a number"
         if numeric and not isinstance(scalar(node.value), str):
             return f"{line}; drop the quotes"
         return line + _near(node.value, choices(slot))
 
     def _locate(self, loc: tuple[int | str, ...], path: Path, place: Slot) -> tuple[Path, Slot, Slot]:
-        """The path and slot that pydantic's `loc` means, without the kinds of sections that it names on the way, and
-        the slot of the section around it."""
+        """The path and slot that pydantic's `loc` refers to, and the slot of the enclosing section.
+
+        `loc` also contains the tags of tagged sections, which are not part of the path.
+        """
         owner = place
         for part in loc:
             if place.is_schedule and not isinstance(at(self.root, path)[0].value, dict):
-                break  # a lone number is a constant schedule's value
+                break  # a plain number is the value of a constant schedule
             elif place.tag is not None:
                 place = Slot((place.variants[str(part)],))
             elif isinstance(part, int) and place.item is not None:

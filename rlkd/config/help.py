@@ -1,4 +1,4 @@
-"""Reads the configuration classes as a schema: which keys there are, what each expects, and the text of `--help`."""
+"""The schema of the configuration classes (the keys and the types they accept) and the text of `--help`."""
 
 from __future__ import annotations
 
@@ -18,48 +18,50 @@ from rlkd.config.schedules import Constant, Schedule
 from rlkd.config.schema import AlgorithmConfig, Config
 
 Algorithms = Mapping[str, type[AlgorithmConfig]]
-"""algorithm.name → class of the section `algorithm`."""
+"""algorithm.name → class of the `algorithm` section."""
 LearnOptions = Callable[[str], type[AlgorithmConfig]]
 """module:Class → class of that algorithm's section. Raises: ValueError, one line."""
 Path = tuple[str | int, ...]
-"""A key: section, key, index in a list …"""
+"""The path of a key: section, key, list index …"""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in the tree: the types that may stand there."""
+    """A place in the tree and the types of value it accepts."""
 
     members: tuple[Any, ...]
-    """The types, without None: a class, a Literal, list[…] or dict[…]."""
+    """The accepted types except None: a class, a Literal, list[…] or dict[…]."""
     nullable: bool = False
     tag: str | None = None
-    """The key that picks the member, where the members are sections of several kinds."""
+    """The discriminator key, if the members are several kinds of section."""
     metadata: tuple[Any, ...] = ()
-    """Bounds."""
+    """Bounds on the value."""
 
     @property
     def models(self) -> tuple[type[BaseModel], ...]:
+        """The members that are sections."""
         return tuple(m for m in self.members if isinstance(m, type) and issubclass(m, BaseModel))
 
     @property
     def variants(self) -> dict[str, type[BaseModel]]:
-        """value of the tag → class; empty where there is no tag."""
+        """Tag value → class; empty if there is no tag."""
         if self.tag is None:
             return {}
         return {str(get_args(m.model_fields[self.tag].annotation)[0]): m for m in self.models}
 
     @property
     def is_free(self) -> bool:
-        """Whether anything may stand there: the options of a function, say."""
+        """Whether it accepts any value, e.g. the options of a reward function."""
         return any(m is Any or m is dict or get_origin(m) is dict for m in self.members)
 
     @property
     def is_schedule(self) -> bool:
+        """Whether it accepts a schedule."""
         return Constant in self.members
 
     @property
     def item(self) -> Slot | None:
-        """Of a list: what its items are."""
+        """The slot of the list's items; None if it is not a list."""
         lists = [m for m in self.members if get_origin(m) is list]
         return slot(get_args(lists[0])[0]) if lists else None
 
@@ -84,18 +86,18 @@ def slot(annotation: Any, metadata: tuple[Any, ...] = (), tag: str | None = None
 
 
 def fields(model: type[BaseModel]) -> dict[str, Slot]:
-    """key → slot of a section's class."""
+    """Key → slot, for each field of a section's class."""
     return {name: slot(f.annotation, tuple(f.metadata), _tag(f)) for name, f in model.model_fields.items()}
 
 
 def default(field: FieldInfo) -> Any:
-    """A field's default as YAML would have it; PydanticUndefined where the key is required."""
+    """A field's default as plain YAML data; PydanticUndefined if the key is required."""
     value = field.get_default(call_default_factory=True, validated_data={})
     return value if value is PydanticUndefined else plain(value)
 
 
 def plain(value: Any) -> Any:
-    """A section as a dict; a constant schedule as its number."""
+    """`value` as plain YAML data: sections become dicts, constant schedules become numbers."""
     if isinstance(value, Constant):
         return value.value
     if isinstance(value, BaseModel):
@@ -106,7 +108,7 @@ def plain(value: Any) -> Any:
 
 
 def expected(place: Slot) -> str:
-    """What may stand in a slot, in words: `an integer >= 1`, `hf | vllm`, `a list of text, or null`."""
+    """The values that a slot accepts, in words: `an integer >= 1`, `hf | vllm`, `a list of text, or null`."""
     if place.is_schedule:
         words = [f"a number, or a schedule with kind: {' | '.join(place.variants)}"]
     elif place.tag is not None:
@@ -117,10 +119,10 @@ def expected(place: Slot) -> str:
 
 
 class Schema:
-    """The whole tree with one set of algorithms."""
+    """The configuration tree for a given set of algorithms."""
 
     def __init__(self, algorithms: Algorithms, others: bool = False) -> None:
-        """`others`: whether an algorithm outside the package may be named, as module:Class."""
+        """`others`: whether algorithm.name also accepts module:Class, an algorithm from outside the package."""
         self.config = Config
         self.others = others
         self.root = Slot((Config,))
@@ -128,17 +130,17 @@ class Schema:
         assert list(self.algorithm.variants) == list(algorithms), "the names of ALGORITHMS and of their Config differ"
 
     def fields(self, model: type[BaseModel]) -> dict[str, Slot]:
-        """key → slot of a section's class, with the algorithm's kinds where Config has any algorithm."""
+        """Key → slot of a section's class; for Config, `algorithm` lists the known algorithms."""
         return fields(model) | ({"algorithm": self.algorithm} if model is Config else {})
 
     def all_keys(self) -> Iterator[tuple[str, str]]:
-        """Every (dotted section, key) of the tree, all kinds of sections included."""
+        """Every (dotted section, key) of the tree, for all kinds of each section."""
         for name, place in self.fields(Config).items():
             for model in place.models:
                 yield from _keys(name, model)
 
     def help_text(self) -> str:
-        """Every dotted key with its type, default and help, in 100 columns."""
+        """Every dotted key with its type, default and description, wrapped at 100 columns."""
         lines = [*_USAGE]
         for name, place in self.fields(Config).items():
             if place.tag is not None:
@@ -149,7 +151,7 @@ class Schema:
                     lines += _section_help(f"{name}.{place.tag}: {tag}", name, model)
             else:
                 lines += _section_help(name, name, place.models[0])
-        lines += ["", "schedules: a number is constant; otherwise a mapping with kind; iteration 0 is the first"]
+        lines += ["", "schedules: a number (constant) or a mapping with kind; iterations are counted from 0"]
         for tag, model in slot(Schedule).variants.items():
             about = " ".join((model.__doc__ or "").split("\n")[0].split())
             keys = ", ".join(f"{key}: {expected(s)}" for key, s in fields(model).items() if key != "kind")
@@ -160,24 +162,24 @@ class Schema:
 _USAGE = (
     "usage: python -m rlkd.train --config A.yaml [--config B.yaml ...] [key=value ...] [--print-config]",
     "",
-    "A later file, and a key=value, goes on top of what stands before it; another algorithm.name or",
-    "teacher.backend replaces the whole section. ${oc.env:NAME} reads an environment variable;",
-    "\\${ stands for the text ${. on, off, yes, no are switches only for a key that is true or false.",
+    "Later files override earlier ones, and key=value overrides all files. A different algorithm.name",
+    "or teacher.backend replaces that section entirely. ${oc.env:NAME} reads an environment variable;",
+    "write \\${ for a literal ${. on, off, yes and no are read as true or false only by boolean keys.",
     "",
-    "--config FILE     YAML; several are merged, later ones on top",
+    "--config FILE     YAML file; several are merged, later ones override earlier ones",
     "key=value         e.g. optim.lr=1e-5 or rollout.server.urls='[\"http://localhost:8000\"]'",
-    "--print-config    print the merged YAML with every default, and stop",
-    "--help            this page",
+    "--print-config    print the merged YAML with every default, and exit",
+    "--help            print this page",
 )
 
 
 def choices(place: Slot) -> list[str]:
-    """The words that may stand in a slot."""
+    """The literal words that a slot accepts."""
     return [str(choice) for m in place.members if get_origin(m) is Literal for choice in get_args(m)]
 
 
 def dotted(path: Path) -> str:
-    """`reward.functions[0].name` of a path."""
+    """A path as text, e.g. `reward.functions[0].name`."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 

@@ -1,4 +1,4 @@
-"""Names that both a configuration and the losses use. They are here so that reading a configuration needs no torch."""
+"""Option types shared by the configuration and the losses, kept here so that the configuration needs no torch."""
 
 from __future__ import annotations
 

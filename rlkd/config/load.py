@@ -1,4 +1,4 @@
-"""Loading a configuration: files and overrides → a checked Config, or every mistake in one line each."""
+"""Loading a configuration: files and overrides → a validated Config, or one line per mistake."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ __all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
 
 _TAGS: Mapping[tuple[str, ...], str] = {("algorithm",): "name", ("teacher",): "backend"}
 _SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
-_DEEPEST = 20
-"""A reference to a section that holds the reference would never end."""
-_AS_TEXT = "write \\${ for a literal ${"
+_MAX_REFERENCE_DEPTH = 20
+"""Limit on nesting while resolving references: one to a section that contains it would recurse forever."""
+_LITERAL_HINT = "write \\${ for a literal ${"
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checked configuration and its text."""
+    """A validated configuration and its YAML text."""
 
     config: Config
     text: str
-    """YAML with every default, interpolations as they were written; loading it gives the same `config`."""
+    """YAML with every default filled in and references left unresolved; loading it gives the same `config`."""
 
 
 def help_text(algorithms: Algorithms, others: bool = False) -> str:
-    """Every dotted key with its type, default and help, in 100 columns.
+    """Every dotted key with its type, default and description, wrapped at 100 columns.
 
     Args:
         algorithms: name → class of the `algorithm` section.
-        others: whether an algorithm outside the package may be named, as module:Class.
+        others: whether algorithm.name also accepts module:Class, an algorithm from outside the package.
     """
     return Schema(algorithms, others).help_text()
 
@@ -48,11 +48,11 @@ def help_text(algorithms: Algorithms, others: bool = False) -> str:
 def load(
     files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None
 ) -> Loaded:
-    """The configuration of YAML `files`, later ones on top, and `a.b=c` `overrides` on top of them.
+    """Load YAML `files` and `a.b=c` `overrides`; later files override earlier ones, and overrides come last.
 
     Args:
         algorithms: name → class of the `algorithm` section.
-        learn: finds that class for a name of the form module:Class; None: there are no such names.
+        learn: returns that class for a name of the form module:Class; None: such names are rejected.
 
     Raises: ConfigError with one line per mistake.
     """
@@ -61,18 +61,18 @@ def load(
 
 
 def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, list[str]]:
-    """(the files in one tree, the overrides in another, mistakes that belong to no key), none of it checked.
+    """(the files merged, the overrides merged, mistakes that are not about a key); nothing is validated yet.
 
-    Raises: ConfigError where a file cannot be read.
+    Raises: ConfigError if a file cannot be read.
     """
     problems: list[str] = []
     roots = [root for root in (read_file(path, problems) for path in files) if root is not None]
     arguments = [node for node in (read_override(item, problems) for item in overrides) if node is not None]
     if len(roots) < len(files):
-        raise ConfigError(problems)  # what the others lack may stand in the file that cannot be read
+        raise ConfigError(problems)  # keys missing elsewhere may be in the unreadable file
     override = Node({}, COMMAND_LINE)
     for node in arguments:
-        override = merge(override, node, {})  # in one, so that the order of algorithm.name and its keys is free
+        override = merge(override, node, {})  # merged first, so that the order of algorithm.name and its keys is free
     root = Node({}, ", ".join(files))
     for node in roots:
         root = merge(root, node, _TAGS)
@@ -80,17 +80,17 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, li
 
 
 def on_top(under: Node, over: Node) -> Node:
-    """`over` on top of `under`; another algorithm or teacher replaces the whole section."""
+    """Merge `over` into `under`; a different algorithm or teacher backend replaces the whole section."""
     return merge(under, over, _TAGS)
 
 
 def set_by(under: Node, over: Node, path: Path) -> str:
-    """The file that says what the key at `path` is, or the section around it; COMMAND_LINE where no file does."""
+    """The file that sets the key at `path` or the nearest section above it; COMMAND_LINE if no file does."""
     return at(on_top(under, over), path)[0].origin.rpartition(":")[0] or COMMAND_LINE
 
 
 def checked(root: Node, problems: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None) -> Loaded:
-    """The configuration of a whole tree. Raises: ConfigError with one line per mistake, `problems` first."""
+    """Validate a merged tree. Raises: ConfigError with one line per mistake, `problems` first."""
     outside = _outside_name(root) if learn is not None else None
     unknown = None
     if learn is not None and outside is not None and outside not in algorithms:
@@ -106,7 +106,7 @@ def checked(root: Node, problems: Sequence[str], algorithms: Algorithms, learn: 
 
 
 def _outside_name(root: Node) -> str | None:
-    """algorithm.name where it has the form module:Class; None where it has not, or cannot be read."""
+    """algorithm.name if it has the form module:Class; otherwise, or if it cannot be resolved, None."""
     node, exact = at(root, ("algorithm", "name"))
     name = node.value if exact else None
     if isinstance(name, str) and "${" in name:
@@ -119,67 +119,69 @@ def _outside_name(root: Node) -> str | None:
 
 @dataclass
 class _Loading:
-    """One merged tree on its way to a Config; `report` collects the mistakes."""
+    """Turns one merged tree into a Config; `report` collects the mistakes."""
 
     root: Node
     schema: Schema
     report: Report
 
     def run(self) -> Loaded:
-        root = self._readable(self.root, ())
+        root = self._parsable(self.root, ())
         self.references = OmegaConf.create(_plain(root))
-        tree = OmegaConf.create(self._filled(self.schema.root, root, ()))
+        tree = OmegaConf.create(self._with_defaults(self.schema.root, root, ()))
         resolved = _as_nodes(self._resolved(tree, ()))
-        values = self._filled(self.schema.root, resolved, ())  # again: what a reference stood for is known now
+        values = self._with_defaults(self.schema.root, resolved, ())  # again: references are resolved now
         config = self._checked(values)
         if config is not None and not self.report.lines:
             _keep_set(config, root)
             for key, message in config.problems():
-                self.report.say(tuple(key.split(".")), message)
+                self.report.add(tuple(key.split(".")), message)
         if config is None or self.report.lines:
             raise ConfigError(self.report.lines)
         return Loaded(config, OmegaConf.to_yaml(tree))
 
-    def _readable(self, node: Node, path: Path) -> Node:
-        """The tree with only texts that OmegaConf can read; the others are reported."""
+    def _parsable(self, node: Node, path: Path) -> Node:
+        """The tree without strings that OmegaConf cannot parse, which are reported."""
         if isinstance(node.value, dict):
-            return replace(node, value={key: self._readable(inner, (*path, key)) for key, inner in node.value.items()})
+            return replace(node, value={key: self._parsable(inner, (*path, key)) for key, inner in node.value.items()})
         if isinstance(node.value, list):
-            return replace(node, value=[self._readable(inner, (*path, i)) for i, inner in enumerate(node.value)])
+            return replace(node, value=[self._parsable(inner, (*path, i)) for i, inner in enumerate(node.value)])
         if isinstance(node.value, str) and "${" in node.value:
             try:
                 OmegaConf.create({"text": node.value})
             except OmegaConfBaseException:
-                self.report.say(
-                    path, f"expected a reference such as ${{oc.env:NAME}} after ${{, got {shown(node)}; {_AS_TEXT}"
+                self.report.add(
+                    path, f"expected a reference such as ${{oc.env:NAME}} after ${{, got {shown(node)}; {_LITERAL_HINT}"
                 )
                 return replace(node, value="")
         return node
 
-    def _filled(self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None) -> Any:
-        """The plain value of `node` with every default of `place`, switches and names as their type needs them.
+    def _with_defaults(
+        self, place: Slot | None, node: Node, path: Path, defaults: Mapping[str, Any] | None = None
+    ) -> Any:
+        """The plain value of `node` with defaults filled in; on/off and numbers are converted to the type of `place`.
 
-        `defaults`: what a section that is set in part has elsewhere, where its place differs from its class.
+        `defaults`: the section's default values here, if they differ from those of its class.
         """
         if node.value == MISSING:
-            self.report.say(path, "is ???, a placeholder; set a value")
+            self.report.add(path, "is ???, a placeholder; set a value")
             return MISSING
         if place is None:
-            return self._free(node, path, known=False)
+            return self._untyped(node, path, known=False)
         if isinstance(node.value, list):
             item = place.item
-            return [self._filled(item, inner, (*path, i)) for i, inner in enumerate(node.value)]
+            return [self._with_defaults(item, inner, (*path, i)) for i, inner in enumerate(node.value)]
         if node.value is None and place.models and not place.nullable and not place.is_schedule:
             node = Node({}, node.origin) if path != ("teacher",) else Node({"backend": Node("none", "")}, node.origin)
         if isinstance(node.value, dict):
             model = self._model(place, node, path)
             return (
-                self._free(node, path, known=place.is_free)
+                self._untyped(node, path, known=place.is_free)
                 if model is None
                 else self._section(model, node, path, defaults)
             )
         if place.is_free:
-            return self._free(node, path, known=True)
+            return self._untyped(node, path, known=True)
         if isinstance(node.value, str) and bool in place.members and str not in place.members:
             return _SWITCHES.get(node.value.lower(), node.value)
         is_number = isinstance(node.value, int | float) and not isinstance(node.value, bool)
@@ -196,18 +198,18 @@ class _Loading:
             value = defaults[name] if defaults is not None else default(model.model_fields[name])
             if name in node.value:
                 inner = value if place.tag is None and place.models and isinstance(value, dict) else None
-                filled[name] = self._filled(place, node.value[name], (*path, name), inner)
+                filled[name] = self._with_defaults(place, node.value[name], (*path, name), inner)
                 continue
             if value is not PydanticUndefined:
                 filled[name] = value
             elif place.models and place.tag is None:
                 filled[name] = self._section(place.models[0], Node({}, node.origin), (*path, name))
         for name in node.value.keys() - slots.keys():
-            filled[name] = self._filled(None, node.value[name], (*path, name))
+            filled[name] = self._with_defaults(None, node.value[name], (*path, name))
         return filled
 
     def _model(self, place: Slot, node: Node, path: Path) -> type[BaseModel] | None:
-        """The class that the mapping `node` is read as; None where there is none, or its kind is unknown."""
+        """The section class of the mapping `node`; None if it is not a section or its kind is unknown."""
         if place.tag is None:
             return place.models[0] if place.models else None
         if place.tag not in node.value:
@@ -220,18 +222,18 @@ class _Loading:
                 return None  # reported where references are resolved
         return place.variants.get(kind) if isinstance(kind, str) else None
 
-    def _free(self, node: Node, path: Path, known: bool) -> Any:
-        """A value of no declared type. A lone `off` there could be a text or a switch: it is refused."""
+    def _untyped(self, node: Node, path: Path, known: bool) -> Any:
+        """A value without a declared type. A bare `off` is rejected there: it could be a string or a boolean."""
         if isinstance(node.value, dict):
-            return {key: self._free(inner, (*path, key), known) for key, inner in node.value.items()}
+            return {key: self._untyped(inner, (*path, key), known) for key, inner in node.value.items()}
         if isinstance(node.value, list):
-            return [self._free(inner, (*path, i), known) for i, inner in enumerate(node.value)]
+            return [self._untyped(inner, (*path, i), known) for i, inner in enumerate(node.value)]
         if known and node.plain and isinstance(node.value, str) and node.value.lower() in _SWITCHES:
-            self.report.say(path, f"expected true or false, or a quoted text, got {node.text}")
+            self.report.add(path, f"expected true or false, or a quoted string, got {node.text}")
         return node.value
 
     def _resolved(self, container: DictConfig | ListConfig, path: Path) -> Any:
-        """The container's plain values, references replaced by what they stand for."""
+        """The container's plain values, with references resolved."""
         unresolved: Any = OmegaConf.to_container(container, resolve=False)
         items = unresolved.items() if isinstance(unresolved, dict) else enumerate(unresolved)
         values: dict[Any, Any] = {}
@@ -240,14 +242,14 @@ class _Loading:
             try:
                 value = raw if OmegaConf.is_missing(container, key) else container[key]
             except InterpolationToMissingValueError:
-                self.report.blame_elsewhere(here)  # the ??? that it leads to
+                self.report.suppress(here)  # the ??? it refers to is reported
                 value = raw
             except OmegaConfBaseException as error:
-                self.report.say(here, f"expected a reference that resolves, got {raw!r}: {_why_unresolved(error)}")
+                self.report.add(here, f"expected a reference that resolves, got {raw!r}: {_why_unresolved(error)}")
                 value = raw
             if isinstance(value, DictConfig | ListConfig):
-                if len(here) > _DEEPEST:
-                    self.report.say(path[:1], "expected a value, got a reference to a section that contains it")
+                if len(here) > _MAX_REFERENCE_DEPTH:
+                    self.report.add(path[:1], "expected a value, got a reference to a section that contains it")
                     value = None
                 else:
                     value = self._resolved(value, here)
@@ -255,7 +257,7 @@ class _Loading:
         return values if isinstance(container, DictConfig) else list(values.values())
 
     def _checked(self, values: dict[str, Any]) -> Config | None:
-        """The typed tree. The algorithm's section comes first, with the class of its own name."""
+        """Validate the values. The algorithm section is validated first, by the class that its name selects."""
         section, place = values.get("algorithm"), self.schema.algorithm
         kind = section.get("name") if isinstance(section, dict) else None
         algorithm = AlgorithmConfig(name="unknown")
@@ -274,8 +276,8 @@ class _Loading:
 
 
 def _keep_set(section: Section, node: Node) -> None:
-    """Leave in `model_fields_set` of the sections what `node` sets; validation saw every default beside it."""
-    if not isinstance(node.value, dict):  # a reference to another section, which counts as set whole
+    """Restrict `model_fields_set` to the keys set in `node`; validation also marked the filled-in defaults."""
+    if not isinstance(node.value, dict):  # a reference to another section: all its keys count as set
         return
     section.model_fields_set.intersection_update(node.value)
     for name, inner in node.value.items():
@@ -298,4 +300,4 @@ def _as_nodes(value: Any) -> Node:
 
 def _why_unresolved(error: OmegaConfBaseException) -> str:
     reason = str(error).split("\n")[0].removeprefix("KeyError raised while resolving interpolation: ").strip('"')
-    return reason if "nvironment variable" in reason else f"{reason}; {_AS_TEXT}"
+    return reason if "nvironment variable" in reason else f"{reason}; {_LITERAL_HINT}"

@@ -1,7 +1,7 @@
-"""Numbers that change over a run. A schedule is a function of the iteration (0 is the first), never of a run's
-length, so that a finished run can be continued with more iterations.
+"""Schedules: numbers that change over a run.
 
-In YAML a schedule is a number (constant) or a mapping with `kind`.
+A schedule depends on the iteration (counted from 0) and not on the length of the run, so that a finished run can be
+continued with more iterations. In YAML it is a number (constant) or a mapping with `kind`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class _Schedule(BaseModel):
 
 
 class Constant(_Schedule):
-    """value, always."""
+    """Always `value`."""
 
     kind: Literal["constant"] = "constant"
     value: float = Field(ge=0, description="the value")
@@ -27,7 +27,7 @@ class Constant(_Schedule):
 
 
 class Linear(_Schedule):
-    """start → end in a straight line over `over` iterations, then end.
+    """Linear from start to end over `over` iterations, then end.
 
     KDRL (arXiv 2506.02208, §3.3): max(5e-3 − 5e-5·t, 1e-3) is {start: 5e-3, end: 1e-3, over: 80}.
     """
@@ -42,7 +42,7 @@ class Linear(_Schedule):
 
 
 class Cosine(_Schedule):
-    """start → end along half a cosine over `over` iterations, then end."""
+    """Half a cosine from start to end over `over` iterations, then end."""
 
     kind: Literal["cosine"]
     start: float = Field(ge=0, description="value at iteration 0")
@@ -55,10 +55,10 @@ class Cosine(_Schedule):
 
 
 class Step(_Schedule):
-    """start before iteration `at`, end from it on: a hard switch."""
+    """start before iteration `at`, then end."""
 
     kind: Literal["step"]
-    start: float = Field(ge=0, description="value before the switch")
+    start: float = Field(ge=0, description="value before iteration `at`")
     end: float = Field(ge=0, description="value from iteration `at` on")
     at: int = Field(ge=0, description="first iteration with the end value")
 
@@ -67,15 +67,15 @@ class Step(_Schedule):
 
 
 class Piecewise(_Schedule):
-    """Linear and cosine pieces, each over its own iterations, one after the other; then the end of the last one.
+    """Linear and cosine pieces in sequence, each over its own iterations; then the end value of the last piece.
 
     A warm-up over 10 iterations, then a cosine to 0 over 90: {kind: piecewise, pieces: [{kind: linear, start: 0,
-    end: 1e-5, over: 10}, {kind: cosine, start: 1e-5, end: 0, over: 90}]}. Where two pieces meet, the later one counts.
+    end: 1e-5, over: 10}, {kind: cosine, start: 1e-5, end: 0, over: 90}]}. Where two pieces meet, the later one applies.
     """
 
     kind: Literal["piecewise"]
     pieces: list[Annotated[Linear | Cosine, Field(discriminator="kind")]] = Field(
-        min_length=1, description="linear and cosine schedules; iteration 0 of a piece is the end of the one before"
+        min_length=1, description="linear and cosine schedules; each starts where the previous one ends"
     )
 
     def __call__(self, iteration: int) -> float:

@@ -1,6 +1,6 @@
-"""The whole configuration tree: strict, frozen, every key with its type, default and one line of help.
+"""The configuration tree: strict, frozen, and every key with its type, default and one-line description.
 
-The sections are in `sections/`. Each algorithm's own section derives from `AlgorithmConfig` and is in
+The sections are in `sections/`. Each algorithm's section derives from `AlgorithmConfig` and is in
 `algorithms/<name>_options.py`. `load.py` reads files, merges them and reports errors. Nothing here imports torch.
 """
 
@@ -69,7 +69,7 @@ __all__ = [
 ]
 
 
-# Former names. The classes in `rlkd.teachers` have the same ones, so new code should use those that end in Config.
+# Old names, kept for compatibility. Classes in `rlkd.teachers` have the same names, so new code should use *Config.
 NoTeacher = NoTeacherConfig
 LocalTeacher = LocalTeacherConfig
 ServedTeacher = ServedTeacherConfig
@@ -80,45 +80,47 @@ NamedServedTeacher = NamedServedTeacherConfig
 
 
 class Config(Section):
-    """A run."""
+    """The configuration of a run."""
 
-    run: RunConfig = Field(RunConfig(), description="identity and length")
+    run: RunConfig = Field(RunConfig(), description="name, seed and length of the run")
     model: ModelConfig
-    teacher: Teacher = Field(NoTeacherConfig(), description="who is imitated")
+    teacher: Teacher = Field(NoTeacherConfig(), description="the teacher")
     data: DataConfig
-    rollout: RolloutConfig = Field(RolloutConfig(), description="what is sampled")
-    reward: RewardConfig = Field(RewardConfig(), description="what it is worth")
+    rollout: RolloutConfig = Field(RolloutConfig(), description="sampling")
+    reward: RewardConfig = Field(RewardConfig(), description="reward functions")
     algorithm: SerializeAsAny[AlgorithmConfig]
     optim: OptimConfig = Field(OptimConfig(), description="optimizer")
     trainer: TrainerConfig = Field(TrainerConfig(), description="devices")
     eval: EvalConfig = Field(EvalConfig(), description="held-out prompts")
-    log: LogConfig = Field(LogConfig(), description="where figures go")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what is kept")
+    log: LogConfig = Field(LogConfig(), description="logging")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints and export")
 
     @property
     def run_dir(self) -> str:
+        """<run.dir>/<run.name>."""
         return f"{self.run.dir}/{self.run.name}"
 
     @property
     def publishes_adapter(self) -> bool:
-        """Whether the sampler gets the student's adapter alone, since it holds the base already."""
+        """Whether only the LoRA adapter is sent to the sampler, which already has the base model."""
         return self.model.lora is not None and self.rollout.backend == "vllm"
 
     @property
     def teachers(self) -> list[tuple[str, LocalTeacherConfig | ServedTeacherConfig]]:
-        """(key, settings) of every teacher that is a model of its own."""
+        """(key, settings) of every teacher with its own model (not self-distillation)."""
         if isinstance(self.teacher, RoutedTeacherConfig):
             return [(f"teacher.teachers[{i}]", teacher) for i, teacher in enumerate(self.teacher.teachers)]
         return [("teacher", self.teacher)] if isinstance(self.teacher, LocalTeacherConfig | ServedTeacherConfig) else []
 
     @property
     def servers(self) -> list[ServerConfig]:
-        """The settings of all servers that the run uses, its own and others'."""
+        """The settings of all vLLM servers that the run uses, launched by it or already running."""
         policy = [self.rollout.server] if self.rollout.backend == "vllm" else []
         return policy + [t.server for _, t in self.teachers if isinstance(t, ServedTeacherConfig)]
 
     @property
     def world_size(self) -> int:
+        """Trainer processes on all nodes."""
         return self.trainer.devices * self.trainer.num_nodes
 
     @field_validator("teacher", mode="before")
@@ -127,8 +129,8 @@ class Config(Section):
         return {"backend": "none"} if value is None else value
 
     def problems(self) -> list[tuple[str, str]]:
-        """Contradictions between keys, each (first key, one line that names both keys and the fix).
+        """Contradictions between keys: (first key, a one-line message naming both keys and the fix).
 
-        `load` reports them all at once. A Config that Python code has built is not checked for them by itself.
+        `load` reports all of them. A Config built in Python is not checked automatically.
         """
         return contradictions(self)

@@ -1,6 +1,6 @@
-"""A run of several stages: each goes on with the student of the one before, in a directory of its own.
+"""Runs with several stages: each starts from the previous stage's student and has its own run directory.
 
-In YAML, `stages` maps a stage's name to what it changes of the rest of the file:
+In YAML, `stages` maps each stage's name to the keys that differ from the rest of the file:
 
     run: {name: recipe}
     …
@@ -8,7 +8,7 @@ In YAML, `stages` maps a stage's name to what it changes of the rest of the file
       sft: {algorithm: {name: sft}, run: {iterations: 100}}
       kdrl: {algorithm: {name: kdrl}}
 
-`runs/recipe/sft` and `runs/recipe/kdrl` are then ordinary run directories.
+The run directories are then `runs/recipe/sft` and `runs/recipe/kdrl`.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ class Stage:
     """One part of a run."""
 
     name: str | None
-    """None: the run has no stages."""
+    """None if the run has no stages."""
     loaded: Loaded
     starts_from: str | None
-    """Where the student comes from, once the stage before has ended; None: model.path as it stands."""
+    """Export of the previous stage, used as model.path once that stage has finished; None: keep model.path."""
 
 
 def load_stages(
     files: Sequence[str], overrides: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None
 ) -> list[Stage]:
-    """The stages of a configuration, all checked; a run without stages is one stage.
+    """The stages of a configuration, all validated; a run without stages is a single stage.
 
-    `algorithms` and `learn` are those of `load`.
-    What is written on the command line holds for every stage; `stages.NAME.key=value` for one.
-    Raises: ConfigError with one line per mistake of the first wrong stage.
+    `algorithms` and `learn` are passed to `load`.
+    Command-line overrides apply to every stage; `stages.NAME.key=value` applies to one.
+    Raises: ConfigError with one line per mistake in the first invalid stage.
     """
     under, over, problems = read(files, overrides)
-    shared, of_stages = _apart(under)
-    command_line, of_command_line = _apart(over)
+    shared, of_stages = _split_stages(under)
+    command_line, of_command_line = _split_stages(over)
     names = list(dict.fromkeys([*of_stages, *of_command_line]))
     if not names:
         return [Stage(None, checked(on_top(shared, command_line), problems, algorithms, learn), None)]
@@ -61,15 +61,15 @@ def load_stages(
         for node in (of_stages.get(name), command_line, of_command_line.get(name)):
             root = root if node is None else on_top(root, node)
         try:
-            whole = checked(root, problems, algorithms, learn)
+            loaded = checked(root, problems, algorithms, learn)
         except ConfigError as error:
             raise ConfigError([f"stage {name}: {line}" for line in error.lines]) from error
-        run = whole.config.run
+        run = loaded.config.run
         changes = {"run.dir": f"{run.dir}/{run.name}", "run.name": name}
         before = stages[-1].loaded.config if stages else None
-        own_model = any(_names_model(part) for part in (of_stages.get(name), of_command_line.get(name)))
+        own_model = any(_sets_model_path(part) for part in (of_stages.get(name), of_command_line.get(name)))
         starts_from = None if before is None or own_model else f"{before.run_dir}/hf"
-        stages.append(Stage(name, with_values(whole, changes), starts_from))
+        stages.append(Stage(name, with_values(loaded, changes), starts_from))
     for stage in stages[:-1]:
         if not stage.loaded.config.checkpoint.export:
             line = (
@@ -80,7 +80,7 @@ def load_stages(
 
 
 def with_values(loaded: Loaded, changes: dict[str, str]) -> Loaded:
-    """The configuration with some texts replaced: dotted key → value."""
+    """The configuration with some string values replaced; `changes` maps section.key → value."""
     import yaml
 
     tree, values = yaml.safe_load(loaded.text), loaded.config
@@ -92,13 +92,13 @@ def with_values(loaded: Loaded, changes: dict[str, str]) -> Loaded:
 
 
 def finished(config: Config) -> bool:
-    """Whether a run has left the student of all its iterations, and a report: these are written last."""
+    """Whether a run is complete: the student of its last iteration is exported and the report (written last) exists."""
     folder = Path(config.run_dir)
     return (folder / "report.html").exists() and exported(folder) >= config.run.iterations
 
 
-def _apart(root: Node) -> tuple[Node, dict[str, Node]]:
-    """(the tree without stages, the stages). Raises: ConfigError where they are no mapping."""
+def _split_stages(root: Node) -> tuple[Node, dict[str, Node]]:
+    """(the tree without `stages`, the stages). Raises: ConfigError if `stages` is not a mapping of mappings."""
     if not isinstance(root.value, dict) or "stages" not in root.value:
         return root, {}
     rest = {key: node for key, node in root.value.items() if key != "stages"}
@@ -108,7 +108,7 @@ def _apart(root: Node) -> tuple[Node, dict[str, Node]]:
     return replace(root, value=rest), stages.value
 
 
-def _names_model(changes: Node | None) -> bool:
-    """Whether a stage brings a student of its own; other settings of `model`, such as adapters, leave it the last's."""
+def _sets_model_path(changes: Node | None) -> bool:
+    """Whether a stage sets model.path; other keys of `model`, such as lora, keep the previous stage's student."""
     model = None if changes is None else changes.value.get("model")
     return model is not None and isinstance(model.value, dict) and "path" in model.value

@@ -1,8 +1,8 @@
-"""YAML files and `a.b=c` overrides → one tree of nodes that know where they were set.
+"""YAML files and `a.b=c` overrides → one tree of nodes that record where each value was set.
 
-A scalar keeps the text that stood in the file: `run.name: 1.10` is then the name "1.10", and a message quotes what was
-written. Unquoted words mean what YAML 1.2 says: only true and false are booleans, so `log.wandb: off` is the text
-"off", and 010 or 12:30 are no numbers. 1e-6 is one.
+A scalar keeps its source text, so that `run.name: 1.10` is the name "1.10" and error messages quote what was typed.
+Unquoted words follow YAML 1.2: only true and false are booleans, so `log.wandb: off` is the string "off"; 010 and
+12:30 are not numbers. 1e-6 is a number.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import yaml
 COMMAND_LINE = "command line"
 MISSING = "???"
 MAX_DEPTH = 50
-"""Sections and lists within each other; a config has five."""
+"""Nesting of sections and lists; a valid config has at most five levels."""
 MAX_VALUES = 100_000
-"""Of one file, an alias (*) counted as what it stands for: a few lines of them can stand for more than memory holds."""
-_LONGEST_INT = 300
-"""Digits. Python refuses to read more than 4300."""
+"""Limit per file with aliases (*) expanded: a few lines of nested aliases can expand to more than fits in memory."""
+_MAX_INT_CHARS = 300
+"""In digits. Python refuses to parse more than 4300."""
 
 _DIGITS = "[0-9]+(?:_[0-9]+)*"
 _INT = re.compile(rf"[-+]?(0|(?![0_]){_DIGITS})")
 _FLOAT = re.compile(rf"[-+]?({_DIGITS}\.(?:{_DIGITS})?|\.{_DIGITS}|{_DIGITS}(?=[eE]))([eE][-+]?[0-9]+)?")
 _INFINITY = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-_TOO_DEEP = f"more than {MAX_DEPTH} sections and lists within each other"
+_TOO_DEEP = f"sections and lists nested more than {MAX_DEPTH} deep"
 _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
     spelling: word == "true" for word in ("true", "false") for spelling in (word, word.capitalize(), word.upper())
 }
@@ -36,22 +36,22 @@ _WORDS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
 
 @dataclass(frozen=True)
 class Node:
-    """A value of the tree: a scalar, a dict of nodes or a list of nodes."""
+    """A node of the tree: a scalar, a dict of nodes or a list of nodes."""
 
     value: Any
     origin: str
     """`file:line` or `command line`."""
     text: str = ""
-    """Of a scalar: as it was written, without quotes."""
+    """For a scalar: its source text, without quotes."""
     plain: bool = False
     """Whether it was written without quotes."""
 
 
 def scalar(text: str) -> Any:
-    """What an unquoted word means: null, a boolean, a number, or itself."""
+    """The value of an unquoted word: null, a boolean, a number, or the string itself."""
     if text in _WORDS:
         return _WORDS[text]
-    if _INT.fullmatch(text) and len(text) <= _LONGEST_INT:
+    if _INT.fullmatch(text) and len(text) <= _MAX_INT_CHARS:
         return int(text)
     if _FLOAT.fullmatch(text):
         return float(text)
@@ -59,7 +59,7 @@ def scalar(text: str) -> Any:
 
 
 def read_file(path: str, problems: list[str]) -> Node | None:
-    """The tree of one file, or None where it has none; what is wrong with it is added to `problems`."""
+    """The tree of one file, or None if it cannot be parsed; errors are added to `problems`."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -75,7 +75,7 @@ def read_file(path: str, problems: list[str]) -> Node | None:
         _check_size(root)
         return replace(_node(root, f"{path}:{_line(root)}", path, problems), origin=path)
     except yaml.YAMLError as error:
-        problems.append(f"{path}{_what_is_broken(error)}")
+        problems.append(f"{path}{_yaml_error(error)}")
         return None
     except RecursionError:
         problems.append(f"{path}: broken YAML: {_TOO_DEEP}")
@@ -83,14 +83,14 @@ def read_file(path: str, problems: list[str]) -> Node | None:
 
 
 def read_override(argument: str, problems: list[str]) -> Node | None:
-    """The tree of one `a.b=value`: the value is a word, or YAML where it starts with a quote or a bracket."""
+    """The tree of one `a.b=value`; the value is parsed as YAML only if it starts with a quote or a bracket."""
     key, equals, text = argument.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         hint = f"; for a file write --config {argument}" if argument.endswith((".yaml", ".yml")) else ""
         problems.append(f"{COMMAND_LINE}: expected section.key=value, got {argument!r}{hint}")
         return None
-    wrong = _unfit(argument)
+    wrong = _invalid_text(argument)
     if wrong is not None or len(parts) > MAX_DEPTH:
         problems.append(f"{COMMAND_LINE}: {argument[:60]!r}: {wrong or _TOO_DEEP}")
         return None
@@ -102,8 +102,10 @@ def read_override(argument: str, problems: list[str]) -> Node | None:
             _check_size(composed)
             node = _node(composed, COMMAND_LINE, None, problems, section=key)
         except yaml.YAMLError as error:
-            what = _what_is_broken(error).split(": ", 1)[-1]
-            problems.append(f"{COMMAND_LINE}: {key}: {text!r} starts like YAML but is not ({what}); quote a text")
+            what = _yaml_error(error).split(": ", 1)[-1]
+            problems.append(
+                f"{COMMAND_LINE}: {key}: expected valid YAML, got {text!r} ({what}); quote the value if it is text"
+            )
             return None
         except RecursionError:
             problems.append(f"{COMMAND_LINE}: {key}: {_TOO_DEEP}")
@@ -114,10 +116,10 @@ def read_override(argument: str, problems: list[str]) -> Node | None:
 
 
 def merge(under: Node, over: Node, tags: Mapping[tuple[str, ...], str], path: tuple[str, ...] = ()) -> Node:
-    """`over` on top of `under`: mappings are merged, anything else is replaced.
+    """Merge `over` into `under`: mappings are merged, anything else is replaced.
 
-    `tags` names the key that picks the kind of a section: a mapping with another kind replaces the whole section. In
-    a schedule that key is `kind`, wherever it stands. A section that is left blank and `???` change nothing.
+    `tags` maps a section's path to its discriminator key: a mapping of another kind replaces the whole section. At
+    all other paths that key is `kind`, as in schedules. A blank section and `???` change nothing.
     """
     if over.value == MISSING or (over.value is None and not over.text and isinstance(under.value, dict)):
         return under
@@ -133,7 +135,7 @@ def merge(under: Node, over: Node, tags: Mapping[tuple[str, ...], str], path: tu
 
 
 def at(root: Node, path: Sequence[str | int]) -> tuple[Node, bool]:
-    """The node at `path`, or the nearest one above it, and whether it is the very node."""
+    """(the node at `path`, True), or (the nearest node above it, False) if there is none."""
     node = root
     for key in path:
         inside = isinstance(node.value, dict) and key in node.value
@@ -151,20 +153,20 @@ def _node(
     above: tuple[yaml.Node, ...] = (),
     section: str = "",
 ) -> Node:
-    """The Node of a composed YAML node; `above` are the nodes that hold it, `section` its dotted key."""
+    """Convert a composed YAML node; `above` are the nodes that contain it, `section` is its dotted key."""
 
     def place(part: yaml.Node) -> str:
         return f"{file}:{_line(part)}" if file is not None else origin
 
     if composed in above:
-        raise yaml.MarkedYAMLError(problem="an anchor (&) that holds itself", problem_mark=composed.start_mark)
+        raise yaml.MarkedYAMLError(problem="an anchor (&) that contains itself", problem_mark=composed.start_mark)
     if len(above) > MAX_DEPTH:
         raise yaml.MarkedYAMLError(problem=_TOO_DEEP, problem_mark=composed.start_mark)
     if not composed.tag.startswith("tag:yaml.org,2002:") or composed.tag.split(":")[-1] not in ("str", "map", "seq"):
         problems.append(f"{place(composed)}: expected a plain value, got the tag {composed.tag}; remove the tag")
     if isinstance(composed, yaml.ScalarNode):
         plain = composed.style is None
-        wrong = _unfit(composed.value)
+        wrong = _invalid_text(composed.value)
         if wrong is not None:
             problems.append(f"{place(composed)}: {wrong}")
             return Node("", origin)
@@ -178,7 +180,7 @@ def _node(
     inherited: dict[str, Node] = {}
     for key, value in composed.value:
         if not isinstance(key, yaml.ScalarNode):
-            problems.append(f"{place(key)}: expected a word as a key, got {_kind(key)}")
+            problems.append(f"{place(key)}: expected a plain word as a key, got {_kind(key)}")
         elif key.value == "<<" and key.style is None:
             for source in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                 node = _node(source, place(key), file, problems, above, section)
@@ -191,30 +193,32 @@ def _node(
             node = _node(value, place(key), file, problems, above, dotted)
             if key.value in items:
                 problems.append(f"{place(key)}: {dotted}: set twice, first on line {lines[key.value]}; keep one")
-                node = merge(node, items[key.value], {})  # the first, so that this mistake makes no others
+                node = merge(
+                    node, items[key.value], {}
+                )  # the first value wins, so that this mistake causes no further errors
             lines.setdefault(key.value, _line(key))
             items[key.value] = node
     return Node(inherited | items, origin)
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Raises: yaml.MarkedYAMLError where aliases stand for too much to be written out."""
+    """Raises: yaml.MarkedYAMLError if the file has too many values once its aliases are expanded."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node) -> int:
         if id(node) not in sizes:
-            sizes[id(node)] = 0  # while it is counted: an anchor that holds itself is found later
+            sizes[id(node)] = 0  # while it is being counted; `_node` reports an anchor that contains itself
             inside = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
             sizes[id(node)] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(map(size, inside)))
         return sizes[id(node)]
 
     if size(root) > MAX_VALUES:
-        problem = f"more than {MAX_VALUES} values, when each alias (*) is written out"
+        problem = f"more than {MAX_VALUES} values once aliases (*) are expanded"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=root.start_mark)
 
 
-def _unfit(text: str) -> str | None:
-    """What keeps a text from being written to a file, or from naming one."""
+def _invalid_text(text: str) -> str | None:
+    """Why `text` cannot be written to a file or used as a file name; None if it can."""
     if "\0" in text:
         return "expected text without NUL characters, got one; remove it"
     if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -232,12 +236,12 @@ def _kind(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
-def _what_is_broken(error: yaml.YAMLError) -> str:
-    """`:line: what` of a YAML error."""
+def _yaml_error(error: yaml.YAMLError) -> str:
+    """A YAML error as `:line: broken YAML: reason`."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         what = error.problem or error.context or "broken YAML"
         if "'\\t'" in what:
-            what = "a tab; YAML is indented with spaces"
+            what = "found a tab; indent YAML with spaces"
         elif "alias" in what or "document" in what:
             what = f"{error.context or ''} {what}".strip()
         return f":{error.problem_mark.line + 1}: broken YAML: {' '.join(what.split())}"

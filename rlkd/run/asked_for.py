@@ -1,4 +1,4 @@
-"""Which configuration a command line of `python -m rlkd.evaluate` asks to evaluate. Read without torch."""
+"""The configuration that a `python -m rlkd.evaluate` command line refers to. Imports no torch."""
 
 from __future__ import annotations
 

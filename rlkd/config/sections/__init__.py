@@ -1,1 +1,1 @@
-"""The sections of a configuration, a file for each or for a few that belong together."""
+"""The sections of the configuration, one file per section or group of related sections."""

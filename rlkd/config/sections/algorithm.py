@@ -1,4 +1,4 @@
-"""What the section `algorithm` has whatever its name is."""
+"""The base class of every `algorithm` section."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ if TYPE_CHECKING:
 
 
 class AlgorithmConfig(Section):
-    """What every algorithm has; each derives its own from it."""
+    """Options of every algorithm; each algorithm's section derives from this class."""
 
     name: str = Field(description="the algorithm")
     group_size: int = Field(8, ge=1, description="completions per prompt")
 
     @property
     def sampling_rounds(self) -> int:
-        """How many times `rollout.prompts` prompts an iteration may sample, to train on as many as that."""
+        """Maximum batches of `rollout.prompts` prompts to sample in order to fill one iteration."""
         return 1
 
     @property
     def teacher_writes(self) -> bool:
-        """Whether the teacher completes prompts or answers, rather than only scoring what is there."""
+        """Whether the teacher generates text, rather than only scoring tokens."""
         return False
 
     def trained_lengths(self, config: Config) -> dict[str, int]:
-        """Key → tokens; together they are the longest sequence that the student is trained on."""
+        """Key → tokens; their sum is the longest sequence that the student is trained on."""
         return {
             "data.max_prompt_tokens": config.data.max_prompt_tokens,
             "rollout.max_tokens": config.rollout.max_tokens,
         }
 
     def teacher_lengths(self, config: Config) -> dict[str, int]:
-        """Key → tokens; together they are the longest sequence that a teacher reads and writes."""
+        """Key → tokens; their sum is the longest sequence that a teacher reads and writes."""
         return {
             "data.max_prompt_tokens": config.data.max_prompt_tokens,
             "rollout.max_tokens": config.rollout.max_tokens,
         }
 
     def problems(self, config: Config) -> list[tuple[str, str]]:
-        """Contradictions between this section and the rest of `config`: (key, one line) each."""
+        """Contradictions between this section and the rest of `config`: (key, one-line message)."""
         return []

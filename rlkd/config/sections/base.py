@@ -1,4 +1,4 @@
-"""What every section of a configuration is."""
+"""The base class of all configuration sections."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Base of every section: unknown keys are errors, values are never coerced, nothing changes after loading."""
+    """Base of every section: unknown keys are errors, values are never coerced, and instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)

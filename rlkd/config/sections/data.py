@@ -10,10 +10,10 @@ from rlkd.config.sections.base import Section
 
 
 class MessageKeys(Section):
-    """How the messages of the data are written, where it is not as role and content."""
+    """Names used by chat messages in the data, if they are not role and content."""
 
-    role: str = Field("role", description="key of a message's author, e.g. from")
-    content: str = Field("content", description="key of a message's text, e.g. value")
+    role: str = Field("role", description="key that holds a message's author, e.g. from")
+    content: str = Field("content", description="key that holds a message's text, e.g. value")
     roles: dict[str, str] = Field(
         {}, description="author in the data → role in the chat template, e.g. {human: user, gpt: assistant}"
     )
@@ -22,51 +22,53 @@ class MessageKeys(Section):
 class DataConfig(Section):
     """Prompts and their answers.
 
-    A column may stand in another: `meta.gold.value` is `value` of `gold` of the column `meta`. A column that has the
-    whole name, dots included, comes first.
+    Columns may be nested: `meta.gold.value` is `value` in `gold` in the column `meta`. A column whose own name is
+    `meta.gold.value` takes precedence.
     """
 
-    path: str = Field(description="a .jsonl file, a folder or hub id of a Hugging Face data set, or builtin:reverse")
-    split: str = Field("train", description="split of a Hugging Face data set")
+    path: str = Field(description="a .jsonl file, a folder or hub id of a Hugging Face dataset, or builtin:reverse")
+    split: str = Field("train", description="split of a Hugging Face dataset")
     prompt_column: str = Field(
-        "prompt", description="column with the prompt: a text, or a list of chat messages; a.b.c: within another column"
+        "prompt", description="column with the prompt: a string or a list of chat messages; a.b.c is a nested column"
     )
     answer_column: str | None = Field("answer", description="column with the reference answer; null: none")
-    privileged_column: str | None = Field(None, description="column that only a teacher may see, e.g. a solution")
+    privileged_column: str | None = Field(None, description="column shown only to a teacher, e.g. a solution")
     completion_column: str | None = Field(None, description="column with a completion to imitate (SFT, GKD, REDI)")
     rejected_column: str | None = Field(None, description="column with a completion to avoid (REDI)")
     id_column: str | None = Field(None, description="column with a unique id; null: the row number")
     tools_column: str | None = Field(
-        None, description="column with the tools of a prompt for the chat template: a list, or its JSON; null: none"
+        None, description="column with a prompt's tools for the chat template, as a list or as JSON; null: none"
     )
-    messages: MessageKeys = Field(MessageKeys(), description="how the messages in the prompt column are written")
-    chat_template: bool = Field(True, description="wrap the prompt in the student's chat template; false: plain text")
+    messages: MessageKeys = Field(MessageKeys(), description="key names of the messages in the prompt column")
+    chat_template: bool = Field(True, description="apply the student's chat template to the prompt; false: plain text")
     template_variables: dict[str, Any] = Field(
-        {}, description="variables of the chat template, e.g. {enable_thinking: false}; teachers' prompts get them too"
+        {},
+        description="variables for the chat template, e.g. {enable_thinking: false}; also used for teachers' prompts",
     )
     continue_final_message: bool = Field(
         False,
-        description="where the last message is by the assistant, the student goes on with it; false: it is refused",
+        description="if the last message is from the assistant, the student continues it; false: this is an error",
     )
     special_tokens: Literal["text", "tokens"] = Field(
         "text",
-        description="what a prompt that spells a special token, such as <|im_end|>, has there: text; or the token, for "
-        "prompts that were put into a template beforehand",
+        description="how to encode a special token such as <|im_end|> written in a prompt: as text, or as the "
+        "token, for "
+        "prompts that already have a chat template applied",
     )
-    system: str | None = Field(None, description="system message put before a text prompt")
-    limit: int | None = Field(None, ge=1, description="use only the first rows")
+    system: str | None = Field(None, description="system message added before a string prompt")
+    limit: int | None = Field(None, ge=1, description="use only this many rows, from the first")
     max_prompt_tokens: int = Field(1024, ge=1, description="longest prompt, in tokens")
     max_completion_tokens: int = Field(4096, ge=1, description="longest completion in the data, in tokens")
     too_long: Literal["error", "skip"] = Field(
-        "error", description="what to do with a row whose prompt or completion is longer"
+        "error", description="what to do with a row whose prompt or completion is too long"
     )
 
     @field_validator("template_variables")
     @classmethod
-    def _are_the_templates(cls, value: dict[str, Any]) -> dict[str, Any]:
+    def _are_template_variables(cls, value: dict[str, Any]) -> dict[str, Any]:
         taken = sorted(value.keys() & _NO_TEMPLATE_VARIABLES)
         if taken:
-            raise ValueError(f"expected variables of the chat template, got {taken[0]}, which other keys of data set")
+            raise ValueError(f"expected chat template variables, got {taken[0]}, which rlkd sets itself; remove it")
         return value
 
 
@@ -77,4 +79,4 @@ _NO_TEMPLATE_VARIABLES = frozenset(
         "return_assistant_tokens_mask",
     )
 )
-"""What `apply_chat_template` takes for itself."""
+"""Arguments of `apply_chat_template`."""

@@ -10,12 +10,12 @@ from rlkd.config.sections.base import Section
 
 
 class LoraConfig(Section):
-    """Adapters beside the frozen linear layers. No dropout: the trained distribution must be the sampled one."""
+    """LoRA adapters on frozen linear layers. No dropout: the trained distribution must equal the sampled one."""
 
     r: int = Field(16, ge=1, description="rank of an adapter")
-    alpha: int = Field(32, ge=1, description="an adapter counts alpha / r times")
+    alpha: int = Field(32, ge=1, description="the adapter's output is scaled by alpha / r")
     target_modules: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = Field(
-        "all-linear", description="names of the layers that get one, e.g. [q_proj, v_proj]; never the output layer"
+        "all-linear", description="names of the layers to adapt, e.g. [q_proj, v_proj]; never the output layer"
     )
 
 
@@ -24,10 +24,10 @@ class ModelConfig(Section):
 
     path: str = Field(description="folder or hub id of the student, or builtin:student")
     attention: str | None = Field(
-        None, description="attention implementation of transformers, e.g. sdpa, flash_attention_2"
+        None, description="attention implementation in transformers, e.g. sdpa, flash_attention_2"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
-    lora: LoraConfig | None = Field(None, description="train adapters instead of all weights; null: all weights")
+    lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of all weights; null: all weights")
     trust_remote_code: bool = Field(
-        False, description="run Python code that comes with the model; off unless you trust it"
+        False, description="allow Python code that comes with the model to run; enable only for models you trust"
     )

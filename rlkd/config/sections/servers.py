@@ -9,13 +9,13 @@ from pydantic import Field, field_validator
 from rlkd.config.sections.base import Section
 
 WILDCARDS = ("", "0.0.0.0", "::")
-"""Addresses that a server can listen on but that no client can connect to."""
+"""Addresses that a server can listen on but a client cannot connect to."""
 
 
 class ServerConfig(Section):
     """A vLLM server: how to start one, or how to treat a running one."""
 
-    launch: bool = Field(False, description="start the server, watch it, and stop it with the run")
+    launch: bool = Field(False, description="start the servers, monitor them, and stop them when the run ends")
     devices: list[list[int]] = Field(
         [[]],
         min_length=1,
@@ -25,36 +25,37 @@ class ServerConfig(Section):
         "auto", description="vLLM's compute type; float32 on CPU"
     )
     max_model_len: int | None = Field(
-        None, gt=1, description="longest prompt + completion; null: the rollout's own lengths"
+        None, gt=1, description="longest prompt + completion; null: as long as the run needs"
     )
-    memory: float = Field(0.85, gt=0, lt=1, description="GPU memory fraction that vLLM may use")
+    memory: float = Field(0.85, gt=0, lt=1, description="fraction of GPU memory that vLLM may use")
     kv_cache_gb: float = Field(1.0, gt=0, description="key-value cache of a CPU server, in GiB")
     host: str = Field(
-        "127.0.0.1", description="address of this machine that started servers listen on; loopback: this machine only"
+        "127.0.0.1",
+        description="address of this machine on which launched servers listen; loopback: reachable from this "
+        "machine only",
     )
     key_env: str = Field(
         "RLKD_SERVER_KEY",
         pattern=r"^[A-Za-z_]\w*$",
-        description="environment variable with the servers' key; for started ones, unset, a fresh key is made",
+        description="environment variable with the servers' key; if unset, launched servers get a new random key",
     )
     allow_open: bool = Field(
-        False, description="use servers on other machines whose weights anybody may change, since they ask for no key"
+        False,
+        description="allow remote servers without authentication (anyone who can reach them could replace the weights)",
     )
-    restarts: int = Field(3, ge=0, description="how often a started server that died is started again, in one run")
-    retry_s: float = Field(
-        600.0, ge=0, description="seconds to wait for servers, when none answers any more, before the run ends"
-    )
-    start_timeout_s: float = Field(600.0, gt=0, description="seconds until a started server must answer")
+    restarts: int = Field(3, ge=0, description="times that a launched server is restarted after it dies, per run")
+    retry_s: float = Field(600.0, ge=0, description="seconds to wait when no server responds before the run stops")
+    start_timeout_s: float = Field(600.0, gt=0, description="seconds within which a launched server must become ready")
     request_timeout_s: float = Field(
-        3600.0, gt=0, description="seconds until a request must be answered, queue included"
+        3600.0, gt=0, description="seconds within which a request must be answered, including its time in the queue"
     )
-    extra_args: list[str] = Field([], description="further arguments for the vLLM command line, as they are")
+    extra_args: list[str] = Field([], description="extra arguments for the vLLM command line, passed unchanged")
 
     @field_validator("host")
     @classmethod
     def _reachable(cls, host: str) -> str:
         if host in WILDCARDS:
-            raise ValueError("expected an address that trainers can connect to; name one of this machine")
+            raise ValueError("expected an address that trainers can connect to; use an address of this machine")
         return host
 
 
@@ -62,23 +63,25 @@ class RolloutServerConfig(ServerConfig):
     """The policy's vLLM servers."""
 
     urls: list[str] = Field([], description="running servers, e.g. http://host:8000; excludes launch")
-    weight_sync: Literal["file", "nccl", "ipc"] = Field("file", description="how new weights reach the server")
+    weight_sync: Literal["file", "nccl", "ipc"] = Field("file", description="how new weights are sent to the servers")
     sync_dir: str | None = Field(
         None,
-        description="directory of the file engine, on a disk that trainer and servers share; null: in memory",
+        description="directory for weight_sync: file, on a disk shared by trainer and servers; null: in memory",
     )
 
 
 class RolloutConfig(Section):
-    """What the student samples for training."""
+    """How the student samples completions for training."""
 
-    backend: Literal["hf", "vllm"] = Field("hf", description="hf: in this process; vllm: one or more servers")
-    prompts: int = Field(16, ge=1, description="prompts per iteration, over all ranks")
-    temperature: float = Field(1.0, gt=0, description="sampling temperature; policy log-probs are taken at it")
+    backend: Literal["hf", "vllm"] = Field("hf", description="hf: in the trainer process; vllm: one or more servers")
+    prompts: int = Field(16, ge=1, description="prompts per iteration, summed over all ranks")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature; also used for the policy's log-probs")
     max_tokens: int = Field(256, ge=1, description="longest completion, in tokens")
-    max_staleness: int = Field(0, ge=0, description="weight versions that a sample may lag behind; 0: on-policy")
+    max_staleness: int = Field(
+        0, ge=0, description="weight versions that a sample may be behind the trainer; 0: on-policy"
+    )
     max_mismatch: float = Field(
-        0.05, gt=0, description="mean |log-prob by sampler − by trainer| above which the run stops"
+        0.05, gt=0, description="the run stops if mean |sampler log-prob − trainer log-prob| exceeds this"
     )
     batch_rows: int = Field(256, ge=1, description="rows that the hf sampler decodes at a time")
     server: RolloutServerConfig = Field(RolloutServerConfig(), description="vLLM servers of the policy")

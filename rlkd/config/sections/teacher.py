@@ -1,4 +1,4 @@
-"""The section `teacher`: a class for each kind of teacher."""
+"""The section `teacher`, with one class per kind of teacher."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from rlkd.config.sections.servers import ServerConfig
 
 class _Teacher(Section):
     temperature: float = Field(
-        1.0, gt=0, description="both models are compared at this temperature; a served teacher can do only 1"
+        1.0, gt=0, description="temperature at which student and teacher are compared; a served teacher supports only 1"
     )
     check_parity: bool = Field(
-        False, description="at the start, check that the teacher path scores as the trainer does"
+        False, description="at the start, check that the teacher's scoring agrees with the trainer's"
     )
 
 
@@ -38,16 +38,16 @@ class ServedTeacherConfig(_Teacher):
     """A frozen model behind a vLLM server."""
 
     backend: Literal["served"] = Field(description="local: a model in this process; served: a vLLM server; none")
-    path: str = Field(description="folder or hub id of the teacher: its tokenizer is compared with the student's")
+    path: str = Field(description="folder or hub id of the teacher; its tokenizer is compared with the student's")
     url: str | None = Field(None, description="the running server, e.g. http://host:8001; excludes server.launch")
-    urls: list[str] = Field([], description="several running servers of this one model; excludes url")
+    urls: list[str] = Field([], description="several running servers of the same model; excludes url")
     server: ServerConfig = Field(ServerConfig(), description="how to start the server")
 
     @model_validator(mode="after")
     def _check(self) -> ServedTeacherConfig:
         if self.temperature != 1.0:
             raise ValueError(
-                f"teacher.temperature is {self.temperature}, but a served teacher scores at 1 in every mode; "
+                f"teacher.temperature is {self.temperature}, but a served teacher supports only 1; "
                 "set it to 1 or use teacher.backend: local"
             )
         if (self.url is not None) + bool(self.urls) + self.server.launch != 1:
@@ -59,20 +59,23 @@ class ServedTeacherConfig(_Teacher):
 
     @property
     def addresses(self) -> list[str]:
-        """Of the servers that run already."""
+        """URLs of the running servers; empty if the server is launched."""
         return self.urls if self.url is None else [self.url]
 
 
 class SelfTeacherConfig(_Teacher):
-    """The student itself, which reads more than the student does: self-distillation."""
+    """Self-distillation: the student itself, given a privileged prompt."""
 
     backend: Literal["self"] = Field(description="self: the student, under a privileged prompt")
     weights: Literal["fixed", "ema", "live"] = Field(
-        "fixed", description="the student's start, a moving average of its weights, or the weights that sampled"
+        "fixed",
+        description="fixed: the student's initial weights; ema: a moving average of its weights; live: the weights "
+        "that sampled",
     )
-    decay: float = Field(0.999, ge=0, lt=1, description="ema: weight of the average so far, an iteration")
+    decay: float = Field(0.999, ge=0, lt=1, description="ema: decay of the moving average per iteration")
     scorer: Literal["local", "policy_server"] = Field(
-        "local", description="local: a copy in every trainer process; policy_server: the vLLM servers that sample"
+        "local",
+        description="local: a copy in every trainer process; policy_server: the vLLM servers that sample rollouts",
     )
     batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, that a local copy scores at a time")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="compute type of a local copy")
@@ -81,12 +84,13 @@ class SelfTeacherConfig(_Teacher):
     def _check(self) -> SelfTeacherConfig:
         if self.scorer == "policy_server" and self.weights == "ema":
             raise ValueError(
-                "teacher.scorer is policy_server, but teacher.weights is ema: those servers hold no average; set "
+                "teacher.scorer is policy_server, but teacher.weights is ema: those servers do not have the "
+                "averaged weights; set "
                 "teacher.weights: live, or teacher.scorer: local"
             )
         if self.scorer == "policy_server" and self.temperature != 1.0:
             raise ValueError(
-                f"teacher.temperature is {self.temperature}, but a server scores at 1 in every mode; set it to 1 "
+                f"teacher.temperature is {self.temperature}, but a server supports only 1; set it to 1 "
                 "or use teacher.scorer: local"
             )
         return self
@@ -95,19 +99,19 @@ class SelfTeacherConfig(_Teacher):
 class NamedLocalTeacherConfig(LocalTeacherConfig):
     """One of several teachers, in every trainer process."""
 
-    name: str = Field(description="rows whose teacher.column has this value are its own")
+    name: str = Field(description="this teacher is used for rows whose teacher.column has this value")
 
 
 class NamedServedTeacherConfig(ServedTeacherConfig):
     """One of several teachers, behind a vLLM server."""
 
-    name: str = Field(description="rows whose teacher.column has this value are its own")
+    name: str = Field(description="this teacher is used for rows whose teacher.column has this value")
 
 
 class RoutedTeacherConfig(Section):
-    """Several teachers; a column of the data says whose a prompt is."""
+    """Several teachers; a column of the data selects the teacher of each prompt."""
 
-    backend: Literal["routed"] = Field(description="routed: several teachers, by a column of the data")
+    backend: Literal["routed"] = Field(description="routed: several teachers, selected by a column of the data")
     column: str = Field("teacher", description="column with the name of the prompt's teacher")
     teachers: list[Annotated[NamedLocalTeacherConfig | NamedServedTeacherConfig, Field(discriminator="backend")]] = (
         Field(min_length=1, description="the teachers, each with a name")
@@ -127,9 +131,11 @@ class RoutedTeacherConfig(Section):
         if len(set(names)) < len(names):
             raise ValueError(f"teacher.teachers: names must differ, got {', '.join(names)}")
         if len({teacher.temperature for teacher in self.teachers}) > 1:
-            raise ValueError("teacher.teachers: all must have one temperature, at which the student is compared too")
+            raise ValueError("teacher.teachers: expected the same temperature for all teachers")
         if any(isinstance(teacher, ServedTeacherConfig) and teacher.server.launch for teacher in self.teachers):
-            raise ValueError("teacher.teachers: servers of several teachers are not launched; start them, give url")
+            raise ValueError(
+                "teacher.teachers: server.launch is not supported with several teachers; start the servers and set url"
+            )
         return self
 
 

@@ -17,16 +17,18 @@ class OptimConfig(Section):
     betas: list[float] = Field([0.9, 0.999], min_length=2, max_length=2, description="AdamW's decay rates")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(
-        0.0, ge=0, description="decoupled weight decay of weight matrices and embeddings; norms and biases have none"
+        0.0,
+        ge=0,
+        description="decoupled weight decay for weight matrices and embeddings; not applied to norms and biases",
     )
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are scaled down to this norm")
+    max_grad_norm: float = Field(1.0, gt=0, description="clip gradients to this norm")
     max_skipped: int = Field(
-        2, ge=0, description="of the last 20 updates, how many may be skipped for a gradient that is not finite"
+        2, ge=0, description="how many of the last 20 updates may be skipped because of a non-finite gradient"
     )
 
 
 class TrainerConfig(Section):
-    """Devices and the split of an update."""
+    """Devices, precision and batch sizes."""
 
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="what to train on")
     devices: int = Field(1, ge=1, description="processes per node; torchrun's --nproc-per-node must agree")
@@ -34,7 +36,5 @@ class TrainerConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="compute type; master weights and reductions are always fp32"
     )
-    micro_batch_tokens: int = Field(16384, ge=1, description="tokens, padding included, of one forward on one device")
-    updates_per_iteration: int = Field(
-        1, ge=1, description="optimizer steps per rollout batch; 1 is strictly on-policy"
-    )
+    micro_batch_tokens: int = Field(16384, ge=1, description="tokens per forward pass and device, padding included")
+    updates_per_iteration: int = Field(1, ge=1, description="optimizer steps per rollout batch; 1: strictly on-policy")

@@ -321,16 +321,16 @@ SERVED = "teacher={backend: served, path: builtin:teacher, url: 'http://127.0.0.
 @pytest.mark.parametrize(
     ("overrides", "options", "line"),
     [
-        ((SERVED,), {}, r"algorithm.divergence.tier: is full, which needs .* the teacher is behind a server"),
+        ((SERVED,), {}, r"algorithm.divergence.tier: is full, which needs .* the teacher runs on a server"),
         (
             (SERVED,),
             {"divergence": "{tier: top_k, support: student}"},
-            r"algorithm.divergence.tier: is top_k, which needs .* behind a server",
+            r"algorithm.divergence.tier: is top_k, which needs .* runs on a server",
         ),
         (
             ("teacher={backend: served, path: builtin:teacher, server: {launch: true}}",),
             {"divergence": "{tier: top_k, support: sampler}"},
-            r"algorithm.divergence.support: is sampler, but a vLLM server on a CPU scores no tokens of our choice",
+            r"algorithm.divergence.support: is sampler, but vLLM on a CPU cannot score given tokens",
         ),
         (
             ("rollout.temperature=0.7",),
@@ -340,18 +340,18 @@ SERVED = "teacher={backend: served, path: builtin:teacher, url: 'http://127.0.0.
         (
             (COMPLETIONS,),
             {"student_share": 0.5, "divergence": "{tier: top_k, support: sampler}"},
-            r"algorithm.divergence.support: is sampler, but others' completions have no sampler",
+            r"algorithm.divergence.support: is sampler, but completions by others have no sampler",
         ),
         ((), {"student_share": 0.5}, r"algorithm.student_share: is 0.5, but data.completion_column is null"),
         (
             (),
             {"student_share": 0.5, "others": "teacher", "divergence": "{tier: sampled}"},
-            r"algorithm.divergence.tier: is sampled, which is exact on the student's own tokens only",
+            r"algorithm.divergence.tier: is sampled, which is correct only on the student's own samples",
         ),
         (
             (),
             {"divergence": "{tier: sampled, kind: forward_kl}"},
-            r"algorithm.divergence.kind: is forward_kl, but on sampled tokens .* only the reverse_kl",
+            r"algorithm.divergence.kind: is forward_kl, but tier: sampled supports only reverse_kl",
         ),
         (
             (),

@@ -128,7 +128,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
         (
             "wrong_h:X",
             "from rlkd.algorithms.base import Algorithm\n\nclass X(Algorithm):\n    pass\n",
-            "X has no Options; give it Options = a subclass of rlkd.config.AlgorithmConfig, its section",
+            "X has no Options; define Options as a subclass of rlkd.config.AlgorithmConfig",
         ),
         ("'wrong_i:'", ALGORITHM, "expected module:Class, got 'wrong_i:'; e.g. my_algorithm:MyAlgorithm"),
     ],

@@ -275,7 +275,7 @@ def test_a_question_that_the_chat_template_refuses_is_one_line():
             "algorithm.feedback.pattern='(?P<reason>a)'",
             "algorithm.feedback.pattern: expected a group named phrase, got '(?P<reason>a)'",
         ),
-        ("algorithm.feedback.user='{question}'", "feedback.user: expected {response} in it, got '{question}'"),
+        ("algorithm.feedback.user='{question}'", "feedback.user: expected a text with {response}, got '{question}'"),
         ("algorithm.shaping=[0.1, 0.0]", "algorithm.shaping: expected 0 <= first <= second, got [0.1, 0.0]"),
         ("algorithm.shaping=[-0.1, 0.0]", "algorithm.shaping: expected 0 <= first <= second, got [-0.1, 0.0]"),
         (
@@ -293,7 +293,7 @@ def test_contradictions_are_one_line(override, line):
 
 
 def test_without_a_chat_template_there_is_no_chat():
-    with pytest.raises(ConfigError, match="algorithm.feedback.chat_template: is false, but a system message"):
+    with pytest.raises(ConfigError, match="algorithm.feedback.chat_template: is false, but system messages"):
         config("algorithm.feedback.chat_template=false", "algorithm.feedback.system=reflect")
     config("algorithm.feedback.chat_template=false")
 

@@ -168,15 +168,15 @@ def test_without_adapters_the_policys_servers_hold_no_fixed_teacher():
     with pytest.raises(ConfigError) as caught:
         config(*served, top_k, teacher)
     (line,) = caught.value.lines
-    assert "teacher.weights: is fixed, but without model.lora the servers of teacher.scorer policy_server hold" in line
+    assert "teacher.weights: is fixed, but with teacher.scorer: policy_server and no model.lora" in line
     assert config(LORA, *served, top_k, teacher).publishes_adapter
 
 
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("rollout.server.weight_sync=nccl", "rollout.server.weight_sync: is nccl, but with model.lora an adapter is"),
-        ("model.lora.r=1024", "model.lora.r: is 1024, but vLLM serves adapters of rank 512 at most"),
+        ("rollout.server.weight_sync=nccl", "rollout.server.weight_sync: is nccl, but model.lora publishes an adapter"),
+        ("model.lora.r=1024", "model.lora.r: is 1024, but vLLM serves adapters only up to rank 512"),
     ],
 )
 def test_what_a_server_cannot_do_is_one_line(override, line):

@@ -96,7 +96,7 @@ EXACT = {
         "a.yaml:4: trainer.micro_batch_tokens: is 3, less than one sequence of data.max_prompt_tokens + "
         "rollout.max_tokens = 1280 tokens; raise it"
     ),
-    "run:\n\tseed: 3": "a.yaml:5: broken YAML: a tab; YAML is indented with spaces",
+    "run:\n\tseed: 3": "a.yaml:5: broken YAML: found a tab; indent YAML with spaces",
     "run: {seed: 1}\nrun: {seed: 2}": "a.yaml:5: run: set twice, first on line 4; keep one",
     "run:\n  seed: ???": "a.yaml:5: run.seed: is ???, a placeholder; set a value",
     "eval: {path: '${oc.env:RLKD_NOT_SET}'}": (
@@ -411,7 +411,9 @@ def test_command_line():
         ("--config", "--help"): "command line: --config: expected a YAML file, got nothing",
         ("--confg", "a"): "command line: --confg: unknown flag; did you mean --config?",
         ("--optim.lr=3",): "command line: --optim.lr: unknown flag; did you mean optim.lr=3?",
-        ("-x",): "command line: -x: unknown flag; there are --config, --print-config, --estimate, --help and key=value",
+        (
+            "-x",
+        ): "command line: -x: unknown flag; expected one of --config, --print-config, --estimate, --help or key=value",
     }.items():
         with pytest.raises(ConfigError) as caught:
             parse_args(argv)
@@ -509,12 +511,12 @@ def test_numbers_that_python_does_not_read_are_texts():
 @pytest.mark.parametrize(
     ("yaml", "line"),
     [
-        ("run: {name: " + "[" * 3000, "a.yaml: broken YAML: more than 50 sections and lists within each other"),
-        ("run: {name: " + "[" * 60 + "]" * 60 + "}", "a.yaml:4: broken YAML: more than 50 sections and lists with"),
+        ("run: {name: " + "[" * 3000, "a.yaml: broken YAML: sections and lists nested more than 50 deep"),
+        ("run: {name: " + "[" * 60 + "]" * 60 + "}", "a.yaml:4: broken YAML: sections and lists nested more than 50"),
         ('run: {name: "a\\0b"}', "a.yaml:4: expected text without NUL characters"),
         ('run: {name: "\\ud83d"}', "a.yaml:4: expected UTF-8 text"),
         ("\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}' if i else 'x'] * 9)}]" for i in range(9)),
-         "a.yaml:1: broken YAML: more than 100000 values, when each alias (*) is written out"),
+         "a.yaml:1: broken YAML: more than 100000 values once aliases (*) are expanded"),
     ],
 )  # fmt: skip
 def test_what_would_end_in_a_traceback_or_never(yaml, line):
