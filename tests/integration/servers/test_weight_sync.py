@@ -83,7 +83,7 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
     assert mismatch(sampler, model, 18) < 1e-4
     assert teacher.score([ScoreRequest((4, 5), (6, 7))], Signal())
     client.order("/update_weight_version", {"new_version": "default"})
-    with pytest.raises(ServerLost, match=f"{policy_server.url} expected weight version 18, got None"):
+    with pytest.raises(ServerLost, match=f"{policy_server.url}: expected weight version 18, got None"):
         teacher.score([ScoreRequest((4, 5), (6, 7))], Signal())
     sampler.recover()
     client.order("/pause", query={"mode": "wait"})
