@@ -19,6 +19,7 @@ def collate(
     iteration: int,
     layers: Mapping[str, tuple[OutputLayer, ...]] = MappingProxyType({}),
     *,
+    scorers: Sequence[str] = (),
     mask_failed: bool = True,
     metrics: MetricAccumulator | None = None,
 ) -> Batch:
@@ -30,6 +31,7 @@ def collate(
 
     Args:
         layers: by the name of the scores: the output layers, where they have hidden states.
+        scorers: names that have scores in the batch even where no rollout of this rank was scored by them.
         metrics: what is known of the rollouts; None: nothing.
     """
     rows = [scored for group in groups for scored in group]
@@ -59,6 +61,7 @@ def collate(
         advantages[i, start:end] = scored.advantage
         for name, mask in masks.items():
             mask[i, start:end] = torch.tensor(scored.masks[name]) & trained
+    scored_by = sorted({*scorers, *_names(rows, "scores")})
     return Batch(
         iteration=iteration,
         input_ids=input_ids,
@@ -71,7 +74,7 @@ def collate(
         rewards=torch.tensor([math.nan if s.reward is None else s.reward for s in rows]),
         weight_version=torch.tensor([-1 if v is None else v for v in (s.rollout.oldest_version for s in rows)]),
         masks=masks,
-        scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in _names(rows, "scores")},
+        scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in scored_by},
         metrics=MetricAccumulator() if metrics is None else metrics,
     )
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -38,6 +38,12 @@ ENDLESS = 10**9
 checkpoint, and resuming it with more iterations would train nothing."""
 
 
+class Owner(Protocol):
+    """What has an algorithm: `PolicyModule`, which this file does not import."""
+
+    algorithm: Algorithm
+
+
 class RolloutLoader:
     """One Batch an iteration, made when it is asked for: by the weights that were just published.
 
@@ -45,7 +51,10 @@ class RolloutLoader:
     which would be sampled by old weights. Its whole state is the iteration.
     """
 
-    def __init__(self, config: Config, algorithm: Algorithm):
+    def __init__(self, config: Config, algorithm: Algorithm | Owner):
+        """`algorithm`: what the left half asks, or the module that owns it."""
+        if not isinstance(algorithm, Algorithm):
+            algorithm = algorithm.algorithm
         self.config = config
         self.algorithm = algorithm
         self.iteration = 0
@@ -146,7 +155,14 @@ class RolloutLoader:
         metrics.merge(clock.meter)
         hidden = [name for name in self.line.scorers if self.algorithm.scorer_signal(name).tier == "hidden"]
         layers = {name: self.line.scorers[name].layers() for name in hidden}
-        batch = collate(groups, iteration, layers, mask_failed=self.algorithm.masks_failed, metrics=metrics)
+        batch = collate(
+            groups,
+            iteration,
+            layers,
+            scorers=tuple(self.line.scorers),
+            mask_failed=self.algorithm.masks_failed,
+            metrics=metrics,
+        )
         if self.algorithm.needs_rewards:
             check_errors(drawn, self.config, f"iteration {iteration + 1}")
         return batch

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from builders import Captured, config, opened, real_batch, scored
+from builders import Captured, config, local_scorer, opened, real_batch, scored
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -205,6 +205,15 @@ def test_a_failed_reward_takes_no_completion_from_sdpo():
     ]
     batch = collate([sdpo.advantages(asked)], 0, mask_failed=sdpo.masks_failed)
     assert batch.masks["kd"].sum(1).tolist() == [3, 0, 3]
+
+
+def test_a_rank_none_of_whose_completions_has_a_context_trains_on_nothing():
+    """No success to show: the teacher is not asked, but the update must run, for the other ranks' sake."""
+    made = settings("rollout.max_mismatch=100", name="sdpo", options="group_size: 4")
+    sdpo, layers = SDPO(made), {"teacher": local_scorer().layers()}
+    rows = [sdpo.advantages(attempts(0.0, 0.0, 0.0, 0.0))]
+    found = Captured(made, collate(rows, 0, layers, scorers=("teacher",), mask_failed=sdpo.masks_failed))
+    assert found.row["loss"] == 0.0 and all(not g.any() for g in found.gradients.values())
 
 
 def test_a_context_that_is_too_long_counts_as_none():

@@ -15,7 +15,7 @@ import json, os, sys
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from builders import GRPO, config
-from rlkd.algorithms import GRPO as GRPOModule
+from rlkd.algorithms import GRPO as GRPOModule  # a LightningModule
 from rlkd.pipeline.loader import RolloutLoader
 
 rank, folder = int(sys.argv[1]), sys.argv[2]
