@@ -293,7 +293,7 @@ class VLLMSampler:
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         """Call `act(client, model name of the published weights, job)` for every job; see `ServerPool.run`."""
-        return self.pool.run(jobs, act, at_once, patient=None)
+        return self.pool.run(jobs, act, at_once, reconnect=None)
 
     def _one_prompt(
         self, client: VLLMClient, model: str, prompt: Prompt, n: int, iteration: int, sampling: Sampling

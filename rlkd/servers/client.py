@@ -1,4 +1,4 @@
-"""One vLLM server, spoken to over HTTP."""
+"""The HTTP client of one vLLM server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KEEPALIVE = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6),
 ]
-"""A machine that answers nothing for a minute and a half is gone (seconds, and questions without an answer)."""
+"""Treat a machine that is silent for 90 seconds as gone: 30 s idle, then 6 probes 10 s apart."""
 
 
 class ServerError(RunStopped):
@@ -36,45 +36,45 @@ class ServerError(RunStopped):
 
 
 class ServerLost(ServerError):
-    """The server is gone, or has lost the weights that it was given: it may come back, and can be given them again."""
+    """The server is gone, or has lost the weights it was sent. It may come back and can be sent them again."""
 
 
 class UnknownModel(ServerError):
-    """The server has no model, and no adapter, of the name that was asked for."""
+    """The server has no model or adapter of the requested name."""
 
 
 class VLLMClient:
     """Requests to one server. Safe to use from several threads.
 
-    Only a connection that could not be made is tried again: such a request has reached nobody. Everything else ends
-    in a ServerError of one line, which is a ServerLost where the server itself is gone.
+    Only a failed connection is retried, since no server has seen that request. Every other failure raises a one-line
+    ServerError, or a ServerLost where the server itself is gone.
     """
 
     def __init__(self, url: str, timeout_s: float, key: str | None = None) -> None:
         """
         Args:
-            timeout_s: seconds until a request must be answered.
-            key: what the server asks for (key_guard.py); None: nothing.
+            timeout_s: seconds within which a request must be answered.
+            key: the server's key (auth.py); None: the server needs none.
         """
         self.url = url.rstrip("/")
         self._http = httpx.Client(
             base_url=self.url,
             timeout=httpx.Timeout(timeout_s, connect=10.0, pool=None),
-            # Whoever reads from a machine that has vanished would wait for the whole time-out: ask it now and then.
+            # Without keep-alive probes a read from a machine that has vanished would wait for the whole time-out.
             transport=httpx.HTTPTransport(limits=httpx.Limits(max_connections=None), socket_options=_KEEPALIVE),
-            # Never a connection twice: the server closes it after an error or five idle seconds, and a request that
-            # is sent just then fails although nothing is wrong. Said in the request and not by a limit of zero kept
-            # connections: with that, one thread of httpx hands a finished connection on while another closes it.
+            # Never reuse a connection: the server closes it after an error or five idle seconds, and a request sent
+            # just then fails although nothing is wrong. We use a header rather than a limit of zero kept
+            # connections: with that limit, one httpx thread passes on a finished connection while another closes it.
             headers={"Connection": "close", **({} if key is None else {"Authorization": f"Bearer {key}"})},
             trust_env=False,
         )
 
     def get(self, path: str, kind: type[A]) -> A:
-        """What `path` answers, as a `kind` of answers.py."""
+        """GET `path` and parse the answer as `kind`, a class of responses.py."""
         return self._read("GET", path, self._request("GET", path, None, None), kind)
 
     def post(self, path: str, body: Mapping[str, Any], kind: type[A]) -> A:
-        """What `path` answers to `body`, as a `kind` of answers.py."""
+        """POST `body` to `path` and parse the answer as `kind`, a class of responses.py."""
         return self._read("POST", path, self._request("POST", path, body, None), kind)
 
     def order(
@@ -84,15 +84,15 @@ class VLLMClient:
         query: Mapping[str, str] | None = None,
         method: str = "POST",
     ) -> None:
-        """A request whose answer, if it is 200, says nothing that we read."""
+        """Send a request and check that the answer is 200; its body is not read."""
         self._request(method, path, body, query)
 
     def _read(self, method: str, path: str, response: httpx.Response, kind: type[A]) -> A:
         try:
             return parse(response.content, kind)
         except ValueError as error:
-            said = response.headers.get("content-type", "application/json")
-            as_what = "" if said.startswith("application/json") else f" (as {said[:40]!r})"
+            content_type = response.headers.get("content-type", "application/json")
+            as_what = "" if content_type.startswith("application/json") else f" (as {content_type[:40]!r})"
             raise ServerError(
                 f"{method} {self.url}{path} answered 200{as_what}, but not as a vLLM server does: {error}"
             ) from error
@@ -106,14 +106,14 @@ class VLLMClient:
             reason = str(error) or "no answer"
             raise ServerLost(f"{method} {self.url}{path}: {type(error).__name__}: {reason}") from error
         if response.status_code != 200:
-            # A server that fails but is healthy would fail again; 502 to 504 are a gateway's words for a lost one.
+            # A healthy server that fails would fail again; a gateway answers 502 to 504 for a lost server.
             code = response.status_code
             lost = code in (502, 503, 504) or (code >= 500 and not self.healthy())
-            said = f"{method} {self.url}{path} answered {code}: {_message(response)}"
+            message = f"{method} {self.url}{path} answered {code}: {_message(response)}"
             if code == 401:
-                said += "; set the environment variable that key_env names to the server's key"
-            unknown = code == 404 and body is not None and f"The model `{body.get('model')}` does not exist" in said
-            raise (ServerLost if lost else UnknownModel if unknown else ServerError)(said)
+                message += "; set the environment variable that key_env names to the server's key"
+            unknown = code == 404 and body is not None and f"The model `{body.get('model')}` does not exist" in message
+            raise (ServerLost if lost else UnknownModel if unknown else ServerError)(message)
         return response
 
     @tenacity.retry(
@@ -128,7 +128,7 @@ class VLLMClient:
         return self._http.request(method, path, json=body, params=query)
 
     def healthy(self) -> bool:
-        """Whether the server answers that its engine lives. Never raises, never retries."""
+        """Whether the server reports that its engine is alive. Never raises, never retries."""
         try:
             return self._http.get("/health", timeout=5.0).status_code == 200
         except httpx.HTTPError:
@@ -138,10 +138,10 @@ class VLLMClient:
         """The name under which the server offers `model`.
 
         Args:
-            model: the name that we gave a server of ours, or the folder or hub id that somebody else's should serve.
-            longest: prompt + completion tokens of the longest request that will come.
+            model: the name that we gave our own server, or the folder or hub id that an external server should serve.
+            longest: prompt + completion tokens of the longest request.
 
-        Raises: ServerError when it serves another model, or none as long as that.
+        Raises: ServerError when it serves another model, or allows only shorter requests.
         """
         cards = [card for card in self.get("/v1/models", ModelList).data if card.parent is None]
         for card in cards:
@@ -156,7 +156,7 @@ class VLLMClient:
         named = ", ".join(repr(c.id) + (f" ({c.root})" if c.root not in (None, c.id) else "") for c in cards)
         offered = " ".join(named[:300].split()) or "no model"
         raise ServerError(
-            f"{self.url} serves {offered}, wanted {model!r}; correct the address, or start that server with "
+            f"{self.url}: expected a server of {model!r}, got one of {offered}; correct the address, or start that server with "
             f"--served-model-name {model}"
         )
 
@@ -176,17 +176,17 @@ class VLLMClient:
         self._http.close()
 
 
-def _same_model(served: str, wanted: str) -> bool:
-    """Whether two folders or hub ids are one model. Two whole paths must agree: every student is exported as `hf`."""
-    if os.path.isdir(wanted) and os.path.isabs(served):
-        return os.path.realpath(served) == os.path.realpath(wanted)
-    return os.path.basename(served.rstrip("/")) == os.path.basename(wanted.rstrip("/"))
+def _same_model(served: str, expected: str) -> bool:
+    """Whether two folders or hub ids are one model. Full paths are compared, as every student is exported as `hf`."""
+    if os.path.isdir(expected) and os.path.isabs(served):
+        return os.path.realpath(served) == os.path.realpath(expected)
+    return os.path.basename(served.rstrip("/")) == os.path.basename(expected.rstrip("/"))
 
 
 def check_model(answered: str, model: str, where: str) -> None:
-    """Raises: ServerError when another model has `answered` than `model`."""
+    """Raises: ServerError when `answered`, the model that the answer names, is not `model`."""
     if answered != model:
-        raise ServerError(f"{where}: answered by model {answered[:200]!r}, wanted {model!r}")
+        raise ServerError(f"{where}: expected an answer of model {model!r}, got one of {answered[:200]!r}")
 
 
 def check_ids(token_ids: Sequence[int], vocabulary: int, where: str) -> None:
@@ -200,21 +200,23 @@ def check_ids(token_ids: Sequence[int], vocabulary: int, where: str) -> None:
 
 
 def is_possible(logprob: float | None) -> TypeGuard[float]:
-    """Whether it is a log-prob: none that is missing, vLLM's stand-in, or above 0."""
+    """Whether `logprob` is a valid log-prob: not missing, not vLLM's placeholder, and not above 0."""
     return logprob is not None and IMPOSSIBLE_LOGPROB < logprob <= _ROUNDING
 
 
 def possible(logprob: float | None, what: str) -> float:
-    """A log-prob that is one. Raises: ServerError for a missing one, for vLLM's stand-in, and above 0."""
+    """Return a valid `logprob`. Raises: ServerError when it is missing, vLLM's placeholder or above 0."""
     if not is_possible(logprob):
-        raise ServerError(f"{what} is {logprob}: NaN, −inf or missing in the server, or no log-prob")
+        raise ServerError(
+            f"{what}: expected a log-prob, got {logprob}, which is NaN, −inf or missing in the server, or above 0"
+        )
     return logprob
 
 
 def parse_version(version: str, where: str) -> int:
-    """The integer that a weight version of ours is.
+    """One of our weight versions as an integer.
 
-    Raises: ServerLost for "default", which a server says that was never given weights; ServerError for anything else.
+    Raises: ServerLost for "default", the version of a server that was never sent weights; ServerError for other text.
     """
     if version == "default":
         raise ServerLost(
@@ -223,18 +225,18 @@ def parse_version(version: str, where: str) -> int:
         )
     if not (version.isascii() and version.isdecimal() and len(version) < 20):
         raise ServerError(
-            f"{where} says weight version {version[:40]!r}, not a number: somebody else updates its weights"
+            f"{where}: expected a number as weight version, got {version[:40]!r}; let only this run update its weights"
         )
     return int(version)
 
 
 def _message(response: httpx.Response) -> str:
-    """The server's own words, in one line."""
+    """The server's own error message, in one line."""
     text = response.text
     try:
         body = json.loads(response.content)
     except (ValueError, RecursionError):
-        body = None  # a proxy's page, say: its words as they stand
+        body = None  # e.g. a proxy's page: use its text unchanged
     if isinstance(body, dict):
         error = body.get("error", body.get("detail", text))
         text = str(error["message"] if isinstance(error, dict) and "message" in error else error)

@@ -1,4 +1,4 @@
-"""How a vLLM server of ours is started: its command line and its environment, as functions of the configuration."""
+"""The command line and environment of the vLLM servers that we start, as functions of the configuration."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlkd.servers import plugin
 from rlkd.servers.auth import VARIABLE
 
 LAUNCHER_VARIABLES = re.compile(r"(MASTER_|TORCHELASTIC_|ROLE_|GROUP_)\w+|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)|PL_\w+")
-"""What torchrun tells its workers; a server that read it would take itself for one of them."""
+"""Variables that torchrun sets for its workers; a server that read them would take itself for a worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,15 @@ class ServerRole:
     """What a server is for: the part of its command that policy and teacher do not share."""
 
     name: str
-    """Of the model it serves, and the stem of its log file."""
+    """The name of the model it serves, and the stem of its log file."""
     model: str
     """Folder or hub id."""
     max_model_len: int
-    """Longest prompt + completion that will be asked for, in tokens."""
+    """Tokens of the longest prompt + completion."""
     padding: range = range(0)
-    """The ids of its embedding rows that stand for no token (vocabulary.py), which it must leave out."""
+    """Ids of its embedding rows without a token (vocabulary.py); the server must exclude them."""
     samples: bool = False
-    """Whether completions are drawn from it, or it only scores."""
+    """Whether it samples completions; otherwise it only scores."""
     arguments: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -39,7 +39,7 @@ class ServerRole:
 def server_command(
     role: ServerRole, config: ServerConfig, *, host: str, port: int, tensor_parallel: int = 1, data_parallel: int = 1
 ) -> list[str]:
-    """The command line of a server that listens on `host`:`port`. It holds no secret.
+    """The command line of a server that listens on `host`:`port`. It contains no secret.
 
     Args:
         tensor_parallel, data_parallel: GPUs of one copy of the model, and copies behind the one address.
@@ -52,7 +52,7 @@ def server_command(
     command += ["--max-model-len", str(config.max_model_len or role.max_model_len)]
     command += ["--generation-config", "vllm"]  # a model's own top-p or top-k must not slip into a request
     if on_cpu:
-        # In bytes: vLLM's own variable, VLLM_CPU_KVCACHE_SPACE, knows whole GiB only, and wins where it is set.
+        # In bytes: vLLM's own variable, VLLM_CPU_KVCACHE_SPACE, accepts only whole GiB, and takes precedence where it is set.
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(round(config.kv_cache_gb * 2**30))]
     else:
         command += ["--gpu-memory-utilization", str(config.memory)]
@@ -66,7 +66,7 @@ def server_command(
 def server_environment(
     role: ServerRole, config: ServerConfig, *, host: str, key: str, cores: str | None = None
 ) -> dict[str, str]:
-    """This process's environment, changed to what a server needs.
+    """This process's environment, adapted to a server.
 
     Args:
         cores: the CPU cores of a CPU server, e.g. "4-7"; None: vLLM's choice.

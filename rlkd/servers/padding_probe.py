@@ -1,6 +1,6 @@
-"""Whether a vLLM server keeps padded rows of its vocabulary out of its softmax (vocabulary.py).
+"""Check that a vLLM server excludes padded rows of its vocabulary from its softmax (vocabulary.py).
 
-Servers that rlkd starts, or `rlkd.serve`, do (servers/plugin.py). What others do shows only in their answers.
+Servers started by rlkd or `rlkd.serve` do (servers/plugin.py). Other servers have to be probed.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from rlkd.servers.plugin import VARIABLE
 from rlkd.servers.responses import CompletionsAnswer, in_order
 
 CONTEXTS = 4
-"""How many different tokens the probe asks about what may follow."""
+"""Number of one-token contexts that the probe uses."""
 PADDED_IDS = 256
-"""How many padded ids it asks for at most, evenly spread."""
+"""Largest number of padded ids that it asks for, evenly spread."""
 TOLERATED = 1e-3
 """Nats by which padding may lower a teacher's log-probs."""
 
 
 def check_padding(client: VLLMClient, model: str, padding: range, samples: bool) -> None:
-    """Ask the server how likely padded ids are after a few tokens; nothing where there are none.
+    """Ask the server for the probability of padded ids after a few tokens. Does nothing without padding.
 
     Args:
-        model: its name there.
+        model: the model's name at the server.
         padding: the padded ids, the last ones of the model.
-        samples: whether the server draws completions. Then padded ids must be impossible: one that is drawn would end
-            the run. What only scores may give them a probability that hardly changes the others; that is said.
+        samples: whether the server draws completions. Then padded ids must have probability 0: sampling one
+            would end the run. A server that only scores may give them a negligible probability; this prints a warning.
 
     Raises: ServerError, one line, when padded ids are too likely.
     """
@@ -35,19 +35,23 @@ def check_padding(client: VLLMClient, model: str, padding: range, samples: bool)
     if share == 0:
         return
     difference = -math.log1p(-share) if share < 1 else math.inf
-    what = f"{client.url}: the {len(padding)} padded rows of its vocabulary have a probability of {share:.2g}"
+    rows = f"the {len(padding)} padded rows of its vocabulary"
     if samples or difference > TOLERATED:
         raise ServerError(
-            f"{what}, wanted 0, since they stand for no token; start the server by python -m rlkd.serve, or with "
+            f"{client.url}: expected probability 0 for {rows}, got {share:.2g}; start the server by python -m rlkd.serve, or with "
             f"{VARIABLE}={padding.start} in its environment, where rlkd is installed"
         )
-    print(f"{what}: its log-probs are too low by up to {difference:.2g} nats", file=sys.stderr, flush=True)
+    print(
+        f"{client.url}: {rows} have probability {share:.2g}: log-probs are too low by up to {difference:.2g} nats",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def padding_share(client: VLLMClient, model: str, padding: range) -> float:
     """The largest probability, over a few contexts of one token, of all padded ids together.
 
-    With more than PADDED_IDS of them it is an estimate from as many.
+    With more than PADDED_IDS padded ids this is an estimate from a sample of them.
     """
     step = math.ceil(len(padding) / PADDED_IDS)
     asked = padding[::step]
@@ -65,9 +69,9 @@ def padding_share(client: VLLMClient, model: str, padding: range) -> float:
     shares = dict.fromkeys(contexts, 0.0)
     for place, (context, token) in zip(places, prompts, strict=True):
         entries = answer.choices[place].prompt_logprobs or []
-        figure = (entries[1] or {}).get(token) if len(entries) == 2 else None
-        if figure is None or figure.logprob is None:
+        entry = (entries[1] or {}).get(token) if len(entries) == 2 else None
+        if entry is None or entry.logprob is None:
             raise ServerError(f"{client.url}: no log-prob of token {token} after token {context}")
-        if figure.logprob > IMPOSSIBLE_LOGPROB:
-            shares[context] += step * math.exp(figure.logprob)
+        if entry.logprob > IMPOSSIBLE_LOGPROB:
+            shares[context] += step * math.exp(entry.logprob)
     return max(shares.values())

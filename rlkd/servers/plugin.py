@@ -1,4 +1,4 @@
-"""What vLLM calls in each of its processes at start (entry point `vllm.general_plugins`)."""
+"""The function that vLLM calls in each of its processes at start (entry point `vllm.general_plugins`)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ENGINE = "rlkd_file"
 
 
 def register() -> None:
-    """Tell vLLM where the file engine is, and keep it to the tokens of the run. Calling this twice is harmless.
+    """Register the file engine with vLLM and exclude padded tokens. Calling this twice is harmless.
 
-    The engine is imported only where it is asked for.
+    The engine is imported only when it is used.
     """
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
@@ -26,12 +26,12 @@ def register() -> None:
 
 
 def _leave_out_padding(vocabulary: int) -> None:
-    """Give every logit from column `vocabulary` on the value −inf.
+    """Set every logit from column `vocabulary` onwards to −inf.
 
-    All models of vLLM make their logits in this one class, for sampling and for the log-probs of prompts alike, so
-    padded rows are neither drawn nor part of any softmax. A sampling parameter such as `allowed_token_ids` would do
-    for the former only, and `logit_bias` is bounded. vLLM has no setting for it (0.32); the probe at the start of a run
-    (rollout/padding_probe.py) notices when a server does not do it.
+    All models of vLLM compute their logits in this one class, for sampling and for the log-probs of prompts alike, so
+    padded rows are neither sampled nor part of any softmax. A sampling parameter such as `allowed_token_ids` would cover
+    only sampling, and `logit_bias` is bounded. vLLM has no setting for it (0.32); the probe at the start of a run
+    (servers/padding_probe.py) detects a server that does not do it.
     """
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 

@@ -1,4 +1,4 @@
-"""The servers of one role, as one rank uses them: which of them are in service, and which gets which request."""
+"""The servers of one role, as one rank uses them: tracks which are in service and distributes requests."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ Answer = TypeVar("Answer")
 
 
 class ServerPool:
-    """Servers that all hold the same model. Rank 0 starts them, if they are ours; every rank speaks to all of them.
+    """Servers that all hold the same model. Rank 0 starts them where rlkd launches them; every rank sends requests to all.
 
-    A server that a request finds gone is out of service until `revive` has succeeded on it. What `revive` does is the
-    role's: a policy's server must be given the weights, a teacher's only be the right one.
+    A server that fails a request is out of service until `revive` succeeds on it. What `revive` does depends on the
+    role: a policy's server must be sent the weights again, a teacher's only has to serve the right model.
     """
 
     def __init__(self, role: ServerRole, config: ServerConfig, longest: int) -> None:
         """
         Args:
-            longest: tokens of the longest request that will come.
+            longest: tokens of the longest request.
         """
         self.role = role
         self.config = config
         self.servers: list[VLLMServer] = []
-        """Those that this process has started."""
+        """The servers that this process started."""
         self.clients: list[VLLMClient] = []
         self._models: dict[str, str] = {}
         """url → the name of its model there."""
@@ -53,7 +53,7 @@ class ServerPool:
     # ---- starting and ending ------------------------------------------------------------------------------------
 
     def start(self, run_dir: str | os.PathLike[str], slots: tuple[int, int]) -> None:
-        """Start the servers that are ours to start; see `launch`. A collective.
+        """Start the servers that rlkd launches; see `launch`. A collective.
 
         Raises: RunStopped when one cannot be started.
         """
@@ -65,12 +65,12 @@ class ServerPool:
         on_rank_zero(act)
 
     def open(self, urls: Sequence[str], model: str) -> None:
-        """Connect to our servers, once they answer, or else to those at `urls`. A collective.
+        """Connect to the launched servers once they answer, otherwise to those at `urls`. A collective.
 
         Args:
             model: see `VLLMClient.model_card`.
 
-        Raises: RunStopped when one does not come up, cannot be reached, or is not fit for its task.
+        Raises: RunStopped when one does not start, cannot be reached, or is unsuitable.
         """
         key = server_key(self.config)
         if self.config.launch:
@@ -83,7 +83,7 @@ class ServerPool:
                 self._models[client.url] = client.model_card(model, self._longest)
                 self._load[client.url] = 0
 
-        on_every_rank(connect)  # one rank alone may find a server unfit, and the others would wait in the next line
+        on_every_rank(connect)  # if only one rank failed here, the others would hang in the next line
         on_rank_zero(self._check_padding)
 
     def _check_padding(self) -> None:
@@ -91,7 +91,7 @@ class ServerPool:
             check_padding(client, self._models[client.url], self.role.padding, self.role.samples)
 
     def close(self) -> None:
-        """Ends the servers that we started; lets go of the others."""
+        """Stop the servers that we started and close all connections."""
         for server in self.servers:
             server.stop()
         for client in self.clients:
@@ -111,11 +111,11 @@ class ServerPool:
         return dict(self._lost)
 
     def agree(self, lost: Mapping[str, str]) -> None:
-        """Take another rank's word for which servers are out of service."""
+        """Adopt another rank's record of which servers are out of service."""
         self._lost = dict(lost)
 
     def lose(self, client: VLLMClient, why: str) -> None:
-        """Take the server out of service, and say so."""
+        """Take the server out of service and print the reason."""
         with self._changed:
             if client.url not in self._lost:
                 print(f"{self.role.name} server {client.url} is out of service: {why}", file=sys.stderr, flush=True)
@@ -123,7 +123,7 @@ class ServerPool:
             self._changed.notify_all()
 
     def revive(self, act: Callable[[VLLMClient], None]) -> None:
-        """Put every lost server back into service on which `act` raises no ServerLost. One attempt each."""
+        """Put every lost server on which `act` raises no ServerLost back into service. One attempt each."""
         for client in self.clients:
             if client.url in self._lost and client.healthy():
                 try:
@@ -137,7 +137,7 @@ class ServerPool:
     def await_one(self, act: Callable[[VLLMClient], None]) -> None:
         """`revive` with growing pauses until a server is in service.
 
-        Raises: ServerError when none is after `retry_s`, or none of ours will be started again.
+        Raises: ServerError when none is after `retry_s`, or when none of our servers will be restarted.
         """
 
         def attempt() -> bool:
@@ -146,16 +146,16 @@ class ServerPool:
                 self.servers[0].check_alive()
             return bool(self.serving)
 
-        patience = self.config.retry_s
+        retry_s = self.config.retry_s
         try:
             tenacity.Retrying(
                 retry=tenacity.retry_if_result(lambda one: not one),
-                stop=tenacity.stop_after_delay(patience),
+                stop=tenacity.stop_after_delay(retry_s),
                 wait=tenacity.wait_exponential(multiplier=0.25, max=10.0),
             )(attempt)
         except tenacity.RetryError:
             raise ServerError(
-                f"no {self.role.name} server came back in {patience:g} s (retry_s): {self._why()}"
+                f"no {self.role.name} server came back in {retry_s:g} s (retry_s): {self._why()}"
             ) from None
 
     def _why(self) -> str:
@@ -166,23 +166,23 @@ class ServerPool:
         jobs: Sequence[Job],
         act: Callable[[VLLMClient, str, Job], Answer],
         at_once: int,
-        patient: Callable[[VLLMClient], None] | None,
+        reconnect: Callable[[VLLMClient], None] | None,
     ) -> list[Answer]:
         """`act(client, model, job)` for every job, each at one of the servers; the answers in the order of the jobs.
 
-        A job goes to the server with the fewest under way. What a server could not begin with waits here, where
-        another may take it. A job whose server is lost is done again at another.
+        A job goes to the server with the fewest jobs under way. Jobs beyond the limit of a server wait here, where
+        another server may take them. A job whose server is lost is repeated at another.
 
         Args:
-            at_once: most jobs under way at one server.
-            patient: what revives a lost server; when all are lost, they are waited for. None: ServerLost then.
+            at_once: the largest number of jobs under way at one server.
+            reconnect: called to revive a lost server; when all are lost, this waits for one. None: raises ServerLost.
 
         Raises: ServerError when a request fails for another reason than a lost server.
         """
 
         def one(job: Job) -> Answer:
             while True:
-                client = self._acquire(at_once, patient)
+                client = self._acquire(at_once, reconnect)
                 try:
                     return act(client, self._models[client.url], job)
                 except ServerLost as error:
@@ -190,8 +190,8 @@ class ServerPool:
                 finally:
                     self._release(client)
 
-        if patient is not None and self._lost:
-            self.revive(patient)
+        if reconnect is not None and self._lost:
+            self.revive(reconnect)
         with ThreadPoolExecutor(max(1, min(at_once * len(self.clients), len(jobs)))) as pool:
             try:
                 return list(pool.map(one, jobs))
@@ -199,15 +199,15 @@ class ServerPool:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _acquire(self, at_once: int, patient: Callable[[VLLMClient], None] | None) -> VLLMClient:
+    def _acquire(self, at_once: int, reconnect: Callable[[VLLMClient], None] | None) -> VLLMClient:
         """A server in service with room for one more, once there is one."""
         with self._changed:
             while True:
                 serving = self.serving
-                if not serving and patient is None:
+                if not serving and reconnect is None:
                     raise ServerLost(f"no {self.role.name} server is in service: {self._why()}")
-                if not serving and patient is not None:
-                    self.await_one(patient)  # the others wait for the lock meanwhile
+                if not serving and reconnect is not None:
+                    self.await_one(reconnect)  # the others wait for the lock meanwhile
                     continue
                 # ranks begin with different servers, so that few jobs on many ranks spread too
                 first = distributed.rank() % len(serving)

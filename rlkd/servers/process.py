@@ -1,4 +1,4 @@
-"""vLLM servers of our own: started under a guardian, watched, and ended with the run."""
+"""vLLM servers that we start: run under a supervisor, watched, and ended with the run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rlkd.servers.command import ServerRole, server_command, server_environment
 class VLLMServer:
     """One vLLM server process tree on this machine, which listens on `config.host` and asks for its key.
 
-    `VLLMServer(...)` starts it and returns at once; `wait_ready` waits until it answers. It ends with `stop`, or when
+    `VLLMServer(...)` starts it and returns immediately; `wait_ready` waits until it answers. It ends with `stop`, or when
     this process ends in any way (see supervisor.py).
     """
 
@@ -40,7 +40,7 @@ class VLLMServer:
     ) -> None:
         """
         Args:
-            key: what the server asks of whoever speaks to it.
+            key: the key that every request to the server must carry.
             devices: GPU indices; empty: the CPU or the default GPU.
             cores: the CPU cores of a CPU server, e.g. "4-7".
         """
@@ -52,8 +52,8 @@ class VLLMServer:
                 probe.bind((config.host, 0))
             except OSError as error:
                 raise ServerError(
-                    f"the vLLM server {role.name!r} cannot listen on server.host = {config.host}: {error.strerror}; "
-                    "wants an address of this machine"
+                    f"server.host: expected an address of this machine for the vLLM server {role.name!r}, got {config.host} "
+                    f"({error.strerror}); correct server.host"
                 ) from error
             port = probe.getsockname()[1]
         self.url = f"http://{config.host}:{port}"
@@ -70,71 +70,71 @@ class VLLMServer:
         with open(self.log, "wb") as log:
             log.write((shlex.join(command) + "\n").encode())
             log.flush()
-            self._guardian = supervisor.start(arguments, log, variables)
-        assert self._guardian.stdout is not None
-        with self._guardian.stdout as said:
-            first_line = said.readline()
+            self._supervisor = supervisor.start(arguments, log, variables)
+        assert self._supervisor.stdout is not None
+        with self._supervisor.stdout as output:
+            first_line = output.readline()
         if not first_line:
-            raise ServerError(self._epitaph("could not be started"))
+            raise ServerError(self._failure_message("could not be started"))
         self.pid: int = int(first_line)
-        """Of the server's first process, which leads its process group; not of one that took its place."""
+        """Pid of the server's first process, which leads its process group; it is not updated after a restart."""
 
     @property
     def guardian_pid(self) -> int:
-        return self._guardian.pid
+        return self._supervisor.pid
 
     def wait_ready(self, timeout: float | None = None) -> None:
-        """Return when the server answers.
+        """Wait until the server answers.
 
         Args:
             timeout: seconds; None: the configured ones.
 
-        Raises: ServerError, one line and the end of the log, when the server ends or does not answer in time; it is
-            stopped then.
+        Raises: ServerError, one line and the end of the log, when the server ends or does not answer in time; the
+            server is then stopped.
         """
-        patience = self._timeout_s if timeout is None else timeout
-        deadline = time.monotonic() + patience
+        limit_s = self._timeout_s if timeout is None else timeout
+        deadline = time.monotonic() + limit_s
         while not self._client.healthy():
-            code = self._guardian.poll()
+            code = self._supervisor.poll()
             if code is not None:
-                raise ServerError(self._epitaph(f"ended with exit code {code} before it was ready"))
+                raise ServerError(self._failure_message(f"ended with exit code {code} before it was ready"))
             if time.monotonic() > deadline:
                 self.stop()
-                raise ServerError(self._epitaph(f"did not answer within {patience:g} s"))
+                raise ServerError(self._failure_message(f"did not answer within {limit_s:g} s"))
             time.sleep(0.25)
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.write(b"answered\n")  # from now on it is started again when it dies
-        self._guardian.stdin.flush()
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.write(b"answered\n")  # from now on the supervisor restarts it when it dies
+        self._supervisor.stdin.flush()
 
     @property
     def ended(self) -> bool:
-        """Whether the server has ended and will not be started again."""
-        return self._guardian.poll() is not None
+        """Whether the server has ended and will not be restarted."""
+        return self._supervisor.poll() is not None
 
     def check_alive(self) -> None:
         """Raises: ServerError, one line and the end of the log, when the server has ended for good."""
         if self.ended:
-            raise ServerError(self._epitaph(f"ended with exit code {self._guardian.returncode}"))
+            raise ServerError(self._failure_message(f"ended with exit code {self._supervisor.returncode}"))
 
     def stop(self) -> None:
         """End the server and everything that it started. May be called twice."""
-        assert self._guardian.stdin is not None
-        self._guardian.stdin.close()
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.close()
         try:
-            self._guardian.wait(supervisor.GRACE_S + 40.0)
+            self._supervisor.wait(supervisor.GRACE_S + 40.0)
         except subprocess.TimeoutExpired:
-            self._guardian.kill()  # the kernel then tells the server
-            self._guardian.wait()
+            self._supervisor.kill()  # the kernel then sends the server SIGTERM
+            self._supervisor.wait()
         self._client.close()
 
-    def _epitaph(self, what: str) -> str:
+    def _failure_message(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
         headline = f"the vLLM server {self.name!r} {what}{_cause(lines)}; its log is {self.log}, which ends:"
         return "\n    ".join([headline, *lines[-8:]])
 
 
 def _cause(log: Sequence[str]) -> str:
-    """The last exception that the log names, or nothing. A validation error says what is wrong in the line after."""
+    """The last exception that the log names, or nothing. A validation error has its reason on the next line."""
     for i in reversed(range(len(log))):
         found = re.search(r"\b[A-Z]\w*(Error|Exception): .+", log[i])
         if found is not None:
@@ -185,7 +185,7 @@ def launch(
 
     They are called role.name, or role.name-0, role.name-1 …
 
-    Raises: RuntimeError of the first that cannot be started; none is left running then.
+    Raises: RuntimeError for the first server that cannot be started; all others are then stopped.
     """
     servers: list[VLLMServer] = []
     try:
@@ -210,7 +210,7 @@ def launch(
 def wait_ready(servers: Sequence[VLLMServer]) -> list[str]:
     """The addresses of `servers`, once every one answers.
 
-    Raises: RuntimeError of the first that fails; all are stopped then.
+    Raises: RuntimeError for the first server that fails; all are then stopped.
     """
     try:
         for server in servers:

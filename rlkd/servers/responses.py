@@ -1,8 +1,8 @@
-"""What a server may answer: one strict class a route, with the fields that we read and no others.
+"""The answers of a server: one strict class per route, with only the fields that we read.
 
-A 200 proves little: a proxy answers with a page, another program with another shape, a sick server with NaN. So every
-answer is read here, once, and is then of the right types, finite and whole, or it is an error of one line. Whether it
-answers *this* request (as many completions, those tokens, that model) is for whoever asked to compare.
+A status of 200 proves little: a proxy may answer with a page, another program with other fields, a faulty server with
+NaN. So every answer is parsed here once: it has the right types and is finite and complete, or it is a one-line error.
+The caller compares it with its request (number of completions, tokens, model).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Answer(BaseModel):
-    """The JSON object of one route. A number is never a text, and never NaN or infinite."""
+    """The JSON object of one route. A number is never given as text, and is never NaN or infinite."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -39,7 +39,7 @@ class ModelCard(Answer):
     id: str
     root: str | None = None
     parent: str | None = None
-    """Of a LoRA adapter: the model that it adapts."""
+    """For a LoRA adapter: the model that it adapts."""
     max_model_len: int | None = Field(None, gt=0)
     """None for an adapter."""
 
@@ -136,7 +136,7 @@ class CompletionsAnswer(Answer):
 def parse(content: bytes, kind: type[A]) -> A:
     """The answer `content` as a `kind`.
 
-    Raises: ValueError, one line: field, what is wrong with it, what stands there.
+    Raises: ValueError, one line: the field, what is wrong with it, and its value.
     """
     try:
         return kind.model_validate_json(content)
@@ -152,26 +152,26 @@ def parse(content: bytes, kind: type[A]) -> A:
 def float_array(encoded: str, shape: Sequence[int]) -> NDArray[np.float32]:
     """The array of a base64 .npy file, which must be of `shape`.
 
-    Raises: ValueError, one line. The header is read first: it may promise more than memory holds.
+    Raises: ValueError, one line. The header is checked first: it may claim more than fits in memory.
     """
     raw = base64.b64decode(encoded, validate=True)
     file = io.BytesIO(raw)
     if npy.read_magic(file) != (1, 0):  # type: ignore[no-untyped-call]
-        raise ValueError("a .npy file of another version than 1.0")
+        raise ValueError("expected a .npy file of version 1.0, got another version")
     try:
         got, _, kind = npy.read_array_header_1_0(file)  # type: ignore[no-untyped-call]
     except (SyntaxError, tokenize.TokenError) as error:  # numpy reads a broken header as one of Python 2
-        raise ValueError("a .npy file with a broken header") from error
+        raise ValueError("expected a .npy file, got a broken header") from error
     if got != tuple(shape) or kind.kind != "f":
-        raise ValueError(f"{kind.name} of shape {list(got)}, wanted floats of shape {list(shape)}")
+        raise ValueError(f"expected floats of shape {list(shape)}, got {kind.name} of shape {list(got)}")
     if len(raw) - file.tell() != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"{len(raw)} bytes, which is not what its header says")
+        raise ValueError(f"expected a .npy file as long as its header states, got {len(raw)} bytes")
     values: NDArray[np.float32] = np.load(io.BytesIO(raw), allow_pickle=False).astype(np.float32)
     return values
 
 
 def in_order(indices: Sequence[int], count: int) -> list[int]:
-    """Where the choices 0 … count − 1 stand among those that came. Raises: ValueError unless each is there once."""
+    """The positions of choices 0 … count − 1 in the answer. Raises: ValueError unless each occurs once."""
     if sorted(indices) != list(range(count)):
-        raise ValueError(f"{len(indices)} completions, wanted {count}, numbered from 0")
+        raise ValueError(f"expected {count} completions numbered from 0, got {len(indices)}")
     return sorted(range(count), key=lambda place: indices[place])

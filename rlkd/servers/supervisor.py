@@ -4,20 +4,20 @@
     python -m rlkd.servers.supervisor --parent PID --remove DIRECTORY
 
 A vLLM server is a tree of processes: killing its API process leaves the engine and its workers running, with their
-memory. So the guardian stands between trainer and server and ends the server's whole process group when
+memory. So the supervisor runs between trainer and server and ends the server's whole process group when
 
-- the trainer closes its end of the guardian's stdin, on purpose or by dying,
-- the trainer is gone although a forked child of it still holds that pipe (the guardian's parent has changed),
+- the trainer closes its end of the supervisor's stdin, on purpose or by dying,
+- the trainer is gone although a forked child of it still holds that pipe (the supervisor's parent has changed),
 - the server's first process ends by itself, or
-- the guardian gets SIGTERM.
+- the supervisor gets SIGTERM.
 
-A server that ended by itself is started again, up to N times, once the trainer has written a line to the guardian's
-stdin: that the server has answered, so that one which cannot start at all ends at once.
+A server that ended by itself is restarted, up to N times, once the trainer has written a line to the supervisor's
+stdin to report that the server has answered. A server that cannot start at all therefore ends immediately.
 
 The second form runs nothing, and removes the directory when the trainer is gone: weights in shared memory must not
 outlive a killed trainer either.
 
-If the guardian itself is killed, the kernel sends the server's first process SIGTERM. Standard library only: it must
+If the supervisor itself is killed, the kernel sends the server's first process SIGTERM. Standard library only: it must
 start fast and have nothing that can fail.
 """
 
@@ -40,9 +40,9 @@ from typing import IO
 
 POLL_S = 0.2
 SCAN_S = 5.0
-"""Between looks at which shared memory the server holds; processes that are all killed at once cannot be asked."""
+"""Seconds between scans of the server's shared memory; processes that were killed together cannot be scanned."""
 GRACE_S = 5.0
-"""From SIGTERM to SIGKILL."""
+"""Seconds from SIGTERM to SIGKILL."""
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -54,28 +54,28 @@ def _prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}, {value}) failed")
 
 
-def _in_child(guardian: int) -> None:
+def _in_child(supervisor: int) -> None:
     """Between fork and exec of the server."""
     os.setsid()
     _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != guardian:  # it died before the line above
+    if os.getppid() != supervisor:  # it died before the line above
         os._exit(1)
 
 
 class _Trainer:
-    """What the guardian knows of the process that it works for."""
+    """What the supervisor knows about the trainer process."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self.answered = False
-        """Whether it has said that the server answers."""
+        """Whether it has reported that the server answers."""
 
     def lives(self) -> bool:
-        """Waits up to POLL_S to find out."""
+        """Whether the trainer is alive; waits up to POLL_S for input."""
         readable, _, _ = select.select([0], [], [], POLL_S)
-        said = os.read(0, 4096) if readable else None
-        self.answered = self.answered or bool(said)
-        return said != b"" and os.getppid() == self._pid
+        received = os.read(0, 4096) if readable else None
+        self.answered = self.answered or bool(received)
+        return received != b"" and os.getppid() == self._pid
 
 
 def _reap() -> dict[int, int]:
@@ -118,7 +118,7 @@ def shared_memory(group: int) -> set[Path]:
 def end_group(group: int, segments: set[Path]) -> None:
     """SIGTERM, then SIGKILL, to every process of the group; returns when none is left.
 
-    Removes what is then left of their shared memory: `segments` and those that they hold now.
+    Then removes what is left of their shared memory: `segments` and those that they hold now.
     """
     segments = segments | shared_memory(group)
     for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, 30.0)):
@@ -140,12 +140,12 @@ def end_group(group: int, segments: set[Path]) -> None:
 def start(
     arguments: Sequence[str], log: IO[bytes] | int, environment: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    """A guardian of this process. It acts when its stdin is closed.
+    """Start a supervisor for this process. It acts when its stdin is closed.
 
     Args:
         arguments: after `--parent`.
-        log: for the guardian's own complaints.
-        environment: of guardian and server; None: this process's.
+        log: file for the supervisor's own errors.
+        environment: of supervisor and server; None: this process's.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "rlkd.servers.supervisor", "--parent", str(os.getpid()), *arguments],
@@ -205,20 +205,20 @@ def main(argv: list[str]) -> int:
             end_group(server.pid, segments)
             if exit_code is None or not trainer.answered:
                 break
-            log.write(f"guardian: the server ended with exit code {exit_code}\n".encode())
+            log.write(f"supervisor: the server ended with exit code {exit_code}\n".encode())
     shutil.rmtree(scratch, ignore_errors=True)
     return 0 if exit_code is None else (exit_code if exit_code >= 0 else 128 - exit_code)
 
 
 def _start(command: Sequence[str], log: IO[bytes], scratch: str) -> subprocess.Popen[bytes]:
-    guardian = os.getpid()
+    supervisor = os.getpid()
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,
         env={**os.environ, "TMPDIR": scratch},
-        preexec_fn=lambda: _in_child(guardian),  # safe: this process has one thread
+        preexec_fn=lambda: _in_child(supervisor),  # safe: this process has one thread
     )
 
 

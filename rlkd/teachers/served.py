@@ -129,7 +129,7 @@ class ServedTeacher(_ServedScorer):
         def is_the_teacher(client: VLLMClient) -> None:
             client.model_card(self._model_path, self._longest)
 
-        return self.pool.run(jobs, act, _AT_ONCE, patient=is_the_teacher)
+        return self.pool.run(jobs, act, _AT_ONCE, reconnect=is_the_teacher)
 
     def close(self) -> None:
         """Stop the servers that this run started, and disconnect from the others."""
@@ -159,7 +159,7 @@ class PolicyServerTeacher(_ServedScorer):
 
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
         if self._base:
-            answers = self.pool.run(jobs, act, _AT_ONCE, patient=None)
+            answers = self.pool.run(jobs, act, _AT_ONCE, reconnect=None)
         else:
             answers = self._policy.run(jobs, act, _AT_ONCE)
         self._policy.check_version()  # a response does not name the version of its weights

@@ -78,7 +78,7 @@ def test_a_slow_server_gets_less_and_does_not_stall_the_others():
     slow, fast = Stub("slow", delay=1.0), Stub("fast", delay=0.02)
     pool = opened(slow, fast)
     start = time.monotonic()
-    answers = pool.run(range(40), work, at_once=2, patient=None)
+    answers = pool.run(range(40), work, at_once=2, reconnect=None)
     took = time.monotonic() - start
     assert [job for job, _ in answers] == list(range(40)), "in the order of the jobs"
     assert slow.most <= 2 and fast.most <= 2
@@ -89,7 +89,7 @@ def test_a_slow_server_gets_less_and_does_not_stall_the_others():
 def test_equal_servers_share_equally():
     stubs = [Stub(name, delay=0.05) for name in "abcd"]
     pool = opened(*stubs)
-    pool.run(range(32), work, at_once=4, patient=None)
+    pool.run(range(32), work, at_once=4, reconnect=None)
     assert all(6 <= stub.done <= 10 for stub in stubs), [stub.done for stub in stubs]
     pool.close()
 
@@ -98,13 +98,13 @@ def test_the_jobs_of_a_dead_server_go_to_the_others_and_it_is_named_once(capfd):
     dead, alive = Stub("dead"), Stub("alive")
     pool = opened(dead, alive)
     dead.die()
-    assert {by for _, by in pool.run(range(20), work, at_once=4, patient=None)} == {"alive"}
+    assert {by for _, by in pool.run(range(20), work, at_once=4, reconnect=None)} == {"alive"}
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"policy server {dead.url} is out of service: POST {dead.url}/work: ")
     assert list(pool.lost) == [dead.url]
     alive.die()
     with pytest.raises(ServerLost, match=f"no policy server is in service: .*{alive.port}/work"):
-        pool.run([1], work, at_once=4, patient=None)
+        pool.run([1], work, at_once=4, reconnect=None)
     pool.close()
 
 
@@ -116,12 +116,12 @@ def test_a_pool_that_reconnects_waits_until_one_is_back():
     timer = threading.Timer(3.0, lambda: asked.append(Stub("second", port=first.port)))
     timer.start()
     looks = []
-    assert pool.run([1], work, at_once=4, patient=looks.append) == [(1, "second")]
+    assert pool.run([1], work, at_once=4, reconnect=looks.append) == [(1, "second")]
     assert [client.url for client in looks] == [first.url], "the role is checked once it answers again"
     asked[0].die()
     with pytest.raises(ServerError, match=r"no policy server came back in 0\.5 s \(retry_s\): POST ") as gone:
         pool.config = ServerConfig(retry_s=0.5)
-        pool.run([3], work, at_once=4, patient=looks.append)
+        pool.run([3], work, at_once=4, reconnect=looks.append)
     assert not isinstance(gone.value, ServerLost), "it is over"
     pool.close()
 
@@ -144,7 +144,7 @@ def test_a_healthy_servers_refusal_is_no_loss(code, lost):
     pool = opened(stub)
     stub.code = code
     with pytest.raises(ServerError) as error:
-        pool.run([1], work, at_once=1, patient=None)
+        pool.run([1], work, at_once=1, reconnect=None)
     assert isinstance(error.value, ServerLost) == lost
     assert bool(pool.lost) == lost
     pool.close()
