@@ -1,4 +1,4 @@
-"""Loading a configuration with the algorithms that there are: `rlkd.config.load` for scripts."""
+"""Loads a configuration with the algorithms that exist: `rlkd.config.load` for scripts."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def load(files: Sequence[str], overrides: Sequence[str] = (), algorithms: Algori
     """The configuration of YAML `files`, later ones on top, and `a.b=c` `overrides` on top of them.
 
     Args:
-        algorithms: name → class of the `algorithm` section; None: the built-in algorithms, those that other code has
-            defined, and any module:Class.
+        algorithms: name → class of the `algorithm` section; None: the built-in algorithms, those that other code
+            defines, and any module:Class.
 
     Raises: ConfigError with one line per mistake.
     """

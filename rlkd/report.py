@@ -10,7 +10,7 @@ from rlkd.reporting.report_page import write_report
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: written, its path on stdout; 2: the directory cannot be reported on, one line on stderr."""
+    """Exit code 0 if the report was written (its path on stdout), 2 if it cannot be (one line on stderr)."""
     parser = argparse.ArgumentParser(prog="python -m rlkd.report", description="write report.html of a run directory")
     parser.add_argument("run_dir", help="directory of the run, runs/<run.name>")
     try:

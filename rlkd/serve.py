@@ -1,7 +1,7 @@
 """python -m rlkd.serve --config X.yaml --role policy|teacher --host ADDRESS --port P [key=value …]
 
-A vLLM server for trainers on this or any other machine, with all that they will ask of it (model, lengths, log-probs,
-weight updates, the key) from their own configuration. Prints the command, which holds no secret, and becomes it.
+Starts a vLLM server for trainers on this or any other machine, with the settings of their own configuration (model,
+lengths, log-probs, weight updates, the key). Prints the command, which contains no secret, and then executes it.
 """
 
 from __future__ import annotations
@@ -16,36 +16,48 @@ from typing import TYPE_CHECKING
 from rlkd.config.schema import WILDCARDS, Config, ServedTeacherConfig, ServerConfig
 from rlkd.config_file import ConfigError, load_stages
 
-if TYPE_CHECKING:  # what imports torch is imported once the configuration is right
+if TYPE_CHECKING:  # modules that import torch are imported after the configuration is checked
     from rlkd.servers.command import ServerRole
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    known = argparse.ArgumentParser(prog="rlkd.serve", description="A vLLM server as a configuration wants it.")
-    known.add_argument("--config", action="append", required=True, metavar="X.yaml", help="the trainers' own; repeat")
-    known.add_argument("--role", required=True, choices=("policy", "teacher"), help="whose model is served")
-    known.add_argument("--host", required=True, help="address of this machine at which trainers reach the server")
+    known = argparse.ArgumentParser(
+        prog="rlkd.serve", description="Start the vLLM server that a configuration describes."
+    )
+    known.add_argument(
+        "--config",
+        action="append",
+        required=True,
+        metavar="X.yaml",
+        help="the trainers' configuration; may be repeated",
+    )
+    known.add_argument("--role", required=True, choices=("policy", "teacher"), help="which model is served")
+    known.add_argument("--host", required=True, help="address at which trainers reach this machine")
     known.add_argument("--port", required=True, type=int)
     known.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share one copy")
     known.add_argument("--data-parallel", type=int, default=1, metavar="M", help="copies behind the one address")
-    known.add_argument("overrides", nargs="*", metavar="key=value", help="the trainers' own")
+    known.add_argument("overrides", nargs="*", metavar="key=value", help="the trainers' overrides")
     return known
 
 
 def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
-    """What the policy's or the teacher's server of `config` is started as.
+    """How the policy's or the teacher's server of `config` is started.
 
-    Raises: ValueError, one line, where the configuration has no such server.
+    Raises: ValueError, one line, if the configuration has no such server.
     """
     if role == "policy":
         if config.rollout.backend != "vllm":
-            raise ValueError("rollout.backend: is hf, which samples in the trainer; set it to vllm to serve the policy")
+            raise ValueError(
+                "rollout.backend: expected vllm, got hf, which samples in the trainer; set vllm to serve the policy"
+            )
         from rlkd.generation.vllm import policy_role
 
         return policy_role(config), config.rollout.server
     if not isinstance(config.teacher, ServedTeacherConfig):
-        raise ValueError(f"teacher.backend: is {config.teacher.backend}; set it to served to serve the teacher")
+        raise ValueError(
+            f"teacher.backend: expected served, got {config.teacher.backend}; set served to serve the teacher"
+        )
     from rlkd.teachers.served import teacher_role
 
     return teacher_role(config, config.teacher), config.teacher.server
@@ -54,24 +66,30 @@ def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
 def plan(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """The vLLM command line and its environment.
 
-    Raises: ConfigError for a wrong configuration; ValueError, one line, for one that has no such server, for stages
-        that want different ones, for an address that nobody could reach, and where the server would have no key.
+    Raises: ConfigError for a wrong configuration; ValueError, one line, if it has no such server, if its stages
+        need different servers, if trainers cannot reach the address, or if the server would have no key.
     """
     args = parser().parse_intermixed_args(argv)
     servers = [server_of(stage.loaded.config, args.role) for stage in load_stages(args.config, args.overrides)]
     role, config = servers[0]
     if any(other != servers[0] for other in servers[1:]):
-        raise ValueError(f"stages: want different {args.role} servers; set launch: true, and each starts its own")
+        raise ValueError(
+            f"stages: expected one {args.role} server, got different ones; set launch: true, and each stage starts "
+            "its own"
+        )
     if args.host in WILDCARDS:
-        raise ValueError(f"--host: got {args.host!r}, wants the address of this machine at which trainers reach it")
+        raise ValueError(
+            f"--host: expected an address at which trainers reach this machine, got {args.host!r}; name one"
+        )
     from rlkd.servers.command import server_command, server_environment
     from rlkd.servers.process import server_key
 
     key = server_key(config)
     if key is None:
         raise ValueError(
-            f"{config.key_env}: not set; the server asks every caller for a key: choose one, e.g. by openssl rand -hex "
-            "16, and set it here and for the trainers"
+            f"{config.key_env}: expected the key that the server asks callers for, got nothing; make one, e.g. by "
+            "openssl "
+            "rand -hex 16, and set it here and for the trainers"
         )
     command = server_command(
         role,
@@ -85,7 +103,7 @@ def plan(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes the server. Returns: 2, for what cannot be started; why is on stderr, a line each."""
+    """Replace this process by the server. Returns: 2 if it cannot be started, with one line per mistake on stderr."""
     try:
         command, environment = plan(argv)
     except ConfigError as error:

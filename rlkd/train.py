@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 for success, 2 for a wrong config or set-up (one line each on stderr), 1 where the run stopped."""
+    """Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run
+    stopped."""
     from rlkd.config_file import ConfigError, help_text, load_stages, parse_args
 
     try:
@@ -42,7 +43,7 @@ def main(argv: list[str]) -> int:
         for line in check(stage.loaded.config) + served_elsewhere(stage)
     ]
     if problems:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a node, whose disks and devices may differ
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: disks and devices may differ
             print("\n".join(problems), file=sys.stderr)
         return 2
     from rlkd.distributed import RunStopped
@@ -57,18 +58,18 @@ def main(argv: list[str]) -> int:
 
 
 def served_elsewhere(stage: Stage) -> list[str]:
-    """What is wrong with a stage that begins with a student whom no running server can serve yet."""
+    """The problem, if any, of a stage whose running servers cannot have the student that it starts from."""
     config = stage.loaded.config
     if stage.starts_from is None or config.rollout.backend != "vllm" or not config.rollout.server.urls:
         return []
     return [
-        "rollout.server.urls: serve another model than the student of the stage before, with which this one begins; "
+        "rollout.server.urls: expected servers of the previous stage's student, got running servers of another model; "
         "set rollout.server.launch: true and no urls, so that each stage starts its own servers"
     ]
 
 
 def print_estimate(stages: Sequence[Stage], device_gib: float) -> int:
-    """The memory that each stage wants. `device_gib`: 0 for this machine's GPU. Returns: the exit code."""
+    """Print the memory that each stage needs. `device_gib`: 0 for this machine's GPU. Returns: the exit code."""
     from rlkd.planning.memory import GIB, device_memory, report
 
     for stage in stages:

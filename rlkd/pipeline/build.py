@@ -1,4 +1,4 @@
-"""From the configuration to the parts of the line: which sampler, teacher, reference and rewards it names."""
+"""Builds the parts that a configuration names: the sampler, the teacher, the reference and the rewards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from rlkd.teachers.teacher import Teacher
 
 
 def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> Line:
-    """The left half of the line, nothing of it opened yet."""
+    """The left half of the line. None of its parts is opened yet."""
     policy = build_sampler(config)
-    # With adapters the student itself holds its start, and scores as the reference where it is trained.
+    # With LoRA the reference is the student with its adapters off, so the trainer computes its scores.
     apart = algorithm.needs_reference and config.model.lora is None
     scorers: dict[str, Teacher] = {"teacher": build_teacher(config, policy)} if algorithm.uses_teacher else {}
     if apart:
@@ -81,7 +81,7 @@ def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teach
 
 
 def build_reference(config: Config) -> LocalScorer:
-    """The student's frozen start, at the rollout temperature."""
+    """A frozen copy of the initial policy, which scores at the rollout temperature."""
     return LocalScorer(
         config.model.path,
         vocabulary=vocabulary_size(config.model),

@@ -1,4 +1,4 @@
-"""Scored rollouts → the tensors of a Batch, and the figures that describe them."""
+"""Scored rollouts → the tensors of a Batch, and the metrics that describe them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ def collate(
     mask_failed: bool = True,
     metrics: MetricAccumulator | None = None,
 ) -> Batch:
-    """One row a rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked whole.
+    """One row per rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked completely.
 
-    Masks come from lengths and authors, never from token ids (padding may equal end-of-sequence). What an environment
-    wrote is context: no mask covers it. Sampler log-probs are NaN where the student did not sample, so that a use
-    outside the mask shows.
+    Masks come from lengths and authors, never from token ids (the padding token may equal the end token). Tokens
+    that
+    an environment wrote are context: no mask covers them. Sampler log-probs are NaN where the student did not
+    sample, so that any use outside the mask becomes visible.
 
     Args:
-        layers: by the name of the scores: the output layers, where they have hidden states.
+            layers: by the name of the scores: the output layers, where they have hidden states.
         scorers: names that have scores in the batch even where no rollout of this rank was scored by them.
         metrics: what is known of the rollouts; None: nothing.
     """
@@ -80,17 +81,17 @@ def collate(
 
 
 def _names(rows: Sequence[ScoredRollout], which: str) -> list[str]:
-    """The keys of one dictionary of the rows, in a fixed order."""
+    """The keys that the dictionary `which` has in any row, sorted."""
     return sorted({name for row in rows for name in getattr(row, which)})
 
 
 def _scores(
     rows: Sequence[ScoredRollout], name: str, shape: tuple[int, int], layers: tuple[OutputLayer, ...]
 ) -> BatchScores:
-    """What one scorer said of the rows, zeros where it was not asked."""
+    """One scorer's scores of the rows; zeros where it was not asked."""
     given = [row.scores[name] for row in rows if name in row.scores]
     logprobs = torch.zeros(shape)
-    # Scorers of several widths share one tensor. What a narrower one leaves free is no token, not token 0.
+    # Scores of different widths share one tensor. Unused entries of narrower ones hold no token, rather than token 0.
     vectors = {
         "top_ids": _filled(shape, [scores.top_ids for scores in given], -1),
         "top_logprobs": _filled(shape, [scores.top_logprobs for scores in given], -math.inf),
@@ -111,7 +112,7 @@ def _scores(
 
 
 def _filled(shape: tuple[int, int], parts: Sequence[torch.Tensor | None], value: float) -> torch.Tensor | None:
-    """[B, T, width of the widest of `parts`], in a type that holds them all; None where no row has such a part."""
+    """[B, T, width of the widest of `parts`], in a dtype that holds them all; None if every part is None."""
     given = [part for part in parts if part is not None]
     if not given:
         return None
@@ -120,7 +121,7 @@ def _filled(shape: tuple[int, int], parts: Sequence[torch.Tensor | None], value:
 
 
 def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_at: float) -> MetricAccumulator:
-    """The figures of this rank's rollouts: rewards, lengths, groups, staleness."""
+    """The metrics of this rank's rollouts: rewards, lengths, groups, staleness."""
     meter = MetricAccumulator()
     for group in groups:
         rewards = [s.reward for s in group if s.reward is not None]
@@ -129,7 +130,7 @@ def describe(groups: Sequence[Sequence[ScoredRollout]], iteration: int, correct_
         meter.mean("accuracy", sum(correct), len(correct))
         mean = math.fsum(rewards) / max(len(rewards), 1)
         variance = math.fsum((r - mean) ** 2 for r in rewards) / max(len(rewards) - 1, 1)
-        known = float(bool(rewards))  # an offline stage has none
+        known = float(bool(rewards))  # an offline stage has no rewards
         meter.mean("reward/std", math.sqrt(variance) * known, known)
         meter.total("reward/errors", float(sum(s.error is not None for s in group)))
         meter.mean("groups/all_correct", float(bool(correct) and all(correct)), known)

@@ -1,6 +1,6 @@
 """The left half of the line: prompts → rollout → reward → teacher scores → advantages, for one rank.
 
-No collective is called in here, and nothing is known of a trainer.
+It calls no collective and knows nothing of the trainer.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import Rollout, ScoredRollout
 
 Groups = list[list[ScoredRollout]]
-"""One list a prompt."""
+"""One list per prompt."""
 
 
 class PhaseTimer:
-    """Seconds between laps, added up by name; each figure is the slowest rank's."""
+    """Seconds between laps, added up by name; each metric is that of the slowest rank."""
 
     def __init__(self) -> None:
         self.meter = MetricAccumulator()
@@ -35,6 +35,7 @@ class PhaseTimer:
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
+        """Add the seconds since the last lap to `name`."""
         now = time.perf_counter()
         self._seconds[name] += now - self._last
         self.meter.maximum(name, self._seconds[name])
@@ -43,7 +44,7 @@ class PhaseTimer:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """What takes part, from the prompts to the rollouts that have their credit."""
+    """The parts of the left half, from prompts to rollouts with advantages."""
 
     config: Config
     algorithm: Algorithm
@@ -59,7 +60,7 @@ class Line:
         return self.scorers.get("teacher")
 
     def walk(self, iteration: int, clock: PhaseTimer) -> tuple[Groups, Groups]:
-        """One iteration's share of this rank, which is a function of the seed and the iteration.
+        """This rank's share of one iteration, which is a function of the seed and the iteration.
 
         Returns: all groups that were sampled, with rewards, and those to train on, with scores and advantages too.
         """
@@ -71,10 +72,10 @@ class Line:
         return drawn, credited
 
     def draw(self, iteration: int, clock: PhaseTimer) -> tuple[Groups, Groups]:
-        """Blocks of prompts → rollout → reward, until enough groups carry a gradient or the rounds are used up.
+        """Sample blocks of prompts and reward them, until enough groups have a gradient or the rounds are used up.
 
-        Dynamic sampling, DAPO, arXiv 2503.14476, Eq. 11. This rank's share stays the same size: groups that carry
-        none fill it up. A block is a function of the iteration, so that a resumed run draws the same ones.
+        Dynamic sampling, DAPO, arXiv 2503.14476, Eq. 11. This rank's share stays the same size: groups without
+        a gradient fill it up. A block is a function of the iteration, so that a resumed run draws the same ones.
 
         Returns: all groups that were sampled, and those to train on, in the order of their prompts.
         """
@@ -129,7 +130,7 @@ class Line:
         return [[next(scored) for _ in group] for group in groups]
 
     def score(self, groups: Sequence[Sequence[ScoredRollout]]) -> list[list[ScoredRollout]]:
-        """Each rollout with what every scorer thinks of it: the teacher, the reference, and the algorithm's own."""
+        """Each rollout with the scores of every scorer: the teacher, the reference, and the algorithm's own."""
         rows = [scored for group in groups for scored in group]
         for name, scorer in self.scorers.items():
             prompts = [self.algorithm.scorer_prompt(name, scored, group) for group in groups for scored in group]
@@ -154,6 +155,7 @@ def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_stal
         for span in rollout.weight_versions:
             if not iteration - max_staleness <= span.version <= iteration:
                 raise RunStopped(
-                    f"iteration {iteration + 1} wants samples by weight version {iteration}, but the sampler used "
-                    f"version {span.version} (rollout.max_staleness is {max_staleness})"
+                    f"iteration {iteration + 1}: expected samples of weight version {iteration} "
+                    "(rollout.max_staleness is "
+                    f"{max_staleness}), got version {span.version}; check what else publishes to the sampler"
                 )

@@ -1,4 +1,4 @@
-"""One Batch an iteration: walks the line, brings back lost servers, and tells the trainer what it needs to know."""
+"""One Batch per iteration: runs the left half and restarts lost servers. The trainer's interface to the left half."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from rlkd.types import Batch, ScoredRollout
 
 T = TypeVar("T")
 
-_BEGINNINGS = 5
-"""How often an iteration is begun: one whose requests end every server would do so for ever."""
+_MAX_ATTEMPTS = 5
+"""How often an iteration is tried: one whose requests crash every server would otherwise be retried without end."""
 
 ENDLESS = 10**9
 """`__len__`: larger than any run. With the true length, Lightning would store "last batch" in a finished run's
@@ -45,10 +45,10 @@ class Owner(Protocol):
 
 
 class RolloutLoader:
-    """One Batch an iteration, made when it is asked for: by the weights that were just published.
+    """One Batch per iteration, sampled on request, with the weights that were just published.
 
     A plain sized iterable, not a torch DataLoader. Its length matters: without one, Lightning fetches a batch ahead,
-    which would be sampled by old weights. Its whole state is the iteration.
+    which would be sampled with old weights. Its only state is the iteration.
     """
 
     def __init__(self, config: Config, algorithm: Algorithm | Owner):
@@ -79,10 +79,10 @@ class RolloutLoader:
             part.start()
         for part in parts:
             part.open()
-        distributed.on_every_rank(self.line.rewards.open)  # a module may be absent on one node alone
+        distributed.on_every_rank(self.line.rewards.open)  # a module may be missing on one node only
 
     def check_parity(self) -> None:
-        """The start-up check that `teacher.check_parity` asks for; wants the untrained student in the sampler."""
+        """The start-up check of `teacher.check_parity`. The sampler must hold the untrained student."""
         if isinstance(self.config.teacher, NoTeacher) or not self.config.teacher.check_parity or self.iteration > 0:
             return
         prompts = self.line.prompts.take(0, self.config.rollout.prompts, distributed.rank(), distributed.world_size())
@@ -94,7 +94,7 @@ class RolloutLoader:
             print("parity: " + ", ".join(f"{name} within {gap:.2g} nats" for name, gap in gaps.items()), flush=True)
 
     def close(self) -> None:
-        """Stop all that `open` started."""
+        """Stop everything that `open` started."""
         self.line.rewards.close()
         for scorer in self.line.scorers.values():
             scorer.close()
@@ -106,8 +106,8 @@ class RolloutLoader:
         A collective.
 
         Args:
-            weights: full, unsharded, names in memory; nothing where servers sample and no teacher follows.
-            served: what servers get (`weight_sync.publish`); None: the sampler in this process gets `weights`.
+            weights: full, unsharded, under their names in memory; empty if servers sample and no teacher follows.
+            served: the weights for servers (`weight_sync.publish`); None: the sampler in this process gets `weights`.
         """
         self.line.policy.publish(weights if served is None else served, version)
         for scorer in self.line.scorers.values():
@@ -115,17 +115,17 @@ class RolloutLoader:
 
     @property
     def teacher_follows(self) -> bool:
-        """Whether a teacher in this process takes over what is published."""
+        """Whether a teacher in this process takes over the published weights."""
         return any(scorer.follows for scorer in self.line.scorers.values())
 
     def save(self, folder: Path) -> None:
-        """Keep in a checkpoint's folder what a resumed run cannot recompute."""
+        """Save into a checkpoint's folder what a resumed run cannot recompute."""
         save_data(asdict(self.data), folder)
         for scorer in self.line.scorers.values():
             scorer.save(folder)
 
     def restore(self, folder: Path) -> None:
-        """Be as `save` left it; the iteration is restored already."""
+        """Restore what `save` wrote. The iteration must be restored already."""
         for scorer in self.line.scorers.values():
             scorer.restore(folder, self.iteration)
 
@@ -145,9 +145,9 @@ class RolloutLoader:
         self.iteration = state["iteration"]
 
     def batch(self, iteration: int) -> Batch:
-        """This rank's share of iteration `iteration` (0 is the first), with its figures in `metrics`.
+        """This rank's share of iteration `iteration` (0 is the first), with its metrics in `metrics`.
 
-        Rewards, lengths and errors are those of all that was sampled, also where only some of it is trained on.
+        The metrics of rewards, lengths and errors cover everything sampled, even if only part of it is trained on.
         """
         drawn, groups, clock = self.with_servers(lambda: self._walk(iteration))
         clock.lap("time/wait")
@@ -168,7 +168,7 @@ class RolloutLoader:
         return batch
 
     def _walk(self, iteration: int) -> tuple[Groups, Groups, PhaseTimer]:
-        """The line once, and its rollouts on disk; no collectives."""
+        """Run the line once and write its rollouts to disk. Calls no collective."""
         clock = PhaseTimer()
         drawn, groups = self.line.walk(iteration, clock)
         with writing(f"the rollouts of iteration {iteration + 1}"):
@@ -177,14 +177,14 @@ class RolloutLoader:
         return drawn, groups, clock
 
     def with_servers(self, act: Callable[[], T]) -> T:
-        """What `act`, which samples but holds no collective, returns on this rank. A collective.
+        """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.
 
-        When the policy's servers are lost meanwhile on any rank, they are brought back and given the weights again, and
-        `act` begins anew on all ranks: whatever it draws is a function of seed and iteration, so nothing is another.
+        If any rank loses the policy's servers meanwhile, they are restarted and given the weights again, and all ranks
+        call `act` again. What it draws is a function of the seed and the iteration, so the result is the same.
 
-        Raises: RunStopped on all ranks when servers do not come back, or are lost again and again.
+        Raises: RunStopped on all ranks if servers do not come back, or are lost too many times.
         """
-        for begun in range(1, 1 + _BEGINNINGS):
+        for tried in range(1, 1 + _MAX_ATTEMPTS):
             lost: list[str] = []
 
             def attempt(lost: list[str] = lost) -> T | None:
@@ -197,16 +197,16 @@ class RolloutLoader:
             result = distributed.on_every_rank(attempt)
             if not distributed.all_reduce([float(bool(lost))], "max")[0]:
                 return result  # type: ignore[return-value]
-            if begun < _BEGINNINGS:
+            if tried < _MAX_ATTEMPTS:
                 self.line.policy.recover()
         raise RunStopped(
-            f"the policy's servers were lost {_BEGINNINGS} times over the same iteration; at last: "
+            f"the policy's servers were lost {_MAX_ATTEMPTS} times in the same iteration; the last error: "
             + (lost[0] if lost else "on another rank")
         )
 
 
 def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, where: str) -> None:
-    """Stop the run when too many rewards failed, on all ranks together. A collective.
+    """Stop the run on all ranks if too many rewards failed. A collective.
 
     Raises: RunStopped above `reward.max_error_rate`, with the most frequent error of this rank.
     """

@@ -18,7 +18,7 @@ from rlkd.types import ScoredRollout
 def write_rollouts(
     config: Config, tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[ScoredRollout]], iteration: int
 ) -> None:
-    """All rollouts of this rank, where `log.rollouts_every` asks for this iteration's."""
+    """Write all rollouts of this rank, if `log.rollouts_every` selects this iteration."""
     every = config.log.rollouts_every
     if not every or iteration % every:
         return

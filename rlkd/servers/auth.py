@@ -1,7 +1,7 @@
 """The key of a vLLM server: required on every route except /health, and sent by our client.
 
-vLLM's own `--api-key` leaves the routes that change weights, pause or profile open to anyone who reaches the port. So our
-servers run with `--middleware rlkd.servers.auth.KeyGuard`, before any of vLLM's routing.
+vLLM's own `--api-key` leaves the routes that change weights, pause or profile open to anyone who reaches the port. So
+our servers run with `--middleware rlkd.servers.auth.KeyGuard`, before any of vLLM's routing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class KeyGuard:
                     "headers": [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")],
                 }
             )
-            body = b'{"error": {"message": "expected the key of this server, got none or a wrong one; send Authorization: Bearer KEY"}}'
+            body = (
+                b'{"error": {"message": "expected the key of this server, got none or a wrong one; '
+                b'send Authorization: Bearer KEY"}}'
+            )
             await send({"type": "http.response.body", "body": body})
 
     def _authorized(self, headers: list[tuple[bytes, bytes]]) -> bool:

@@ -156,7 +156,8 @@ class VLLMClient:
         named = ", ".join(repr(c.id) + (f" ({c.root})" if c.root not in (None, c.id) else "") for c in cards)
         offered = " ".join(named[:300].split()) or "no model"
         raise ServerError(
-            f"{self.url}: expected a server of {model!r}, got one of {offered}; correct the address, or start that server with "
+            f"{self.url}: expected a server of {model!r}, got one of {offered}; correct the address, or start that "
+            "server with "
             f"--served-model-name {model}"
         )
 

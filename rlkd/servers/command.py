@@ -52,7 +52,8 @@ def server_command(
     command += ["--max-model-len", str(config.max_model_len or role.max_model_len)]
     command += ["--generation-config", "vllm"]  # a model's own top-p or top-k must not slip into a request
     if on_cpu:
-        # In bytes: vLLM's own variable, VLLM_CPU_KVCACHE_SPACE, accepts only whole GiB, and takes precedence where it is set.
+        # In bytes: vLLM's own variable, VLLM_CPU_KVCACHE_SPACE, accepts only whole GiB, and takes precedence where it
+        # is set.
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(round(config.kv_cache_gb * 2**30))]
     else:
         command += ["--gpu-memory-utilization", str(config.memory)]

@@ -38,7 +38,8 @@ def check_padding(client: VLLMClient, model: str, padding: range, samples: bool)
     rows = f"the {len(padding)} padded rows of its vocabulary"
     if samples or difference > TOLERATED:
         raise ServerError(
-            f"{client.url}: expected probability 0 for {rows}, got {share:.2g}; start the server by python -m rlkd.serve, or with "
+            f"{client.url}: expected probability 0 for {rows}, got {share:.2g}; start the server by python -m "
+            "rlkd.serve, or with "
             f"{VARIABLE}={padding.start} in its environment, where rlkd is installed"
         )
     print(

@@ -24,7 +24,8 @@ Answer = TypeVar("Answer")
 
 
 class ServerPool:
-    """Servers that all hold the same model. Rank 0 starts them where rlkd launches them; every rank sends requests to all.
+    """Servers that all hold the same model. Rank 0 starts them where rlkd launches them; every rank sends requests to
+    all.
 
     A server that fails a request is out of service until `revive` succeeds on it. What `revive` does depends on the
     role: a policy's server must be sent the weights again, a teacher's only has to serve the right model.

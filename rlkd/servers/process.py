@@ -24,8 +24,8 @@ from rlkd.servers.command import ServerRole, server_command, server_environment
 class VLLMServer:
     """One vLLM server process tree on this machine, which listens on `config.host` and asks for its key.
 
-    `VLLMServer(...)` starts it and returns immediately; `wait_ready` waits until it answers. It ends with `stop`, or when
-    this process ends in any way (see supervisor.py).
+    `VLLMServer(...)` starts it and returns immediately; `wait_ready` waits until it answers. It ends with `stop`, or
+    when this process ends in any way (see supervisor.py).
     """
 
     def __init__(
@@ -52,7 +52,8 @@ class VLLMServer:
                 probe.bind((config.host, 0))
             except OSError as error:
                 raise ServerError(
-                    f"server.host: expected an address of this machine for the vLLM server {role.name!r}, got {config.host} "
+                    f"server.host: expected an address of this machine for the vLLM server {role.name!r}, got "
+                    f"{config.host} "
                     f"({error.strerror}); correct server.host"
                 ) from error
             port = probe.getsockname()[1]

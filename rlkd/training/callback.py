@@ -1,4 +1,4 @@
-"""Lightning's hooks around a batch, as what they are here: the moments between iterations."""
+"""Lightning's batch hooks under the names that they have here: a batch is an iteration."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class IterationCallback(lightning.Callback):
     """Base of our callbacks: typed, and without Lightning's unused arguments."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
-        """Before the first iteration; a resumed run is restored by now."""
+        """Called before the first iteration, after a resumed run was restored."""
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
-        """After the last update on `batch`; `module.row` has its figures."""
+        """Called after the last update on `batch`; `module.row` has its metrics."""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)

@@ -16,9 +16,9 @@ from rlkd.types import Batch
 def with_loss_weights(batch: Batch, algorithm: Algorithm) -> Batch:
     """The batch, this rank's share of one update, with `loss_weights` for all terms of the algorithm. A collective.
 
-    The counts are those of all ranks and micro-batches, so that no split changes a gradient.
+    Counts are over all ranks and micro-batches, so the split does not change the gradient.
 
-    Raises: RunStopped where ranks have other terms.
+    Raises: RunStopped if the ranks have different terms.
     """
     terms = algorithm.terms
     masks = sorted({term.counted for term in terms.values()})

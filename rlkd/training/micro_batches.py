@@ -1,4 +1,4 @@
-"""How one rank's rollouts are cut: into updates, and each update into micro-batches by a token budget."""
+"""Splits one rank's rollouts into updates, and each update into micro-batches with a token budget."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from rlkd.types import Batch
 def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
     """`count` equal parts of the batch, rows shuffled by (seed, iteration); the batch itself for 1.
 
-    Raises: ValueError when the rows do not divide.
+    Raises: ValueError if `count` does not divide the number of rows.
     """
     rows = len(batch)
     if rows % count:
-        raise ValueError(f"{rows} rollouts do not divide into trainer.updates_per_iteration = {count} updates")
+        raise ValueError(
+            f"trainer.updates_per_iteration: expected a divisor of the {rows} rollouts of a rank, got {count}; "
+            "change it"
+        )
     if count == 1:
         yield batch
         return
@@ -30,13 +33,15 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
 def split_by_tokens(batch: Batch, budget: int) -> list[torch.Tensor]:
     """Row indices of micro-batches, longest rows first, each with rows × longest row ≤ budget tokens.
 
-    Similar lengths go together, so little is padding. Raises: ValueError when one row exceeds the budget.
+    Rows of similar length go together, which keeps padding small. Raises: ValueError if one row exceeds the budget.
     """
     lengths = batch.lengths.tolist()
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if lengths[order[0]] > budget:
         raise ValueError(
-            f"trainer.micro_batch_tokens is {budget}, but a rollout has {lengths[order[0]]} tokens; raise it"
+            f"trainer.micro_batch_tokens: expected at least {lengths[order[0]]}, the tokens of a rollout, got "
+            f"{budget}; "
+            "raise it"
         )
     parts: list[list[int]] = []
     for row in order:
@@ -48,7 +53,7 @@ def split_by_tokens(batch: Batch, budget: int) -> list[torch.Tensor]:
 
 
 def zero_weight_batch(batch: Batch) -> Batch:
-    """The first row with all weights 0: keeps a rank in step that has fewer micro-batches than the others."""
+    """The first row with all weights 0, for a rank that has fewer micro-batches than the others."""
     row = batch.rows(torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device))
     off = torch.zeros_like(row.completion_mask)
     zeros = torch.zeros_like(row.advantages)

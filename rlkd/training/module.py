@@ -1,6 +1,6 @@
 """PolicyModule: the right half of the line. Forward → loss → backward → step, from nothing but a Batch.
 
-It owns an `Algorithm`, asks it what the forward must give (`needs`) and what is minimised (`loss`), and only updates.
+It owns an `Algorithm`, which defines what the forward pass must return (`needs`) and what is minimised (`loss`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ RECENT = 20
 """Updates over which skipped ones are counted."""
 
 SLACK = 4.0
-"""How much sampler and trainer may disagree more after the first update of the weights than before it."""
+"""By what factor the mismatch may grow when the sampler gets changed weights for the first time."""
 
 
 class PolicyModule(lightning.LightningModule):
     """Builds and shards the student, and runs the updates of an iteration.
 
     It is cheap to construct: the model is loaded in `configure_model`. It needs
-    `ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)`, on one device too.
+    `ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1)`, even on one device.
     """
 
     Algorithm: ClassVar[type[Algorithm] | None] = None
-    """The algorithm of this class (`module_class`); None: the one that `algorithm.name` names."""
+    """The algorithm class, set by `module_class`; None: the one that `algorithm.name` selects."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -52,22 +52,23 @@ class PolicyModule(lightning.LightningModule):
         self.automatic_optimization = False
         self.student: Student | None = None
         self.row: dict[str, float] = {}
-        """Figures of the iteration just trained, over all ranks."""
+        """Metrics of the last trained iteration, over all ranks."""
         self.updating = False
-        """Whether an iteration's updates are under way: what the student is then, is no state to save."""
+        """Whether an iteration's updates are in progress; the student must not be saved meanwhile."""
         self._first_gaps: list[float] = []
-        """mismatch/mean of the weights that the sampler was given first, and of the first that differ from those."""
+        """mismatch/mean with the sampler's initial weights, and with the first changed ones."""
         self.skipped: list[bool] = []
-        """Of the last RECENT updates, which were skipped."""
+        """For each of the last RECENT updates, whether it was skipped."""
 
     def configure_model(self) -> None:
-        if self.student is not None:  # Lightning calls this once a stage
+        if self.student is not None:  # Lightning calls this once per stage
             return
         mesh = self.device_mesh
         if mesh is None:
             raise ValueError(
-                "rlkd modules want strategy=ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), "
-                "on one device too"
+                "strategy: expected ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), got one "
+                "without a "
+                "device mesh; set it in the Trainer, even on one device"
             )
         config = self.config
         self.student = build_student(config.model, config.trainer, mesh["data_parallel"], config.run.seed)
@@ -88,7 +89,7 @@ class PolicyModule(lightning.LightningModule):
         return self.student
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One iteration: every update of this rollout batch. Leaves its figures in `self.row`."""
+        """One iteration: all updates on this rollout batch. Puts its metrics into `self.row`."""
         started = time.perf_counter()
         self.updating = True
         seed = self.config.run.seed
@@ -98,12 +99,12 @@ class PolicyModule(lightning.LightningModule):
         lr = self.config.optim.lr(batch.iteration)
         for group in optimizer.param_groups:
             group["lr"] = lr
-            group["weight_decay"] = 0.0  # an older checkpoint may have brought another
+            group["weight_decay"] = 0.0  # an older checkpoint may have set another value
         meter = MetricAccumulator()
         meter.merge(batch.metrics)
         meter.maximum("lr", lr)
         if self.algorithm.needs_reference and self.config.model.lora is not None:
-            with self.model.without_adapters():  # the reference is in the student: no second copy
+            with self.model.without_adapters():  # the student without adapters is the reference: no second copy
                 reference = BatchScores(logprobs=self._own_logprobs(batch))
             batch = replace(batch, scores={**batch.scores, "reference": reference})
         per_iteration = self.config.trainer.updates_per_iteration
@@ -133,7 +134,8 @@ class PolicyModule(lightning.LightningModule):
         for micro in self._micro_batches(batch):
             output: PolicyOutput = self.model(micro, self.algorithm.needs)
             if first:
-                # With one update the policy has not moved since it sampled: its own forward is the old one.
+                # With one update the policy has not changed since it sampled: the old log-probs are those of this
+                # forward.
                 micro = replace(micro, old_logprobs=output.logprobs.detach())
                 measure_mismatch(micro, mismatch)
             loss = self.algorithm.loss(output, micro, micro.iteration)
@@ -160,29 +162,29 @@ class PolicyModule(lightning.LightningModule):
 
     @torch.no_grad()
     def _decay(self, lr: float) -> None:
-        """AdamW's decoupled decay, θ ← (1 − lr · weight_decay) θ, of all but vectors, biases and `A_log`.
+        """AdamW's decoupled decay, θ ← (1 − lr · weight_decay) θ, of all parameters but vectors, biases and `A_log`.
 
-        Not by groups of the optimizer: older checkpoints have one group and could not be loaded.
+        Optimizer groups would do the same, but older checkpoints have one group and could not be loaded.
         """
         if self.config.optim.weight_decay > 0:
             for name, parameter in self.model.named_parameters():
-                # Experts have biases, and Mamba a log-scale, of two dimensions.
+                # The biases of experts and Mamba's log-scale have two dimensions.
                 if parameter.requires_grad and parameter.dim() > 1 and not name.endswith(("bias", "A_log")):
                     parameter.mul_(1.0 - lr * self.config.optim.weight_decay)
 
     def _check_gap(self, mismatch: MetricAccumulator, iteration: int) -> None:
-        """See `check_mismatch`. `self.row` still holds the figures of the iteration before."""
-        served = self.config.rollout.backend == "vllm"  # in this process a strict load takes over all or fails
-        moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may begin at 0
+        """See `check_mismatch`. `self.row` still holds the metrics of the previous iteration."""
+        served = self.config.rollout.backend == "vllm"  # in this process a strict load takes all weights or fails
+        moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may start at 0
         changed = served and len(self._first_gaps) == 1 and moved
         gap = check_mismatch(mismatch, self.config, iteration, self._first_gaps[0] if changed else None)
         if gap is not None and (changed or not self._first_gaps):
             self._first_gaps.append(gap)
 
     def _note_skipped(self, skipped: bool, norm: float, iteration: int) -> None:
-        """One bad batch costs its update; many stop the run.
+        """Record whether an update was skipped; too many skipped ones stop the run.
 
-        Raises: RunStopped when more than `optim.max_skipped` of the last RECENT updates were skipped.
+        Raises: RunStopped if more than `optim.max_skipped` of the last RECENT updates were skipped.
         """
         self.skipped = [*self.skipped, skipped][-RECENT:]
         if sum(self.skipped) > self.config.optim.max_skipped:
@@ -199,20 +201,20 @@ class PolicyModule(lightning.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = checkpoint["skipped"]
-        self._first_gaps = checkpoint.get("first_gaps", [])  # absent in checkpoints from before there were any
+        self._first_gaps = checkpoint.get("first_gaps", [])  # older checkpoints do not have it
         self.algorithm.load_state_dict(checkpoint)
 
     def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """This rank's micro-batches, filled up with weightless ones to the largest number of any rank.
+        """This rank's micro-batches, padded with zero-weight ones to the largest number of any rank.
 
-        FSDP gathers parameters in every forward and backward: a rank with fewer would deadlock the others.
+        FSDP gathers parameters in every forward and backward, so a rank with fewer passes would deadlock the others.
         """
         parts = [batch.rows(i) for i in split_by_tokens(batch, self.config.trainer.micro_batch_tokens)]
         most = int(distributed.all_reduce([float(len(parts))], "max")[0])
         return parts + [zero_weight_batch(batch)] * (most - len(parts))
 
     def _with_old_logprobs(self, batch: Batch, meter: MetricAccumulator) -> Batch:
-        """The trainer's own log-probs before the first of several updates, and the mismatch with the sampler's."""
+        """Add the trainer's own log-probs before the first of several updates, and measure the mismatch."""
         batch = replace(batch, old_logprobs=self._own_logprobs(batch))
         mismatch = MetricAccumulator()
         measure_mismatch(batch, mismatch)
@@ -222,7 +224,7 @@ class PolicyModule(lightning.LightningModule):
 
     @torch.no_grad()
     def _own_logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] log-probs by the student as it is now. A collective."""
+        """[B, T] log-probs of the current student. A collective."""
         own = torch.zeros_like(batch.advantages)
         needs = Needs(temperature=self.config.rollout.temperature)
         indices = split_by_tokens(batch, self.config.trainer.micro_batch_tokens)
@@ -236,30 +238,31 @@ class PolicyModule(lightning.LightningModule):
 
 
 def module_class(algorithm: type[Algorithm]) -> type[PolicyModule]:
-    """The LightningModule that trains by one algorithm: `rlkd.algorithms.GRPO` is that of `rlkd.algorithms.grpo.GRPO`.
+    """The LightningModule of one algorithm: `rlkd.algorithms.GRPO` trains by `rlkd.algorithms.grpo.GRPO`.
 
-    It refuses a config of another algorithm when it is made.
+    Its constructor refuses a config of another algorithm.
     """
     about = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": __name__}
     return type(f"{algorithm.__name__}Module", (PolicyModule,), about)
 
 
 def check_finite(student: Student, iteration: int) -> None:
-    """Broken weights go nowhere: neither to a sampler nor into a checkpoint. A collective; all raise together.
+    """Stop the run before weights that are not finite are published or saved. A collective; all ranks raise together.
 
-    Raises: RunStopped naming a tensor that is not finite.
+    Raises: RunStopped with the name of such a tensor.
     """
     broken = [name for name, p in student.hf.named_parameters() if not distributed.local_part(p).isfinite().all()]
     if distributed.all_reduce([float(len(broken))])[0]:
         which = broken[0] if broken else "on another rank"
         raise RunStopped(
-            f"after iteration {iteration + 1} the weights are not finite: {which}; they were not published, and no "
-            "checkpoint has them. Check optim.lr"
+            f"iteration {iteration + 1}: expected finite weights, got inf or NaN in {which}; nothing was published "
+            "or saved; "
+            "check optim.lr"
         )
 
 
 def measure_mismatch(batch: Batch, meter: MetricAccumulator) -> None:
-    """Add |log-prob by sampler − by trainer| of the student's own tokens, freshly sampled, to `meter`."""
+    """Add |sampler log-prob − trainer log-prob| of the tokens that the student sampled to `meter`."""
     assert batch.old_logprobs is not None
     gap = (batch.old_logprobs - batch.sampler_logprobs).abs()[batch.student_mask].double()
     meter.mean("mismatch/mean", float(gap.sum()), float(gap.numel()))
@@ -269,13 +272,13 @@ def measure_mismatch(batch: Batch, meter: MetricAccumulator) -> None:
 def check_mismatch(
     meter: MetricAccumulator, config: Config, iteration: int, at_start: float | None = None
 ) -> float | None:
-    """Stop the run when sampler and trainer disagree. Every rank sees the same figures, so all stop together.
+    """Stop the run if sampler and trainer disagree. All ranks see the same numbers, so they stop together.
 
     Args:
-        at_start: The gap measured on the start weights. Given only on the first iteration sampled with changed
-            weights.
+        at_start: the gap that was measured with the initial weights; given only on the first iteration that was
+            sampled with changed weights.
 
-    Returns: mismatch/mean; None where no token was the student's. Raises: RunStopped above the bound.
+    Returns: mismatch/mean; None if the student sampled no token. Raises: RunStopped above the bound.
     """
     row = meter.reduce()
     if "mismatch/mean" not in row:
@@ -288,7 +291,7 @@ def check_mismatch(
     if not gap <= bound:
         raise RunStopped(
             f"iteration {iteration + 1}: sampler and trainer disagree by {gap:.3g} nats a token on average, more than "
-            f"{which}; nothing was trained on these samples. The sampler holds other weights than the trainer (was the "
-            "publish whole? is the output layer tied?), or computes otherwise (dtype, chat template, temperature)"
+            f"{which}; nothing was trained on these samples. The sampler has different weights (was the publish "
+            "complete? is the output layer tied?) or computes differently; check dtype, chat template and temperature"
         )
     return gap
