@@ -1,6 +1,6 @@
 """A task that a CPU learns in a minute: a verifiable toy task, and three models that were pretrained on it.
 
-`builtin:student`, `builtin:teacher` and `builtin:mentor`, who writes feedback, stand wherever a config wants a model
+`builtin:student`, `builtin:teacher` and `builtin:mentor`, who writes feedback, stand wherever a config needs a model
 folder.
 """
 

@@ -16,7 +16,7 @@ from typing import Any
 MAX_DEPTH = 100
 """Lists and objects within each other. Python's reader manages a few hundred, fewer the deeper it is called."""
 
-_MEND = "mend or remove the line"
+_MEND = "correct or remove the line"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _ESCAPE = re.compile(r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u([0-9a-fA-F]{4})|.)")
 """One escape, or the two of a pair; group 1: the code of a lone one. A backslash that is meant is itself escaped."""
@@ -66,7 +66,7 @@ def parse(line: bytes) -> dict[str, Any]:
         )
     except json.JSONDecodeError as error:
         raise ValueError(
-            f"column {error.colno}: not JSON: {_reason(error)}; wants one JSON object on a line; {_MEND}"
+            f"column {error.colno}: expected one JSON object per line, got no JSON ({_reason(error)}); {_MEND}"
         ) from error
     except RecursionError as error:
         raise ValueError(_too_deep()) from error
@@ -74,7 +74,7 @@ def parse(line: bytes) -> dict[str, Any]:
         what = {"list": "a JSON list", "str": "a JSON text", "NoneType": "null"}.get(
             type(value).__name__, f"the JSON value {text.strip()[:_SHOWN]}"
         )
-        raise ValueError(f'column 1: is {what}, wants one object with columns, such as {{"prompt": …}}; {_MEND}')
+        raise ValueError(f'column 1: expected one object with columns, such as {{"prompt": …}}, got {what}; {_MEND}')
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise ValueError(_too_deep())
     half = _half_of_a_pair(text)

@@ -124,22 +124,22 @@ def _text(value: Any, what: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {_kind(value)}, wants a text{_as_text(value)}")
+        raise ValueError(f"{what}: expected a text, got {_kind(value)}{_as_text(value)}")
     return value
 
 
 def _prompt(data: DataConfig, value: Any, what: str) -> str | tuple[Mapping[str, Any], ...]:
     if isinstance(value, str):
         if not value.strip():
-            raise ValueError(f"{what} is empty, wants a text; {LEAVE_OUT}")
+            raise ValueError(f"{what}: expected a text, got an empty one; {LEAVE_OUT}")
         return value
     if not isinstance(value, list):
-        raise ValueError(f"{what} is {_kind(value)}, wants a text or a list of messages")
+        raise ValueError(f"{what}: expected a text or a list of messages, got {_kind(value)}")
     if not value:
-        raise ValueError(f"{what} is empty, wants messages; {LEAVE_OUT}")
+        raise ValueError(f"{what}: expected messages, got an empty list; {LEAVE_OUT}")
     messages = tuple(_message(data.messages, m, f"{what}: message {i}") for i, m in enumerate(value, start=1))
     if not any((message["content"] or "").strip() for message in messages):
-        raise ValueError(f"{what}: every message is empty, wants a text in one; {LEAVE_OUT}")
+        raise ValueError(f"{what}: expected a text in one message, got only empty ones; {LEAVE_OUT}")
     if messages[-1]["role"] == "assistant" and not data.continue_final_message:
         raise ValueError(f"{what}: {LAST_BY_ASSISTANT}")
     return messages
@@ -148,17 +148,17 @@ def _prompt(data: DataConfig, value: Any, what: str) -> str | tuple[Mapping[str,
 def _message(keys: MessageKeys, message: Any, what: str) -> Mapping[str, Any]:
     """A message under the keys `role` and `content`, with all else that it has, but for what is null."""
     if not isinstance(message, dict):
-        raise ValueError(f"{what} is {_kind(message)}, wants an object with a text 'role' and a text 'content'")
+        raise ValueError(f"{what}: expected an object with a text 'role' and a text 'content', got {_kind(message)}")
     role, content = message.get(keys.role), message.get(keys.content)
     if not isinstance(role, str) or not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
         has = ", ".join(f"{name}: {str(value)[:20]!r}" for name, value in message.items())
         other = not {keys.role, keys.content} <= message.keys() and not ("tool_calls" in message and "role" in message)
         hint = "; say how messages are written by data.messages, e.g. {role: from, content: value}" if other else ""
-        raise ValueError(f"{what} wants a text {keys.role!r} and a text {keys.content!r}, has {has[:_SHOWN]}{hint}")
+        raise ValueError(f"{what}: expected a text {keys.role!r} and a text {keys.content!r}, got {has[:_SHOWN]}{hint}")
     mapped = keys.roles.get(role, role)
     if mapped not in KNOWN_ROLES and role not in keys.roles:
         raise ValueError(
-            f"{what} has the {keys.role} {role[:40]!r}, wants {', '.join(KNOWN_ROLES[:-2])}; name it in "
+            f"{what}: expected a {keys.role} of {', '.join(KNOWN_ROLES[:-2])}, got {role[:40]!r}; name it in "
             f"data.messages.roles, e.g. {{human: user, gpt: assistant}}"
         )
     others = {n: v for n, v in message.items() if n not in (keys.role, keys.content) and v is not None}
@@ -170,11 +170,13 @@ def _tools(value: Any, what: str, nulls: bool) -> tuple[Mapping[str, Any], ...] 
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"{what} is text {value[:40]!r}, wants a list of tools, or its JSON ({error})") from error
+            raise ValueError(
+                f"{what}: expected a list of tools, or its JSON, got the text {value[:40]!r} ({error})"
+            ) from error
     if value is None or value == []:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise ValueError(f"{what} is {_kind(value)}, wants a list of objects, or null")
+        raise ValueError(f"{what}: expected a list of objects, or null, got {_kind(value)}")
     return tuple(_cleared(value, nulls))
 
 

@@ -212,7 +212,7 @@ def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
 def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
     """The rows that are right; what is wrong with the others goes to `faults`."""
     if not path.strip():
-        raise DataError([f"got the empty path {path!r}; wants a .jsonl file, a data set, or {BUILTIN_TASK}"])
+        raise DataError([f"expected a .jsonl file, a data set, or {BUILTIN_TASK}, got the empty path {path!r}"])
     if path.startswith("builtin:"):
         data = data.model_copy(update=BUILTIN_COLUMNS)  # the built-in task has columns of its own
     seen: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""python -m rlkd.train --estimate[=GIB] …: the memory that a configuration wants, before anything is started.
+"""python -m rlkd.train --estimate[=GIB] …: the memory that a configuration needs, before anything is started.
 
 Reads the models' config.json and no weights. What is resident (weights, optimizer, gradients, copies) is exact up to
 small buffers; activations and temporaries are an estimate, and so is what a library keeps in reserve.

@@ -50,7 +50,7 @@ def check(config: Config) -> list[str]:
     problems = _run_directory(config) + _devices(config) + tracking_problems(config)
     wrong = [beta for beta in config.optim.betas if not 0 <= beta < 1]
     if wrong:
-        problems.append(f"optim.betas: got {wrong[0]:g}, which AdamW refuses; wants two numbers ≥ 0 and < 1")
+        problems.append(f"optim.betas: expected two numbers ≥ 0 and < 1, got {wrong[0]:g}; change it")
     lengths = config.algorithm.trained_lengths(config)
     trusted = config.model.trust_remote_code
     student = _model("model.path", config.model.path, trusted, lengths, problems)
@@ -82,7 +82,7 @@ def check(config: Config) -> list[str]:
 def check_evaluation(config: Config) -> list[str]:
     """What would stop `rlkd.evaluate`, one line each; empty: nothing that is known beforehand."""
     if heldout(config) is None:
-        return ["eval.path: got nothing, wants held-out data; give it by eval.path=FILE"]
+        return ["eval.path: expected held-out data, got nothing; set eval.path=FILE"]
     problems = _server_devices(config, teacher=False)
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
@@ -156,7 +156,9 @@ def _run_directory(config: Config) -> list[str]:
     elif resume != "auto" and not Path(resume).is_dir():
         names = ", ".join(str(path) for path in checkpoints(folder)[-3:])
         hint = f"; {folder} has {names}" if names else ""
-        return [f"run.resume: no checkpoint {resume}; wants never, auto, or the folder of a checkpoint{hint}"]
+        return [
+            f"run.resume: expected never, auto, or the folder of a checkpoint, got {resume}, which does not exist{hint}"
+        ]
     return []
 
 
@@ -247,7 +249,7 @@ def _model(
         problems.append(f"{key}: no folder {folder}{hint}")
         return None
     if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
-        problems.append(f"{key}: {path} has no config.json; wants a model folder in Hugging Face form")
+        problems.append(f"{key}: expected a model folder in Hugging Face form, got {path}, which has no config.json")
         return None
     try:
         model = load_config(path, trust_remote_code)
@@ -259,8 +261,8 @@ def _model(
     its_own = trust_remote_code and "AutoModelForCausalLM" in getattr(model, "auto_map", {})
     if loaded_here and type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not its_own:
         problems.append(
-            f"{key}: {path} is of type {model.model_type}, which transformers has no causal language model for; wants "
-            "one that writes text from left to right"
+            f"{key}: expected a model that writes text from left to right, got {path} of type {model.model_type}, for "
+            "which transformers has no causal language model"
         )
         return None
     limit = _positions(model)
@@ -362,7 +364,7 @@ def _servers(config: Config) -> list[str]:
     problems = []
     for key, url, server, path, tokens in asked:
         if not url.startswith(("http://", "https://")):
-            problems.append(f"{key}: got {url!r}, wants an address such as http://host:8000")
+            problems.append(f"{key}: expected an address such as http://host:8000, got {url!r}")
             continue
         try:
             _ask(VLLMClient(url, _ANSWER_S, server_key(server)), path, tokens, trains=key.startswith("rollout"))

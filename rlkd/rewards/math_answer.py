@@ -148,7 +148,7 @@ def math(
     Raises: ValueError without an answer, or where the answer cannot be read.
     """
     if not isinstance(require_box, bool):
-        raise ValueError(f"require_box is {require_box!r}, wants true or false")
+        raise ValueError(f"require_box: expected true or false, got {require_box!r}")
     if answer is None:
         raise ValueError("needs an answer, but the data has none; set data.answer_column")
     wrong = unreadable(answer)

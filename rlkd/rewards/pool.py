@@ -272,7 +272,7 @@ class RewardPool:
         if not errors:
             total = sum(f.weight * (value or 0.0) for f, (value, _, _) in zip(self._functions, values, strict=True))
             if not abs(total) <= LARGEST:
-                errors = [f"the weighted sum of the rewards is {total:g}, wants one from -{LARGEST:g} to {LARGEST:g}"]
+                errors = [f"expected a weighted sum of the rewards from -{LARGEST:g} to {LARGEST:g}, got {total:g}"]
                 total = None
         return RewardResult(
             reward=total, parts=parts, error="; ".join(errors) or None, feedback="\n".join(words) or None

@@ -102,7 +102,9 @@ def _wrong_options(name: str, function: Callable[..., Any], options: Mapping[str
     anything = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
     foreign = _foreign(signature)
     if foreign is not None:
-        return [f"reward {name!r} {foreign}; wants {SIGNATURE}, called with one completion; other columns are in meta"]
+        return [
+            f"reward {name!r} {foreign}; expected {SIGNATURE}, called with one completion; other columns are in meta"
+        ]
     problems = []
     for option in options:
         if option in GIVEN:

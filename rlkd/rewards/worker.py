@@ -90,13 +90,13 @@ def _call(
         if isinstance(value, Decimal):
             value = float(value)
         if not isinstance(value, numbers.Real):
-            return None, f"returned {_kind(value)}, wants a finite number, or (number, text)", None
+            return None, f"expected a finite number, or (number, text), got {_kind(value)}", None
         if isinstance(value, float) and not math.isfinite(value):
-            return None, f"returned {value}, wants a finite number", None
+            return None, f"expected a finite number, got {value}", None
         number: Any = value  # an integer of any size
         if not -LARGEST <= number <= LARGEST:
             shown = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else f"{float(number):g}"
-            return None, f"returned {shown}, wants a number from -{LARGEST:g} to {LARGEST:g}", None
+            return None, f"expected a number from -{LARGEST:g} to {LARGEST:g}, got {shown}", None
         return float(number), None, words
     except BaseException as error:  # SystemExit too: whatever a reward does, this sample has no reward, and says why
         return None, f"raised {registry.one_line(error)}", None

@@ -52,7 +52,7 @@ class AdapterFolder(SyncDirectory):
         self._names = []
 
     def remove_old(self) -> None:
-        """Once no server knows them: vLLM's engine dies of an adapter whose folder is gone when it wants it again."""
+        """Once no server knows them: vLLM's engine dies of an adapter whose folder is gone when it needs it again."""
         for path in self.directory.iterdir():
             if self.is_old(path.name):
                 shutil.rmtree(path)

@@ -173,7 +173,7 @@ def test_a_sum_that_is_too_large_is_no_reward():
     with RewardPool(RewardConfig(functions=functions)) as scorer:
         (result,) = scorer.score(items("a"))
     assert result.reward is None
-    assert result.error == "the weighted sum of the rewards is 1.5e+15, wants one from -1e+15 to 1e+15"
+    assert result.error == "expected a weighted sum of the rewards from -1e+15 to 1e+15, got 1.5e+15"
 
 
 def test_messages_are_given_to_functions_that_accept_them():
@@ -235,20 +235,20 @@ def test_the_limit_is_per_item_not_per_batch():
         ("crash", f"its process was killed by signal {signal.SIGSEGV.value}"),
         ("sysexit", "raised SystemExit: 4"),
         ("raise", "raised KeyError: 'no such thing'"),
-        ("return float('nan')", "returned nan, wants a finite number"),
-        ("return -float('inf')", "returned -inf, wants a finite number"),
-        ("return None", "returned None, wants a finite number, or (number, text)"),
-        ("return '1.0'", "returned str, wants a finite number, or (number, text)"),
-        ("return 1j", "returned complex, wants a finite number, or (number, text)"),
-        ("return [1.0]", "returned list, wants a finite number, or (number, text)"),
-        ("return {'score': 1.0}", "returned dict, wants a finite number, or (number, text)"),
-        ("return (1.0, 2)", "returned a tuple of float, int, wants a finite number, or (number, text)"),
-        ("return numpy.ones(1)", "returned ndarray, wants a finite number, or (number, text)"),
-        ("return Decimal('NaN')", "returned nan, wants a finite number"),
-        ("return numpy.float32('inf')", "returned inf, wants a finite number"),
-        ("return 10 ** 400", "returned an integer of 1329 bits, wants a number from -1e+15 to 1e+15"),
-        ("return 1e200", "returned 1e+200, wants a number from -1e+15 to 1e+15"),
-        ("return -1e30", "returned -1e+30, wants a number from -1e+15 to 1e+15"),
+        ("return float('nan')", "expected a finite number, got nan"),
+        ("return -float('inf')", "expected a finite number, got -inf"),
+        ("return None", "expected a finite number, or (number, text), got None"),
+        ("return '1.0'", "expected a finite number, or (number, text), got str"),
+        ("return 1j", "expected a finite number, or (number, text), got complex"),
+        ("return [1.0]", "expected a finite number, or (number, text), got list"),
+        ("return {'score': 1.0}", "expected a finite number, or (number, text), got dict"),
+        ("return (1.0, 2)", "expected a finite number, or (number, text), got a tuple of float, int"),
+        ("return numpy.ones(1)", "expected a finite number, or (number, text), got ndarray"),
+        ("return Decimal('NaN')", "expected a finite number, got nan"),
+        ("return numpy.float32('inf')", "expected a finite number, got inf"),
+        ("return 10 ** 400", "expected a number from -1e+15 to 1e+15, got an integer of 1329 bits"),
+        ("return 1e200", "expected a number from -1e+15 to 1e+15, got 1e+200"),
+        ("return -1e30", "expected a number from -1e+15 to 1e+15, got -1e+30"),
     ],
 )
 def test_each_failure_is_no_reward_with_its_cause(mine, completion, error):

@@ -161,7 +161,11 @@ GOOD = {"prompt": "p", "answer": "a", "id": "same"}
 @pytest.mark.parametrize(
     ("rows", "changes", "parts"),
     [
-        ([GOOD, '{"prompt": '], {}, ("data.jsonl:2: column 12: ", "not JSON", "expecting value")),
+        (
+            [GOOD, '{"prompt": '],
+            {},
+            ("data.jsonl:2: column 12: ", "expected one JSON object per line", "expecting value"),
+        ),
         ([GOOD, "[1]"], {}, ("data.jsonl:2: column 1: ", "a JSON list", "object")),
         ([{"question": "p", "answer": "a"}], {}, (":1: ", "'prompt'", "data.prompt_column", "question")),
         ([{"prompt": "p", "gold": "a"}], {}, ("'answer'", "data.answer_column", "prompt, gold")),
@@ -173,7 +177,7 @@ GOOD = {"prompt": "p", "answer": "a", "id": "same"}
         ([{**GOOD, "prompt": "  "}], {}, ("'prompt'", "empty")),
         ([{**GOOD, "prompt": []}], {}, ("'prompt'", "empty")),
         ([{**GOOD, "prompt": [{"role": "user"}]}], {}, ("'role'", "'content'")),
-        ([{**GOOD, "prompt": [{"role": "user", "content": " "}]}], {}, ("every message is empty",)),
+        ([{**GOOD, "prompt": [{"role": "user", "content": " "}]}], {}, ("got only empty ones",)),
         (
             [{"a\nb" * 99: 1}],
             {"answer_column": None},

@@ -123,13 +123,13 @@ def test_sharegpt_is_the_same_conversation(tok, tmp_path):
     keys = keys.model_copy(update={"roles": {"gpt": "assistant"}})
     line = refusal(tok, path, messages=keys, **plain)
     assert_lines(
-        [line], ("1: ", "message 2", "from 'human'", "system, developer, user, assistant, tool", "data.messages")
+        [line], ("1: ", "message 2", "got 'human'", "system, developer, user, assistant, tool", "data.messages")
     )
 
 
 def test_a_role_of_its_own_is_named_in_the_mapping(tok, tmp_path):
     path = write(tmp_path / "data.jsonl", {"prompt": [{"role": "critic", "content": "a"}], "answer": "a"})
-    assert "role 'critic'" in refusal(tok, path)
+    assert "got 'critic'" in refusal(tok, path)
     keys = DataConfig(path="x").messages.model_copy(update={"roles": {"critic": "critic"}})
     assert source(tok, path, messages=keys)[0].messages[0]["role"] == "critic"
 

@@ -182,7 +182,9 @@ def test_a_server_may_have_models_that_transformers_has_no_causal_class_for():
     with server("seeing") as url:
         assert check(config(f"teacher={{backend: served, path: seeing, urls: [{url}]}}")) == []
     (line,) = check(config("teacher.path=seeing"))
-    assert line.startswith("teacher.path: seeing is of type qwen3_vl, which transformers has no causal language model")
+    assert line.startswith(
+        "teacher.path: expected a model that writes text from left to right, got seeing of type qwen3_vl"
+    )
 
 
 def test_a_model_without_an_end_anywhere_is_refused():

@@ -112,7 +112,7 @@ def test_other_mistakes_are_one_line_each(run, capsys):
     assert main(["runs/x", "eval.path=none.jsonl", "eval.every=0"]) == 2
     assert main(["--config", QUICKSTART, "stages={a: {}}"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "eval.path: got nothing, wants held-out data; give it by eval.path=FILE"
+    assert lines[0] == "eval.path: expected held-out data, got nothing; set eval.path=FILE"
     assert lines[1].startswith("eval.path: none.jsonl: cannot be read: ")
     assert lines[2].startswith("stages: evaluate a single stage")
     assert len(lines) == 3
