@@ -88,8 +88,7 @@ def plan(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     if key is None:
         raise ValueError(
             f"{config.key_env}: expected the key that the server asks callers for, got nothing; make one, e.g. by "
-            "openssl "
-            "rand -hex 16, and set it here and for the trainers"
+            "openssl rand -hex 16, and set it here and for the trainers"
         )
     command = server_command(
         role,

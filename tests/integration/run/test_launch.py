@@ -97,18 +97,18 @@ def test_kubernetes(environment, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        (("--host", "0.0.0.0"), "--host: got '0.0.0.0', wants the address of this machine at which trainers reach it"),
-        (("rollout.backend=hf", "rollout.server.launch=false"), "rollout.backend: is hf, which samples in the trainer"),
+        (("--host", "0.0.0.0"), "--host: expected an address at which trainers reach this machine, got '0.0.0.0'"),
+        (("rollout.backend=hf", "rollout.server.launch=false"), "rollout.backend: expected vllm, got hf"),
         (
             ("--role", "teacher", "teacher=null", "algorithm={name: grpo}"),
-            "teacher.backend: is none; set it to served to serve the teacher",
+            "teacher.backend: expected served, got none",
         ),
         (
             ("stages.a.model.path=builtin:student", "stages.b.model.path=builtin:mentor"),
-            "stages: want different policy servers; set launch: true",
+            "stages: expected one policy server, got different ones",
         ),
         (("rollout.nonsense=1",), "command line: rollout.nonsense: unknown key"),
-        ((), "RLKD_SERVER_KEY: not set; the server asks every caller for a key: choose one, e.g. by openssl"),
+        ((), "RLKD_SERVER_KEY: expected the key that the server asks callers for, got nothing"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(change, line, monkeypatch, capsys):
