@@ -1,6 +1,6 @@
 """What an iteration costs: FLOPs and bytes of its phases, and the seconds that a machine takes for them.
 
-Pure functions. The counts follow from the architecture and from what rlkd does with it; rates are those of a Machine,
+Pure functions. The counts follow from the architecture and from how rlkd uses it. The rates are those of a Machine,
 which benchmarks/scaling.py measures (this box) or assumes (GPUs). Nothing is fitted to a training run.
 """
 
@@ -13,62 +13,64 @@ from typing import NamedTuple
 from rlkd.planning.memory import Shape
 
 CHUNKS = 64
-"""Pieces in which the steps of a rollout are added up: rows and context change little within one."""
+"""Number of chunks into which a rollout's steps are divided; rows and context change little within a chunk."""
 
 
 class Work(NamedTuple):
-    """What a machine has to do. Adds up, and scales."""
+    """The work of a phase. Can be added up and scaled."""
 
     flops: float = 0.0
-    """Of matrix products: a multiplication and an addition are two."""
+    """FLOPs of matrix products; a multiplication and an addition count as two."""
     weights: float = 0.0
-    """Bytes that these products read from memory however few tokens share them."""
+    """Bytes of weights that these products read from memory, however few tokens share them."""
     passes: float = 0.0
     """Bytes that element-wise operations read and write."""
     exps: float = 0.0
-    """Exponentials: softmax and SiLU."""
+    """Number of exponentials, of softmax and SiLU."""
     stream: float = 0.0
-    """Bytes of whole weights, moments, caches or logits, outside of products: too large for a CPU's cache."""
+    """Bytes of weights, moments, caches or logits moved outside of products; they are too large for a CPU's cache."""
 
     def plus(self, other: Work) -> Work:
+        """The sum of both, field by field."""
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
     def times(self, count: float) -> Work:
+        """This work, `count` times."""
         return Work(*(count * a for a in self))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What one trainer process, or one server's device, achieves; not the peak of a data sheet."""
+    """Rates that one trainer process, or one server's device, achieves; not the peaks of a data sheet."""
 
     flops: float
     """FLOP/s of matrix products."""
     memory: float
     """Bytes/s between memory and device."""
     cache: float = math.inf
-    """Bytes/s of element-wise operations on activations; infinite where that is part of what `flops` achieves."""
+    """Bytes/s of element-wise operations on activations; infinite if `flops` already includes their time."""
     exps: float = math.inf
-    """Exponentials a second; see `cache`."""
+    """Exponentials per second; infinite as `cache` is."""
     draw: float = 0.0
-    """Seconds a logit for drawing a token (in process)."""
+    """Seconds per logit to draw a token (in process)."""
     step: float = 0.0
-    """Seconds of a decode step whatever the model."""
+    """Fixed seconds of a decode step, whatever the model."""
     step_layer: float = 0.0
-    """The same, a layer."""
+    """Fixed seconds of a decode step per layer."""
     update: float = 0.0
-    """Seconds of an update (forward, backward, step) whatever the model."""
+    """Fixed seconds of an update (forward, backward, step), whatever the model."""
     update_layer: float = 0.0
-    """The same, a layer."""
+    """Fixed seconds of an update per layer."""
     forward: float = 0.0
-    """Seconds of a forward without gradient, whatever the model."""
+    """Fixed seconds of a forward without gradient, whatever the model."""
     forward_layer: float = 0.0
     publish: float = 0.0
-    """Seconds of a publish, whatever the model."""
+    """Fixed seconds of a publish, whatever the model."""
     publish_layer: float = 0.0
     link: float = math.inf
     """Bytes/s that a rank receives in an all-gather among the trainers."""
     hop: float = 0.0
-    """Seconds that a collective takes for each further rank, however short."""
+    """Seconds that a collective takes per additional rank, however short the message."""
     network: float = math.inf
     """Bytes/s from one trainer process to another machine."""
     disk_write: float = math.inf
@@ -79,22 +81,22 @@ class Machine:
     """Bytes/s of all readers together."""
 
     def seconds(self, work: Work) -> float:
-        """Products are bound by arithmetic or by their weights; the rest comes one after the other."""
+        """Products are bound by arithmetic or by reading weights; all other work is added to that."""
         products = max(work.flops / self.flops, work.weights / self.memory)
         return products + work.passes / self.cache + work.exps / self.exps + work.stream / self.memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What FLOPs and bytes depend on."""
+    """The sizes of a model on which FLOPs and bytes depend."""
 
     parameters: float
     active: float
-    """Parameters that a token passes, but the embedding, which is looked up: blocks and output layer."""
+    """Parameters that a token uses: blocks and output layer, without the embedding, which is looked up."""
     routed: float = 0.0
     """Parameters of all routed experts."""
     chosen: float = 1.0
-    """Share of the routed experts that a token passes."""
+    """Fraction of the routed experts that a token uses."""
     layers: int
     hidden: int
     intermediate: int
@@ -106,20 +108,22 @@ class Model:
     attention: float
     """FLOPs of one token's queries against one earlier token, all layers."""
     cache: float
-    """Numbers that a token keeps, all layers (keys and values, or what stands for them)."""
+    """Numbers cached per token over all layers (keys and values, or the latent that replaces them)."""
 
     @property
     def blocks(self) -> float:
+        """Active parameters of the blocks."""
         return self.active - self.output_layer
 
     @property
     def output_layer(self) -> float:
+        """Parameters of the output layer."""
         return float(self.vocabulary * self.hidden)
 
 
 def dense(shape: Shape, heads: int) -> Model:
-    """A model in which every token passes every parameter."""
-    embeddings = shape.output_layer  # a row of it is looked up; tied ones are the output layer too
+    """A model in which every token uses every parameter."""
+    embeddings = shape.output_layer  # one row is looked up; a tied embedding is also the output layer
     tied = shape.outside < 2 * embeddings
     return Model(
         parameters=shape.parameters,
@@ -142,12 +146,12 @@ def dense(shape: Shape, heads: int) -> Model:
 def trunk(model: Model, tokens: float, context: float, each: int) -> Work:
     """Forward of the blocks over `tokens` tokens, each of which attends to `context` others.
 
-    Element-wise passes of transformers' eager Llama, in numbers a token and layer: two norms of 7 passes over H, two
+    Element-wise passes of transformers' eager Llama, in numbers per token and layer: two norms of 7 passes over H, two
     residual sums of 3, rotary embedding 10 over queries and keys, the copy of attention's output, SiLU and product 5
-    over I. One exponential for each SiLU and for each score.
+    over I. One exponential per SiLU and per score.
 
     Args:
-        each: bytes a number.
+        each: bytes per number.
     """
     numbers = 20 * model.hidden + 12 * model.queries + 10 * model.keys + 5 * model.intermediate
     return Work(
@@ -159,21 +163,22 @@ def trunk(model: Model, tokens: float, context: float, each: int) -> Work:
 
 
 def touched(model: Model, tokens: float) -> float:
-    """Block parameters that `tokens` tokens read: of routed experts those that at least one of them is sent to, if all
-    are as likely."""
+    """Block parameters that `tokens` tokens read: of the routed experts, the expected share that receives at least one
+    token when all experts are equally likely."""
     fixed = model.blocks - model.chosen * model.routed
     return fixed + model.routed * (1 - (1 - model.chosen) ** tokens)
 
 
 def logprobs(model: Model, tokens: float, each: int) -> Work:
-    """Log-probs of given tokens, from hidden states: policy_head's kernel, forward. 12 passes over the logits,
-    which no cache holds."""
+    """Log-probs of given tokens from hidden states: forward of the kernel in rlkd.models.logprob_head. 12 passes over
+    the logits, which do not fit into a cache."""
     logits = tokens * model.vocabulary
     return Work(flops=2 * logits * model.hidden, weights=each * model.output_layer, exps=logits, stream=12 * 4 * logits)
 
 
 def logprobs_backward(model: Model, tokens: float, each: int) -> Work:
-    """Its backward: logits again, then the gradients of hidden states and of the layer. 16 passes."""
+    """Backward of `logprobs`: the logits are recomputed, then the gradients of hidden states and layer. 16 passes over
+    the logits."""
     logits = tokens * model.vocabulary
     return Work(
         flops=6 * logits * model.hidden, weights=2 * each * model.output_layer, exps=logits, stream=16 * 4 * logits
@@ -181,8 +186,8 @@ def logprobs_backward(model: Model, tokens: float, each: int) -> Work:
 
 
 def divergence(model: Model, teacher: Model, tokens: float) -> Work:
-    """A divergence over the whole vocabulary, gradient included: logits of both models from hidden states, two
-    gradients of the student's. About 30 passes, exponentials of two log-softmaxes, a divergence, and a backward."""
+    """A divergence over the full vocabulary, with its gradient: logits of both models from hidden states, and two
+    gradients for the student. About 30 passes; exponentials of two log-softmaxes, a divergence, and a backward."""
     logits = tokens * model.vocabulary
     flops = 6 * logits * model.hidden + 2 * logits * teacher.hidden
     return Work(flops=flops, exps=4 * logits, stream=30 * 4 * logits)
@@ -192,8 +197,8 @@ def divergence(model: Model, teacher: Model, tokens: float) -> Work:
 
 
 def decode_step(model: Model, machine: Machine, rows: float, context: float, each: int) -> float:
-    """Seconds of one token for each of `rows` rows that hold `context` tokens; in process, with a cache that grows by
-    concatenation: it is read and written for that, and read by attention."""
+    """Seconds to generate one token for each of `rows` rows with `context` tokens, in process. The cache grows by
+    concatenation, which reads and writes it once; attention then reads it again."""
     work = trunk(model, rows, context, each)
     work = work.plus(Work(flops=2 * rows * model.output_layer, weights=each * model.output_layer))
     work = work.plus(Work(stream=3 * each * rows * context * model.cache))
@@ -202,16 +207,16 @@ def decode_step(model: Model, machine: Machine, rows: float, context: float, eac
 
 
 def rollout(model: Model, machine: Machine, rows: int, prompt: float, length: int, each: int = 4) -> float:
-    """Seconds of `rows` completions of `length` tokens each, in process: prompts first, then a step for each token
-    but the one that follows from them."""
+    """Seconds of `rows` completions of `length` tokens each, in process: one pass over the prompts, which gives the
+    first token, then one step for each further token."""
     first = machine.seconds(trunk(model, rows * prompt, prompt, each)) + machine.draw * rows * model.vocabulary
     first += machine.step + machine.step_layer * model.layers
     return first + sum(decode_step(model, machine, rows, prompt + t, each) for t in range(1, length))
 
 
 def scoring(model: Model, machine: Machine, tokens: float, length: float, passes: int, each: int = 4) -> float:
-    """Seconds in which a teacher in this process scores `tokens` tokens of sequences of `length`, in `passes`
-    forwards. In the mean a token attends to half of its sequence."""
+    """Seconds that a teacher in this process takes to score `tokens` tokens of sequences of `length`, in `passes`
+    forwards. On average a token attends to half of its sequence."""
     work = trunk(model, tokens, length / 2, each).plus(logprobs(model, tokens, each))
     return passes * (machine.forward + machine.forward_layer * model.layers) + machine.seconds(work)
 
@@ -220,29 +225,29 @@ class Update(NamedTuple):
     """An optimizer step of one rank."""
 
     tokens: float
-    """Of this rank, padding included."""
+    """Tokens of this rank, padding included."""
     length: float
     micro_batches: int
     ranks: int = 1
     adapters: float = 0.0
-    """Trained parameters beside frozen weights; 0: all weights are trained."""
+    """Trained adapter parameters; the other weights are frozen. 0: no adapters, all weights are trained."""
 
 
 def training(model: Model, machine: Machine, update: Update, teacher: Model | None = None, each: int = 4) -> float:
-    """Seconds of one update in process: 6 FLOPs a parameter and token (4 where the weights are frozen), what FSDP2
-    moves for each micro-batch, and AdamW.
+    """Seconds of one update in process: 6 FLOPs per parameter and token (4 where weights are frozen), FSDP2's copies
+    and transfers for each micro-batch, and AdamW.
 
-    Backward element-wise passes are taken as twice the forward's, as products are. `teacher`: of a divergence over the
-    whole vocabulary.
+    The backward is assumed to need twice the forward's element-wise passes, as it does for products. `teacher`: the
+    model compared by a divergence over the full vocabulary, or None.
     """
     tokens, ranks = update.tokens, update.ranks
     forward = trunk(model, tokens, update.length / 2, each)
     frozen = update.adapters > 0
     backward = forward.times(2)
-    if frozen:  # no gradients of the weights, but products of the adapters: their forward and twice that
+    if frozen:  # no weight gradients; the adapters add a forward, and a backward of twice that
         backward = backward._replace(flops=forward.flops + 6 * tokens * update.adapters)
         outputs = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.intermediate
-        # What an adapter computes is scaled and added: 5 passes over the outputs of its layer, and twice that backward.
+        # An adapter's result is scaled and added: 5 passes over its layer's outputs, and twice that backward.
         backward = backward.plus(Work(passes=3 * 5 * each * tokens * outputs * model.layers))
     work = forward.plus(backward).plus(logprobs(model, tokens, each)).plus(logprobs_backward(model, tokens, each))
     if teacher is not None:
@@ -258,23 +263,23 @@ def training(model: Model, machine: Machine, update: Update, teacher: Model | No
 
 
 ADAMW = 84
-"""Bytes a trained parameter: torch's AdamW without fusion reads and writes fp32 numbers 18 times, clipping 3 times."""
+"""Bytes per trained parameter: torch's unfused AdamW reads or writes fp32 numbers 18 times, clipping 3 times."""
 
 
 def fsdp_copies(parameters: float, trained: float) -> Work:
-    """Bytes through memory of FSDP2's own copies for one micro-batch, fp32: in and out of the buffer of each of two
-    all-gathers (forward and backward), and of the reduce-scatter; 4 bytes read and 4 written each."""
+    """Bytes that FSDP2's own copies move through memory for one micro-batch, fp32: into and out of the buffers of two
+    all-gathers (forward and backward) and of the reduce-scatter; each copy reads 4 bytes and writes 4."""
     return Work(stream=2 * 16 * parameters + 16 * trained)
 
 
 def exchanged(parameters: float, trained: float, ranks: int, each: int) -> float:
-    """Bytes that a rank receives for one micro-batch: all-gathers of the weights for forward and for backward in the
-    compute type, and a reduce-scatter of fp32 gradients."""
+    """Bytes that a rank receives for one micro-batch: all-gathers of the weights for forward and backward, in the
+    compute dtype, and a reduce-scatter of fp32 gradients."""
     return (ranks - 1) / ranks * (2 * each * parameters + 4 * trained)
 
 
 def publishing(model: Model, machine: Machine, ranks: int = 1) -> float:
-    """Seconds to gather all fp32 weights on every rank and copy them into the sampler: 16 bytes read and written a
+    """Seconds to gather all fp32 weights on every rank and copy them into the sampler: 16 bytes read or written per
     parameter."""
     fixed = machine.publish + machine.publish_layer * model.layers
     gathered = (ranks - 1) / ranks * 4 * model.parameters / machine.link
@@ -285,9 +290,9 @@ def publishing(model: Model, machine: Machine, ranks: int = 1) -> float:
 
 
 def served_step(model: Model, gpu: Machine, rows: float, context: float, gpus: int, each: int = 2) -> float:
-    """Seconds of one token for each of `rows` sequences at a server whose copy is split over `gpus`: bound by
-    arithmetic, or by reading weights and caches once. Where the copy is split, two all-reduces a layer,
-    each a ring of 2 (gpus − 1) hops."""
+    """Seconds to generate one token for each of `rows` sequences on a server whose copy is split over `gpus`. Bound by
+    arithmetic, or by reading weights and caches once. A split copy needs two all-reduces per layer, each a ring of
+    2 (gpus − 1) hops."""
     work = trunk(model, rows, context, each)
     flops = work.flops + 2 * rows * model.output_layer
     read = work.weights + each * (model.output_layer + rows * context * model.cache)
@@ -298,10 +303,10 @@ def served_step(model: Model, gpu: Machine, rows: float, context: float, gpus: i
 def served_rollout(
     model: Model, gpu: Machine, rows: float, room: float, prompt: float, longest: int, gpus: int, group: int
 ) -> float:
-    """Seconds in which a server samples `rows` completions, of lengths spread evenly up to `longest`.
+    """Seconds that a server takes to sample `rows` completions whose lengths are spread evenly up to `longest`.
 
-    It runs `room` of them at a time. While more wait, a finished one is replaced at once; then the batch empties, down
-    to the longest. Prompts are computed once a group (prefix cache).
+    It runs up to `room` of them at a time. While some are queued, a finished one is replaced immediately; after that
+    the batch shrinks until the longest has finished. A prompt is computed once per group (prefix cache).
     """
     first = rows / group * prompt
     read = gpu_seconds(gpu, trunk(model, first, prompt / 2, 2), gpus)
@@ -316,19 +321,20 @@ def served_rollout(
 
 
 def gpu_seconds(gpu: Machine, work: Work, gpus: int) -> float:
+    """Seconds for `work` that is divided evenly over `gpus`."""
     return gpu.seconds(work) / gpus
 
 
 def served_scoring(teacher: Model, gpu: Machine, tokens: float, length: float, gpus: int) -> float:
-    """Seconds in which `gpus` GPUs score `tokens` tokens: a forward, and log-softmax over fp32 logits, which are
+    """Seconds that `gpus` GPUs take to score `tokens` tokens: a forward, and a log-softmax over fp32 logits, which are
     written once and read twice."""
-    work = trunk(teacher, tokens, length / 2, 2)._replace(weights=0.0)  # many batches' worth: arithmetic decides
+    work = trunk(teacher, tokens, length / 2, 2)._replace(weights=0.0)  # enough batches that arithmetic is the bound
     work = work.plus(Work(flops=2 * tokens * teacher.output_layer, stream=12 * tokens * teacher.vocabulary))
     return gpu_seconds(gpu, work, gpus)
 
 
 class Trained(NamedTuple):
-    """Seconds of an update on GPUs; communication is hidden behind arithmetic, or the other way round."""
+    """Seconds of an update on GPUs. Communication and arithmetic overlap, so the longer of the two counts."""
 
     compute: float
     communication: float
@@ -336,14 +342,15 @@ class Trained(NamedTuple):
 
     @property
     def total(self) -> float:
+        """Seconds of the update."""
         return max(self.compute, self.communication) + self.optimizer
 
 
 def gpu_training(
     model: Model, gpu: Machine, tokens: float, length: float, ranks: int, micro_tokens: int, adapters: float = 0.0
 ) -> Trained:
-    """One update of all `tokens` over `ranks` GPUs, bf16, with gradient checkpointing: each block forward twice and
-    backward once, so 8 FLOPs a parameter and token, 6 where weights are frozen."""
+    """One update on all `tokens` over `ranks` GPUs, bf16, with gradient checkpointing: each block runs forward twice
+    and backward once, so 8 FLOPs per parameter and token, 6 where weights are frozen."""
     share = tokens / ranks
     forward = trunk(model, share, length / 2, 2).flops
     frozen = adapters > 0
@@ -358,21 +365,22 @@ def gpu_training(
 
 
 def gather_seconds(count: float, gpu: Machine, ranks: int) -> float:
-    """All of `count` bytes on every rank."""
+    """Seconds to gather `count` sharded bytes on every rank."""
     return (ranks - 1) / ranks * count / gpu.link
 
 
 def nccl_seconds(count: float, gpu: Machine, servers: int) -> float:
-    """`count` bytes from rank 0 to the workers of each server, one server after the other (rlkd.weight_sync.nccl)."""
+    """Seconds to send `count` bytes from rank 0 to the workers of each server, one server at a time
+    (rlkd.weight_sync.nccl)."""
     return servers * count / gpu.network
 
 
 def disk_seconds(count: float, gpu: Machine, servers: int) -> float:
-    """`count` bytes written by rank 0, then read by all servers at once."""
+    """Seconds for rank 0 to write `count` bytes and then for all servers to read them at the same time."""
     return count / gpu.disk_write + max(count / gpu.disk_read, servers * count / gpu.disk_total)
 
 
 def adapter_numbers(model: Model, rank: int) -> float:
-    """Parameters of adapters beside all seven linear layers of each dense, gated block: r · (inputs + outputs)."""
+    """Parameters of adapters on all seven linear layers of each dense, gated block: r · (inputs + outputs) each."""
     h, i, q, k = model.hidden, model.intermediate, model.queries, model.keys
     return float(model.layers * rank * (2 * (h + q) + 2 * (h + k) + 3 * (h + i)))

@@ -1,8 +1,8 @@
-"""Peak memory and seconds of a divergence from hidden states, chunked and naive; and how far their gradients differ.
+"""Peak memory and time of a divergence computed from hidden states, chunked and naive, and their gradients' difference.
 
     python benchmarks/divergence_memory.py
 
-Forward and backward, to hidden states and output layer, each variant in a process of its own. On a CPU, in fp32.
+Runs forward and backward, to hidden states and output layer, each variant in its own process, on the CPU in fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ VARIANTS = ("chunked full", "naive full", "chunked student_top_k")
 
 
 def inputs(vocabulary: int, tokens: int) -> tuple[Tensor, torch.nn.Linear, Batch]:
-    """One row of `tokens` tokens of which all but the first have a weight, and a teacher as large as the student."""
+    """Student hidden states, output layer and batch: one row of `tokens` tokens, all but the first with a weight, and a
+    teacher of the student's size."""
     torch.manual_seed(0)
     shape = (1, tokens)
     head = torch.nn.Linear(HIDDEN, vocabulary, bias=False)
@@ -59,7 +60,7 @@ def inputs(vocabulary: int, tokens: int) -> tuple[Tensor, torch.nn.Linear, Batch
 
 
 def run(variant: str, hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> None:
-    """Leaves gradients of the mean reverse KL in `hidden` and `head`."""
+    """Compute the mean reverse KL and leave its gradients in `hidden` and `head`."""
     how, support = variant.split()
     if how == "chunked":
         comparison = DivergenceSpec(kind="reverse_kl", temperature=1.0, support=support, k=100)  # type: ignore[arg-type]
@@ -72,7 +73,7 @@ def run(variant: str, hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> No
 
 
 def measured(variant: str) -> dict[str, Any]:
-    """In this process: seconds, GiB at the peak, and GiB above what the inputs had taken at theirs."""
+    """Run `variant` in this process. Returns: seconds, peak GiB, and GiB above the peak of the inputs."""
     hidden, head, batch = inputs(VOCABULARY, TOKENS)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
@@ -83,6 +84,7 @@ def measured(variant: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Print a line per variant, then the difference of the gradients."""
     if len(sys.argv) > 1:
         print(json.dumps(measured(sys.argv[1])))
         return
@@ -96,7 +98,7 @@ def main() -> None:
         print(
             f"{variant:<22} {row['seconds']:6.1f} s  peak {row['peak']:5.2f} GiB, {row['extra']:5.2f} above the inputs"
         )
-    policy_head.CHUNK_LOGITS = 20 * 5_000  # 20 tokens at a time, or all would fit into one chunk
+    policy_head.CHUNK_LOGITS = 20 * 5_000  # 20 tokens at a time; by default all would fit into one chunk
     found = []
     for variant in VARIANTS[:2]:
         hidden, head, batch = inputs(5_000, 256)

@@ -1,6 +1,6 @@
-"""The import graph of rlkd: `python benchmarks/import_graph.py` prints it and fails on an arrow that runs back up.
+"""The import graph of rlkd: `python benchmarks/import_graph.py` prints it and fails on an upward arrow.
 
-The unit is a folder of `rlkd/`, or a file that lies beside the folders. `LEVELS` lists the units from the bottom up:
+A unit is a folder of `rlkd/`, or a file directly in it. `LEVELS` lists the units from the bottom up:
 each may import only from units listed before it. Imports inside functions and under `TYPE_CHECKING` count too.
 `make lint` runs this script, and docs/architecture.md describes the units.
 """
@@ -76,7 +76,7 @@ def imports(file: Path, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
 
 
 def arrows(package: Path = PACKAGE) -> dict[tuple[str, str], list[str]]:
-    """(importing unit, imported unit) → the places, as `file:line`."""
+    """(importing unit, imported unit) → where, as `file:line imports module`."""
     known = modules(package)
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for module, file in known.items():
@@ -112,7 +112,7 @@ def circles(found: dict[tuple[str, str], list[str]]) -> list[list[str]]:
 
 
 def main() -> int:
-    """Print the counts, then every fault. Returns: 1 where there is one."""
+    """Print the counts, then every fault. Returns: 1 if there is any fault, else 0."""
     package = Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE
     found = arrows(package)
     units = sorted({unit(module) for module in modules(package)} - {""})

@@ -1,17 +1,17 @@
-"""What each objective learns on the built-in task, side by side.
+"""Compares how well each objective learns the built-in task.
 
 python benchmarks/learning.py [--groups signals,opd,self,switch,offline] [--seeds 3] [--iterations 200] [--jobs 1]
                               [--dir runs/learning] [key=value …]
 
-Same student, prompts, iterations, learning rate and sampler. Prints mean ± standard deviation of the held-out accuracy
-(sampled at temperature 1, and greedy) and the iterations to 50 %, and writes learning.csv and learning.png beside the
-runs. Finished runs are reused.
+All arms have the same student, prompts, iterations, learning rate and sampler. Prints mean ± standard deviation of the
+held-out accuracy (sampled at temperature 1, and greedy) and the iterations to 50 %, and writes learning.csv and
+learning.png into --dir. Finished runs are reused.
 
     signals   rewards, a teacher, or both
-    opd       on-policy distillation: which divergence, how much of it
-    self      the student under hints as its own teacher: which divergence, whose weights; shuffled hints: control
-    switch    when the teacher leaves: never, slowly, at once
-    offline   right answers alone, or right and wrong ones (the wrong ones have slips like the student's)
+    opd       on-policy distillation: which divergence, over how much of the vocabulary
+    self      the student shown hints is its own teacher: which divergence, which weights; control: shuffled hints
+    switch    when the teacher is removed: never, gradually, abruptly
+    offline   right answers only, or right and wrong ones (the wrong ones have slips like the student's)
 """
 
 from __future__ import annotations
@@ -40,24 +40,26 @@ NO_TEACHER = "teacher={backend: none}"
 
 
 def opd(divergence: str, iterations: int) -> tuple[str, ...]:
-    # Constant, it would in the end make the student as unsure as its teacher, whose greedy answers are better.
+    """Overrides for OPD with `divergence`."""
+    # With a constant rate the student would end as unsure as its teacher, whose greedy answers are better.
     falling = f"optim.lr={{kind: cosine, start: 3.0e-4, end: 1.0e-5, over: {iterations}}}"
     return (f"algorithm={{name: opd, group_size: 8, divergence: {{{divergence}}}}}", falling)
 
 
 def self_taught(teacher: str = "weights: fixed", divergence: str = "kind: reverse_kl") -> tuple[str, ...]:
+    """Overrides for OPSD with these options of the teacher and the divergence."""
     context = "context: {template: '{prompt}{context}', reference: ' hint: {text}'}"
     algorithm = f"{{name: opsd, group_size: 8, divergence: {{clip: null, {divergence}}}, {context}}}"
     return (f"teacher={{backend: self, {teacher}}}", f"algorithm={algorithm}", "data.privileged_column=privileged")
 
 
 def columns(data: Path) -> tuple[str, ...]:
-    """Read the task from a file of ours; the held-out words stay the built-in ones."""
+    """Overrides that read the task from the file `data`; evaluation still uses the built-in held-out words."""
     return (f"data.path={data}", "data.id_column=id")
 
 
 def groups(data: Path, iterations: int) -> dict[str, dict[str, tuple[str, ...]]]:
-    """group → arm → overrides of the quickstart."""
+    """group → arm → overrides of configs/quickstart.yaml."""
     half = iterations // 2
     first = f"run: {{iterations: {half}}}"
     rest = f"run: {{iterations: {iterations - half}}}"
@@ -99,7 +101,7 @@ def groups(data: Path, iterations: int) -> dict[str, dict[str, tuple[str, ...]]]
                 *pairs,
                 "data.rejected_column=rejected",
                 f"stages={{sft: {{algorithm: {{name: sft, reduction: sequence_mean}}, {first}}}, "
-                # At SFT's rate it unlearns what SFT taught: pushing the wrong answers down is unbounded.
+                # At SFT's rate REDI unlearns what SFT taught, since the loss on wrong answers is unbounded.
                 f"redi: {{algorithm: {{name: redi}}, optim: {{lr: 3.0e-5}}, {rest}}}}}",
             ),
         },
@@ -111,7 +113,7 @@ STAGE_GRPO = "algorithm: {name: grpo, group_size: 8}, teacher: {backend: none}"
 
 
 def write_data(folder: Path) -> None:
-    """shuffled.jsonl: every prompt with another one's hint. pairs.jsonl: right answers, and wrong ones."""
+    """Write shuffled.jsonl, every prompt with another one's hint, and pairs.jsonl, right and wrong answers."""
     folder.mkdir(parents=True, exist_ok=True)
     rows, draw = task.rows("train"), random.Random(0)
     moved = [*rows[1:], *rows[:1]]
@@ -122,9 +124,9 @@ def write_data(folder: Path) -> None:
 
 
 def curve(folder: Path) -> Points:
-    """Of a run, or of the stages of one, one after the other."""
+    """The evaluations of a run; those of its stages are joined in order."""
     points: Points = []
-    # Stages are told apart by their order of time: each writes its metrics after the one before.
+    # Stages are ordered by time: each writes its metrics after the previous one.
     parts = sorted(folder.glob("**/metrics.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     for part in parts:
         done = points[-1][0] if points else 0
@@ -135,6 +137,7 @@ def curve(folder: Path) -> Points:
 
 
 def run(arm: str, settings: Sequence[str], seed: int, args: argparse.Namespace, overrides: Sequence[str]) -> Points:
+    """Train one arm with one seed, unless that run has finished before. Returns: its evaluations."""
     folder = Path(args.dir, re.sub(r"[^\w.]+", "-", f"{arm} {seed}"))
     staged = any(setting.startswith("stages=") for setting in settings)
     iterations = () if staged else (f"run.iterations={args.iterations}",)
@@ -154,15 +157,18 @@ def run(arm: str, settings: Sequence[str], seed: int, args: argparse.Namespace, 
 
 
 def first_above_half(points: Points, column: int) -> str:
+    """The first iteration whose accuracy in `column` is at least HALF, or "never"."""
     return next((str(point[0]) for point in points if point[column] >= HALF), "never")
 
 
 def mean_sd(values: list[float]) -> str:
+    """Mean ± standard deviation of fractions, in percent."""
     sd = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{100 * statistics.fmean(values):5.1f} ± {100 * sd:4.1f} %"
 
 
 def plot(curves: dict[str, dict[str, list[Points]]], path: Path) -> None:
+    """Draw group → arm → curves of its seeds into the image `path`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,13 +184,14 @@ def plot(curves: dict[str, dict[str, list[Points]]], path: Path) -> None:
                     axes.plot(x, y, color=colour, alpha=0.8, label=None if i else arm)
             axes.set(xlabel="iteration", title=f"{group}: {title}", ylim=(0, 100))
             axes.grid(alpha=0.3)
-        panels[0].set_ylabel("held-out accuracy, % (one line a seed)")
+        panels[0].set_ylabel("held-out accuracy, % (one line per seed)")
         panels[0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
 def main() -> None:
+    """Run all arms of the chosen groups, and print and write their results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--groups", default="signals,opd,self,switch,offline")
     parser.add_argument("--seeds", type=int, default=3)
@@ -195,7 +202,7 @@ def main() -> None:
     data = Path(args.dir).resolve() / "data"
     write_data(data)
     every = groups(data, args.iterations)
-    wanted = {name: every[name] for name in args.groups.split(",")}
+    selected = {name: every[name] for name in args.groups.split(",")}
     curves: dict[str, dict[str, list[Points]]] = {}
     with ThreadPoolExecutor(args.jobs) as pool:
 
@@ -203,7 +210,7 @@ def main() -> None:
             return [pool.submit(run, arm, settings, seed, args, overrides).result for seed in range(args.seeds)]
 
         pending = {
-            name: {arm: submitted(arm, settings) for arm, settings in arms.items()} for name, arms in wanted.items()
+            name: {arm: submitted(arm, settings) for arm, settings in arms.items()} for name, arms in selected.items()
         }
         for name, arms in pending.items():
             curves[name] = {}

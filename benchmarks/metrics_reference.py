@@ -1,8 +1,8 @@
-"""The reference of all metrics, from their declarations.
+"""Generates docs/metrics.md, the reference of all metrics, from their declarations.
 
     python benchmarks/metrics_reference.py
 
-writes docs/metrics.md. A test compares the committed page with `page()`.
+A test compares the committed page with `page()`.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Runs whose numbers a refactoring must not change by one bit, and the comparison of two sets of them.
+"""Checks that a refactoring changes no number of a set of runs by a single bit.
 
     python benchmarks/same_numbers.py run before.jsonl
     python benchmarks/same_numbers.py run after.jsonl
     python benchmarks/same_numbers.py compare before.jsonl after.jsonl
 
-Start it in the root of the checkout that is to run; `--only NAME …` takes some of the runs. Each run is a
-`python -m rlkd.train` on the CPU with the built-in models, and one line of the output: its metrics without those that
-are times, memory or throughput, and the SHA-256 of each tensor of the exported student and of the last checkpoint
-(optimizer moments included) and of each file of rollouts. Only lines that were made on one machine, with the same
-versions of torch and of its libraries, can be compared.
+Start it in the root of the checkout to run; `--only NAME …` selects some of the runs. Each run is a
+`python -m rlkd.train` on the CPU with the built-in models, and gives one line of output: its metrics except times,
+memory and throughput, and the SHA-256 of each tensor of the exported student, of each tensor of the last checkpoint
+(optimizer moments included) and of each file of rollouts. Compare only results from the same machine with the same
+versions of torch and its libraries.
 
-Nothing of rlkd is imported here, so that the script itself needs no change when the package changes.
+The script imports nothing from rlkd, so it needs no change when the package changes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from pathlib import Path
 from typing import Any
 
 AT_A_TIME = 2
-"""Processes, or groups of ranks."""
+"""Runs at the same time, each with one process per rank."""
 
 UNSTABLE = re.compile(r"(^|/)(time|times|timestamp|seconds|memory|tokens_per_s)(/|$)")
-"""Names of metrics that differ from run to run."""
+"""Matches names of metrics that differ from run to run."""
 
 SHARED = (
     *("run.name=run", "log.progress=false", "log.wandb=off", "log.rollouts_every=1", "checkpoint.every=0"),
@@ -49,14 +49,14 @@ SMALL = (
     *("data.max_prompt_tokens=32", "data.max_completion_tokens=16"),
     *("trainer.precision=fp32", "eval.every=0"),
 )
-"""What a shipped config for GPUs needs on a CPU. The student is the built-in teacher, since it alone is right often
-enough for groups with right and wrong answers: else no advantage would differ from 0."""
+"""Overrides that run a shipped GPU config on the CPU. The student is the built-in teacher: it is the only built-in
+model right often enough for groups with both right and wrong answers, without which all advantages would be 0."""
 SAMPLED = ("rollout.temperature=0.7",)
-"""At which it is right about every second time."""
+"""At this temperature the student is right about half of the time."""
 FASTER = ("optim.lr=3.0e-4",)
-"""So that an iteration changes what the next one samples."""
+"""Large enough that an iteration changes what the next one samples."""
 LOCAL = ("teacher={backend: local, path: 'builtin:student'}",)
-"""Another model than the student."""
+"""A teacher that is a different model from the student."""
 PREFERRED = ("teacher={backend: local, path: 'builtin:teacher'}", "model.path=builtin:student")
 NO_REFERENCE = "template: '{prompt}{context}', max_tokens: 64"
 HINT = f"{NO_REFERENCE}, reference: ' hint: {{text}}'"
@@ -69,18 +69,18 @@ FEEDBACK = (
 
 @dataclass(frozen=True)
 class Run:
-    """One or more commands in turn, on one run directory."""
+    """One training command, or two in sequence on the same run directory."""
 
     files: tuple[str, ...]
-    """In configs/, without the ending."""
+    """Names of files in configs/, without the extension."""
     overrides: tuple[str, ...] = ()
     ranks: int = 1
     then: tuple[str, ...] = ()
-    """What the second command has beside the overrides of the first; none: there is only one command."""
+    """Overrides that the second command adds to those of the first; empty: there is only one command."""
 
 
 RUNS = {
-    # the quickstart, and what of the trainer it can show
+    # the quickstart, and the features of the trainer that it can exercise
     "quickstart": Run(("quickstart",)),
     "two_ranks": Run(("quickstart",), ("trainer.devices=2",), ranks=2),
     "two_ranks_ema_lora": Run(
@@ -139,7 +139,7 @@ RUNS = {
         (*SMALL, *SAMPLED, *FASTER, "teacher={backend: local, path: 'builtin:mentor'}", FEEDBACK),
     ),
     "thinktuning_tiny": Run(("thinktuning_tiny",), ("eval.every=0",)),
-    # options that no shipped config has
+    # options that no shipped config sets
     "grpo_terms": Run(
         ("grpo",),
         (
@@ -174,7 +174,7 @@ RUNS = {
 
 
 def write_data(path: Path) -> None:
-    """Words to reverse, under all the names of columns that the shipped configs have."""
+    """Write words to reverse, under every column name that the shipped configs use."""
     draw, lines = random.Random(0), []
     for _ in range(64):
         word = "".join(draw.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(draw.randint(4, 8)))
@@ -185,6 +185,7 @@ def write_data(path: Path) -> None:
 
 
 def commands(run: Run, folder: Path, data: Path) -> Iterator[list[str]]:
+    """The command lines of `run`, in order."""
     launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={run.ranks}", "-m"] if run.ranks > 1 else []
     files = [part for file in run.files for part in ("--config", f"configs/{file}.yaml")]
     overrides = [text.replace("DATA", str(data)) for text in (*SHARED, *run.overrides, f"run.dir={folder}")]
@@ -193,12 +194,12 @@ def commands(run: Run, folder: Path, data: Path) -> Iterator[list[str]]:
 
 
 def last_of_each(overrides: list[str]) -> list[str]:
-    """Of several values for one key the last, where the last stands."""
+    """One override per key: the last value wins."""
     return list({text.partition("=")[0]: text for text in overrides}.values())
 
 
 def perform(name: str, folder: Path, data: Path) -> dict[str, Any]:
-    """The line of one run: its numbers, or why it failed."""
+    """Run `name`. Returns: its line of output, with the numbers or the reason for the failure."""
     began = time.monotonic()
     tree = os.getcwd()
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -217,7 +218,7 @@ def perform(name: str, folder: Path, data: Path) -> dict[str, Any]:
 
 
 def numbers(folder: Path) -> dict[str, Any]:
-    """What a run left behind. Stages are told apart by the folder in the names."""
+    """The numbers in the run directory `folder`; the names start with the folder of their stage."""
     found: dict[str, Any] = {"metrics": {}, "weights": {}, "checkpoint": {}, "rollouts": {}}
     for metrics in sorted(folder.rglob("metrics.jsonl")):
         where = metrics.parent
@@ -232,22 +233,24 @@ def numbers(folder: Path) -> dict[str, Any]:
             text = json.dumps(rows, sort_keys=True)
             found["rollouts"][f"{label}/{dump.name}"] = hashlib.sha256(text.encode()).hexdigest()
     if not found["metrics"] or not found["weights"]:
-        raise RuntimeError(f"{folder}: expected metrics.jsonl and exported weights, got neither or one of them")
+        raise RuntimeError(f"{folder}: expected metrics.jsonl and exported weights, got at most one of them")
     return found
 
 
 def stable(row: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of `row` that do not differ from run to run."""
     return {name: value for name, value in row.items() if not UNSTABLE.search(name)}
 
 
 def saved_weights(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, by name."""
     from safetensors.torch import load_file
 
     return load_file(path)
 
 
 def checkpoint_tensors(path: Path) -> dict[str, Any]:
-    """All tensors of a checkpoint, whole, by the names under which they are saved."""
+    """All tensors of a checkpoint, unsharded, by the names under which they are saved."""
     import torch
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -265,7 +268,7 @@ def checkpoint_tensors(path: Path) -> dict[str, Any]:
 
 
 def hashes(label: str, tensors: dict[str, Any]) -> dict[str, str]:
-    """Of type, shape and bits."""
+    """`label`/name → SHA-256 of the dtype, shape and bits of each tensor."""
     import torch
 
     found = {}
@@ -277,12 +280,14 @@ def hashes(label: str, tensors: dict[str, Any]) -> dict[str, str]:
 
 
 def run_all(out: Path, names: list[str]) -> int:
-    """Write a line for each run. Returns: 1 where one failed."""
+    """Write a line per run. Returns: 1 if one failed, 2 outside of a checkout, else 0."""
     if not Path("rlkd/__init__.py").exists():
         print(f"expected the root of a checkout, got {os.getcwd()}; start the script there", file=sys.stderr)
         return 2
     began = time.monotonic()
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # on purpose: one process reads
+    warnings.filterwarnings(
+        "ignore", message="torch.distributed is disabled"
+    )  # intended: one process reads the checkpoint
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_A_TIME) as pool:
         data = Path(folder, "data.jsonl")
         write_data(data)
@@ -296,7 +301,8 @@ def run_all(out: Path, names: list[str]) -> int:
 
 
 def compare(before: Path, after: Path) -> int:
-    """Print a line for each run of either file. Returns: 1 where one differs, failed or is missing."""
+    """Print a line for each run in either file. Returns: 1 if one differs, failed or is missing,
+    or if there is none, else 0."""
     old, new = read(before), read(after)
     verdicts = {name: verdict(old.get(name), new.get(name)) for name in [*old, *(new.keys() - old.keys())]}
     for name, text in verdicts.items():
@@ -305,6 +311,7 @@ def compare(before: Path, after: Path) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
+    """Name of the run → its line in the file."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {line["name"]: line for line in lines}
 
@@ -320,7 +327,7 @@ def verdict(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str:
 
 
 def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
-    """Every leaf that differs, in the order of `before`. Not-a-number equals itself; 0 and −0, 1 and 1.0 differ."""
+    """Every leaf that differs, in the order of `before`. NaN equals NaN; 0 and −0, 1 and 1.0 differ."""
     missing = object()
     if isinstance(before, list) and isinstance(after, list):
         before, after = dict(enumerate(before)), dict(enumerate(after))
@@ -336,12 +343,13 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
+    """Run or compare, as the command line says. Returns: the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     actions = parser.add_subparsers(dest="action", required=True)
     runs = actions.add_parser("run", help="write the numbers of the checkout in the current directory")
     runs.add_argument("out", type=Path)
     runs.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS), metavar="NAME")
-    comparison = actions.add_parser("compare", help="say which runs differ, and where first")
+    comparison = actions.add_parser("compare", help="print which runs differ, and the first difference of each")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
     args = parser.parse_args(argv)

@@ -1,10 +1,10 @@
 """The cost model of docs/scaling.md: its constants on this box, a check against real runs, and the plan for GPUs.
 
-python benchmarks/scaling.py constants      what this box achieves, by micro-benchmarks
-python benchmarks/scaling.py check          one more round of these and of training runs; predicted and measured seconds
-python benchmarks/scaling.py plan           8, 64 and 1,024 H100; runs nothing
+python benchmarks/scaling.py constants      rates of this box, by micro-benchmarks
+python benchmarks/scaling.py check          one more round of constants and runs; predicted and measured seconds
+python benchmarks/scaling.py plan           predictions for 8, 64 and 1,024 H100s; runs nothing
 
-A round of `check` takes about ten minutes on two busy cores; rounds add up in runs/scaling/measured.jsonl.
+A round of `check` takes about ten minutes on two busy cores; rounds accumulate in runs/scaling/measured.jsonl.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from cost_model import Machine, Model, Update, dense
 
 FOLDER = Path("runs/scaling")
 VOCABULARY = 2048
-"""Wide enough that a random student seldom ends early: completions have the length that was asked for."""
+"""Large enough that a random student seldom samples the end token, so completions have the requested length."""
 SIZES = {"1M": (128, 4, 352), "6M": (256, 6, 704), "21M": (512, 6, 1408)}
 """Name → hidden, layers, intermediate."""
 RANK = 8
-"""Of adapters."""
+"""Rank of the adapters."""
 ITERATIONS = 4
-"""Of a run; one more comes before, which warms up."""
+"""Measured iterations of a run, after one more that warms up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,10 @@ CASES = (
 
 
 def mean_seconds(act: Callable[[], Any]) -> float:
-    """Of one call, over half a second or more.
+    """Mean seconds of a call, over calls that together take half a second or more.
 
-    The mean, not the median: others work on this box, and what they take from a run of many seconds they take from some
-    of many short calls only.
+    The mean, not the median: other jobs share this box. They slow down every long run, but only some of many short
+    calls, so a median would hide them.
     """
     act()
     calls, started = 0, time.perf_counter()
@@ -89,22 +89,22 @@ def mean_seconds(act: Callable[[], Any]) -> float:
 
 
 def rates() -> dict[str, float]:
-    """FLOP/s, bytes/s and exponentials/s of one process, and seconds a logit of a draw."""
+    """FLOP/s, bytes/s and exponentials/s of one process, and seconds per logit of a draw."""
     import torch
     from torch.nn import functional as F
 
     from rlkd.generation.hf import draw
 
     products = []
-    for rows, width in ((32, 256), (1024, 128), (1024, 256), (1024, 512)):  # a decode step's, and training's
+    for rows, width in ((32, 256), (1024, 128), (1024, 256), (1024, 512)):  # shapes of a decode step, and of training
         x, w = torch.randn(rows, width), torch.randn(4 * width, width)
         products.append(8 * rows * width**2 / mean_seconds(lambda x=x, w=w: F.linear(x, w)))
-    small, beside = torch.randn(2, 2**20)  # 4 MiB, as activations; the result is a fresh tensor, as theirs
+    small, factor = torch.randn(2, 2**20)  # 4 MiB, like activations; their results are new tensors, too
     large, other, result = torch.randn(3, 2**24)  # 64 MiB
     logits, noise = torch.randn(32, VOCABULARY, dtype=torch.float64), torch.rand(32, dtype=torch.float64)
     return {
         "flops": statistics.median(products),
-        "cache": 12 * small.numel() / mean_seconds(lambda: small * beside),
+        "cache": 12 * small.numel() / mean_seconds(lambda: small * factor),
         "memory": 12 * large.numel() / mean_seconds(lambda: torch.add(large, other, out=result)),
         "exps": small.numel() / statistics.fmean(mean_seconds(f) for f in (small.exp, lambda: F.silu(small))),
         "draw": mean_seconds(lambda: draw(logits, noise, 1.0)) / logits.numel(),
@@ -112,7 +112,7 @@ def rates() -> dict[str, float]:
 
 
 def disks() -> dict[str, float]:
-    """Bytes/s of writing and reading a safetensors file of 64 MiB, in memory and on the disk (written through)."""
+    """Bytes/s of writing and reading a safetensors file of 64 MiB, in shared memory and on the disk (with fsync)."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -132,9 +132,9 @@ def disks() -> dict[str, float]:
 
 
 def fixed(lora: bool) -> dict[str, float]:
-    """Seconds that do not depend on sizes: those of a model of width 32 and one token, with one layer and with nine.
+    """Seconds that do not depend on sizes, measured with rlkd's own code on one token and models of width 32.
 
-    Through rlkd's own code. Every rank calls it.
+    Models of one and of nine layers separate the costs per layer from the others. Every rank calls it.
     """
     import lightning
     import numpy as np
@@ -150,7 +150,7 @@ def fixed(lora: bool) -> dict[str, float]:
     from rlkd.teachers.teacher import ScoreRequest
     from rlkd.types import Batch, Signal
 
-    del lightning, ModelParallelStrategy  # imported as a run does; they set what torch's threads do
+    del lightning, ModelParallelStrategy  # imported as a run imports them, since they change torch's threading
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),), mesh_dim_names=("data_parallel",))
     mask = torch.tensor([[False, True]])
     batch = Batch(
@@ -212,7 +212,7 @@ def fixed(lora: bool) -> dict[str, float]:
 
 
 def mean_of(act: Callable[[], Any], calls: int) -> float:
-    """Seconds of one of `calls` calls: a collective wants as many on every rank."""
+    """Mean seconds of `calls` calls; the number is fixed, since all ranks must make equally many collective calls."""
     act()
     act()
     started = time.perf_counter()
@@ -228,14 +228,14 @@ def link(ranks: int) -> dict[str, float]:
     if ranks == 1:
         return {}
     part = torch.randn(2**22 // ranks)
-    whole = torch.empty(2**22 // ranks * ranks)
+    gathered = torch.empty(2**22 // ranks * ranks)
     gather = torch.distributed.all_gather_into_tensor
-    taken = mean_of(lambda: gather(whole, part), 20)
-    return {"link": 4 * (whole.numel() - part.numel()) / taken}
+    taken = mean_of(lambda: gather(gathered, part), 20)
+    return {"link": 4 * (gathered.numel() - part.numel()) / taken}
 
 
 def measure_here() -> None:
-    """One rank of `constants`: prints a line of JSON."""
+    """Run one rank of `constants` and print its result as a line of JSON."""
     import torch
 
     ranks = int(os.environ["WORLD_SIZE"])
@@ -248,19 +248,20 @@ def measure_here() -> None:
 
 
 def constants(ranks: int) -> dict[str, float]:
-    """What each of `ranks` processes achieves that all work at once; the median over them."""
+    """Constants of `ranks` processes that work at the same time; the median over them."""
     done = run_python([__file__, "measure"], ranks)
     return medians([json.loads(line.split(" ", 1)[1]) for line in done.splitlines() if line.startswith("constants ")])
 
 
 def medians(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The median of each name over all rows."""
     return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 def run_python(arguments: list[str], ranks: int) -> str:
-    """What `python ARGUMENTS` prints, in `ranks` processes that meet. Raises: CalledProcessError."""
+    """The stdout of `python ARGUMENTS` in `ranks` processes of one process group. Raises: CalledProcessError."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    if ranks == 1 and arguments[0] == "-m":  # a run alone needs nobody to meet
+    if ranks == 1 and arguments[0] == "-m":  # a single process needs no rendezvous
         command = [sys.executable, *arguments]
     paths = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
@@ -284,7 +285,7 @@ def model_folder(name: str, hidden: int, layers: int, width: int, vocabulary: in
     if (folder / "config.json").exists():
         return folder
     tokenizer = AutoTokenizer.from_pretrained(resolve("builtin:student"))
-    # Rows without a token would take no part in sampling and losses, and what is timed are large vocabularies.
+    # Embedding rows without a token would be left out of sampling and losses, but large vocabularies are to be timed.
     tokenizer.add_tokens([f"<filler {i}>" for i in range(vocabulary - len(tokenizer))])
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -300,15 +301,15 @@ def model_folder(name: str, hidden: int, layers: int, width: int, vocabulary: in
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    beside = Path(tempfile.mkdtemp(dir=folder.parent if folder.parent.mkdir(parents=True, exist_ok=True) else None))
-    LlamaForCausalLM(config).save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    os.replace(beside, folder)
+    staging = Path(tempfile.mkdtemp(dir=folder.parent if folder.parent.mkdir(parents=True, exist_ok=True) else None))
+    LlamaForCausalLM(config).save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    os.replace(staging, folder)
     return folder
 
 
 def measured(case: Case) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl of a fresh run, without the first, which warms up."""
+    """The rows of metrics.jsonl of a new run, without the first iteration, which warms up."""
     folder = FOLDER / "run"
     shutil.rmtree(folder, ignore_errors=True)
     overrides = [
@@ -332,7 +333,7 @@ PHASES = ("rollout", "teacher", "train", "publish")
 
 
 def predicted(case: Case, machine: Machine, models: dict[str, Model], prompt: float) -> dict[str, float]:
-    """Seconds of each phase."""
+    """Predicted seconds of each phase."""
     student, rows, length = models[case.student], case.rows, prompt + case.length
     tokens = rows * length
     adapters = cost.adapter_numbers(student, RANK) if case.lora else 0.0
@@ -353,7 +354,7 @@ def predicted(case: Case, machine: Machine, models: dict[str, Model], prompt: fl
 
 
 def check() -> None:
-    """One more round of constants and runs in turn; prints the medians of all rounds beside each other."""
+    """Measure one more round of constants and runs, then print predictions and measurements of all rounds."""
     from rlkd.config.schema import DataConfig
     from rlkd.data.chat import load_tokenizer
     from rlkd.data.sources import load_source
@@ -366,7 +367,7 @@ def check() -> None:
     for ranks in (1, 2):
         mine = [case for case in CASES if case.ranks == ranks]
         for i, case in enumerate(mine):
-            if i % 4 == 0:  # what others do on this box changes: constants are taken between the runs
+            if i % 4 == 0:  # the load of other jobs changes, so constants are measured between the runs, too
                 record({"constants": constants(ranks), "ranks": ranks})
             record({"case": case.name, "rows": measured(case)})
         record({"constants": constants(ranks), "ranks": ranks})
@@ -374,17 +375,18 @@ def check() -> None:
 
 
 def record(result: dict[str, Any]) -> None:
+    """Append `result` to measured.jsonl."""
     with open(FOLDER / "measured.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(result) + "\n")
 
 
 def report(models: dict[str, Model], prompt: float) -> None:
-    """Twice: medians of all rounds; and the fastest iterations by the constants of the quietest moment, since what
-    others do on this box only ever adds."""
+    """Print two tables: medians of all rounds; and the fastest iterations with the constants of the quietest moment,
+    since other jobs on this box can only add time."""
     results = [json.loads(line) for line in (FOLDER / "measured.jsonl").read_text().splitlines()]
     sets = {ranks: [r["constants"] for r in results if r.get("ranks") == ranks] for ranks in (1, 2)}
     rows = {case.name: [row for r in results if r.get("case") == case.name for row in r["rows"]] for case in CASES}
-    print(f"{len(next(iter(rows.values())))} iterations and more of each run")
+    print(f"{len(next(iter(rows.values())))} or more iterations of each run")
     table(
         "median", {n: medians(of) for n, of in sets.items()}, {n: medians(of) for n, of in rows.items()}, models, prompt
     )
@@ -400,11 +402,11 @@ def table(
     models: dict[str, Model],
     prompt: float,
 ) -> None:
-    """Predicted and measured seconds.
+    """Print predicted and measured seconds.
 
     Args:
-        of: processes at once → constants.
-        rows: run → figures of an iteration.
+        of: number of processes → constants.
+        rows: run → metrics of an iteration.
     """
     print(f"\n{name}")
     for ranks, values in of.items():
@@ -427,14 +429,15 @@ def table(
 
 
 def machine(values: dict[str, float], lora: bool) -> Machine:
-    """`lora`: with the fixed costs of a student that has adapters, where these are others."""
+    """The Machine with these constants; `lora`: with the fixed costs of a student with adapters where they differ."""
     if lora:
-        apart = ("update", "update_layer", "publish", "publish_layer")
-        values = values | {name: values[f"lora_{name}"] for name in apart}
+        replaced = ("update", "update_layer", "publish", "publish_layer")
+        values = values | {name: values[f"lora_{name}"] for name in replaced}
     return Machine(**{name: value for name, value in values.items() if name in Machine.__dataclass_fields__})
 
 
 def main() -> None:
+    """Run the action given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("constants", "check", "plan", "measure"))
     what = parser.parse_args().what

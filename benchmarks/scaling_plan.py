@@ -1,7 +1,7 @@
-"""8, 64 and 1,024 H100 by the cost model: what fits, which split of the GPUs is fastest, where the time goes.
+"""Plans for 8, 64 and 1,024 H100s by the cost model: what fits, which split is fastest, where the time goes.
 
 Nothing here is measured. Data sheet: NVIDIA H100 SXM5 (989e12 FLOP/s dense bf16, 3.35e12 B/s, 80 GB, NVLink 450e9 B/s
-each way); 400 Gb/s InfiniBand for each GPU. What of it is achieved is assumed, and so is all about disks.
+each way); 400 Gb/s InfiniBand per GPU. The fractions of these that are achieved are assumed, and so are all disk rates.
 """
 
 from __future__ import annotations
@@ -32,40 +32,42 @@ H100 = Machine(
     disk_total=100e9,
 )
 ACROSS = replace(H100, link=0.8 * 8 * 50e9, network=0.8 * 50e9)
-"""Several machines. What an all-gather brings into one comes over its 8 adapters once, and goes on over NVLink;
-what one trainer process sends goes over its own adapter."""
+"""Rates across machines. An all-gather enters a machine once over its 8 network adapters and is distributed inside it
+over NVLink; a single trainer process sends over its own adapter."""
 CARD = 0.9 * 80 * GIB
-"""Bytes of a card that may be planned with."""
+"""Bytes of a card's memory that a plan may use."""
 BOX = 8
 GROUP = 8
 SLACK = 1.05
-"""A split may take so much longer than the fastest, if it wants fewer GPUs."""
+"""A split that needs fewer GPUs may take this factor longer than the fastest one."""
 WORKSPACE = 10 * GIB
-"""Assumed, of a trainer that rlkd is not: experts stay where they are and tokens travel, so little is gathered."""
+"""Assumed for a trainer with expert parallelism, which rlkd does not have: experts stay in place and tokens are sent to
+them, so little is gathered."""
 PROMPT = 512
 ADAPTER_RANK = 32
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Student:
-    """One that is planned for."""
+    """A model that the plan trains."""
 
     name: str
     config: PreTrainedConfig
     model: Model
     shape: Shape
     per_copy: tuple[int, ...]
-    """GPUs that may share a server's copy; the first number is the least that holds it."""
+    """Possible numbers of GPUs per model copy on a server; the first is the smallest that holds it."""
     longest: int
-    """Tokens of the longest completion; they are half as long in the mean."""
+    """Tokens of the longest completion; the mean is half of that."""
 
     @property
     def micro_tokens(self) -> int:
-        """Of a micro-batch: one longest sequence."""
+        """Tokens of a micro-batch: one sequence of the longest length."""
         return PROMPT + self.longest
 
 
 def qwen(layers: int, hidden: int, width: int, heads: int, keys: int) -> Qwen2Config:
+    """The configuration of a Qwen2.5 model of these sizes."""
     return Qwen2Config(
         vocab_size=152064,
         hidden_size=hidden,
@@ -80,8 +82,9 @@ def qwen(layers: int, hidden: int, width: int, heads: int, keys: int) -> Qwen2Co
 
 
 def deepseek(config: DeepseekV3Config, known: Shape) -> Model:
-    """Multi-head latent attention (arXiv 2412.19437 §2.1.1): a token keeps one latent vector of 512 and a rotary key of
-    64 a layer; a decode step attends to those with 128 heads. 256 routed experts in 58 layers, 8 of them chosen."""
+    """Multi-head latent attention (arXiv 2412.19437 §2.1.1): a token caches one latent vector of 512 and a rotary key
+    of 64 per layer; a decode step attends to those with 128 heads. 58 layers have 256 routed experts, 8 of them used
+    per token."""
     latent, rotary, heads = config.kv_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     routed = (config.num_hidden_layers - config.first_k_dense_replace) * config.n_routed_experts * expert
@@ -105,7 +108,7 @@ def deepseek(config: DeepseekV3Config, known: Shape) -> Model:
 
 
 def students() -> list[Student]:
-    """Qwen2.5-7B and -32B, and DeepSeek-V3, by their published config.json."""
+    """Qwen2.5-7B and -32B, and DeepSeek-V3, with the sizes of their published config.json."""
     small, middle = qwen(28, 3584, 18944, 28, 4), qwen(64, 5120, 27648, 40, 8)
     large = DeepseekV3Config()
     of_small, of_middle, mixture = shape(small), shape(middle), shape(large)
@@ -139,13 +142,14 @@ def students() -> list[Student]:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes that a trainer GPU wants at most at a time, by `rlkd.planning.memory`."""
+    """Peak bytes that a trainer GPU needs, estimated by `rlkd.planning.memory`."""
 
     always: float
     training: float
     publishing: float
 
     def peak(self, way: str) -> float:
+        """Peak bytes; `way`: how weights are held and published, as in the table of `fastest`."""
         if way == "experts split":
             return self.always + WORKSPACE
         return self.always + max(self.training, 0.0 if way == "tensor by tensor" else self.publishing)
@@ -153,13 +157,14 @@ class Memory:
 
 @functools.cache
 def memory(student: Student, ranks: int, way: str) -> Memory:
+    """Memory of each of `ranks` trainer GPUs that train `student`."""
     with tempfile.TemporaryDirectory() as folder:
         student.config.save_pretrained(folder)
         overrides = [
             *(f"model.path={folder}", "model.gradient_checkpointing=true", f"rollout.max_tokens={student.longest}"),
             *(f"data.path={folder}", f"data.max_prompt_tokens={PROMPT}", f"rollout.prompts={128 * ranks}"),
             *(f"trainer.micro_batch_tokens={student.micro_tokens}", f"trainer.devices={ranks}"),
-            "rollout.server={launch: false, urls: [http://server:8000]}",  # on machines of their own
+            "rollout.server={launch: false, urls: [http://server:8000]}",  # on other machines
         ]
         if way == "adapters":
             overrides.append(f"model.lora={{r: {ADAPTER_RANK}}}")
@@ -171,7 +176,7 @@ def memory(student: Student, ranks: int, way: str) -> Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """GPUs, and the seconds of the phases, one after the other."""
+    """A division of the GPUs, and the seconds of the phases, which run one after the other."""
 
     trainers: int
     servers: int
@@ -184,26 +189,29 @@ class Split:
 
     @property
     def total(self) -> float:
+        """Seconds of an iteration."""
         return self.rollout + self.teacher + self.train + self.publish
 
     @property
     def gpus(self) -> int:
+        """GPUs in use."""
         return self.trainers + self.servers + self.teachers
 
     @property
     def slowest(self) -> str:
+        """Name of the longest phase."""
         phases = {name: getattr(self, name) for name in ("rollout", "teacher", "train", "publish")}
         return max(phases, key=phases.__getitem__)
 
 
 def room(student: Student, per_copy: int) -> float:
-    """Sequences of the mean length that a server's copy has memory for."""
+    """Number of sequences of the mean length that fit into the memory of a model copy on a server."""
     free = per_copy * CARD - 2 * student.model.parameters
     return free / (2 * student.model.cache * (PROMPT + student.longest / 2))
 
 
 def publish_seconds(student: Student, trainers: int, boxes: int, way: str, gpu: Machine) -> float:
-    """The faster of NCCL and disk for all weights, in fp32 as rlkd sends them; adapters go by disk."""
+    """Seconds to publish: all weights by the faster of NCCL and disk, in fp32 as rlkd sends them; adapters by disk."""
     if way == "adapters":
         return cost.disk_seconds(4 * cost.adapter_numbers(student.model, ADAPTER_RANK), gpu, boxes)
     count = 4 * student.model.parameters
@@ -218,8 +226,8 @@ def counts(most: int, of: int) -> list[int]:
 
 
 def splits(student: Student, teacher: Student, gpus: int, completions: int, way: str) -> Iterator[Split]:
-    """Divisions of `gpus` in which the trainers' memory fits, servers and teachers are whole copies, and the number of
-    prompts divides by the trainers, as rlkd wants it. Some may be left over."""
+    """Divisions of `gpus` where the trainers' memory suffices, servers and teachers hold complete copies, and the
+    number of prompts is divisible by the trainers, as rlkd requires. Some GPUs may be left over."""
     mean, gpu = PROMPT + student.longest / 2, H100 if gpus <= BOX else ACROSS
     tokens = completions * mean
     adapters = cost.adapter_numbers(student.model, ADAPTER_RANK) if way == "adapters" else 0.0
@@ -241,14 +249,14 @@ def splits(student: Student, teacher: Student, gpus: int, completions: int, way:
                         student.model, gpu, rows, at_once, PROMPT, student.longest, size, GROUP
                     ),
                     teacher=scored,
-                    # Where experts stay, what moves is tokens, which is not modelled.
+                    # With expert parallelism tokens are communicated, which is not modelled.
                     train=train.compute + train.optimizer if way == "experts split" else train.total,
                     publish=publish_seconds(student, trainers, math.ceil(servers / BOX), way, gpu),
                 )
 
 
 def best_split(student: Student, teacher: Student, gpus: int, completions: int, way: str) -> Split | None:
-    """Of those within SLACK of the fastest the one on the fewest GPUs; None where nothing fits."""
+    """The split on the fewest GPUs within SLACK of the fastest; None if nothing fits."""
     known = list(splits(student, teacher, gpus, completions, way))
     fastest = min((split.total for split in known), default=0.0)
     near = [split for split in known if split.total <= SLACK * fastest]
@@ -256,6 +264,7 @@ def best_split(student: Student, teacher: Student, gpus: int, completions: int, 
 
 
 def plan() -> None:
+    """Print all tables of the plan."""
     small, middle, large = students()
     memories((small, middle, large))
     fastest(((small, middle), (middle, middle), (large, large)))
@@ -264,21 +273,23 @@ def plan() -> None:
 
 
 def memories(known: Sequence[Student]) -> None:
-    print("Memory of a trainer GPU, GiB; 72 of 80 may be planned with")
+    """Print the memory that each student needs, by number of trainers."""
+    print("Memory of a trainer GPU, GiB; a plan may use 72 of 80")
     head = f"{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host, a box':>13}"
     print(f"{'student':<10}{'GPUs':>6}{head}")
     for student in known:
         for ranks in (1, 4, 8, 16, 64, 512):
-            whole = memory(student, ranks, "all weights")
+            full = memory(student, ranks, "all weights")
             adapted = memory(student, ranks, "adapters").peak("adapters") / GIB
             host = 4 * student.model.parameters * min(ranks, BOX)
-            figures = (whole.always, whole.always + whole.training, whole.always + whole.publishing)
-            cells = "".join(f"{value / GIB:>{width}.0f}" for value, width in zip(figures, (9, 12, 14), strict=True))
+            peaks = (full.always, full.always + full.training, full.always + full.publishing)
+            cells = "".join(f"{value / GIB:>{width}.0f}" for value, width in zip(peaks, (9, 12, 14), strict=True))
             last = "–" if student.model.routed else f"{adapted:.0f}"
             print(f"{student.name:<10}{ranks:>6}{cells}{last:>10}{host / GIB:>13.0f}")
 
 
 def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
+    """Print the best split of each (student, teacher) on 8, 64 and 1,024 GPUs."""
     print(f"\nThe smallest split within {SLACK - 1:.0%} of the fastest; teacher: 32B, of 671B itself; seconds")
     head = ("trainers", "servers", "a copy", "teachers", "rollout", "teacher", "train", "publish", "step", "idle")
     print(
@@ -299,7 +310,8 @@ def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
 
 
 def published(known: Sequence[Student]) -> None:
-    print("\nPublishing to servers on machines of their own, 64 trainers, seconds")
+    """Print the seconds of publishing, by number of server machines."""
+    print("\nPublishing to servers on separate machines, 64 trainers, seconds")
     for student in known:
         count = 4 * student.model.parameters
         adapters = 4 * cost.adapter_numbers(student.model, ADAPTER_RANK)
@@ -316,6 +328,7 @@ def published(known: Sequence[Student]) -> None:
 
 
 def steps(known: Sequence[Student]) -> None:
+    """Print decode times, and the micro-batch from which communication is hidden."""
     print("\nA decode step of a copy by rows, context 4,096, ms (of which weights, caches)")
     for student in known:
         model, gpus = student.model, student.per_copy[0]
@@ -326,7 +339,7 @@ def steps(known: Sequence[Student]) -> None:
             cache = 2 * rows * 4096 * model.cache / H100.memory / gpus
             cells.append(f"{rows}: {1e3 * seconds:.1f} ({1e3 * weights:.1f}, {1e3 * cache:.1f})")
         print(f"{student.name} on {gpus} GPUs, room for {room(student, gpus):.0f} sequences: " + "; ".join(cells))
-    print("\nTokens of a micro-batch from which arithmetic hides what FSDP2 moves")
+    print("\nTokens of a micro-batch from which arithmetic hides FSDP2's communication")
     for student in known:
         cells = []
         for ranks, gpu in ((8, H100), (64, ACROSS), (512, ACROSS)):

