@@ -61,7 +61,7 @@ def collate(
         sampler_logprobs[i, start:end] = torch.tensor([math.nan if p is None else p for p in rollout.logprobs])
         advantages[i, start:end] = scored.advantage
         for name, mask in masks.items():
-            mask[i, start:end] = torch.tensor(scored.masks[name]) & trained
+            mask[i, start:end] = torch.tensor(scored.masks.get(name, (False,) * len(rollout.token_ids))) & trained
     scored_by = sorted({*scorers, *_names(rows, "scores")})
     return Batch(
         iteration=iteration,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config
-from rlkd.data.chat import completion_text, last_user_text
+from rlkd.data.chat import last_user_text
 from rlkd.data.prompts import PromptStream
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler
@@ -107,7 +107,7 @@ class Line:
         rollouts = [rollout for group in groups for rollout in group]
         items = [
             RewardItem(
-                completion=completion_text(self.algorithm.tokenizer, rollout.token_ids, rollout.finish_reason),
+                completion=self.algorithm.text(rollout),
                 answer=rollout.prompt.answer,
                 prompt=last_user_text(rollout.prompt.messages),
                 messages=rollout.prompt.messages,

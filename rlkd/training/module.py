@@ -45,6 +45,17 @@ class PolicyModule(lightning.LightningModule):
     Algorithm: ClassVar[type[Algorithm] | None] = None
     """The algorithm class, set by `module_class`; None: the one that `algorithm.name` selects."""
 
+    def __init_subclass__(cls) -> None:
+        """Raises: TypeError if a subclass answers for its algorithm, since it would not be asked."""
+        super().__init_subclass__()
+        asked = [n for n in vars(cls) if not n.startswith("_") and hasattr(cls.Algorithm or Algorithm, n)]
+        ignored = [name for name in asked if not hasattr(lightning.LightningModule, name)]
+        if ignored:
+            raise TypeError(
+                f"{cls.__name__}: expected an algorithm that defines {', '.join(ignored)}, got a LightningModule, "
+                "which is not asked for them; derive it from a class such as rlkd.algorithms.grpo.GRPO"
+            )
+
     def __init__(self, config: Config):
         super().__init__()
         self.algorithm = build_algorithm(config) if self.Algorithm is None else self.Algorithm(config)
@@ -237,13 +248,18 @@ class PolicyModule(lightning.LightningModule):
         return own
 
 
+_CLASSES: dict[type[Algorithm], type[PolicyModule]] = {}
+
+
 def module_class(algorithm: type[Algorithm]) -> type[PolicyModule]:
     """The LightningModule of one algorithm: `rlkd.algorithms.GRPO` trains by `rlkd.algorithms.grpo.GRPO`.
 
     Its constructor refuses a config of another algorithm.
     """
-    about = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": __name__}
-    return type(f"{algorithm.__name__}Module", (PolicyModule,), about)
+    if algorithm not in _CLASSES:
+        about = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": __name__}
+        _CLASSES[algorithm] = type(f"{algorithm.__name__}Module", (PolicyModule,), about)
+    return _CLASSES[algorithm]
 
 
 def check_finite(student: Student, iteration: int) -> None:

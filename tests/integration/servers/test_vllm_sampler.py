@@ -238,11 +238,13 @@ def test_a_served_teacher_writes_as_the_local_one_does(
 @pytest.mark.server
 def test_an_unfit_server_is_refused_in_one_line(policy_server: VLLMServer, policy_path: str, tmp_path: Path) -> None:
     other = save_model(tiny_model(1), tmp_path / "other")
-    with pytest.raises(ServerError, match=rf"serves 'policy' .*, wanted '{other}'; .* --served-model-name") as wrong:
+    with pytest.raises(
+        ServerError, match=rf"expected a server of '{other}', got one of 'policy' .*; .* --served-model-name"
+    ) as wrong:
         VLLMSampler(run_config(other, policy_server.url), eos_ids=[EOS]).open()
     namesake = tmp_path / Path(policy_path).name
     save_model(tiny_model(1), namesake)
-    with pytest.raises(ServerError, match=f"serves 'policy' .{policy_path}., wanted '{namesake}'"):
+    with pytest.raises(ServerError, match=f"expected a server of '{namesake}', got one of 'policy' .{policy_path}."):
         VLLMSampler(run_config(str(namesake), policy_server.url), eos_ids=[EOS]).open()
     with pytest.raises(ServerError, match=r"--max-model-len 96, but .* 132 tokens") as short:
         VLLMSampler(run_config(policy_path, policy_server.url, max_tokens=100), eos_ids=[EOS]).open()

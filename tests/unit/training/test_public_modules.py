@@ -1,0 +1,19 @@
+"""The LightningModules that `rlkd.algorithms` hands out."""
+
+import pytest
+
+import rlkd.algorithms
+from rlkd.algorithms.base import Algorithm
+from rlkd.algorithms.grpo import GRPO
+from rlkd.training.module import PolicyModule
+
+
+def test_a_public_name_is_one_class():
+    assert rlkd.algorithms.GRPO is rlkd.algorithms.GRPO
+    assert issubclass(rlkd.algorithms.GRPO, PolicyModule) and rlkd.algorithms.GRPO.Algorithm is GRPO
+    assert not issubclass(rlkd.algorithms.GRPO, Algorithm)
+
+
+def test_a_module_that_answers_for_its_algorithm_is_refused():
+    with pytest.raises(TypeError, match="credit.*rlkd.algorithms.grpo.GRPO"):
+        type("Mine", (rlkd.algorithms.GRPO,), {"credit": lambda self, group: [0.0] * len(group)})
