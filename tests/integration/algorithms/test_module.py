@@ -244,7 +244,9 @@ def test_a_large_mismatch_stops_before_any_step():
 
 
 def test_a_row_longer_than_the_budget_names_the_key():
-    with pytest.raises(ValueError, match=r"trainer.micro_batch_tokens is 14, but a rollout has 16 tokens"):
+    with pytest.raises(
+        ValueError, match=r"trainer.micro_batch_tokens: expected at least 16, the tokens of a rollout, got 14"
+    ):
         Captured(config("trainer.micro_batch_tokens=14", "rollout.max_tokens=8", "data.max_prompt_tokens=6"))
 
 

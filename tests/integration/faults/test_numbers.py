@@ -114,7 +114,9 @@ def test_broken_weights_are_neither_published_nor_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PolicyModule, "_update", breaks)
     loaded = small(tmp_path / "run")
-    with pytest.raises(RunStopped, match=r"after iteration 2 the weights are not finite: model\.norm\.weight"):
+    with pytest.raises(
+        RunStopped, match=r"iteration 2: expected finite weights, got inf or NaN in model\.norm\.weight"
+    ):
         run(loaded.config, loaded.text)
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["iteration-000001"]
     assert [row["iteration"] for row in rows_so_far(tmp_path / "run")] == [1]

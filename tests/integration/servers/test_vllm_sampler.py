@@ -359,7 +359,7 @@ def test_given_tokens_are_requested_in_the_completions_rows() -> None:
         (None, "expected log-probs of the given tokens, got none"),
         (
             npy([[-1.0, -1.0, -3.0]]),
-            r"float32 of shape \[1, 3\], wanted floats of shape \[2, 3\]",
+            r"expected floats of shape \[2, 3\], got float32 of shape \[1, 3\]",
         ),
         (npy([[-1.0, np.nan, -3.0], [-2.0, -4.0, -5.0]]), "a log-prob is NaN"),
         ("AAAA", "log-probs of given tokens: "),

@@ -82,13 +82,13 @@ HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 99999999999), }"
 @pytest.mark.parametrize(
     ("raw", "line"),
     [
-        (npy(np.zeros((1, 2), np.float32)), r"float32 of shape \[1, 2\], wanted floats of shape \[2, 2\]"),
+        (npy(np.zeros((1, 2), np.float32)), r"expected floats of shape \[2, 2\], got float32 of shape \[1, 2\]"),
         (npy(np.zeros((2, 2), np.int64)), "int64 of shape"),
-        (npy(np.zeros((2, 2), np.float32))[:-1], "bytes, which is not what its header says"),
-        (b"\x93NUMPY\x01\x00\x76\x00" + HUGE.ljust(117) + b"\n", r"float32 of shape \[2, 99999999999\], wanted"),
+        (npy(np.zeros((2, 2), np.float32))[:-1], "expected a .npy file as long as its header states, got 143 bytes"),
+        (b"\x93NUMPY\x01\x00\x76\x00" + HUGE.ljust(117) + b"\n", r"got float32 of shape \[2, 99999999999\]"),
         (npy(np.array([[None, {}]], dtype=object)), "object of shape"),
-        (b"\x93NUMPY\x01\x00\x04\x00((\n\n", "a .npy file with a broken header"),
-        (b"\x93NUMPY\x01\x00\x0b\x00 if x:\n  1\n", "a .npy file with a broken header|not"),
+        (b"\x93NUMPY\x01\x00\x04\x00((\n\n", "expected a .npy file, got a broken header"),
+        (b"\x93NUMPY\x01\x00\x0b\x00 if x:\n  1\n", "expected a .npy file, got a broken header|not"),
         (b"x", ""),
         (b"", ""),
     ],
