@@ -66,7 +66,7 @@ def test_the_card_of_an_adapter_has_no_length_of_its_own():
 def test_choices_come_in_any_order_and_each_once():
     assert in_order([2, 0, 1], 3) == [1, 2, 0]
     for indices in ([0], [0, 0], [1, 2], [0, 1, 2]):
-        with pytest.raises(ValueError, match=f"{len(indices)} completions, wanted 2, numbered from 0"):
+        with pytest.raises(ValueError, match=f"expected 2 completions numbered from 0, got {len(indices)}"):
             in_order(indices, 2)
 
 
