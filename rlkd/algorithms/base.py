@@ -1,8 +1,8 @@
-"""What every algorithm answers: who samples, what the teacher sees, who gets credit, and what is minimised.
+"""The interface of an algorithm: who samples, what the teacher reads, who gets credit, and what is minimised.
 
-An `Algorithm` is a plain object below the pipeline and the trainer: the left half of the line calls `rollout`,
-`teacher_prompt`, `has_gradient` and `advantages` on the way to a Batch, `PolicyModule` calls `needs` and `loss` in an
-update. It imports no Lightning and holds no model.
+An `Algorithm` is a plain object that the pipeline and the trainer call: the left half of the line calls `rollout`,
+`has_gradient`, `scorer_prompt` and `advantages` to make a Batch, and `PolicyModule` calls `needs`, `terms` and `loss`
+in an update. It imports no Lightning and holds no model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
 
 ALGORITHMS: dict[str, type[Algorithm]] = {}
-"""algorithm.name → its class, of every algorithm that has been defined (registry.py imports the built-in ones)."""
+"""algorithm.name → its class, for every algorithm defined so far (registry.py imports the built-in ones)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,17 @@ class Loss:
 class Term:
     """One weighted sum over tokens, of a loss or of a metric: which tokens it acts on, and what it is a mean over.
 
-    Masks are called `completion`, `student` (the tokens that it sampled), or as the algorithm calls them in
+    Masks are `completion`, `student` (the tokens that the student sampled), and those that the algorithm puts into
     `ScoredRollout.masks`.
     """
 
     mask: str | tuple[str, ...] = "completion"
-    """The tokens with a weight: those under this mask, or under all of several."""
+    """The mask of the tokens with a weight; of several masks, their intersection."""
     mean_over: str | None = None
     """The mask whose tokens and sequences are counted; None: `mask`."""
     reduction: Reduction = "token_mean"
     sequences_per_unit: int = 1
-    """Of how many sequences one unit of the mean consists; 2 for pairs."""
+    """Number of sequences in one unit of the mean; 2 for pairs."""
 
     @property
     def masks(self) -> tuple[str, ...]:
@@ -59,27 +59,29 @@ class Term:
 
     @property
     def counted(self) -> str:
-        """The mask that is counted over all ranks and micro-batches of an update."""
-        assert self.mean_over is not None or isinstance(self.mask, str), "of several masks, name the one that counts"
+        """The mask whose tokens are counted over all ranks and micro-batches of an update."""
+        assert self.mean_over is not None or isinstance(self.mask, str), (
+            "a term with several masks must name the one to count (mean_over)"
+        )
         return self.masks[0] if self.mean_over is None else self.mean_over
 
 
 class Algorithm:
-    """The answers of one algorithm; a subclass gives them. Cheap to construct: no model is loaded."""
+    """Base class of all algorithms. Cheap to construct: no model is loaded."""
 
     Options: ClassVar[type[AlgorithmConfig]]
     uses_teacher: ClassVar[bool] = False
     uses_rewards: ClassVar[bool] = True
-    """Whether rewards are computed, if only for the log."""
+    """Whether rewards are computed, even if only for the log."""
     masks_failed: ClassVar[bool] = True
-    """Whether a rollout whose reward could not be computed is left out of training."""
+    """Whether rollouts whose reward could not be computed are left out of training."""
 
     def __init_subclass__(cls) -> None:
-        """Defining an algorithm makes it known to configs under the `name` of its Options."""
+        """Register the algorithm under the `name` of its Options, for configs."""
         super().__init_subclass__()
         if "Options" not in cls.__dict__ or "name" not in cls.Options.__annotations__:
             return  # a variant without a name of its own, for use from Python or as module:Class
-        for name in get_args(cls.Options.model_fields["name"].annotation):  # none where it is left a plain text
+        for name in get_args(cls.Options.model_fields["name"].annotation):  # empty if it is a plain str
             assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
             ALGORITHMS[name] = cls
 
@@ -87,7 +89,7 @@ class Algorithm:
         if not isinstance(config.algorithm, self.Options):
             raise ValueError(
                 f"algorithm.name: expected {self.Options.__name__} for {type(self).__name__}, got "
-                f"{config.algorithm.name}; name this algorithm"
+                f"{config.algorithm.name}; set the name of this algorithm"
             )
         self.config = config
 
@@ -98,7 +100,7 @@ class Algorithm:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The student's."""
+        """The student's tokenizer."""
         return load_tokenizer(self.config.model.path, self.config.model.trust_remote_code)
 
     def text(self, rollout: Rollout) -> str:
@@ -113,12 +115,12 @@ class Algorithm:
 
     @property
     def needs_rewards(self) -> bool:
-        """Whether training depends on rewards: then too many failed ones stop the run. Else they are for the log."""
+        """Whether training depends on rewards; if so, too many failed ones stop the run."""
         return self.uses_rewards
 
     @property
     def teacher_temperature(self) -> float:
-        """At which student and teacher are compared."""
+        """The temperature at which student and teacher are compared."""
         assert not isinstance(self.config.teacher, NoTeacher)
         return self.config.teacher.temperature
 
@@ -131,46 +133,46 @@ class Algorithm:
     def rollout(
         self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
     ) -> list[list[Rollout]]:
-        """What is sampled, by whom? Default: `group_size` completions of each prompt by the student."""
+        """The completions of an iteration, by prompt. Default: the student samples `group_size` of each prompt."""
         size = self.config.algorithm.group_size
         return policy.sample(prompts, n=size, iteration=iteration, sampling=self.sampling)
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
-        """What does the teacher read before the completion? Default: what the student read.
+        """The tokens that the teacher reads before the completion. Default: the student's prompt.
 
-        None: it is not asked, and nothing is distilled on this completion. `group` holds the prompt's other rollouts.
+        None: it is not asked, and nothing is distilled on this completion. `group` holds all rollouts of the prompt.
         """
         return scored.rollout.prompt.token_ids
 
     def scorers(self) -> Mapping[str, Teacher]:
-        """Scorers beside the configured teacher and the reference, by name, not yet opened. Default: none.
+        """Further scorers by name, besides the configured teacher and the reference, not yet opened. Default: none.
 
         Their scores are in `ScoredRollout.scores` and `Batch.scores` under that name.
         """
         return {}
 
     def scorer_prompt(self, name: str, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
-        """What the scorer called `name` reads before the completion; None: it is not asked."""
+        """The tokens that the scorer `name` reads before the completion; None: it is not asked."""
         return self.teacher_prompt(scored, group) if name == "teacher" else scored.rollout.prompt.token_ids
 
     def scorer_signal(self, name: str) -> Signal:
-        """What the scorer called `name` must give for each token."""
+        """What the scorer `name` must return for each token."""
         return self.signal if name == "teacher" else Signal()
 
     def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
-        """Whether training on the group could change the student; asked before a teacher is.
+        """Whether training on the group could change the student; called before any teacher is asked.
 
         An iteration that may sample more prompts than it trains on prefers such groups. Default: yes.
         """
         return True
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
-        """Who gets credit? The group of one prompt, with `advantage` and the masks of `terms` filled in."""
+        """The group of one prompt, with `advantage` and the masks of `terms` filled in."""
         raise NotImplementedError
 
     @property
     def signal(self) -> Signal:
-        """How much the teacher is to say of each token."""
+        """What the teacher must return for each token."""
         return Signal()
 
     def diagnose(
@@ -180,11 +182,11 @@ class Algorithm:
         iteration: int,
         meter: MetricAccumulator,
     ) -> None:
-        """Further figures of an iteration's credited rollouts. Every rank must add the same names. Default: none."""
+        """Add metrics of an iteration's rollouts. Every rank must add the same names. Default: none."""
 
     @property
     def needs(self) -> Needs:
-        """What the forward must give for `loss`."""
+        """What the forward pass must return for `loss`."""
         return Needs(temperature=self.config.rollout.temperature)
 
     @property
@@ -202,19 +204,19 @@ class Algorithm:
         return {"token": Term(), "student": Term(mask="student")}
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
-        """What is minimised?"""
+        """The loss on one micro-batch."""
         raise NotImplementedError
 
     def iteration_ended(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
-        """Update what the algorithm keeps between iterations; `row`, the iteration's metrics, is equal on all ranks.
+        """Update the algorithm's state between iterations. `row`, the iteration's metrics, is equal on all ranks.
 
         Returns: further metrics of the iteration. Default: none.
         """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the algorithm, under names that nothing else uses. Default: nothing."""
+        """The algorithm's part of a checkpoint, under keys that nothing else uses. Default: empty."""
         return {}
 
     def load_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave, from the whole checkpoint. Default: nothing."""
+        """Restore what `state_dict` returned, from the complete checkpoint. Default: nothing."""

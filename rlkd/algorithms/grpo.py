@@ -1,4 +1,4 @@
-"""GRPO: group-relative policy optimisation, and its relatives."""
+"""GRPO: group-relative policy optimisation, and its variants."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class GRPO(Algorithm):
     the importance weight between what sampled it and the trainer; the KL and the entropy are not.
 
     The options of `GRPOConfig` change single parts of it: the baseline, the reward that enters the comparison, the
-    ratio ρ, and the surrogate. Its docstring has the settings that other papers' methods are.
+    ratio ρ, and the surrogate. Its docstring lists the settings that reproduce the methods of other papers.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = GRPOConfig
@@ -61,12 +61,12 @@ class GRPO(Algorithm):
         return group_relative(rewards, self.options.normalise)
 
     def _compared(self, scored: ScoredRollout) -> float | None:
-        """The reward as the comparison sees it; None: it takes no part.
+        """The reward that enters the comparison; None: the completion is excluded from it.
 
-        DAPO's two ways with long completions (arXiv 2503.14476, §3.4). What a truncated one would have earned is not
-        known, so `mask_truncated` also keeps it out of the baseline. Terms that ask for no reward still act on it:
+        DAPO's two rules for long completions (arXiv 2503.14476, §3.4). The reward of a truncated one is not known,
+        so `mask_truncated` also keeps it out of the baseline. Terms that need no reward still act on it:
         distillation, the KL to the reference, the entropy. It stays in the normaliser too, so that their coefficients
-        keep their meaning beside the policy term.
+        keep their meaning relative to the policy term.
         """
         rollout, options = scored.rollout, self.options
         if scored.reward is None or (options.mask_truncated and rollout.finish_reason == "length"):
@@ -78,10 +78,10 @@ class GRPO(Algorithm):
         return self.config.rollout.max_tokens
 
     def _tells_apart(self, group: Sequence[ScoredRollout]) -> bool:
-        """Whether two completions that are compared differ in what `filter` looks at.
+        """Whether any two of the compared completions differ in the quantity that `filter` names.
 
         `correct` is DAPO's condition, arXiv 2503.14476, Eq. 11: 0 < number of right answers < G. The overlong penalty
-        has no say: else answers that are all wrong would be trained on as soon as one of them is a token too long.
+        is ignored: otherwise a group of wrong answers would be trained on as soon as one is a token too long.
         """
         compared = [scored for scored in group if self._compared(scored) is not None]
         if self.options.filter == "correct":
@@ -119,12 +119,12 @@ class GRPO(Algorithm):
         )
 
     def current_policy(self, output: PolicyOutput, batch: Batch) -> Tensor:
-        """[B, T] detached π/π_old · π_old/π_sampler: a token of the sample is as if the policy had drawn it now."""
+        """[B, T] detached π/π_old · π_old/π_sampler: reweights a sampled token as if the current policy drew it."""
         assert batch.old_logprobs is not None
         return torch.exp(output.logprobs.detach() - batch.old_logprobs) * self.importance(batch)
 
     def surrogate(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, T] to be minimised, and [B, T] bool where its clip or cap binds."""
+        """[B, T] to be minimised, and [B, T] bool: where its clip or cap is active."""
         options, current, old = self.options, output.logprobs, batch.old_logprobs
         assert old is not None
         if options.ratio == "sequence":
@@ -136,7 +136,7 @@ class GRPO(Algorithm):
         return clipped_surrogate(current, old, advantages, *clips), clipped_tokens(current, old, advantages, *clips)
 
     def policy_loss(self, output: PolicyOutput, batch: Batch, advantages: Tensor) -> Loss:
-        """The surrogate of `advantages` [B, T], the entropy bonus, and the KL to the reference where there is one."""
+        """The surrogate of `advantages` [B, T], the entropy bonus, and the KL to the reference if it is used."""
         options = self.options
         assert output.entropy is not None
         weights = batch.loss_weights
@@ -151,7 +151,7 @@ class GRPO(Algorithm):
             total = total - options.entropy_coef * weighted_sum(output.entropy, weights["token"])
         if options.reference_coef > 0:
             estimator = {"k2": kl_k2, "k3": kl_k3}[options.reference_estimator]
-            # Prompts and padding have no score: there the student is its own reference, so that nothing overflows.
+            # Prompts and padding have no score: the student's own log-probs stand in there, so that nothing overflows.
             reference = torch.where(batch.completion_mask, batch.scores["reference"].logprobs, output.logprobs.detach())
             to_reference = estimator(output.logprobs, reference)
             total = total + options.reference_coef * weighted_sum(to_reference, weights["policy"])
@@ -159,7 +159,7 @@ class GRPO(Algorithm):
         return Loss(total=total, metrics=metrics)
 
     def measured_kl(self, output: PolicyOutput, others: Tensor, batch: Batch) -> Tensor:
-        """KL(π‖·) a token, estimated on what the student sampled, of `others` [B, T] log-probs; for the log."""
+        """KL(π‖·) per token to `others` [B, T] log-probs, estimated on the student's samples; for the log."""
         value = kl_k3(output.logprobs.detach(), others)
         return weighted_sum(value * self.current_policy(output, batch), batch.loss_weights["student"])
 

@@ -23,11 +23,11 @@ class KDRL(GRPO):
     """J_KDRL(θ) = J_GRPO(θ) − β(t) · D_KL^{k2}(π_θ ‖ π_T), on the student's own samples.
 
     arXiv 2506.02208, Eq. 8: minimises L_GRPO + β · mean_t ½ (log π_T − log π_θ)². β is annealed from 5e-3 to 1e-3 over
-    80 steps (§3.3). `kd.mask` is the reward-guided masking of §3.4; it looks at the reward as it was given, so that
+    80 steps (§3.3). `kd.mask` is the reward-guided masking of §3.4; it uses the original reward, so that
     neither the overlong penalty nor `mask_truncated` touches distillation. Groups without variance in their rewards
     keep their distillation gradient, and dynamic sampling keeps such groups. With `form: joint`, off-policy tokens
     (several updates, another sampler) are corrected by the ratio; with `form: advantage` the teacher's share is part of
-    the surrogate, whose clip silences it too.
+    the surrogate, so the clip can remove it too.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = KDRLConfig
@@ -43,14 +43,14 @@ class KDRL(GRPO):
         return [s.with_mask("kd", mask) for s, mask in zip(super().advantages(group), masks, strict=True)]
 
     def has_gradient(self, group: Sequence[ScoredRollout], iteration: int) -> bool:
-        """By its rewards, or by the teacher: a group whose rewards are all equal is what distillation is for."""
+        """From rewards or from the teacher: distillation also trains on groups whose rewards are all equal."""
         if self.options.policy_coef(iteration) > 0 and super().has_gradient(group, iteration):
             return True
         kept = (any(mark) and s.error is None for s, mark in zip(group, self._distilled(group), strict=True))
         return self.options.kd.coef(iteration) > 0 and any(kept)
 
     def _distilled(self, group: Sequence[ScoredRollout]) -> list[tuple[bool, ...]]:
-        """Per completion and token, whether the teacher is imitated there: decided by the reward as it was given."""
+        """Per completion and token, whether the teacher is imitated there. Uses the original reward."""
         correct = [scored.is_correct(self.config.reward.correct_at) for scored in group]
         kept = {
             "none": [True] * len(group),
@@ -68,7 +68,7 @@ class KDRL(GRPO):
         kd = self.options.kd
         beta, policy_coef = kd.coef(iteration), self.options.policy_coef(iteration)
         weights = batch.loss_weights
-        # Prompts and padding have no score: there the student is its own teacher, so that nothing overflows.
+        # Prompts and padding have no score: the student's own log-probs stand in there, so that nothing overflows.
         teacher = torch.where(batch.completion_mask, batch.scores["teacher"].logprobs, output.logprobs.detach())
         log_ratio = kl_k1_advantage(output.logprobs, teacher)  # R_t = log T − log π
         advantages = policy_coef * batch.advantages
@@ -82,7 +82,7 @@ class KDRL(GRPO):
             per_token = estimator(output.logprobs, teacher)
             kd_loss = weighted_sum(per_token * self.current_policy(output, batch), weights["kd"])
             total = policy.total + beta * kd_loss
-        # The teacher's advantage beside A: minus the slope of its estimator in log π.
+        # The teacher's advantage, which is added to A: minus the derivative of its estimator by log π.
         pull = torch.expm1(log_ratio) if kd.estimator == "k3" else log_ratio
         flipped = (advantages + beta * share * pull) * advantages < 0
         metrics = policy.metrics | {

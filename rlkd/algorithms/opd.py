@@ -1,4 +1,4 @@
-"""OPD: on-policy distillation, and GKD, its mixture with completions that others wrote."""
+"""OPD: on-policy distillation, and GKD, its mixture with completions from the data or the teacher."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class OPD(Algorithm):
     """L(θ) = E_x E_{y ~ π_θ(·|x)} [ Σ_t D( π_T(·|x, y_<t), π_θ(·|x, y_<t) ) / N ]
 
     GKD, arXiv 2306.13649, Eq. 4 at λ = 1: no gradient flows through the sampling. D is a KL or the generalised JSD(β)
-    over the whole vocabulary, over the top k tokens and the rest, or on the sampled token alone: there
+    over the whole vocabulary, over the top k tokens and the rest, or on the sampled token only: there
     −(log π_T − log π_θ) · ∇log π_θ expects its gradient (Thinking Machines, "On-policy distillation", 2025). With
-    `student_share` = λ < 1 the other prompts are completed by the data or the teacher. Rewards are computed for the log
-    alone, where they can be.
+    `student_share` = λ < 1 the other prompts are completed by the data or the teacher. Rewards, where available,
+    are only logged.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = OPDConfig
@@ -75,7 +75,7 @@ class OPD(Algorithm):
         return [next(sampled) if o else [next(others)] for o in own]
 
     def _is_students(self, prompt: Prompt, iteration: int) -> bool:
-        """A coin of λ for each (seed, iteration, prompt)."""
+        """True with probability λ, drawn by (seed, iteration, prompt)."""
         draw = seeds.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
         return bool(draw < self.options.student_share)
 
@@ -112,26 +112,26 @@ class OPD(Algorithm):
             total = scale * output.divergence
             metrics["kd/divergence"] = scale * weighted_sum(output.token_divergence, weights["kd"])
         of_samples = self.options.student_share == 1 and self.teacher_temperature == self.config.rollout.temperature
-        if of_samples:  # else it would be no estimate of a KL
+        if of_samples:  # otherwise it does not estimate a KL
             value = kl_k3(output.logprobs.detach(), self._teacher_logprobs(output, batch))
             metrics["kd/kl"] = weighted_sum(value * self._ratio(output, batch).detach(), weights["student"])
         return Loss(total=total, metrics=metrics | {"loss/kd": total.detach()})
 
     def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:
-        """[B, T]; where there is no score the student is its own teacher, so that nothing overflows."""
+        """[B, T]; the student's own log-probs where there is no score, so that nothing overflows."""
         if "teacher" not in batch.scores:  # no completion of this rank had a context
             return output.logprobs.detach()
         return torch.where(batch.masks["kd"], batch.scores["teacher"].logprobs, output.logprobs.detach())
 
     def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:
-        """[B, T] with the expected gradient of KL(π‖T), corrected for tokens that older weights or others' drew."""
+        """[B, T] with the expected gradient of KL(π‖T), corrected for tokens that older or other weights sampled."""
         teacher, ratio = self._teacher_logprobs(output, batch), self._ratio(output, batch)
         if self.options.divergence.form == "k2":
             return kl_k2(output.logprobs, teacher) * ratio.detach()
         return -kl_k1_advantage(output.logprobs, teacher) * ratio
 
     def _ratio(self, output: PolicyOutput, batch: Batch) -> Tensor:
-        """[B, T] π/π_old · min(π_old/π_sampler, cap): a token of the sample is as if the policy had drawn it now."""
+        """[B, T] π/π_old · min(π_old/π_sampler, cap): reweights a sampled token as if the current policy drew it."""
         assert batch.old_logprobs is not None
         cap = self.options.importance_cap
         importance = importance_weights(batch.old_logprobs, batch.sampler_logprobs, batch.student_mask, "truncate", cap)
@@ -139,7 +139,7 @@ class OPD(Algorithm):
 
 
 def from_data(prompt: Prompt) -> Rollout:
-    """The prompt's completion that the data has. Raises: RunStopped without one."""
+    """The prompt's completion from the data. Raises: RunStopped if there is none."""
     if prompt.completion is None:
-        raise RunStopped(f"prompt {prompt.id!r} has no completion; set data.completion_column")
+        raise RunStopped(f"prompt {prompt.id!r}: expected a completion, got none; set data.completion_column")
     return written(prompt, prompt.completion, "data", "stop")

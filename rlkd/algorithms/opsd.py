@@ -14,16 +14,16 @@ from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import Prompt, ScoredRollout, Signal
 
 LEAKAGE_ROLLOUTS = 32
-"""Of each rank, that a leakage check scores twice."""
+"""Maximum rollouts per rank that a leakage check scores, each twice."""
 
 
 class OPSD(OPD):
     """L(θ) = E_{(x, y*)} E_{y ~ π_θ(·|x)} [ 1/|y| Σ_t D( π_θ₀(·|x, y*, y_<t), π_θ(·|x, y_<t) ) ]
 
     arXiv 2601.18734, Eq. 6: the teacher is the student itself, reading the solution y* before the same completion; no
-    gradient flows into it. `teacher.weights` says which student: its start θ₀ (the paper's experiments), a moving
-    average, or the live one. D is the forward KL with each vocabulary entry's share capped at τ = 0.05 (v3); for JSD or
-    the reverse KL set `divergence`. A completion without context is masked.
+    gradient flows into it. `teacher.weights` selects which student: the initial policy θ₀ (the paper's experiments), a
+    moving average, or the live one. D is the forward KL with each vocabulary entry's share capped at τ = 0.05 (v3); for
+    JSD or the reverse KL set `divergence`. A completion without context is masked.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = OPSDConfig
@@ -35,7 +35,7 @@ class OPSD(OPD):
 
     @property
     def needs_rewards(self) -> bool:
-        """They say who is a sibling to learn from, and what feedback there is."""
+        """Rewards decide which sibling is correct, and return the feedback."""
         context = self.options.context
         return context.sibling is not None or context.feedback is not None
 
@@ -43,7 +43,7 @@ class OPSD(OPD):
         return self._shown(scored.rollout.prompt, self.parts(scored, group))
 
     def parts(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> list[str]:
-        """What the teacher is shown beside the prompt."""
+        """What the teacher is shown in addition to the prompt."""
         correct_at = self.config.reward.correct_at
         siblings = [s for s in group if s is not scored and s.is_correct(correct_at)]
         text = self.text(siblings[0].rollout) if siblings else None
@@ -70,9 +70,9 @@ class OPSD(OPD):
             self._leakage([group[0] for group in groups][:LEAKAGE_ROLLOUTS], teacher, meter)
 
     def _leakage(self, rows: Sequence[ScoredRollout], teacher: Teacher, meter: MetricAccumulator) -> None:
-        """log π − log T a token, an estimate of KL(π‖T), under the right hint and under another prompt's.
+        """log π − log T per token, an estimate of KL(π‖T), under the right hint and under another prompt's.
 
-        A hint that only gives the style away moves the teacher as far whether it is right or not.
+        If a hint only changes the style, the right one and a wrong one move the teacher equally far.
         """
         hints = [s.rollout.prompt.privileged for s in rows]
         for name, shown in (("right", hints), ("shuffled", [*hints[1:], *hints[:1]])):

@@ -23,7 +23,7 @@ class REDI(SFT):
     """L(θ) = E_{(x, y_w, y_l)} [ −log π_θ(y_w|x) / |y_w| + α · log π_θ(y_l|x) / |y_l| ]
 
     arXiv 2505.24850, Eq. 5. It is unbounded below: a collapse shows as `chosen/logprob` falling together with
-    `rejected/logprob`. An α below 1 and a small learning rate (1e-6) are what keep it from there.
+    `rejected/logprob`. An α below 1 and a small learning rate (1e-6) prevent it.
     """
 
     Options: ClassVar[type[AlgorithmConfig]] = REDIConfig

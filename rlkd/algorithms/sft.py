@@ -1,4 +1,4 @@
-"""SFT: supervised fine-tuning on completions of the data, on the same line as everything else."""
+"""SFT: supervised fine-tuning on completions of the data, on the same line as all other algorithms."""
 
 from __future__ import annotations
 

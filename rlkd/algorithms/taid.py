@@ -45,8 +45,8 @@ class TAID(OPD):
     def iteration_ended(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
         used, loss, options = self.t, row["loss/kd"], self.options
         if not math.isfinite(loss):
-            return {"taid/t": used}  # its updates were skipped, and so is its step
-        if self.before is not None:  # the first iteration only leaves its loss
+            return {"taid/t": used}  # its updates were skipped, so t does not change either
+        if self.before is not None:  # the first iteration only records its loss
             self.momentum = options.momentum * self.momentum + (1.0 - options.momentum) * _change(self.before, loss)
             sigmoid = 0.5 * (1.0 + math.tanh(0.5 * self.momentum))  # finite for any momentum
             line = options.t_start + (options.t_end - options.t_start) * min(iteration / options.over, 1.0)
@@ -63,6 +63,6 @@ class TAID(OPD):
 
 
 def _change(before: float, loss: float) -> float:
-    """δ: how much of the loss is gone since the last iteration, in [−1, 1]."""
+    """δ: the relative decrease of the loss since the last iteration, in [−1, 1]."""
     change = (before - loss) / max(abs(before), 1e-15)  # a loss whose entries are capped may be negative
     return min(max(change, -1.0), 1.0)

@@ -25,20 +25,20 @@ from rlkd.teachers.teacher import ScoreRequest, Teacher
 from rlkd.types import AUTHORS, Batch, Prompt, Rollout, ScoredRollout
 
 RARE = 0.01
-"""Shaped tokens of negative advantage with less probability than this are left to the clipped surrogate."""
+"""Shaped tokens with negative advantage and a lower probability than this get the clipped surrogate."""
 
 
 class ThinkTuning(GRPO):
     """GRPO on a mixed group: y_i, or for k of the completions that ended, y_i + glue + reason + glue + phrase.
 
-    arXiv 2508.07616. k = max(1, ⌊γ(t) · ended⌋), chosen blindly; the teacher (a frozen copy of the same model, shown
+    arXiv 2508.07616. k = max(1, ⌊γ(t) · ended⌋), chosen at random; the teacher (a frozen copy of the same model, shown
     examples of reflection) sees neither the right answer nor the reward. The reward is the whole completion's, and
     advantages are over the mixed group. Student tokens have GRPO's loss. The teacher's have the trainer's own log-probs
-    for old ones, importance weight 1, and the loss that `teacher_tokens` names; the KL to a reference acts where the
+    as old ones, importance weight 1, and the loss that `teacher_tokens` names; the KL to a reference acts where the
     clipped surrogate does.
 
-    Other than the released code we never tokenise the student's text again, check the length before appending, shape
-    the teacher's tokens only, and keep γ's bounds (there `clamp(γ, 0.001, −0.001)` makes it −0.001 for ever).
+    Unlike the released code we never tokenise the student's text again, check the length before appending, shape
+    the teacher's tokens only, and keep γ's bounds (there `clamp(γ, 0.001, −0.001)` makes it −0.001 always).
     """
 
     Options: ClassVar[type[ThinkTuningConfig]] = ThinkTuningConfig
@@ -59,7 +59,7 @@ class ThinkTuning(GRPO):
         self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
     ) -> list[list[Rollout]]:
         groups = super().rollout(prompts, policy, teacher, iteration)
-        if iteration != self._failed_in:  # an iteration may draw several blocks, and begin anew: it draws the same
+        if iteration != self._failed_in:  # an iteration may draw several blocks, or be repeated with the same draws
             self._failed, self._failed_in = {}, iteration
         share = self.options.guided(iteration)
         if share <= self.options.off_below:
@@ -85,11 +85,11 @@ class ThinkTuning(GRPO):
 
     @property
     def failures(self) -> Counter[Failure]:
-        """How many completions of the last iteration have no feedback, over all that it drew."""
+        """Number of completions of the last iteration without feedback, by reason, over all that were sampled."""
         return Counter(self._failed.values())
 
     def limit(self, rollout: Rollout) -> int:
-        """The teacher's words have a budget of their own: they are no fault of the student's."""
+        """The teacher's text has a budget of its own: the student is not penalised for it."""
         return self.longest_completion if rollout.segments else super().limit(rollout)
 
     def _chosen(self, group: Sequence[Rollout], share: float, iteration: int) -> list[int]:
@@ -100,7 +100,7 @@ class ThinkTuning(GRPO):
         return sorted(draw.choice(ended, count, replace=False).tolist()) if count else []
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> None:
-        """The teacher writes, and scores nothing."""
+        """None: the teacher writes, and scores nothing."""
 
     def diagnose(
         self,
@@ -130,7 +130,7 @@ class ThinkTuning(GRPO):
         return Loss(total=policy.total + guided, metrics=policy.metrics | {"loss/guided": guided.detach()})
 
     def _under(self, rule: Rule, batch: Batch) -> Tensor:
-        """[B, T] bool: the tokens of others that `rule` is for."""
+        """[B, T] bool: the tokens by the teacher or glue to which `rule` applies."""
         rules = {"teacher": self.options.teacher_tokens, "glue": self.options.glue_tokens}
         rules["glue"] = rules["glue"] or rules["teacher"]
         authors = [AUTHORS.index(author) for author in ("teacher", "glue") if rules[author] == rule]
