@@ -81,5 +81,5 @@ def test_no_protocol_and_no_second_header_gets_round_it(monkeypatch):
 @pytest.mark.parametrize("key", [None, ""])
 def test_a_server_without_a_key_does_not_start(monkeypatch, key):
     monkeypatch.delenv("RLKD_SERVER_KEY") if key is None else monkeypatch.setenv("RLKD_SERVER_KEY", key)
-    with pytest.raises(ValueError, match="the server was given no key: set RLKD_SERVER_KEY"):
+    with pytest.raises(ValueError, match="RLKD_SERVER_KEY: expected the server's key, got nothing; set"):
         KeyGuard(None)

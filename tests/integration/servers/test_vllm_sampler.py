@@ -275,9 +275,12 @@ def choice(token_ids: list[int], entries: list[tuple[int, float | None]]) -> dic
     [
         (choice([4, 5], [(4, -1.0)]), "2 tokens but 1 log-probs"),
         (choice([4, 5], [(4, -1.0), (6, -1.0)]), "token 1 is 5, but its log-prob is of token 6"),
-        (choice([4], [(4, -9999.0)]), "log-prob of token 0 is -9999.0: NaN, −inf or missing"),
-        (choice([4], [(4, 0.5)]), "log-prob of token 0 is 0.5: .* or no log-prob"),
-        (choice([4], [(4, None)]), "log-prob of token 0 is None"),
+        (
+            choice([4], [(4, -9999.0)]),
+            "log-prob of token 0: expected a log-prob, got -9999.0, which is NaN, −inf or missing",
+        ),
+        (choice([4], [(4, 0.5)]), "log-prob of token 0: expected a log-prob, got 0.5, .* or above 0"),
+        (choice([4], [(4, None)]), "log-prob of token 0: expected a log-prob, got None"),
         ({"index": 0, "token_ids": [4], "logprobs": None}, "1 tokens but 0 log-probs"),
     ],
 )
@@ -292,7 +295,10 @@ def test_an_invalid_log_prob_is_an_error(answer: dict[str, Any], complaint: str)
         ([], "expected scores of 3 tokens, got 0"),
         ([None, {"7": {"logprob": -1.0}}], "expected scores of 3 tokens, got 2"),
         ([None, {"7": {"logprob": -1.0}}, {"9": {"logprob": -1.0}}], "no log-prob of completion token 1, which is 8"),
-        ([None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -1.0}}], "completion token 0 is -9999.0"),
+        (
+            [None, {"7": {"logprob": -9999.0}}, {"8": {"logprob": -1.0}}],
+            "completion token 0: expected a log-prob, got -9999.0",
+        ),
     ],
 )
 def test_a_teachers_invalid_log_prob_is_an_error(entries: list[object], complaint: str) -> None:
@@ -377,5 +383,5 @@ def test_a_server_with_its_initial_weights_is_reported() -> None:
     assert parse_version("12", "server") == 12
     with pytest.raises(ServerError, match="server holds its start weights .* publish before sampling"):
         parse_version("default", "server")
-    with pytest.raises(ServerError, match="weight version 'step-3', not a number"):
+    with pytest.raises(ServerError, match="expected a number as weight version, got 'step-3'"):
         parse_version("step-3", "server")
