@@ -103,8 +103,7 @@ def barrier() -> None:
 def on_rank_zero(act: Callable[[], T]) -> T:
     """What `act` returns on rank 0, on every rank; if it fails there, every rank raises.
 
-    A failure that only rank 0 knows of would leave the others waiting for ever. A RunStopped
-    stays a RunStopped.
+    A failure that only rank 0 knows of would leave the others waiting for ever. A RunStopped stays a RunStopped.
     """
     outcome: tuple[T | None, str | None, bool] = (None, None, False)
     failure: Exception | None = None

@@ -15,8 +15,7 @@ from rlkd.config.load import ConfigError
 def main(argv: list[str]) -> int:
     """Evaluate a student on the held-out data of a config; prints one JSON object, and on stderr what was measured.
 
-    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the evaluation
-    stopped.
+    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if it stopped.
     """
     from rlkd.run.asked_for import asked_for
 

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run
-    stopped."""
+    """Run the command line.
+
+    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run stopped.
+    """
     from rlkd.config_file import ConfigError, help_text, load_stages, parse_args
 
     try:

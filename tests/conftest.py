@@ -1,8 +1,14 @@
 """Fixtures for all tests, and the switch between the short and the full form of a test."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
 from vllm_fixtures import policy_path, policy_server
+
+from rlkd.builtin import resolve
+from rlkd.config_file import load
 
 __all__ = ["policy_path", "policy_server"]
 
@@ -30,3 +36,16 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def soak(request) -> bool:
     return request.config.getoption("--soak")
+
+
+@pytest.fixture
+def finished_run(tmp_path, monkeypatch):
+    """The files of a run of 200 iterations that has exported its student; its config began with builtin:student."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs/x")
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    shutil.copytree(resolve("builtin:teacher"), folder / "hf")
+    (folder / "hf" / "rlkd.json").write_text('{"iteration": 200}')
+    (folder / "config.yaml").write_text(load([str(config)], ["run.name=x"]).text)
+    (folder / "metrics.jsonl").write_text("")
+    return folder

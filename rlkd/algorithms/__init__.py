@@ -5,25 +5,17 @@ Trainer and wraps the plain object `rlkd.algorithms.grpo.GRPO`. They are created
 this folder can be imported without Lightning, and `*_options.py` and `registry.py` without torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 __all__ = ["GRPO", "KDRL", "OPD", "OPSD", "REDI", "SDPO", "SFT", "TAID", "ThinkTuning"]
 
 if TYPE_CHECKING:
     from rlkd.training.module import PolicyModule
 
-    GRPO: type[PolicyModule]
-    KDRL: type[PolicyModule]
-    OPD: type[PolicyModule]
-    OPSD: type[PolicyModule]
-    REDI: type[PolicyModule]
-    SDPO: type[PolicyModule]
-    SFT: type[PolicyModule]
-    TAID: type[PolicyModule]
-    ThinkTuning: type[PolicyModule]
 
-
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[PolicyModule]:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from rlkd.algorithms.registry import algorithm_class

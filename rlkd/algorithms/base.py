@@ -15,17 +15,15 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config.kinds import Reduction
-from rlkd.config.schema import AlgorithmConfig, Config, NoTeacher
+from rlkd.config.schema import AlgorithmConfig, Config, NoTeacherConfig
 from rlkd.data.chat import completion_text, load_tokenizer
 from rlkd.generation.sampler import Sampler, Sampling
 from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
-
-ALGORITHMS: dict[str, type[Algorithm]] = {}
-"""algorithm.name → its class, for every algorithm defined so far (registry.py imports the built-in ones)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +119,7 @@ class Algorithm:
     @property
     def teacher_temperature(self) -> float:
         """The temperature at which student and teacher are compared."""
-        assert not isinstance(self.config.teacher, NoTeacher)
+        assert not isinstance(self.config.teacher, NoTeacherConfig)
         return self.config.teacher.temperature
 
     @property
@@ -202,6 +200,12 @@ class Algorithm:
         that the student sampled.
         """
         return {"token": Term(), "student": Term(mask="student")}
+
+    @property
+    def mask_names(self) -> list[str]:
+        """The masks in `ScoredRollout.masks` that `terms` use, sorted; not `completion` and `student`."""
+        used = {mask for term in self.terms.values() for mask in (*term.masks, term.counted)}
+        return sorted(used - {"completion", "student"})
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         """The loss on one micro-batch."""

@@ -119,8 +119,6 @@ class OPD(Algorithm):
 
     def _teacher_logprobs(self, output: PolicyOutput, batch: Batch) -> Tensor:
         """[B, T]; the student's own log-probs where there is no score, so that nothing overflows."""
-        if "teacher" not in batch.scores:  # no completion of this rank had a context
-            return output.logprobs.detach()
         return torch.where(batch.masks["kd"], batch.scores["teacher"].logprobs, output.logprobs.detach())
 
     def _on_sampled_tokens(self, output: PolicyOutput, batch: Batch) -> Tensor:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from pydantic import Field, create_model
 
-from rlkd.algorithms.base import ALGORITHMS, Algorithm
+from rlkd.algorithms.base import Algorithm
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.rewards.registry import one_line, search_path
 

@@ -7,7 +7,6 @@ own class is in `<name>.py`.
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -38,13 +37,14 @@ OPTIONS: Mapping[str, type[AlgorithmConfig]] = {
 }
 """algorithm.name → class of the `algorithm` section, for every built-in algorithm."""
 
+ALGORITHMS: dict[str, type[Algorithm]] = {}
+"""algorithm.name → class, for every algorithm that has been defined so far. `Algorithm` fills it."""
+
 
 def algorithm_class(name: str) -> type[Algorithm]:
     """The class of the algorithm called `name`; imports its file if it is built in. Imports torch."""
     if name in OPTIONS:
         importlib.import_module(f"rlkd.algorithms.{name}")
-    from rlkd.algorithms.base import ALGORITHMS
-
     return ALGORITHMS[name]
 
 
@@ -55,10 +55,6 @@ def build_algorithm(config: Config) -> Algorithm:
 
 def known_options() -> dict[str, type[AlgorithmConfig]]:
     """algorithm.name → section class, for built-in algorithms and those already defined by other code."""
-    if "rlkd.algorithms.base" not in sys.modules:
-        return dict(OPTIONS)  # the base class is not imported, so no other algorithm can be defined
-    from rlkd.algorithms.base import ALGORITHMS
-
     return {**OPTIONS, **{name: algorithm.Options for name, algorithm in ALGORITHMS.items()}}
 
 

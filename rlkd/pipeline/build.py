@@ -5,8 +5,14 @@ from __future__ import annotations
 import torch
 
 from rlkd.algorithms.base import Algorithm
-from rlkd.config import schema as configuration
-from rlkd.config.schema import Config, LocalTeacher, NoTeacher, ServedTeacher
+from rlkd.config.schema import (
+    Config,
+    LocalTeacherConfig,
+    NoTeacherConfig,
+    RoutedTeacherConfig,
+    SelfTeacherConfig,
+    ServedTeacherConfig,
+)
 from rlkd.data.prompts import PromptStream
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampler, eos_ids
@@ -15,10 +21,10 @@ from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.pipeline.line import Line
 from rlkd.rewards.pool import RewardPool
-from rlkd.teachers import served
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
+from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher
 from rlkd.teachers.teacher import Teacher
 
 
@@ -53,20 +59,20 @@ def build_sampler(config: Config) -> Sampler:
 def build_teacher(config: Config, policy: Sampler) -> Teacher:
     """The teacher that `teacher.backend` names, not yet opened."""
     teacher = config.teacher
-    if isinstance(teacher, configuration.RoutedTeacher):
+    if isinstance(teacher, RoutedTeacherConfig):
         return RoutedTeacher(teacher.column, {t.name: _one_teacher(config, t) for t in teacher.teachers})
-    if isinstance(teacher, configuration.SelfTeacher):
+    if isinstance(teacher, SelfTeacherConfig):
         if teacher.scorer == "local":
             return SelfTeacher(config)
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
-        return served.PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
-    assert not isinstance(teacher, NoTeacher), "an algorithm with a teacher refuses backend none"
+        return PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
+    assert not isinstance(teacher, NoTeacherConfig), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher)
 
 
-def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teacher:
-    if isinstance(teacher, LocalTeacher):
+def _one_teacher(config: Config, teacher: LocalTeacherConfig | ServedTeacherConfig) -> Teacher:
+    if isinstance(teacher, LocalTeacherConfig):
         return LocalScorer(
             teacher.path,
             vocabulary=vocabulary_size(config.model),
@@ -77,7 +83,7 @@ def _one_teacher(config: Config, teacher: LocalTeacher | ServedTeacher) -> Teach
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
         )
-    return served.ServedTeacher(config, teacher)
+    return ServedTeacher(config, teacher)
 
 
 def build_reference(config: Config) -> LocalScorer:

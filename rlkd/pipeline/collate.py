@@ -20,20 +20,20 @@ def collate(
     layers: Mapping[str, tuple[OutputLayer, ...]] = MappingProxyType({}),
     *,
     scorers: Sequence[str] = (),
+    masks: Sequence[str] = (),
     mask_failed: bool = True,
     metrics: MetricAccumulator | None = None,
 ) -> Batch:
     """One row per rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked completely.
 
     Masks come from lengths and authors, never from token ids (the padding token may equal the end token). Tokens
-    that
-    an environment wrote are context: no mask covers them. Sampler log-probs are NaN where the student did not
+    that an environment wrote are context: no mask covers them. Sampler log-probs are NaN where the student did not
     sample, so that any use outside the mask becomes visible.
 
     Args:
-            layers: by the name of the scores: the output layers, where they have hidden states.
-        scorers: names that have scores in the batch even where no rollout of this rank was scored by them.
-        metrics: what is known of the rollouts; None: nothing.
+        layers: scorer name → its output layers, if its scores have hidden states.
+        scorers, masks: the names that the batch has even if no rollout of this rank has them.
+        metrics: the metrics of the rollouts; None: none.
     """
     rows = [scored for group in groups for scored in group]
     longest = max(len(s.rollout.prompt.token_ids) + len(s.rollout.token_ids) for s in rows)
@@ -44,7 +44,7 @@ def collate(
     authors = torch.zeros(shape, dtype=torch.int64)
     sampler_logprobs = torch.full(shape, math.nan)
     advantages = torch.zeros(shape)
-    masks = {name: torch.zeros(shape, dtype=torch.bool) for name in _names(rows, "masks")}
+    marked = {name: torch.zeros(shape, dtype=torch.bool) for name in sorted({*masks, *_names(rows, "masks")})}
     lengths = []
     for i, scored in enumerate(rows):
         rollout = scored.rollout
@@ -52,15 +52,15 @@ def collate(
         end = start + len(rollout.token_ids)
         lengths.append(end)
         counted = scored.error is None or not mask_failed
-        by_student = torch.tensor(rollout.student_tokens())
-        trained = torch.tensor([author != "environment" for author in rollout.authors()]) & counted
+        written_by = torch.tensor([AUTHORS.index(author) for author in rollout.authors()])
+        trained = (written_by != AUTHORS.index("environment")) & counted
         input_ids[i, :end] = torch.tensor(rollout.prompt.token_ids + rollout.token_ids)
         completion_mask[i, start:end] = trained
-        student_mask[i, start:end] = by_student & counted
-        authors[i, start:end] = torch.tensor([AUTHORS.index(author) for author in rollout.authors()])
+        student_mask[i, start:end] = (written_by == AUTHORS.index("student")) & counted
+        authors[i, start:end] = written_by
         sampler_logprobs[i, start:end] = torch.tensor([math.nan if p is None else p for p in rollout.logprobs])
         advantages[i, start:end] = scored.advantage
-        for name, mask in masks.items():
+        for name, mask in marked.items():
             mask[i, start:end] = torch.tensor(scored.masks.get(name, (False,) * len(rollout.token_ids))) & trained
     scored_by = sorted({*scorers, *_names(rows, "scores")})
     return Batch(
@@ -74,7 +74,7 @@ def collate(
         advantages=advantages,
         rewards=torch.tensor([math.nan if s.reward is None else s.reward for s in rows]),
         weight_version=torch.tensor([-1 if v is None else v for v in (s.rollout.oldest_version for s in rows)]),
-        masks=masks,
+        masks=marked,
         scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in scored_by},
         metrics=MetricAccumulator() if metrics is None else metrics,
     )

@@ -156,6 +156,6 @@ def check_versions(groups: Sequence[Sequence[Rollout]], iteration: int, max_stal
             if not iteration - max_staleness <= span.version <= iteration:
                 raise RunStopped(
                     f"iteration {iteration + 1}: expected samples of weight version {iteration} "
-                    "(rollout.max_staleness is "
-                    f"{max_staleness}), got version {span.version}; check what else publishes to the sampler"
+                    f"(rollout.max_staleness is {max_staleness}), got version {span.version}; check what else "
+                    "publishes to the sampler"
                 )

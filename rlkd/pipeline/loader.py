@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
-from rlkd.config.schema import Config, NoTeacher
+from rlkd.config.schema import Config, NoTeacherConfig
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
@@ -83,7 +83,8 @@ class RolloutLoader:
 
     def check_parity(self) -> None:
         """The start-up check of `teacher.check_parity`. The sampler must hold the untrained student."""
-        if isinstance(self.config.teacher, NoTeacher) or not self.config.teacher.check_parity or self.iteration > 0:
+        teacher = self.config.teacher
+        if isinstance(teacher, NoTeacherConfig) or not teacher.check_parity or self.iteration > 0:
             return
         prompts = self.line.prompts.take(0, self.config.rollout.prompts, distributed.rank(), distributed.world_size())
         start = build_reference(self.config)
@@ -153,13 +154,17 @@ class RolloutLoader:
         clock.lap("time/wait")
         metrics = describe(drawn, iteration, self.config.reward.correct_at)
         metrics.merge(clock.meter)
-        hidden = [name for name in self.line.scorers if self.algorithm.scorer_signal(name).tier == "hidden"]
-        layers = {name: self.line.scorers[name].layers() for name in hidden}
+        layers = {
+            name: scorer.layers()
+            for name, scorer in self.line.scorers.items()
+            if self.algorithm.scorer_signal(name).tier == "hidden"
+        }
         batch = collate(
             groups,
             iteration,
             layers,
             scorers=tuple(self.line.scorers),
+            masks=self.algorithm.mask_names,
             mask_failed=self.algorithm.masks_failed,
             metrics=metrics,
         )

@@ -50,7 +50,7 @@ def check(config: Config) -> list[str]:
     problems = _run_directory(config) + _devices(config) + tracking_problems(config)
     wrong = [beta for beta in config.optim.betas if not 0 <= beta < 1]
     if wrong:
-        problems.append(f"optim.betas: expected two numbers ≥ 0 and < 1, got {wrong[0]:g}; change it")
+        problems.append(f"optim.betas: expected two numbers ≥ 0 and < 1, got {wrong[0]:g}")
     lengths = config.algorithm.trained_lengths(config)
     trusted = config.model.trust_remote_code
     student = _model("model.path", config.model.path, trusted, lengths, problems)

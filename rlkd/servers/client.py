@@ -157,8 +157,7 @@ class VLLMClient:
         offered = " ".join(named[:300].split()) or "no model"
         raise ServerError(
             f"{self.url}: expected a server of {model!r}, got one of {offered}; correct the address, or start that "
-            "server with "
-            f"--served-model-name {model}"
+            f"server with --served-model-name {model}"
         )
 
     def adapters(self) -> list[str]:

@@ -39,8 +39,7 @@ def check_padding(client: VLLMClient, model: str, padding: range, samples: bool)
     if samples or difference > TOLERATED:
         raise ServerError(
             f"{client.url}: expected probability 0 for {rows}, got {share:.2g}; start the server by python -m "
-            "rlkd.serve, or with "
-            f"{VARIABLE}={padding.start} in its environment, where rlkd is installed"
+            f"rlkd.serve, or with {VARIABLE}={padding.start} in its environment, where rlkd is installed"
         )
     print(
         f"{client.url}: {rows} have probability {share:.2g}: log-probs are too low by up to {difference:.2g} nats",

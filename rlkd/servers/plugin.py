@@ -30,9 +30,8 @@ def _leave_out_padding(vocabulary: int) -> None:
 
     All models of vLLM compute their logits in this one class, for sampling and for the log-probs of prompts alike, so
     padded rows are neither sampled nor part of any softmax. A sampling parameter such as `allowed_token_ids` would
-    cover
-    only sampling, and `logit_bias` is bounded. vLLM has no setting for it (0.32); the probe at the start of a run
-    (servers/padding_probe.py) detects a server that does not do it.
+    cover only sampling, and `logit_bias` is bounded. vLLM has no setting for it (0.32); the probe at the start of a
+    run (servers/padding_probe.py) detects a server that does not do it.
     """
     from vllm.model_executor.layers.logits_processor import LogitsProcessor
 

@@ -53,8 +53,7 @@ class VLLMServer:
             except OSError as error:
                 raise ServerError(
                     f"server.host: expected an address of this machine for the vLLM server {role.name!r}, got "
-                    f"{config.host} "
-                    f"({error.strerror}); correct server.host"
+                    f"{config.host} ({error.strerror}); correct server.host"
                 ) from error
             port = probe.getsockname()[1]
         self.url = f"http://{config.host}:{port}"

@@ -19,8 +19,7 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
     rows = len(batch)
     if rows % count:
         raise ValueError(
-            f"trainer.updates_per_iteration: expected a divisor of the {rows} rollouts of a rank, got {count}; "
-            "change it"
+            f"trainer.updates_per_iteration: expected a divisor of the {rows} rollouts of a rank, got {count}"
         )
     if count == 1:
         yield batch
@@ -40,8 +39,7 @@ def split_by_tokens(batch: Batch, budget: int) -> list[torch.Tensor]:
     if lengths[order[0]] > budget:
         raise ValueError(
             f"trainer.micro_batch_tokens: expected at least {lengths[order[0]]}, the tokens of a rollout, got "
-            f"{budget}; "
-            "raise it"
+            f"{budget}; raise it"
         )
     parts: list[list[int]] = []
     for row in order:

@@ -78,8 +78,7 @@ class PolicyModule(lightning.LightningModule):
         if mesh is None:
             raise ValueError(
                 "strategy: expected ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1), got one "
-                "without a "
-                "device mesh; set it in the Trainer, even on one device"
+                "without a device mesh; set it in the Trainer, even on one device"
             )
         config = self.config
         self.student = build_student(config.model, config.trainer, mesh["data_parallel"], config.run.seed)
@@ -272,8 +271,7 @@ def check_finite(student: Student, iteration: int) -> None:
         which = broken[0] if broken else "on another rank"
         raise RunStopped(
             f"iteration {iteration + 1}: expected finite weights, got inf or NaN in {which}; nothing was published "
-            "or saved; "
-            "check optim.lr"
+            "or saved; check optim.lr"
         )
 
 

@@ -32,7 +32,7 @@ def missing_links(page: Path, text: str) -> list[str]:
 
 
 def bound(module: Path) -> set[str]:
-    """The names bound at a module's top level, also under an `if`."""
+    """The names bound at a module's top level, also under an `if`, and those in its `__all__`."""
     names: set[str] = set()
     body = ast.parse(module.read_text(encoding="utf-8")).body
     for node in body + [inner for branch in body if isinstance(branch, ast.If) for inner in branch.body]:
@@ -42,7 +42,8 @@ def bound(module: Path) -> set[str]:
             names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
         elif isinstance(node, ast.Assign | ast.AnnAssign):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            assigned = {target.id for target in targets if isinstance(target, ast.Name)}
+            names |= assigned | (set(ast.literal_eval(node.value)) if "__all__" in assigned else set())
     return names
 
 

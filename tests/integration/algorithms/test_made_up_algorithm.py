@@ -7,7 +7,8 @@ import pytest
 from builders import Captured, config, real_batch
 from pydantic import Field
 
-from rlkd.algorithms.base import ALGORITHMS, Algorithm, Loss, Term
+from rlkd.algorithms.base import Algorithm, Loss, Term
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.losses import weighted_sum
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from builders import Captured, config, opened, real_batch
 
-from rlkd.algorithms.base import ALGORITHMS, Loss, Term
+from rlkd.algorithms.base import Loss, Term
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import KDRL
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.losses import weighted_sum
 from rlkd.pipeline.build import build_reference
 from rlkd.pipeline.line import Line
@@ -38,6 +39,13 @@ class FirstToken(KDRL):
         loss = super().loss(output, batch, iteration)
         first = weighted_sum(-output.logprobs, batch.loss_weights["first"])
         return Loss(total=loss.total + 0.5 * first, metrics=loss.metrics | {"loss/first": first.detach()})
+
+
+class NoFirstToken(FirstToken):
+    """The same loss on a rank none of whose rollouts has the mask, while those of others do."""
+
+    def advantages(self, group):
+        return KDRL.advantages(self, group)
 
 
 class TwoTeachers(KDRL):
@@ -93,6 +101,14 @@ def test_a_third_term_is_a_mask_and_an_entry(known):
     assert weights.sum() == pytest.approx(1.0) and weights[batch.masks["first"]].unique().numel() == 1
     assert found.row["loss"] == pytest.approx(plain.row["loss"] + 0.5 * found.row["loss/first"], abs=1e-6)
     assert found.row["loss/kd"] == plain.row["loss/kd"] and found.row["loss/first"] > 0
+
+
+def test_a_rank_without_a_row_of_a_term_trains_the_others(known):
+    known("kdrl", NoFirstToken)
+    made = config(*SMALL)
+    batch = real_batch(made)
+    assert not batch.masks["first"].any()
+    assert Captured(made, batch).row["loss/first"] == 0
 
 
 def test_a_second_teacher_is_a_scorer_with_a_name(known):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from runs import ENV, ROOT, train, train_ranks
 
-from rlkd.algorithms.base import ALGORITHMS
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config_file import ConfigError, load
 
 ALGORITHM = '''

@@ -9,8 +9,8 @@ from builders import Captured, config, groups
 from run_results import rows_so_far, saved, wait_for_rows
 from runs import ENV, arguments, start, train
 
-from rlkd.algorithms.base import ALGORITHMS
 from rlkd.algorithms.kdrl import KDRL
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config_file import load_stages
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.collate import collate

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from runs import config_files
 from trees import at, walk
 
-from rlkd.algorithms.base import ALGORITHMS
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config.help import Schema
 from rlkd.config_file import ConfigError, load, load_stages
 from rlkd.train import main

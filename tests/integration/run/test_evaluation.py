@@ -1,7 +1,6 @@
 """Evaluation by a real sampler and real rewards."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +8,6 @@ import pytest
 import torch
 from builders import config, opened
 
-from rlkd.builtin import resolve
-from rlkd.config_file import load
 from rlkd.data.heldout import heldout_prompts
 from rlkd.evaluate import main
 from rlkd.generation.hf import HFSampler
@@ -73,19 +70,7 @@ QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 FEW = ("eval.prompts=8", "eval.samples=2")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """The files of a run of 200 iterations that has exported its student; its config began with builtin:student."""
-    monkeypatch.chdir(tmp_path)
-    folder = Path("runs/x")
-    shutil.copytree(resolve("builtin:teacher"), folder / "hf")
-    (folder / "hf" / "rlkd.json").write_text('{"iteration": 200}')
-    (folder / "config.yaml").write_text(load([QUICKSTART], ["run.name=x"]).text)
-    (folder / "metrics.jsonl").write_text("")
-    return folder
-
-
-def test_the_evaluated_model_is_printed_and_is_the_student(run, capsys):
+def test_the_evaluated_model_is_printed_and_is_the_student(finished_run, capsys):
     assert main(["runs/x", *FEW]) == 0
     said = capsys.readouterr()
     assert said.err == (

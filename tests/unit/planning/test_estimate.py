@@ -6,7 +6,7 @@ from builders import Captured, config, real_batch
 from transformers import DynamicCache, Qwen2Config
 from vllm_fixtures import tiny_model
 
-from rlkd.algorithms.base import ALGORITHMS
+from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config.load import ConfigError, parse_args
 from rlkd.models.lora import inject
 from rlkd.models.student import blocks, load_causal_lm

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 from builders import config
 
-from rlkd.builtin import resolve
-from rlkd.config_file import ConfigError, load
+from rlkd.config_file import ConfigError
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.evaluate import main
@@ -54,19 +53,7 @@ QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 FEW = ("eval.prompts=8", "eval.samples=2")
 
 
-@pytest.fixture
-def run(tmp_path, monkeypatch):
-    """The files of a run of 200 iterations that has exported its student; its config began with builtin:student."""
-    monkeypatch.chdir(tmp_path)
-    folder = Path("runs/x")
-    shutil.copytree(resolve("builtin:teacher"), folder / "hf")
-    (folder / "hf" / "rlkd.json").write_text('{"iteration": 200}')
-    (folder / "config.yaml").write_text(load([QUICKSTART], ["run.name=x"]).text)
-    (folder / "metrics.jsonl").write_text("")
-    return folder
-
-
-def test_a_run_is_evaluated_by_its_own_student(run):
+def test_a_run_is_evaluated_by_its_own_student(finished_run):
     for words in (
         ["runs/x"],
         ["--config", "runs/x"],
@@ -74,23 +61,23 @@ def test_a_run_is_evaluated_by_its_own_student(run):
         ["--config=./runs/x/config.yaml", *FEW],
         ["runs/x/"],
     ):
-        assert Path(asked_for(words).model.path) == run / "hf"
+        assert Path(asked_for(words).model.path) == finished_run / "hf"
     assert asked_for(["runs/x", "eval.prompts=9"]).eval.prompts == 9
 
 
-def test_a_model_that_is_named_wins_over_the_runs_own_student(run):
+def test_a_model_that_is_named_wins_over_the_runs_own_student(finished_run):
     Path("other.yaml").write_text("model: {path: somewhere}")
     assert asked_for(["runs/x", "model.path=builtin:student"]).model.path == "builtin:student"
     assert asked_for(["runs/x", "--config", "other.yaml"]).model.path == "somewhere"
-    assert Path(asked_for(["--config", "other.yaml", "runs/x"]).model.path) == run / "hf"
+    assert Path(asked_for(["--config", "other.yaml", "runs/x"]).model.path) == finished_run / "hf"
     assert asked_for(["--config", QUICKSTART]).model.path == "builtin:student", "not the file of a run"
     Path("config.yaml").write_text(Path(QUICKSTART).read_text())
     assert asked_for(["--config", "config.yaml"]).model.path == "builtin:student", "neither is this one"
 
 
-def test_a_run_without_a_student_is_one_line_and_its_initial_model_is_not_evaluated(run, capsys):
-    shutil.rmtree(run / "hf")
-    Path(run, "checkpoints", "iteration-000050").mkdir(parents=True)
+def test_a_run_without_a_student_is_one_line_and_its_initial_model_is_not_evaluated(finished_run, capsys):
+    shutil.rmtree(finished_run / "hf")
+    Path(finished_run, "checkpoints", "iteration-000050").mkdir(parents=True)
     assert main(["runs/x"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == (
@@ -106,7 +93,7 @@ def test_its_help_shows_how_to_call_it(capsys):
     assert "python -m rlkd.evaluate runs/x [key=value" in capsys.readouterr().out
 
 
-def test_other_mistakes_are_one_line_each(run, capsys):
+def test_other_mistakes_are_one_line_each(finished_run, capsys):
     Path("own.jsonl").write_text('{"prompt": "reverse: abc", "answer": "cba"}\n' * 20)
     assert main(["runs/x", "data.path=own.jsonl"]) == 2
     assert main(["runs/x", "eval.path=none.jsonl", "eval.every=0"]) == 2
