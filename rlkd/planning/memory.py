@@ -206,7 +206,8 @@ def _training(config: Config, model: Shape) -> Part:
 def _beside(config: Config, model: Shape) -> list[Part]:
     """Whole models in every trainer process."""
     parts = []
-    if build_algorithm(config).needs_reference and config.model.lora is None:
+    algorithm = build_algorithm(config)
+    if algorithm.needs_reference and config.model.lora is None:
         parts.append(_copy(model, _BYTES[config.trainer.precision], "reference"))
     for key, teacher in config.teachers:
         if isinstance(teacher, LocalTeacherConfig):
@@ -216,6 +217,10 @@ def _beside(config: Config, model: Shape) -> list[Part]:
         parts.append(_copy(model, _BYTES[config.teacher.dtype], "teacher (self)"))
         if config.teacher.weights == "ema":
             parts.append(_copy(model, 4, "teacher's moving average"))
+        if config.teacher.weights != "fixed" and algorithm.scorer_signal("teacher").tier == "hidden":
+            each = _BYTES[config.teacher.dtype]
+            why = f"{each} B · {_billions(model.output_layer)} parameters, copied since the teacher follows the student"
+            parts.append(Part(bytes=each * model.output_layer, what="output layer of a batch", why=why))
     if config.rollout.backend == "hf":
         parts.append(_copy(model, _BYTES[config.trainer.precision], "hf sampler"))
     return parts

@@ -256,8 +256,9 @@ def module_class(algorithm: type[Algorithm]) -> type[PolicyModule]:
     Its constructor refuses a config of another algorithm.
     """
     if algorithm not in _CLASSES:
-        about = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": __name__}
-        _CLASSES[algorithm] = type(f"{algorithm.__name__}Module", (PolicyModule,), about)
+        # pickle finds a class by its module and name, so those of the built-in ones are where users find them.
+        attributes = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": "rlkd.algorithms"}
+        _CLASSES[algorithm] = type(algorithm.__name__, (PolicyModule,), attributes)
     return _CLASSES[algorithm]
 
 

@@ -138,6 +138,10 @@ def test_every_model_of_a_trainer_is_counted():
     student = shape_of("builtin:student").parameters
     resident = trainer_place(settings).resident
     assert part(resident, "teacher (self)") == 2 * student and part(resident, "teacher's moving average") == 4 * student
+    head = load_causal_lm("builtin:student", torch.bfloat16, attention=None, trust_remote_code=False).lm_head
+    assert part(resident, "output layer of a batch") == head.weight.nbytes
+    fixed = config("algorithm={name: opsd}", own.replace("ema", "fixed"), "rollout.backend=hf", group_size=None)
+    assert "output layer of a batch" not in [p.what for p in trainer_place(fixed).resident]
     settings = config("algorithm.reference_coef=0.1")
     assert ALGORITHMS["kdrl"](settings).needs_reference
     assert part(trainer_place(settings).resident, "reference") == 4 * student
