@@ -8,7 +8,7 @@ STAMP := .venv/.rlkd-installed
 # One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup quickstart quickstart-vllm test test-rest test-servers test-fast soak lint clean
+.PHONY: setup quickstart quickstart-vllm test test-fast soak lint clean
 
 setup: $(STAMP)
 
@@ -29,18 +29,14 @@ quickstart-vllm: $(STAMP)
 	rm -rf runs/quickstart_vllm
 	OMP_NUM_THREADS=1 $(BIN)/python -m rlkd.train --config configs/quickstart_vllm.yaml
 
-# Two halves side by side, since each waits a lot: tests of servers, and all others. -O: their output one after the other.
+# Two workers: while one starts or stops processes, the other computes. tests/conftest.py says what stays together.
+WORKERS = -n 2 --dist loadgroup --no-loadscope-reorder
+
 test: $(STAMP)
-	$(MAKE) --no-print-directory -j2 -O test-servers test-rest
-
-test-rest: $(STAMP)
-	$(PYTEST) -m "not gpu and not server" tests/unit tests/integration
-
-test-servers: $(STAMP)
-	$(PYTEST) -m "server and not gpu" tests/integration
+	$(PYTEST) $(WORKERS) -m "not gpu" tests/integration tests/unit
 
 test-fast: $(STAMP)
-	$(PYTEST) tests/unit
+	$(PYTEST) $(WORKERS) tests/unit
 
 # All that `make test` only begins, at its full length: 200 kills, fuzz, all families of models, a server killed while it
 # takes weights; and tests/nightly: two machines, Slurm, the learning of every method. An hour or more.

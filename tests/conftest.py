@@ -5,12 +5,9 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
-from vllm_fixtures import policy_path, policy_server
 
 from rlkd.builtin import resolve
 from rlkd.config_file import load
-
-__all__ = ["policy_path", "policy_server"]
 
 
 def pytest_addoption(parser):
@@ -25,8 +22,17 @@ def pytest_configure(config):
     settings.load_profile("soak" if config.getoption("--soak") else "short")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Skip tests with the mark `soak` unless --soak is given."""
+    """Skip tests with the mark `soak` unless --soak is given, and group the tests for `-n 2 --dist loadgroup`.
+
+    The tests of a file stay on one worker, since they share fixtures. Those that need a vLLM server all stay on one,
+    and come first, since they take longest: two servers that start side by side would share the two cores.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("server") is None)
+    for item in items:
+        file = f"{item.path.parent.name}/{item.path.stem}"
+        item.add_marker(pytest.mark.xdist_group("server" if item.get_closest_marker("server") else file))
     if not config.getoption("--soak"):
         left_out = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in left_out]

@@ -1,74 +1,16 @@
-"""Metrics over ranks: sums before quotients, under the same names everywhere; and the declaration of each."""
+"""The names of metrics, and the declaration of each."""
 
 import ast
 import fnmatch
-import json
 import re
 import runpy
-import subprocess
-import sys
 
 import pytest
-from runs import ENV, ROOT
+from runs import ROOT
 
 from rlkd.distributed import RunStopped
 from rlkd.metrics import MetricAccumulator
 from rlkd.reporting.metric_reference import METRICS, SECTIONS, panels
-
-TWO_RANKS = """
-import json, sys
-import torch.distributed as dist
-from rlkd.distributed import RunStopped
-from rlkd.metrics import MetricAccumulator
-
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-
-
-def reduced(*others):
-    meter = MetricAccumulator()
-    meter.mean("reward/mean", total=1.0 + 2 * rank, count=1.0 + rank)
-    meter.mean("of/none", 0.0, 0.0)
-    meter.total("tokens", 10.0 + rank)
-    meter.maximum("slowest", -1.0 - rank)
-    for kind, name in others:
-        getattr(meter, kind)(name, 1.0)
-    try:
-        return meter.reduce()
-    except RunStopped as stopped:
-        return str(stopped)
-
-
-print(json.dumps([
-    reduced(),
-    reduced(("total", "x/b" if rank else "x/a")),
-    reduced(*[("total", "x/a")] * rank),
-    reduced(("total" if rank else "maximum", "x/a")),
-    reduced(),
-]))
-"""
-
-
-@pytest.mark.process
-def test_ranks_with_other_names_are_told_which(tmp_path):
-    """Otherwise values would be mixed up when summed by position, or one rank would wait forever."""
-    command = [sys.executable, "-c", TWO_RANKS]
-    environment = ENV | {"PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        said = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert said[0] == said[1]
-    equal, other, fewer, kind, again = said[0]
-    assert equal == again == {"reward/mean": 4 / 3, "tokens": 21.0, "slowest": -1.0}
-    assert "total x/a is missing on rank 1; total x/b is missing on rank 0" in other
-    assert "total x/a is missing on rank 0" in fewer and "x/b" not in fewer and "reward/mean" not in fewer
-    assert "maximum x/a is missing on rank 1; total x/a is missing on rank 0" in kind
 
 
 def test_a_name_with_two_meanings_is_refused():

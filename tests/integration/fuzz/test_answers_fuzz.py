@@ -138,7 +138,7 @@ def stub():
             pass
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         said.url = f"http://127.0.0.1:{server.server_port}"
         yield said
         server.shutdown()

@@ -32,7 +32,7 @@ class Server(ThreadingHTTPServer):
 @pytest.fixture
 def url():
     with Server(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 

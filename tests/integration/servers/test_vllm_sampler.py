@@ -335,7 +335,7 @@ def given_scores(answer: dict[str, object]) -> tuple[TeacherScores, dict[str, An
             pass
 
     with HTTPServer(("127.0.0.1", 0), Handler) as stub:
-        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
         client = VLLMClient(f"http://127.0.0.1:{stub.server_port}", 5.0)
         try:
             return request_given(client, "m", GIVEN), asked[0]

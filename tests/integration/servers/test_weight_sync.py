@@ -161,7 +161,7 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
             pass
 
     stub = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
     ours = VLLMClient(f"http://127.0.0.1:{stub.server_port}", 5.0, "secret")
     client = versioned_client(ours)
     client.version = 4

@@ -477,7 +477,7 @@ _OVERRIDES = st.builds(
 
 
 @pytest.mark.long
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(st.tuples(st.integers(0, len(FULL)), st.integers(0, 12), _PIECES), max_size=3),
     overrides=st.lists(_OVERRIDES, max_size=2),

@@ -82,7 +82,7 @@ def server(model: str, length: int = 4096, routes: dict[str, Any] | None = None)
             pass
 
     stub = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=stub.serve_forever, daemon=True).start()
+    threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{stub.server_address[1]}"
     finally:

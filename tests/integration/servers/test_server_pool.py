@@ -53,7 +53,7 @@ class Stub:
         self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.port = self.http.server_port
         self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def die(self):
         self.http.shutdown()
