@@ -138,6 +138,7 @@ def _run(main, argv, env, cwd, out, err) -> None:
 SMALL = (
     "rollout.prompts=4",
     "algorithm.group_size=4",
+    "data.limit=64",
     "data.max_prompt_tokens=24",
     "trainer.micro_batch_tokens=80",
     "eval.every=0",

@@ -32,7 +32,9 @@ def fill(disk, leaving):
         file.write(b"x" * max(free - leaving, 0))
 
 
-@pytest.mark.parametrize("leaving", [0, 1_000_000, None])
+@pytest.mark.parametrize(
+    "leaving", [pytest.param(0, marks=pytest.mark.soak), pytest.param(1_000_000, marks=pytest.mark.soak), None]
+)
 def test_a_full_disk_ends_the_run_and_nothing_that_was_saved_is_lost(leaving, disk, undisturbed, tmp_path):
     """0: no log can be written either. 1 MB: no checkpoint is started. None: its tensors fit, its other files do not.
 

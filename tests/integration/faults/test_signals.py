@@ -12,7 +12,7 @@ from runs import ENV, TORCHRUN, arguments, start, start_ranks, train
 pytestmark = pytest.mark.process
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.soak)])
 def test_a_signal_saves_and_ends_the_run_which_resumes_as_if_nothing_had_been(number, undisturbed, tmp_path):
     run = start(arguments(1, tmp_path / "run", "run.iterations=10000", "checkpoint.every=0"), tmp_path)
     try:
@@ -43,7 +43,7 @@ def test_a_second_signal_stops_immediately(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("which", ["one", "all"])
+@pytest.mark.parametrize("which", ["one", pytest.param("all", marks=pytest.mark.soak)])
 def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
     folder = tmp_path / "run"
     ranks = start_ranks(2, arguments(2, folder, "run.iterations=10000", "checkpoint.every=0"), tmp_path)
@@ -51,9 +51,7 @@ def test_a_signal_to_one_rank_or_to_all_ends_both_together(which, tmp_path):
         wait_for_rows(ranks[0], folder, 2)
         for rank in ranks if which == "all" else ranks[1:]:
             rank.send_signal(signal.SIGTERM)
-            rank.send_signal(
-                signal.SIGINT
-            )  # within five seconds they are the same request, since torchrun forwards signals
+            rank.send_signal(signal.SIGINT)  # within five seconds the same request, since torchrun forwards signals
         assert [rank.wait(60) for rank in ranks] == [0, 0], ranks[0].err.read_text()[-3000:]
     finally:
         for rank in ranks:
@@ -76,6 +74,7 @@ def wait_until_logged(run, folder, count):
         time.sleep(0.05)
 
 
+@pytest.mark.soak
 def test_a_rank_killed_under_torchrun_costs_only_what_was_not_saved(tmp_path):
     """torchrun stops the other rank and restarts both. Then it gets a SIGTERM itself, and both still save and exit."""
     folder = tmp_path / "run"

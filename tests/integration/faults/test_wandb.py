@@ -4,7 +4,7 @@ import pytest
 from run_results import assert_same_run
 from runs import ENV, arguments, train
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.soak]  # W&B takes 15 s to give up
 
 # No server listens there. The key has the right format, so that W&B tries to connect.
 UNREACHABLE = {"WANDB_API_KEY": "0123456789" * 4, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "2"}

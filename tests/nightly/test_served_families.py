@@ -1,7 +1,7 @@
 """All weights reach a vLLM server, also if transformers has renamed or fused them on loading.
 
-pytest tests/integration/servers/test_served_families.py -s            one mixture of experts, with numbers
-pytest tests/integration/servers/test_served_families.py -s --soak     all
+pytest tests/nightly/test_served_families.py -s            one mixture of experts, with numbers
+pytest tests/nightly/test_served_families.py -s --soak     all
 """
 
 from __future__ import annotations
