@@ -105,6 +105,19 @@ def start_ranks(ranks, argv, folder, env=None, cwd=None, main="rlkd.train:main")
     return [start(argv, Path(folder, f"rank{rank}"), env | shared | own[rank], cwd, main) for rank in range(ranks)]
 
 
+def run_code(code, folder, *arguments, ranks=2, env=None) -> list[str]:
+    """What `code` prints in each of `ranks` processes, in which sys.argv is ["-c", its rank, *arguments]."""
+    return train_ranks(ranks, [code, *map(str, arguments)], folder, env, main="runs:execute")
+
+
+def execute(argv) -> int:
+    """Run argv[0] as Python code; see `run_code`."""
+    code, *arguments = argv
+    sys.argv = ["-c", os.environ.get("RANK", "0"), *arguments]
+    exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+    return 0
+
+
 def _serve() -> None:
     """Start the server, if there is none, in the root of this checkout, so that the runs use its rlkd."""
     before, here = dict(os.environ), os.getcwd()

@@ -1,11 +1,9 @@
 """Metrics over ranks: sums before quotients, under the same names everywhere."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from runs import ENV, ROOT
+from runs import run_code
 
 TWO_RANKS = """
 import json, sys
@@ -44,17 +42,7 @@ print(json.dumps([
 @pytest.mark.process
 def test_ranks_with_other_names_are_told_which(tmp_path):
     """Otherwise values would be mixed up when summed by position, or one rank would wait forever."""
-    command = [sys.executable, "-c", TWO_RANKS]
-    environment = ENV | {"PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=subprocess.PIPE, env=environment)
-        for rank in range(2)
-    ]
-    try:
-        said = [json.loads(rank.communicate(timeout=60)[0]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    said = [json.loads(output) for output in run_code(TWO_RANKS, tmp_path, tmp_path / "meet")]
     assert said[0] == said[1]
     equal, other, fewer, kind, again = said[0]
     assert equal == again == {"reward/mean": 4 / 3, "tokens": 21.0, "slowest": -1.0}

@@ -1,13 +1,12 @@
 """An algorithm in a user's file, outside the package, is trained, resumed, evaluated, used in a stage and served."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from runs import ENV, ROOT, train, train_ranks
+from runs import start, train, train_ranks
 
 from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config_file import ConfigError, load
@@ -161,15 +160,9 @@ def test_from_a_file_in_the_working_directory_to_a_student(here):
     rows = [json.loads(line) for line in Path("runs/own/metrics.jsonl").read_text().splitlines()]
     assert [row["iteration"] for row in rows] == [1, 2, 3]
     assert yaml.safe_load(Path("runs/own/config.yaml").read_text())["algorithm"]["name"] == "short_c:Shortest"
-    done = subprocess.run(
-        [sys.executable, "-m", "rlkd.evaluate", "runs/own"],
-        env=ENV | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "runs/own/hf, after 3 iterations" in done.stderr
+    run = start(["runs/own"], here / "evaluation", main="rlkd.evaluate:main")
+    assert run.wait(120) == 0, run.err.read_text()[-3000:]
+    assert "runs/own/hf, after 3 iterations" in run.err.read_text()
 
 
 @pytest.mark.process

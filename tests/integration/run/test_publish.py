@@ -1,12 +1,10 @@
 """What two ranks do together when weights leave, and when what they open is there on one of them alone."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from families import write
-from runs import ENV, ROOT
+from runs import run_code
 
 pytestmark = [pytest.mark.process, pytest.mark.long]
 
@@ -64,22 +62,8 @@ finally:
 
 
 def on_two_ranks(script, folder):
-    """What each printed."""
-    environment = ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", BEGIN + script, str(rank), str(folder)],
-            stdout=subprocess.PIPE,
-            env=environment,
-            cwd=ROOT,
-        )
-        for rank in range(2)
-    ]
-    try:
-        return [json.loads(rank.communicate(timeout=300)[0].splitlines()[-1]) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    """The last line that each printed."""
+    return [json.loads(output.splitlines()[-1]) for output in run_code(BEGIN + script, folder, folder)]
 
 
 def test_the_file_engine_converts_names_on_rank_0_alone(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from run_results import rows, saved
-from runs import ENV, arguments, train_ranks, train_small
+from runs import ENV, arguments, run_code, train_ranks, train_small
 from transformers import AutoModelForCausalLM
 
 from rlkd.evaluate import main as evaluate
@@ -154,12 +154,11 @@ def test_three_mistakes_are_three_lines_and_exit_2(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_the_readmes_python_example_runs():
+def test_the_readmes_python_example_runs(tmp_path):
     text = Path("README.md").read_text(encoding="utf-8")
     (code,) = [part.split("```")[0] for part in text.split("```python\n")[1:]]
     assert len(code.splitlines()) < 20
-    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_code(code, tmp_path, ranks=1)
 
 
 def test_evaluate_prints_one_json_object(straight, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import group_members, wait_until
+from runs import run_code
 from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, tiny_model, true_logprobs
 
 from rlkd.config.schema import ServerConfig
@@ -48,6 +49,7 @@ def test_a_host_that_is_not_this_machine_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.server
 @pytest.mark.process
+@pytest.mark.soak
 def test_a_killed_trainer_leaves_no_server_process_and_the_other_server_does_the_work(
     policy_server: VLLMServer, policy_path: str, tmp_path: Path
 ) -> None:
@@ -215,13 +217,7 @@ except Exception as error:
 
 @pytest.mark.process
 def test_what_a_rank_makes_and_how_it_fails_reaches_every_rank(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", BOTH_RANKS, str(rank), str(tmp_path / "meeting")], stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=60)[0].splitlines() for rank in ranks]
+    said = [output.splitlines() for output in run_code(BOTH_RANKS, tmp_path, tmp_path / "meeting")]
     assert [lines[:2] for lines in said] == [
         ["['made on', 0]", "OSError no room"],
         ["['made on', 0]", "RuntimeError on rank 0: no room"],
