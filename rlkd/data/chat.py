@@ -1,4 +1,4 @@
-"""Tokenizers: reading a prompt as the student does, and telling two vocabularies apart."""
+"""Tokenizers: a prompt and a completion as the student reads them, and whether two vocabularies are the same."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 LAST_BY_ASSISTANT = (
     "the last message is the assistant's, so there is nothing to answer; take it out (data.completion_column is for "
-    "completions), or let the student go on with it by data.continue_final_message: true"
+    "completions), or let the student continue it by data.continue_final_message: true"
 )
 _PLACE = "rlkd-place-of-the-text"
 _ASKS_FOR_NONE = re.compile(r"content['\"\]]*\s+is\s+(not\s+)?none", re.IGNORECASE)
@@ -31,7 +31,7 @@ _ASKS_FOR_NONE = re.compile(r"content['\"\]]*\s+is\s+(not\s+)?none", re.IGNORECA
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, a hub id, or builtin:student and builtin:teacher.
 
-    Raises: ValueError, one line, where there is none.
+    Raises: ValueError, one line, if there is none.
     """
     from rlkd import builtin as tiny
 
@@ -50,11 +50,11 @@ class Reading:
     messages: Messages
     token_ids: tuple[int, ...]
     text: str
-    """What `token_ids` are of, with the marks of `control.marked`; without a beginning of sequence that was added."""
-    shown: Messages
-    """`messages`, marked."""
+    """The text of `token_ids`, with the marks of `control.marked`, without an added beginning-of-sequence token."""
+    marked_messages: Messages
+    """`messages` with the marks of `control.marked`."""
     variables: Mapping[str, Any]
-    """Beside them in the chat template, marked."""
+    """The other variables of the chat template, with the same marks."""
     chat_template: bool
 
 
@@ -68,31 +68,31 @@ def read_prompt(
     continue_final: bool = False,
     spelled_tokens: bool = False,
 ) -> Reading:
-    """The prompt, ending where the model is to go on writing.
+    """The prompt, up to the place where the model starts to write.
 
-    A text becomes the user's message, after `system` if there is one. With a chat template the ids are the template's,
-    which writes its own special tokens. Without one they are the plain text's, after one beginning-of-sequence token
-    where the tokenizer puts one before a text.
+    A text becomes the user's message, after `system` if there is one. With a chat template the ids are those of the
+    rendered conversation, in which the template has written its special tokens. Without one they are those of the
+    plain text, after a beginning-of-sequence token if the tokenizer puts one before a text.
 
     Args:
-        variables: what the chat template gets beside the messages: tools, and variables of its own.
-        continue_final: the model goes on with a last message by the assistant; else there may be none.
-        spelled_tokens: what spells a control token is that token; else it stays text.
+        variables: the variables of the chat template besides the messages: tools, and its own.
+        continue_final: if the last message is the assistant's, the model continues it; False: that is refused.
+        spelled_tokens: text that spells a control token becomes that token; False: it stays text.
 
     Example: read_prompt(tokenizer, "reverse: abc", chat_template=False).token_ids.
     Raises: ValueError, one line.
     """
     messages = _messages(prompt, system)
-    shown, told = messages, variables
+    marked_messages, marked_variables = messages, variables
     if not spelled_tokens:
-        shown = tuple(control.marked(tokenizer, messages))
-        if "tools" in variables:  # the others stand in the config
-            told = {**variables, "tools": control.marked(tokenizer, variables["tools"])}
+        marked_messages = tuple(control.marked(tokenizer, messages))
+        if "tools" in variables:  # all other variables come from the config
+            marked_variables = {**variables, "tools": control.marked(tokenizer, variables["tools"])}
     if chat_template:
         if messages[-1]["role"] == "assistant" and not continue_final:
             raise ValueError(LAST_BY_ASSISTANT)
-        text = _rendered(tokenizer, shown, told)
-        # The template has written the special tokens, a beginning of sequence among them: none are added.
+        text = _rendered(tokenizer, marked_messages, marked_variables)
+        # The template has written all special tokens, including the beginning of sequence, so none are added.
         ids = tuple(control.encode(tokenizer, text))
     elif len(messages) != 1 or not isinstance(prompt, str):
         raise ValueError(
@@ -100,10 +100,15 @@ def read_prompt(
             "data.chat_template: true"
         )
     else:
-        text = shown[0]["content"]
+        text = marked_messages[0]["content"]
         ids = _plain(tokenizer, text)
     return Reading(
-        messages=messages, token_ids=ids, text=text, shown=shown, variables=told, chat_template=chat_template
+        messages=messages,
+        token_ids=ids,
+        text=text,
+        marked_messages=marked_messages,
+        variables=marked_variables,
+        chat_template=chat_template,
     )
 
 
@@ -114,7 +119,7 @@ def read_as_configured(
     variables: Mapping[str, Any],
     system: str | None = None,
 ) -> Reading:
-    """`read_prompt` as the section `data` says. `variables`: data.template_variables, and the prompt's tools."""
+    """`read_prompt` with the settings of the section `data`. `variables`: data.template_variables and the tools."""
     return read_prompt(
         tokenizer,
         prompt,
@@ -129,30 +134,30 @@ def read_as_configured(
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, prompt: Reading, text: str, ends: Sequence[int]
 ) -> tuple[int, ...]:
-    """The ids of a completion of `prompt`, as the student would have to write them: up to one token of `ends`.
+    """The ids of a completion of `prompt`, as the student would have to generate them: up to one token of `ends`.
 
-    With a chat template they are the template's own for an assistant's turn with this `text`, cut where the prompt
-    ends, and after the first token of `ends`. Where the template ends a turn with none of them, the first of `ends` is
-    put in place of what it writes there. Special tokens that `text` spells are those tokens, but for `ends`: one at the
-    very end is not doubled, and others end nothing and stay text.
+    With a chat template they are those of the assistant's turn as the template renders it with this `text`, from the
+    end of the prompt up to the first token of `ends`. If the template ends a turn with none of them, what it writes
+    there is replaced by the first of `ends`. Special tokens that `text` spells become those tokens, except `ends`: one
+    at the very end is not doubled, and earlier ones stay text.
 
     Raises: ValueError, one line.
     """
     names = [name for name in map(tokenizer.convert_ids_to_tokens, ends) if isinstance(name, str)]
-    said = next((text.removesuffix(name) for name in names if text.endswith(name)), text)
-    said = control.marked(tokenizer, said, only=names)
-    closing, rest = "", said
+    content = next((text.removesuffix(name) for name in names if text.endswith(name)), text)
+    content = control.marked(tokenizer, content, only=names)
+    closing, rest = "", content
     if prompt.chat_template:
-        before, opened = _turn(prompt.shown)
+        before, opened = _turn(prompt.marked_messages)
         whole = _rendered(
-            tokenizer, (*before, opened | {"content": f"{opened['content']}{said}"}), prompt.variables, False
+            tokenizer, (*before, opened | {"content": f"{opened['content']}{content}"}), prompt.variables, False
         )
         other = _rendered(tokenizer, (*before, opened | {"content": _PLACE}), prompt.variables, False)
         closing = other.rpartition(_PLACE)[2] if _PLACE in other else ""
-        # A template may open a turn to be written otherwise than one that is there, by a <think> of its own, say.
-        rest = whole[len(prompt.text) :] if whole.startswith(prompt.text) else said + closing
-        if said.strip() not in rest:  # or leave out what it takes for a thought, which is to be learnt too
-            rest = said + closing
+        # A template may open a new turn differently from a finished one, for example with a <think> of its own.
+        rest = whole[len(prompt.text) :] if whole.startswith(prompt.text) else content + closing
+        if content.strip() not in rest:  # or drop a part as a thought, which is to be learnt too
+            rest = content + closing
     (ids,) = encode_after(tokenizer, prompt.text, [rest])
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     if end is not None:
@@ -162,17 +167,17 @@ def encode_completion(
 
 
 def encode_after(tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of `texts` as they stand one after another behind `before`, whose own ids stay as they are.
+    """The ids of `texts`, which follow `before` one after another. The ids of `before` do not change.
 
     A tokenizer may put a blank before a text that is encoded alone, or join letters of two texts in one token; such a
-    token is the later text's.
+    token belongs to the later text.
     """
     joined = "".join(texts)
     for anchor in filter(None, (before, "\n", "a", ".")):
         head, whole = control.encode(tokenizer, anchor), control.encode(tokenizer, anchor + joined)
         if whole[: len(head)] == head:
             break
-    else:  # no text leaves its neighbour's tokens alone: there is no better reading than by itself
+    else:  # every text before it changes its tokens, so it is encoded alone
         anchor, head, whole = "", [], control.encode(tokenizer, joined)
     cuts = [len(head)]
     for last in range(1, len(texts)):
@@ -185,31 +190,31 @@ def encode_after(tokenizer: PreTrainedTokenizerBase, before: str, texts: Sequenc
 
 
 def mentions(tokenizer: PreTrainedTokenizerBase, name: str, tools: bool = False) -> bool:
-    """Whether the chat template has `name` in it: a variable, or a field of the messages."""
+    """Whether the chat template mentions `name`, as a variable or a field of the messages."""
     template = tokenizer.get_chat_template(None, [{}] if tools else None)
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """`token_ids` as text, every special token included."""
+    """`token_ids` as text, including all special tokens."""
     text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], finish_reason: str) -> str:
-    """A completion as whoever judges it reads it: what was written, without the one end token that stopped it.
+    """A completion as rewards and teachers read it: the text without the end token that stopped it.
 
-    Other special tokens stay: <think> is one in many vocabularies. `finish_reason` as in `Rollout`.
+    Other special tokens stay, since <think> is one in many vocabularies. `finish_reason` as in `Rollout`.
     """
     return decode(tokenizer, token_ids[:-1] if finish_reason == "stop" else token_ids)
 
 
 @contextmanager
 def refusing(prompt: Prompt) -> Iterator[None]:
-    """Around the reading of what a teacher is shown of `prompt`, which is made while the run goes on.
+    """A context around the rendering of a teacher's view of `prompt`, which happens during the run.
 
-    Raises: RunStopped where the chat template refuses it: preflight has seen the student's prompts alone.
+    Raises: RunStopped if the chat template refuses it, since preflight checked only the student's prompts.
     """
     try:
         yield
@@ -221,9 +226,9 @@ def refusing(prompt: Prompt) -> Iterator[None]:
 
 
 def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What was asked at last: the content of the last message by the user, or of the last one where there is none.
+    """The content of the last message by the user; of the last message if no user wrote one.
 
-    A content that is no text (a list of parts) is joined from the texts in it.
+    If the content is a list of parts, their texts are joined.
     """
     if not messages:
         return ""
@@ -235,7 +240,7 @@ def last_user_text(messages: Sequence[Mapping[str, Any]]) -> str:
 def filled(template: str, values: Mapping[str, str]) -> str:
     r"""`template` with each {name} of `values` replaced, in one pass.
 
-    All other braces (a \boxed{}, say), and braces in the values, stay as they are.
+    All other braces, such as those of \boxed{}, and braces in the values, stay as they are.
     Example: filled("{question} {x}", {"question": "{x}?"}) is "{x}? {x}".
     """
     names = "|".join(map(re.escape, values))
@@ -252,7 +257,7 @@ def _messages(prompt: str | Sequence[Mapping[str, Any]], system: str | None) -> 
 
 
 def _turn(messages: Messages) -> tuple[Messages, dict[str, Any]]:
-    """The messages before the assistant's turn that a completion belongs to, and what of this turn is there already."""
+    """The messages before the assistant's turn that a completion belongs to, and the existing part of this turn."""
     if messages[-1]["role"] == "assistant":
         return messages[:-1], {**messages[-1], "content": messages[-1].get("content") or ""}
     return messages, {"role": "assistant", "content": ""}
@@ -261,13 +266,13 @@ def _turn(messages: Messages) -> tuple[Messages, dict[str, Any]]:
 def _rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, variables: Mapping[str, Any], to_be_continued: bool = True
 ) -> str:
-    """The conversation in the chat template, ending where the model is to go on, or after the last message."""
+    """The conversation in the chat template, up to where the model starts to write or the last message ends."""
     if tokenizer.chat_template is None:
         raise ValueError(
             "the tokenizer has no chat template, but data.chat_template is true; set data.chat_template: false to "
             "use prompts as plain text"
         )
-    # Beside tool calls the content may be null. Most templates would write the word None.
+    # A message with tool calls may have no content, which most templates would write as the word None.
     template = tokenizer.get_chat_template(None, variables.get("tools"))
     nothing = None if _ASKS_FOR_NONE.search(template) else ""
     shown = [{**m, "content": nothing} if m.get("content") is None else dict(m) for m in messages]
@@ -291,9 +296,9 @@ def _rendered(
 def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     ids = control.encode(tokenizer, text)
     bos = tokenizer.bos_token_id
-    # Asked of the empty text: encoding `text` with special tokens might add an end of sequence too.
-    wanted = bos is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [bos]
-    return tuple([bos, *ids] if wanted and ids[:1] != [bos] else ids)
+    # Tested on the empty text, since encoding `text` with special tokens might add an end of sequence too.
+    starts_with_bos = bos is not None and tokenizer.encode("", add_special_tokens=True)[:1] == [bos]
+    return tuple([bos, *ids] if starts_with_bos and ids[:1] != [bos] else ids)
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
@@ -301,9 +306,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def first_difference(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> str | None:
-    """The lowest id that stands for different tokens in `a` and `b`, in words; None where the two agree.
+    """A description of the lowest id with different tokens in `a` and `b`; None if there is no such id.
 
-    Only what the tokenizers know counts: models may pad their embeddings to different widths.
+    Padding rows of the embeddings do not count, only the tokenizers' ids.
     Example: "token 151665 is '<think>' in the first tokenizer, but unused in the second".
     """
     left, right = _tokens(a), _tokens(b)

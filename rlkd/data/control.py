@@ -1,9 +1,9 @@
 """Text that spells a control token, such as <|im_end|>, stays text.
 
-Control tokens are those that the tokenizer takes for special. A chat template writes them as text too, so a rendered
-conversation no longer shows who wrote them. Therefore `marked` replaces, before rendering, the first character of every
-place in the data's text that spells one, and `encode` puts it back: what is spelled without a mark is the template's.
-Text that spells none is not changed at all, and is encoded as the tokenizer always does.
+Control tokens are those that the tokenizer treats as special. A chat template writes them as text too, so a rendered
+conversation no longer shows whether the template or the data wrote them. Therefore `marked` replaces, before rendering,
+the first character of every control token that the data's text spells, and `encode` puts it back: a control token
+without a mark comes from the template. Text that spells none is not changed and is encoded as usual.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-# Two of Unicode's noncharacters: no text has them by rights, and trimming, changing case and dumping as JSON keep them.
+# Two of Unicode's noncharacters: valid text has none, and stripping, changing case and dumping as JSON keep them.
 _MARK, _STAND_IN = "\ufdd0", "\ufdd1"
 _MARKED = re.compile(r"(?:\ufdd0|\\ufdd0)([0-9a-f]+)z", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class _Spelling:
-    """Some tokens' texts, and a fast way to find where one of them begins."""
+    """The texts of some tokens, and a fast search for the places where one begins."""
 
     names: frozenset[str]
     lengths: tuple[int, ...]
@@ -38,7 +38,7 @@ class _Spelling:
         return _Spelling(frozenset(names), lengths, re.compile(f"[{starts}{_MARK}]"))
 
     def at(self, text: str, position: int) -> str | None:
-        """Which of the names begins at `position`; None: none does."""
+        """The name that begins at `position`, or None."""
         parts = (text[position : position + length] for length in self.lengths)
         return next((part for part in parts if part in self.names), None)
 
@@ -49,16 +49,16 @@ class _Special:
 
     ids: Mapping[str, int]
     control: _Spelling
-    """Those that text can spell without being them."""
+    """Those that can be spelled by plain text."""
     ambiguous: _Spelling
-    """Those whose plain text is read as the token all the same: a letter that is marked as special, say."""
+    """Those that the tokenizer reads from plain text even if told not to, such as a single letter marked as special."""
     pattern: re.Pattern[str]
-    """Any added token, the longest first; as the tokenizer matches them."""
+    """Matches any added token, the longest first, as the tokenizer does."""
 
 
 @functools.lru_cache(maxsize=8)
 def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> _Special:
-    """`size`: of the vocabulary, so that a tokenizer that has got more tokens is looked at anew."""
+    """`size` is that of the vocabulary, so that a tokenizer with new tokens is examined again."""
     added = tokenizer.added_tokens_decoder
     named = set(tokenizer.all_special_tokens)
     ids = {t.content: index for index, t in added.items() if t.content and (t.special or t.content in named)}
@@ -79,9 +79,9 @@ def _special(tokenizer: PreTrainedTokenizerBase, size: int) -> _Special:
 
 @functools.lru_cache(maxsize=8)
 def _reader(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[Tokenizer, dict[str, str], dict[int, int]]:
-    """A copy of the tokenizer that knows each special token by a stand-in alone.
+    """A copy of the tokenizer that recognises each special token only by a stand-in.
 
-    Returns: the copy, special token → its stand-in, the copy's id of an added token → the tokenizer's.
+    Returns: the copy; special token → its stand-in; id of an added token in the copy → in the tokenizer.
     """
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described |= {"post_processor": None, "truncation": None, "padding": None}
@@ -98,7 +98,7 @@ def _reader(tokenizer: PreTrainedTokenizerFast, size: int) -> tuple[Tokenizer, d
 
 
 def _every_text(value: Any, change: Callable[[str], str]) -> Any:
-    """`value` with each text in it, names of columns too, changed; other than a role, which is no text of the data."""
+    """`value` with each text in it changed, names of columns too, but not roles, which are no text of the data."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -125,7 +125,7 @@ def marked(tokenizer: PreTrainedTokenizerBase, value: Any, only: Collection[str]
 
 
 def spelled(tokenizer: PreTrainedTokenizerBase, value: Any) -> tuple[str | None, str | None]:
-    """A control token that a text in `value` spells, and a special one that cannot be told from text; None: no such."""
+    """A control token that `value` spells, and a special token in it that cannot be told from text; None if absent."""
     special = _special(tokenizer, len(tokenizer))
     found: list[str | None] = [None, None]
 
@@ -141,7 +141,7 @@ def spelled(tokenizer: PreTrainedTokenizerBase, value: Any) -> tuple[str | None,
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The ids of `text`, nothing added. What is marked is encoded as text, and all else as the tokenizer does."""
+    """The ids of `text`, without added tokens. Marked places are encoded as text, all else as the tokenizer does."""
     if _MARKED.search(text) is None:
         return list(tokenizer.encode(text, add_special_tokens=False))
     special = _special(tokenizer, len(tokenizer))
@@ -158,7 +158,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _as_text(tokenizer: PreTrainedTokenizerBase, section: str) -> list[int]:
-    """A tokenizer in Python encodes what stands between special tokens by itself, section by section."""
+    """The ids of a section between special tokens; a tokenizer written in Python encodes each section alone."""
     text = _unmarked(section)
     return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)) if text else []
 

@@ -1,15 +1,15 @@
-"""What is wrong with a data set: all of it, up to a bound, in the order of its rows."""
+"""The faults of a data set: all of them, up to a limit, in the order of its rows."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 SHOWN = 20
-"""Faults of one data set that are said one by one; the others are counted."""
+"""Number of faults that are reported one by one; the others are counted."""
 
 
 class DataError(ValueError):
-    """A data set that cannot be used; one line a fault."""
+    """A data set that cannot be used; one line per fault."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__("\n".join(lines))
@@ -27,15 +27,15 @@ class Faults:
         self._kept: dict[tuple[str, str], list[tuple[int, str]]] = {}
 
     def next_row(self) -> None:
-        """Another row begins: what is added from now on is about it."""
+        """Start the next row; later faults belong to it."""
         self._rows += 1
 
     def reached(self, step: str) -> None:
-        """The present row has come to a step of reading, in which a setting may be at fault rather than the row."""
+        """The current row has reached a step of reading in which a setting may be at fault instead of the row."""
         self._reached[step] += 1
 
     def add(self, line: str, step: str = "", setting: str = "") -> None:
-        """One fault of the present row.
+        """Add a fault of the current row.
 
         `setting`: the config key that may be wrong instead of the row. If every row that reached `step` has the same
         fault, it is reported once.
@@ -46,7 +46,7 @@ class Faults:
             kept.append((self._rows, line))
 
     def lines(self) -> list[str]:
-        """One line a fault, at most SHOWN, and one that counts the others; empty: there is none."""
+        """One line per fault, at most SHOWN, and one with the number of others; empty if there are none."""
         found: list[tuple[int, str]] = []
         total = 0
         for (step, setting), kept in self._kept.items():
@@ -58,7 +58,7 @@ class Faults:
         return shown + ([f"{self._path}: and {total - len(shown)} more"] if total > len(shown) else [])
 
     def check(self) -> None:
-        """Raises: DataError, where there is a fault."""
+        """Raises: DataError if there is a fault."""
         lines = self.lines()
         if lines:
             raise DataError(lines)

@@ -1,8 +1,8 @@
-"""One JSON object a line, read strictly: what another reader would take for something else is refused.
+"""One JSON object per line, read strictly: anything that another reader might read differently is refused.
 
-Python's own `json` reads a number as infinite, keeps the last of two equal names, accepts NaN and half of a surrogate
-pair, and gives up on its stack in deep nesting. An accepted line is what it reads, or else there is a line that says
-where and why.
+Python's own `json` turns large numbers into infinity, keeps the last of two equal names, accepts NaN and half of a
+surrogate pair, and exhausts its stack on deep nesting. Here such a line is an error that names the place and the
+reason.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MAX_DEPTH = 100
-"""Lists and objects within each other. Python's reader manages a few hundred, fewer the deeper it is called."""
+"""Nested lists and objects. Python's reader manages a few hundred, fewer if it is called from a deep stack."""
 
 _MEND = "correct or remove the line"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -26,7 +26,7 @@ _SHOWN = 20
 def read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any] | ValueError]]:
     """(`file:line`, object) of every line that is not blank, or why it is not one JSON object.
 
-    A byte order mark may stand before the first. Raises: ValueError, one line, where the file cannot be read.
+    The file may start with a byte order mark. Raises: ValueError, one line, if the file cannot be read.
     """
     try:
         with open(path, "rb") as lines:
@@ -51,9 +51,9 @@ def _parsed(line: bytes) -> dict[str, Any] | ValueError:
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The object that a line holds.
+    """The object in a line.
 
-    Raises: ValueError: column (from 1), what stands there, what is wanted.
+    Raises: ValueError with the column (from 1), what was expected and what was found there.
     """
     try:
         text = line.decode("utf-8").rstrip("\r\n")
@@ -88,13 +88,14 @@ def parse(line: bytes) -> dict[str, Any]:
 def _reason(error: json.JSONDecodeError) -> str:
     rest = error.doc[error.pos : error.pos + _SHOWN].rstrip()
     if rest.startswith("\ufeff"):
-        return "got a byte order mark, which may stand only at the start of a file"
-    said = "a second value" if error.msg == "Extra data" else error.msg.removesuffix(" at")
-    return f"{said[0].lower()}{said[1:]}, got {rest!r}" if rest else f"{said[0].lower()}{said[1:]}, got the end of it"
+        return "got a byte order mark, which may be only at the start of a file"
+    reason = "a second value" if error.msg == "Extra data" else error.msg.removesuffix(" at")
+    reason = f"{reason[0].lower()}{reason[1:]}"
+    return f"{reason}, got {rest!r}" if rest else f"{reason}, got the end of the line"
 
 
 def _too_deep() -> str:
-    return f"more than {MAX_DEPTH} lists and objects within each other; flatten or remove the column"
+    return f"more than {MAX_DEPTH} nested lists and objects; flatten or remove the column"
 
 
 def _no_number(word: str) -> Any:
@@ -120,7 +121,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the name {twice[:40]!r} stands twice in one object; keep one")
+        raise ValueError(f"the name {twice[:40]!r} is used twice in one object; keep one")
     return found
 
 

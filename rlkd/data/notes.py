@@ -1,4 +1,4 @@
-"""What of a data set is no fault, but should be known: text that spells special tokens, fields that nobody reads."""
+"""Notices about a data set, such as text that spells special tokens, or fields that the chat template never uses."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rlkd.data.rows import Row
 from rlkd.types import Prompt
 
 _LOOKED_AT = 32
-"""Prompts that tell whether the chat template uses a field."""
+"""Number of prompts that are compared to find out whether the chat template uses a field."""
 
 
 class Notes:
-    """Counts what is no fault, but should be known."""
+    """Counts what the user should know, although it is not a fault."""
 
     def __init__(self, data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._data, self._tokenizer = data, tokenizer
@@ -29,7 +29,7 @@ class Notes:
         self._looked: Counter[str] = Counter()
 
     def look(self, row: Row, prompt: Prompt) -> None:
-        """Another row, and how the student reads it."""
+        """Count one more row. `prompt`: the row as the student reads it."""
         for kind, token in zip(
             ("spelled", "ambiguous"), control.spelled(self._tokenizer, [row.prompt, row.tools]), strict=True
         ):
@@ -49,7 +49,7 @@ class Notes:
     def _compare(
         self, what: str, prompt: Prompt, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
     ) -> None:
-        """Whether the student would read anything else without something: asked of the first prompts that have it."""
+        """Compare the prompt with its reading without the field `what`; only for the first prompts that have it."""
         self._counts[what] += 1
         if self._looked[what] == _LOOKED_AT or self._unread[what] < self._looked[what]:
             return
@@ -59,13 +59,13 @@ class Notes:
             return
         try:
             same = read_as_configured(self._data, self._tokenizer, messages, variables).token_ids == prompt.token_ids
-        except ValueError:  # the template does not do without it
+        except ValueError:  # the template requires it
             same = False
         self._unread[what] += same
 
     def rendered_beforehand(self, total: int) -> str | None:
-        """One line where most of `total` prompts seem to have been put into a template before, but the control tokens
-        in them would be read as letters, and nobody has said that this is meant; else None."""
+        """One line if most of `total` prompts seem to be rendered already, so that their control tokens would become
+        plain text, and the config does not ask for that; else None."""
         data, count = self._data, self._counts["spelled"]
         if data.chat_template or data.special_tokens == "tokens" or "special_tokens" in data.model_fields_set:
             return None
@@ -78,7 +78,7 @@ class Notes:
         )
 
     def lines(self, total: int) -> list[str]:
-        """One line a matter. `total`: how many prompts there are."""
+        """One line per notice. `total`: the number of prompts."""
         lines = []
         if self._counts["spelled"]:
             read = "text" if self._data.special_tokens == "text" else "that token"
@@ -88,8 +88,8 @@ class Notes:
             )
         if self._counts["ambiguous"]:
             lines.append(
-                f"{self._counts['ambiguous']} of {total} prompts hold {self._examples['ambiguous']!r}, a special token "
-                "that the tokenizer cannot tell from text: it is read as the token"
+                f"{self._counts['ambiguous']} of {total} prompts contain {self._examples['ambiguous']!r}, a special "
+                "token that the tokenizer cannot tell from text: it is read as the token"
             )
         for what, looked in sorted(self._looked.items()):
             if self._unread[what] == looked:

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 LEAVE_OUT = "leave the row out of the data"
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-"""Others must be named in data.messages.roles: a template may write any word as a role, a misspelt one too."""
+"""Others must be named in data.messages.roles, since a template may accept any word as a role, even a misspelt one."""
 _SHOWN = 200
 
 
@@ -26,7 +26,7 @@ class Row:
     """For messages: file and line, or data set and row."""
     id: str
     prompt: str | tuple[Mapping[str, Any], ...]
-    """Messages have `role` and `content` (null beside tool calls), and what else the data gives them."""
+    """Messages have `role`, `content` (None if there are tool calls) and any other fields of the data."""
     answer: str | None
     privileged: str | None
     completion: str | None
@@ -36,9 +36,9 @@ class Row:
     """All other columns. Rewards get them."""
 
     def canonical(self) -> bytes:
-        """What the row holds, wherever it stands.
+        """The content of the row, without its place.
 
-        Checkpoints keep the digest of this. So a later field must have a default, and is left out while it holds that.
+        Checkpoints keep a digest of this, so a new field must have a default, and is left out while it has that value.
         """
         values = asdict(self)
         held = {
@@ -51,7 +51,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """What is wrong with a row; `setting`: the key of the configuration that may be wrong instead."""
+    """A fault of a row. `setting`: the config key that may be wrong instead."""
 
     line: str
     setting: str = ""
@@ -62,14 +62,14 @@ class _Missing(ValueError):
 
 
 def read(data: DataConfig, columns: Mapping[str, Any], where: str, number: int, nulls: bool) -> Row | list[Fault]:
-    """The row, or all that is wrong with it.
+    """The row, or all its faults.
 
     `nulls`: whether nulls were filled in by the table format and should be removed.
     """
     faults: list[Fault] = []
 
     def get(key: str, check: Callable[[Any, str], T]) -> T | None:
-        """The checked value of a column; None where no column is asked for, or it is faulty."""
+        """The checked value of a column; None if no column is configured, or it is faulty."""
         name = getattr(data, key)
         if name is None:
             return None
@@ -99,13 +99,13 @@ def read(data: DataConfig, columns: Mapping[str, Any], where: str, number: int, 
 
 
 def column(columns: Mapping[str, Any], name: str, key: str) -> Any:
-    """The value of the column `name`: of this very name, or `c` of `b` of the column `a` where it is `a.b.c`.
+    """The value of the column `name`. If there is no column `a.b.c`, it is the field `c` of `b` of the column `a`.
 
-    Raises: _Missing, which names what there is instead.
+    Raises: _Missing, which lists the columns that exist.
     """
     tree, above, rest = columns, "", name
     while rest not in tree:
-        # A name within may have dots too: the longest that is there, and holds others, is the way.
+        # A column's name may have dots itself: the longest one that exists is taken.
         parts = rest.split(".")
         heads = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
         head = next((head for head in heads if head in tree), None)
@@ -116,7 +116,7 @@ def column(columns: Mapping[str, Any], name: str, key: str) -> Any:
         above = f"{above}.{head}" if above else head
         tree, rest = tree[head], rest[len(head) + 1 :]
         if not isinstance(tree, Mapping):
-            raise _Missing(f"no column {name!r} ({key}); {above!r} is {_kind(tree)}, which holds none")
+            raise _Missing(f"no column {name!r} ({key}); {above!r} is {_kind(tree)}, which has no columns")
     return tree[rest]
 
 
@@ -146,14 +146,14 @@ def _prompt(data: DataConfig, value: Any, what: str) -> str | tuple[Mapping[str,
 
 
 def _message(keys: MessageKeys, message: Any, what: str) -> Mapping[str, Any]:
-    """A message under the keys `role` and `content`, with all else that it has, but for what is null."""
+    """A message with the keys `role` and `content` and all its other fields that are not null."""
     if not isinstance(message, dict):
         raise ValueError(f"{what}: expected an object with a text 'role' and a text 'content', got {_kind(message)}")
     role, content = message.get(keys.role), message.get(keys.content)
     if not isinstance(role, str) or not (isinstance(content, str) or (content is None and message.get("tool_calls"))):
         has = ", ".join(f"{name}: {str(value)[:20]!r}" for name, value in message.items())
         other = not {keys.role, keys.content} <= message.keys() and not ("tool_calls" in message and "role" in message)
-        hint = "; say how messages are written by data.messages, e.g. {role: from, content: value}" if other else ""
+        hint = "; describe the keys of messages by data.messages, e.g. {role: from, content: value}" if other else ""
         raise ValueError(f"{what}: expected a text {keys.role!r} and a text {keys.content!r}, got {has[:_SHOWN]}{hint}")
     mapped = keys.roles.get(role, role)
     if mapped not in KNOWN_ROLES and role not in keys.roles:
@@ -181,7 +181,7 @@ def _tools(value: Any, what: str, nulls: bool) -> tuple[Mapping[str, Any], ...] 
 
 
 def _cleared(value: Any, nulls: bool) -> Any:
-    """`value` without the nulls that a table fills in where another row has a field that this one has not."""
+    """`value` without the nulls that a table format fills in for fields that only other rows have."""
     if not nulls:
         return value
     if isinstance(value, dict):

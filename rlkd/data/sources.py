@@ -1,7 +1,7 @@
 """Prompts from a JSONL file, a Hugging Face data set or the built-in task.
 
-Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and says where a bad row
-stands; `load_source` turns the rows into prompts.
+Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and reports the line of a
+bad row; `load_source` turns the rows into prompts.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ BUILTIN_COLUMNS = {f"{column}_column": column for column in ("id", "prompt", "an
 
 @dataclass(frozen=True)
 class Identity:
-    """Tells whether data is still the same, wherever it is read from."""
+    """Identifies the content of a data set, wherever it is read from."""
 
     rows: int
     digest: str
-    """SHA-256 of what the rows hold, in order."""
+    """SHA-256 of the rows' content, in order."""
 
 
 class PromptList(Sequence[Prompt]):
@@ -44,11 +44,11 @@ class PromptList(Sequence[Prompt]):
     def __init__(self, prompts: Sequence[Prompt], skipped: int, identity: Identity, notes: Sequence[str]) -> None:
         self._prompts = tuple(prompts)
         self.skipped = skipped
-        """Rows left out since their prompt or a completion is longer than the configuration allows."""
+        """Number of rows left out because their prompt or a completion is longer than the configuration allows."""
         self.identity = identity
-        """Of all rows, the skipped ones too."""
+        """Of all rows, including the skipped ones."""
         self.notes = tuple(notes)
-        """What is no fault, but should be known, one line each."""
+        """Notices about the data, one line each."""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -71,7 +71,7 @@ def load_source(
     `ends`: the tokens that end a completion (`sampler.eos_ids`), for data with completions; without them, the
     tokenizer's end of sequence.
 
-    Raises: DataError with a line for each thing that is wrong with the data.
+    Raises: DataError with a line for each fault in the data.
     """
     path = data.path if path is None else path
     faults, prompts, skipped, digest = Faults(path), [], 0, _Digest()
@@ -115,7 +115,7 @@ def load_source(
 
 
 class _Refused(ValueError):
-    """What the tokenizer or its template says to a row; where it says so to all, a setting is wrong."""
+    """A row that the tokenizer or its template refuses. If it refuses all rows, a setting is wrong."""
 
 
 class _TooLong(ValueError):
@@ -123,7 +123,7 @@ class _TooLong(ValueError):
 
 
 def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int]) -> Prompt:
-    """The row as the student reads it. Raises: ValueError, one line; a _TooLong for its length."""
+    """The row as the student reads it. Raises: ValueError, one line; _TooLong because of its length."""
     variables = dict(data.template_variables) | ({} if row.tools is None else {"tools": list(row.tools)})
     try:
         reading = read_as_configured(data, tokenizer, row.prompt, variables, data.system)
@@ -158,7 +158,7 @@ def _completion(
     text: str | None,
     ends: Sequence[int],
 ) -> tuple[int, ...] | None:
-    """The ids of a completion that the data has, a token of `ends` at its end; None where it has none."""
+    """The ids of a completion in the data, which end with a token of `ends`; None if the row has none."""
     if text is None:
         return None
     if not ends:
@@ -176,7 +176,7 @@ def _completion(
 
 
 class _Digest:
-    """Makes an `Identity` row by row."""
+    """Builds an `Identity` row by row."""
 
     def __init__(self) -> None:
         self._rows, self._hash = 0, hashlib.sha256()
@@ -190,7 +190,7 @@ class _Digest:
 
 
 def identity(data: DataConfig) -> Identity:
-    """Of the data that is there now. Raises: DataError."""
+    """The identity of the data as it is now. Raises: DataError."""
     digest = _Digest()
     for row in read_rows(data):
         digest.add(row)
@@ -200,8 +200,8 @@ def identity(data: DataConfig) -> Identity:
 def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
     """The rows of `path` (default: data.path), at most data.limit of them.
 
-    Raises: DataError, after the last row, with a line for each thing that is wrong: no such data, a broken line, a
-    missing column, a wrong type, an empty prompt, an id that comes twice, no rows at all.
+    Raises: DataError, after the last row, with a line for each fault: no such data, a broken line, a missing column, a
+    wrong type, an empty prompt, a duplicate id, no rows at all.
     """
     path = data.path if path is None else path
     faults = Faults(path)
@@ -210,7 +210,7 @@ def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
 
 
 def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
-    """The rows that are right; what is wrong with the others goes to `faults`."""
+    """The valid rows; the faults of the others are added to `faults`."""
     if not path.strip():
         raise DataError([f"expected a .jsonl file, a data set, or {BUILTIN_TASK}, got the empty path {path!r}"])
     if path.startswith("builtin:"):
@@ -243,7 +243,7 @@ def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
 
 
 def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
-    """(where, columns) of every row, or what is wrong with its line."""
+    """(where, columns) of every row, or (where, the fault of its line)."""
     if path == BUILTIN_TASK:
         from rlkd.builtin import task
 
@@ -259,7 +259,7 @@ def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any
 
 
 def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    import datasets  # two seconds that only its users pay
+    import datasets  # here, since it takes two seconds
 
     folder = Path(path)
     try:
@@ -272,7 +272,7 @@ def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any
         elif (folder / "state.json").is_file():
             table = datasets.load_from_disk(path)
             if table.split is not None and str(table.split) != split:
-                raise ValueError(f"it holds split {str(table.split)!r}, but data.split is {split!r}")
+                raise ValueError(f"it is split {str(table.split)!r}, but data.split is {split!r}")
         else:
             table = datasets.load_dataset(path, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:

@@ -162,5 +162,5 @@ def test_a_letter_that_is_marked_as_special_cannot_be_told_from_text(tmp_path):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<system>", "<user>", "<assistant>", "a"]})
     (tmp_path / "data.jsonl").write_text('{"prompt": "abc", "answer": "cba"}\n')
     (note,) = load_source(DataConfig(path=str(tmp_path / "data.jsonl")), tokenizer).notes
-    assert note.startswith("1 of 1 prompts hold 'a', a special token that the tokenizer cannot tell from text")
+    assert note.startswith("1 of 1 prompts contain 'a', a special token that the tokenizer cannot tell from text")
     assert encode_prompt(tokenizer, "abc")[1] == own_ids(tokenizer, [{"role": "user", "content": "abc"}])
