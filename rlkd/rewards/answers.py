@@ -1,4 +1,4 @@
-"""The data's answers, looked at before a run: those that no completion could ever be compared with."""
+"""Checks the data's answers before a run: no completion could ever be equal to a broken one."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:  # as in `registry`
     from rlkd.config.schema import RewardFunction
 
 READ = 100
-"""Different answers that are given to math-verify, spread over the data. Plain numbers need no reading."""
+"""Number of different answers, spread over the data, that math-verify is tried on. Plain numbers need no check."""
 NAMED = 3
-"""Rows that a line names."""
+"""Number of rows that an error names."""
 
 _NUMBER = re.compile(r"-?(?:\d{1,300}|\d{1,3}(?:,\d{3}){1,9})(?:\.\d{1,300})?")
 
 
 def check_answers(functions: Sequence[RewardFunction], rows: Iterable[tuple[str, str | None]]) -> list[str]:
-    """What the built-in rewards among `functions` could not compare with, a line each; `rows`: (id, answer).
+    """The answers that the built-in rewards among `functions` cannot use, one line per problem; `rows`: (id, answer).
 
-    A function of the number and order of rows, and not of time, so that all ranks say the same.
+    Depends on the number and order of rows and not on time, so that all ranks report the same.
     """
     names = {function.name for function in functions}
     without: list[str] = []

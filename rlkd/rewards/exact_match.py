@@ -1,4 +1,4 @@
-"""The completion is the answer, letter by letter."""
+"""Compares the completion with the answer, letter by letter."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 def exact_match(
     completion: str, *, answer: str | None, prompt: str, meta: Mapping[str, Any], after: str | None = None
 ) -> float:
-    """1.0 where completion and answer are equal but for white space around them, else 0.0.
+    """1.0 if completion and answer are equal, apart from white space around them, else 0.0.
 
     Args:
-        after: judge only what follows its last occurrence; the whole completion where it does not occur.
+        after: judge only the text after its last occurrence, or the whole completion if it does not occur.
 
     Example: exact_match(" cba\\n", answer="cba", prompt="reverse: abc", meta={}) is 1.0, and so is
     exact_match("cbb, no: cba", answer="cba", prompt="reverse: abc", meta={}, after="no: ").
@@ -21,6 +21,6 @@ def exact_match(
     if answer is None:
         raise ValueError("needs an answer, but the data has none; set data.answer_column")
     if after == "":
-        raise ValueError("option after is empty; give the text that stands before the answer, or null")
+        raise ValueError("option after is empty; give the text that precedes the answer, or null")
     judged = completion if after is None else completion.rsplit(after, 1)[-1]
     return float(judged.strip() == answer.strip())

@@ -19,7 +19,7 @@ _COMPUTED = re.compile(r"binom|Gamma|gamma|gcd|lcm|det|operatorname|\|_|\\choose
 
 
 def last_box(text: str) -> str | None:
-    r"""What stands in the last \boxed{…} of `text`, nested braces included; None without one.
+    r"""The content of the last \boxed{…} of `text`, including nested braces; None if there is no box.
 
     A box that is never closed counts as the last one and has no content: a completion that was cut off in the middle
     of its answer has not answered, whatever it had boxed before. Of nested boxes the outer one counts. An escaped
@@ -35,7 +35,7 @@ def last_box(text: str) -> str | None:
 
 
 def _closing_brace(text: str, start: int) -> int | None:
-    """Index of the brace that closes the one before `start`; None where there is none."""
+    """Index of the brace that closes the one before `start`; None if it is never closed."""
     depth = 1
     i = start
     while i < len(text):
@@ -55,19 +55,19 @@ def _parse(text: str) -> list[Any]:
     # Time is limited by `processor_time` and from outside: math-verify's own limit works by SIGALRM in whole seconds of
     # wall-clock time. It warns about the missing limit once per process.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    from math_verify import parse  # takes a second, so only who needs it pays
+    from math_verify import parse  # here, since it takes a second
 
     return list(parse(text, parsing_timeout=None))
 
 
 def _read(content: str) -> list[Any]:
-    """`content` of a box as math-verify reads it; [] where it cannot.
+    """The `content` of a box as math-verify reads it; [] if it cannot.
 
     Raises: TooLarge before anything is computed.
     """
     check_text(content)
     boxed = _boxed(content)
-    if _COMPUTED.search(content):  # math-verify computes some functions while it reads: so first without
+    if _COMPUTED.search(content):  # math-verify evaluates some functions on reading, so first read without
         from latex2sympy2_extended import latex2sympy
         from math_verify import LatexExtractionConfig
         from sympy import evaluate
@@ -75,7 +75,7 @@ def _read(content: str) -> list[Any]:
         try:
             with evaluate(False):
                 unread = latex2sympy(boxed, normalization_config=LatexExtractionConfig().normalization_config)
-        except Exception:  # its parser raises bare Exceptions; what it cannot read this way it may read the other way
+        except Exception:  # its parser raises bare Exceptions; the other way may still succeed
             unread = None
         check(unread)
     return _parse(boxed)
@@ -87,14 +87,15 @@ def _boxed(content: str) -> str:
 
 
 def _content(answer: str) -> str:
-    """What of the data's answer is the answer: the content of its last box, or all of it."""
+    """The content of the last box of the data's answer, or all of it if it has none."""
     return answer if _BOX.search(answer) is None else last_box(answer) or ""
 
 
 def too_long(answer: str) -> str | None:
-    """Why no completion will equal the data's `answer`, where it is too long to be read; else None.
+    """The reason why the data's `answer` is too long to be read; None if it is not.
 
-    It equals the same text still, but nobody writes thousands of characters in a box: it is a whole solution, say.
+    It would still equal the same text, but no completion has thousands of characters in a box; it may be a whole
+    solution.
     """
     length = len(_content(answer))
     return f"has {length} characters, more than {LONGEST}, so it is never read" if length > LONGEST else None
@@ -102,11 +103,11 @@ def too_long(answer: str) -> str | None:
 
 @functools.lru_cache(maxsize=1024)
 def unreadable(answer: str) -> str | None:
-    """Why the data's `answer` cannot be compared with anything; None where it can.
+    """The reason why the data's `answer` cannot be compared with anything; None if it can.
 
-    What is too large to be computed can: with the same text.
+    An answer that is too large to be computed can still be compared with the same text.
     """
-    import math_verify  # noqa: F401  outside the limit: it takes a second
+    import math_verify  # noqa: F401  before the time limit starts, since it takes a second
 
     try:
         with processor_time():
@@ -120,7 +121,7 @@ def unreadable(answer: str) -> str | None:
         return None
     except OutOfTime:
         return f"takes more than {SECONDS:g} s to read"
-    except Exception as error:  # math-verify and sympy raise what they please
+    except Exception as error:  # math-verify and sympy may raise anything
         return f"makes math-verify raise {' '.join(f'{type(error).__name__}: {error}'.split())[:120]}"
     return None
 
@@ -138,14 +139,14 @@ def _equal(gold: list[Any], found: list[Any]) -> bool:
 def math(
     completion: str, *, answer: str | None, prompt: str, meta: Mapping[str, Any], require_box: bool = True
 ) -> float:
-    r"""1.0 where the content of the last \boxed{} equals the answer as mathematics, else 0.0.
+    r"""1.0 if the content of the last \boxed{} equals the answer mathematically, else 0.0.
 
-    Without a box: 0.0, or with `require_box` false whatever math-verify finds in the text. What it cannot read is
-    wrong, 0.0; so is what is too large to be computed (`math_bounds`), unless answer and completion have the same text,
-    and what math-verify fails on or does not decide within SECONDS of processor time. Decimal numbers are equal if
-    math-verify says so (equal when rounded to six decimals) and four digits agree.
+    Without a box the reward is 0.0, or with `require_box` false that of the answer that math-verify finds in the text.
+    A completion is also wrong, 0.0, if it cannot be read, if it is too large to be computed (`math_bounds`) and is not
+    the same text as the answer, or if math-verify fails or needs more than SECONDS of processor time. Decimal numbers
+    are equal if math-verify finds them equal (rounded to six decimals) and four digits agree.
 
-    Raises: ValueError without an answer, or where the answer cannot be read.
+    Raises: ValueError if there is no answer, or it cannot be read.
     """
     if not isinstance(require_box, bool):
         raise ValueError(f"require_box: expected true or false, got {require_box!r}")
@@ -157,14 +158,14 @@ def math(
     box = last_box(completion)
     if box is None and (require_box or _BOX.search(completion)):
         return 0.0
-    wanted = _content(answer)
-    if box is not None and _boxed(box) == _boxed(wanted):
+    expected = _content(answer)
+    if box is not None and _boxed(box) == _boxed(expected):
         return 1.0
     try:
         with processor_time():
-            gold, found = _read(wanted), _parse(completion) if box is None else _read(box)
+            gold, found = _read(expected), _parse(completion) if box is None else _read(box)
             for expression in (*gold, *found):
                 check(expression)
             return float(_equal(gold, found))
-    except (Exception, OutOfTime):  # the answer can be compared with itself, so that it comes from the completion
+    except (Exception, OutOfTime):  # the answer was checked before, so the completion is the cause
         return 0.0

@@ -1,7 +1,7 @@
-"""What a mathematical answer may be, so that reading and comparing it takes moments.
+"""Limits for mathematical answers, so that reading and comparing them is fast.
 
 A model may write 9^{9^{9}}, which fits in a line and not in a computer. Sizes are estimated from the expression as it
-was read, before anything in it is computed. What no estimate catches ends by a limit on processor time.
+was read, before anything in it is computed. A limit on processor time covers the rest.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from contextlib import contextmanager
 from typing import Any
 
 LONGEST = 4000
-"""Characters of an answer."""
+"""Characters of an answer, at most."""
 DEEPEST = 10
-"""Brackets within each other: the time of math-verify's parser doubles with each pair."""
+"""Nested brackets, at most: the time of math-verify's parser doubles with each pair."""
 DIGITS = 10_000.0
-"""Of a number that an answer may stand for, numerator or denominator: 3000! and 2^{30000} are within."""
+"""Decimal digits of the value of an answer, numerator or denominator: 3000! and 2^{30000} are within the limit."""
 ROOT_DIGITS = 300.0
-"""The same under a root, which sympy tries to simplify by factors."""
+"""The same for a number under a root, since sympy tries to factorise it."""
 TERMS = 300
-"""Of a power of a sum with variables, multiplied out."""
+"""Terms of an expanded power of a sum with variables."""
 SECONDS = 3.0
-"""Of processor time, for reading two answers and comparing them."""
+"""Limit on processor time for reading two answers and comparing them."""
 
 _LARGE_MATRIX = re.compile(r"\\operatorname\s*\{\s*(?:eye|zeros|ones)\b")
 
 
 class TooLarge(Exception):
-    """An expression that is not computed."""
+    """An expression that is too large to be computed."""
 
 
 class OutOfTime(BaseException):
-    """The limit on processor time is reached. No Exception: sympy goes on after many of those."""
+    """The limit on processor time is reached. A BaseException, since sympy catches many Exceptions and continues."""
 
 
 def check_text(text: str) -> None:
-    """Raises: TooLarge where `text` alone says so: its length, its brackets, a long run of digits."""
+    """Raises: TooLarge if the length of `text`, its brackets or the name of a matrix already exceed a limit."""
     if len(text) > LONGEST:
         raise TooLarge(f"it has {len(text)} characters, more than {LONGEST}")
     depth = deepest = 0
@@ -50,13 +50,13 @@ def check_text(text: str) -> None:
         elif character in ")]}":
             depth -= 1
     if deepest > DEEPEST:
-        raise TooLarge(f"it has {deepest} brackets within each other, more than {DEEPEST}")
+        raise TooLarge(f"it has {deepest} nested brackets, more than {DEEPEST}")
     if _LARGE_MATRIX.search(text):
         raise TooLarge("it names a matrix by its size")
 
 
 def check(expression: Any) -> None:
-    """Look at every number that computing `expression` would make. It is a sympy expression, a set, a matrix.
+    """Check every number that the evaluation of `expression`, a sympy expression, set or matrix, would create.
 
     Raises: TooLarge.
     """
@@ -72,7 +72,7 @@ def check(expression: Any) -> None:
 def _digits(e: Any) -> float:
     """Upper estimate of the decimal digits of numerator and denominator of `e`; about 1 for a variable.
 
-    Raises: TooLarge where that, or what it takes to compute it, is beyond the bounds.
+    Raises: TooLarge if that, or an intermediate number, exceeds a limit.
     """
     from sympy import Add, Basic, Float, Mul, Pow, Product, Rational, Sum, binomial, exp, factorial, gamma
 
@@ -125,15 +125,15 @@ def _size(e: Any, digits: float) -> float:
 
 def _bounded(digits: float) -> float:
     if not digits <= DIGITS:
-        raise TooLarge(f"it stands for a number of more than {DIGITS:.0f} digits")
+        raise TooLarge(f"its value has more than {DIGITS:.0f} digits")
     return digits
 
 
 @contextmanager
 def processor_time(seconds: float = SECONDS) -> Iterator[None]:
-    """Raise OutOfTime in the block once this process has worked for `seconds`; in the main thread only.
+    """Raise OutOfTime in the block after `seconds` of this process's processor time; in the main thread only.
 
-    Processor time, so that a busy machine gives the same verdict. Repeated, since other code may catch it once.
+    Processor time, so that a busy machine gives the same result. It is raised again if other code catches it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -149,6 +149,6 @@ def processor_time(seconds: float = SECONDS) -> Iterator[None]:
             yield
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-    finally:  # again: the signal may have come within the line above
+    finally:  # again, since the signal may have interrupted the line above
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)

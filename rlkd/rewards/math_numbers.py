@@ -1,7 +1,7 @@
-"""Numbers that math-verify takes for equal because both are small.
+"""Finds numbers that math-verify considers equal only because both are small.
 
-It compares decimals after rounding to six places, and other numbers by a difference that counts as nothing below 1e-15:
-1e-7 is 2e-7 there, and the charge of an electron is Planck's constant.
+It compares decimals after rounding to six places, and other numbers by their difference, which may be up to 1e-15. So
+1e-7 equals 2e-7 there, and the charge of an electron equals Planck's constant.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ RELATIVE = 1e-4
 
 
 def apart(one: Any, other: Any) -> bool:
-    """Whether two expressions that math-verify takes for equal hold different numbers after all.
+    """Whether two expressions that math-verify considers equal have different numbers in them.
 
-    Looks into equations with a number on the right, sets, tuples, intervals and matrices; False where there is no
-    telling.
+    Compares equations with a number on the right, sets, tuples, intervals and matrices; False for anything else.
     """
     from sympy import Expr, FiniteSet, Interval, MatrixBase, Tuple
 
@@ -26,7 +25,7 @@ def apart(one: Any, other: Any) -> bool:
         return one.shape == other.shape and any(map(apart, one.flat(), other.flat()))
     if isinstance(one, Interval) and isinstance(other, Interval):
         return apart(one.start, other.start) or apart(one.end, other.end)
-    if isinstance(one, FiniteSet) and isinstance(other, FiniteSet):  # in whatever order
+    if isinstance(one, FiniteSet) and isinstance(other, FiniteSet):  # in any order
         lonely = [all(apart(a, b) for b in other.args) for a in one.args]
         return any(lonely) or any(all(apart(a, b) for a in one.args) for b in other.args)
     if isinstance(one, Tuple | FiniteSet) and isinstance(other, Tuple | FiniteSet):
@@ -38,7 +37,7 @@ def apart(one: Any, other: Any) -> bool:
 
 
 def _right_sides(one: Any, other: Any) -> tuple[Any, Any]:
-    """Of x = 1e-7 and 1e-7, or of two equations with the same left side, what stands on the right."""
+    """The right sides of two equations with the same left side, or of one equation and a bare number."""
     from sympy import Eq
 
     if isinstance(one, Eq) and isinstance(other, Eq):
@@ -47,7 +46,7 @@ def _right_sides(one: Any, other: Any) -> tuple[Any, Any]:
 
 
 def _values(number: Any) -> list[Any]:
-    """What `number` may stand for: 9 % is 0.09, and also 9 in math-verify."""
+    """The possible values of `number`: in math-verify 9 % is 0.09, and also 9."""
     from sympy import UnevaluatedExpr
 
     found = [number.doit().evalf(15)]

@@ -1,7 +1,7 @@
 """Rewards of many completions, computed in processes that can be killed.
 
-A reward runs other people's code on text that a model wrote: it may hang, crash or fill the disk with prints. So each
-call has a wall-clock limit, kept from outside, and whoever breaks it is killed with all that it started. A reward that
+A reward is foreign code that runs on the text of a model: it may hang, crash or print without end. So each call has a
+wall-clock limit, enforced from outside, and a worker that exceeds it is killed with all its children. A reward that
 could not be computed is None with the reason, never 0.
 """
 
@@ -26,9 +26,9 @@ from rlkd.rewards import LARGEST, registry
 START_TIMEOUT_S = 120.0
 """Limit of a worker's start: the imports of the user's module."""
 MAX_AHEAD = 32
-"""Items that a worker may hold: enough to keep it busy while this process looks after others."""
+"""Items that may be queued at a worker: enough to keep it busy while this process serves others."""
 TICK_S = 0.1
-"""How often a worker is looked at whose pipe stays open although it died (a child of it holds the other end)."""
+"""Interval of the check for workers that died while a child of theirs keeps the pipe open."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,21 +40,21 @@ class RewardItem:
     prompt: str
     """The last user message."""
     messages: Sequence[Mapping[str, Any]] = ()
-    """The whole prompt; JSON too."""
+    """The whole prompt. Must be JSON too."""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RewardResult:
-    """What the functions said of one completion."""
+    """The answers of all functions for one completion."""
 
     reward: float | None
-    """Σ weight · part; None where any part is None."""
+    """Σ weight · part; None if any part is None."""
     parts: dict[str, float | None]
     error: str | None
     """Which functions failed and why, on one line."""
     feedback: str | None = None
-    """What functions that return (reward, text) said of it, one after the other."""
+    """The texts of functions that return (reward, text), joined."""
 
 
 def part_names(functions: Sequence[RewardFunction]) -> list[str]:
@@ -67,7 +67,7 @@ def part_names(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 _Value = tuple[float | None, str | None, str | None]
-"""What became of one call: (reward, None, its words or None) or (None, what went wrong, None)."""
+"""The outcome of one call: (reward, None, feedback or None) or (None, error, None)."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class _Job:
 
 
 class _Worker:
-    """One worker process, its two pipes, and the jobs that it holds."""
+    """One worker process, its two pipes, and its jobs."""
 
     def __init__(self, setup: bytes) -> None:
         request_out, self._request = os.pipe()
@@ -98,12 +98,12 @@ class _Worker:
         self.jobs: deque[_Job] = deque()
         self.ready = False
         self.since = time.monotonic()
-        """When the call in progress began: the last answer, or the job that ended the idleness."""
+        """Start of the call in progress: the time of the last answer, or of the job that ended an idle period."""
         self._unsent = bytearray(setup)
         self._received = bytearray()
 
     def give(self, jobs: Sequence[_Job], messages: bytes) -> None:
-        """Hand over `jobs`; `messages` tells them to the process."""
+        """Add `jobs`; `messages` is their encoding for the process."""
         if not self.jobs:
             self.since = time.monotonic()
         self.jobs.extend(jobs)
@@ -111,7 +111,7 @@ class _Worker:
         self.flush()
 
     def flush(self) -> None:
-        """Write what the pipe takes now. That the process died shows when receiving."""
+        """Write as much as the pipe accepts now. A dead process is noticed when receiving."""
         while self._unsent:
             try:
                 written = os.write(self._request, self._unsent[:65536])
@@ -146,7 +146,7 @@ class _Worker:
     def exit(self, patience_s: float = 0.0) -> str | None:
         """How the process ended; None while it runs. Waits up to `patience_s`.
 
-        It is left a zombie, so that its group number cannot be given to others before `kill`.
+        It stays a zombie, so that its process group cannot be reused before `kill`.
         """
         until = time.monotonic() + patience_s
         while (status := os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
@@ -167,7 +167,7 @@ class _Worker:
 class RewardPool:
     """Worker processes that score completions. `open` once, `score` often, `close`; or `with RewardPool(config)`.
 
-    Not for several threads at once. Workers end with this process, however it ends.
+    Not thread-safe. Workers end with this process, however it ends.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -181,7 +181,7 @@ class RewardPool:
     def open(self) -> None:
         """Start the workers and wait until each has loaded the functions.
 
-        Raises: RunStopped where a function cannot be loaded, or a worker cannot start.
+        Raises: RunStopped if a function cannot be loaded or a worker cannot start.
         """
         assert not self._workers, "the pool is open"
         functions = [[f.name, f.options] for f in self._functions]
@@ -190,7 +190,7 @@ class RewardPool:
         self._run([], [], [])
 
     def close(self) -> None:
-        """Kill the workers and whatever they started."""
+        """Kill the workers and all processes that they started."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
@@ -205,7 +205,7 @@ class RewardPool:
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
         """The rewards of `items`, in their order. Each function has `timeout_s` seconds for each item.
 
-        Raises: RunStopped where meta or messages are not JSON, or a worker cannot be restarted.
+        Raises: RunStopped if meta or messages are not JSON, or a worker cannot be restarted.
         """
         assert self._workers, "the pool is not open"
         payloads = [_payload(item) for item in items]
@@ -214,7 +214,7 @@ class RewardPool:
         return [self._result(row) for row in values]
 
     def _run(self, jobs: Sequence[_Job], payloads: Sequence[bytes], values: list[list[_Value]]) -> None:
-        """Until every worker is ready and every job done. Writes values[item][function]."""
+        """Run until every worker is ready and every job is done. Writes values[item][function]."""
         queue = deque(jobs)
         try:
             while queue or any(worker.jobs or not worker.ready for worker in self._workers):
@@ -222,7 +222,7 @@ class RewardPool:
                 self._wait()
                 for i, worker in enumerate(self._workers):
                     worker.flush()
-                    cause = worker.exit()  # asked first: what it had said before it died is then there to receive
+                    cause = worker.exit()  # before receiving, so that all answers of a dead worker have arrived
                     messages, ended = worker.receive()
                     for message in messages:
                         _take(worker, message, values)
@@ -235,11 +235,11 @@ class RewardPool:
                         self._workers[i] = _Worker(self._setup)
                         _blame(worker, cause, queue, values)
         except BaseException:
-            self.close()  # workers with half of their jobs done are of no use to the next call
+            self.close()  # the next call cannot use workers with unfinished jobs
             raise
 
     def _feed(self, queue: deque[_Job], payloads: Sequence[bytes]) -> None:
-        """Hand out jobs: many at a time while there are many, one at a time near the end, so that none waits long
+        """Give jobs to workers: many at a time while there are many, and one at a time near the end, so that no job waits
         behind a slow one while another worker is idle."""
         share = max(1, min(MAX_AHEAD, len(queue) // (2 * len(self._workers))))
         for worker in self._workers:
@@ -250,13 +250,13 @@ class RewardPool:
                 worker.give(given, b"".join(_message(job, payloads[job.item]) for job in given))
 
     def _limit(self, worker: _Worker) -> float:
-        """Seconds that the worker may take for what it does now."""
+        """Time limit of the worker's current call, in seconds."""
         if not worker.ready:
             return START_TIMEOUT_S
         return self._timeout_s if worker.jobs else float("inf")
 
     def _wait(self) -> None:
-        """Until a worker can be talked with, or one is over its time."""
+        """Wait until a pipe is ready, or a worker has exceeded its limit."""
         poll = select.poll()
         for worker in self._workers:
             worker.register(poll)
@@ -297,7 +297,7 @@ def _payload(item: RewardItem) -> bytes:
         ).encode()
     except (TypeError, ValueError) as error:
         raise RunStopped(
-            f"prompt {item.prompt[:40]!r}: expected columns and messages that are JSON, which rewards are given, got: "
+            f"prompt {item.prompt[:40]!r}: expected columns and messages that are JSON, since rewards get them, got: "
             f"{registry.one_line(error)}; write such values as texts, or leave their columns out of the data"
         ) from error
 
@@ -307,7 +307,7 @@ def _message(job: _Job, payload: bytes) -> bytes:
 
 
 def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
-    """Note down one message of a worker."""
+    """Store one message of a worker."""
     if not worker.ready:
         if message["ready"] is not None:
             raise RunStopped(message["ready"])
@@ -322,7 +322,7 @@ def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
 
 
 def _blame(worker: _Worker, cause: str, queue: deque[_Job], values: list[list[_Value]]) -> None:
-    """The call in progress failed by `cause`; what else the worker held goes back to the head of the queue."""
+    """Record that the call in progress failed; the worker's other jobs return to the head of the queue."""
     if not worker.ready:
         raise RunStopped(f"a reward worker did not start: {cause}; see its output above")
     if worker.jobs:

@@ -1,4 +1,4 @@
-"""From the name of a reward in the configuration to the function."""
+"""The function for each name in `reward.functions`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BUILTIN: Mapping[str, str] = {
 
 SIGNATURE = "f(completion, *, answer, prompt, meta, **options) -> float"
 GIVEN = ("answer", "prompt", "messages", "meta")
-"""What every reward is given by keyword; `messages` only where it takes it."""
+"""The keyword arguments of every reward; `messages` only if the function accepts it."""
 
 _WRITTEN_FOR = {
     "completions": "for a batch, as TRL's are",
@@ -36,25 +36,25 @@ _LISTS = re.compile(r"(?:\w+\.)*(?:list|sequence|iterable)\b", re.IGNORECASE)
 
 
 def search_path() -> list[str]:
-    """Where a `module:function` is looked for: this process's sys.path, and the working directory."""
+    """The folders in which `module:function` is searched: this process's sys.path and the working directory."""
     here = os.getcwd()
     return list(sys.path) if here in sys.path or "" in sys.path else [here, *sys.path]
 
 
 def resolve(name: str) -> Callable[..., Any]:
-    """The reward function called `name`: a builtin, or `module:function`. sys.path must hold the module.
+    """The reward function called `name`: a builtin, or `module:function` with a module on sys.path.
 
     Raises: ValueError, one line.
     """
     module_name, colon, function_name = BUILTIN.get(name, name).partition(":")
     if not (module_name and colon and function_name):
         known = f"{', '.join(BUILTIN)}, or your own as module:function"
-        raise ValueError(f"reward {name!r} is unknown{_did_you_mean(name, BUILTIN)}; there are {known}")
+        raise ValueError(f"reward {name!r} is unknown{_did_you_mean(name, BUILTIN)}; use one of {known}")
     if module_name == "__main__":
         raise ValueError(f"reward {name!r}: workers are processes of their own; move the function into a module")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything; its own words are the best message
+    except Exception as error:  # the user's module may raise anything
         raise ValueError(f"reward {name!r}: importing {module_name} raised {one_line(error)}") from error
     found: Callable[..., Any] | None = vars(module).get(function_name)
     if found is None or not callable(found):
@@ -65,9 +65,9 @@ def resolve(name: str) -> Callable[..., Any]:
 
 
 def check(functions: Sequence[RewardFunction]) -> list[str]:
-    """What is wrong with the rewards of a configuration, one line each; empty: they can be called.
+    """The problems with the rewards of a configuration, one line each; empty if all can be called.
 
-    Imports the user's modules into this process, to fail before any model is loaded.
+    Imports the user's modules into this process, so that errors appear before any model is loaded.
     """
     sys.path[:] = search_path()
     problems = []
@@ -83,9 +83,9 @@ def check(functions: Sequence[RewardFunction]) -> list[str]:
 
 
 def takes_messages(function: Callable[..., Any]) -> bool:
-    """Whether `function` has a keyword `messages`, or takes any.
+    """Whether `function` has a keyword `messages`, or accepts any keyword.
 
-    Raises: ValueError, one line, for one whose signature Python does not know.
+    Raises: ValueError, one line, if Python does not know its signature.
     """
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -123,14 +123,16 @@ def _wrong_options(name: str, function: Callable[..., Any], options: Mapping[str
         ]
     if name in BUILTIN:
         try:
-            function("", answer="0", prompt="", meta={}, **options)  # ours have no side effects: options are tried out
+            function(
+                "", answer="0", prompt="", meta={}, **options
+            )  # ours have no side effects, so the options are tried
         except Exception as error:
             return [f"reward {name!r} with options {dict(options)}: {one_line(error)}"]
     return []
 
 
 def _foreign(signature: inspect.Signature) -> str | None:
-    """For which other library, or for how many completions, a function is visibly written; None: it is not."""
+    """What in the signature shows that it was written for another library or a batch; None if nothing does."""
     for parameter in signature.parameters.values():
         if parameter.name in _WRITTEN_FOR and parameter.default is parameter.empty:
             return f"takes {parameter.name}: it is written {_WRITTEN_FOR[parameter.name]}"

@@ -1,14 +1,14 @@
 """A process that computes rewards: `python -m rlkd.rewards.worker REQUEST_FD RESPONSE_FD`, started by `pool`.
 
-It leads its own session. Both pipes carry one JSON value a line:
+It leads its own session. Both pipes carry one JSON value per line:
 
     in    {"path", "functions"}, once: a sys.path, and [name, options] pairs
     out   {"ready": null or an error}, once
     in    {"job", "functions", "item"}: indices of functions, and {"completion", "answer", "prompt", "messages", "meta"}
     out   [job, function, value or null, error or null, feedback or null], one by one as they finish
 
-The pipes are descriptors of their own, so what a reward prints or reads cannot disturb them. JSON, not pickle: nothing
-that comes through the pipe can run code in the trainer.
+The pipes are separate descriptors, so that a reward cannot disturb them by printing or reading. They carry JSON and not
+pickle, so that no answer of a worker can run code in the trainer.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 def main(request: int, response: int) -> None:
-    """Answer requests until the pipe ends; then the guardian kills the whole process group."""
-    _start_guardian(request, response)
-    os.set_inheritable(request, False)  # programs that a reward starts have no business with the pipes
+    """Answer requests until the pipe ends; then the supervisor kills the whole process group."""
+    _start_supervisor(request, response)
+    os.set_inheritable(request, False)  # programs that a reward starts must not inherit the pipes
     os.set_inheritable(response, False)
     me = os.getpid()
 
@@ -54,7 +54,7 @@ def main(request: int, response: int) -> None:
             send({"ready": str(problem)})
             return
         for (name, _), (function, options) in zip(setup["functions"], functions, strict=True):
-            if name in registry.BUILTIN:  # math imports for a second: now, not within the time limit of the first call
+            if name in registry.BUILTIN:  # math takes a second to import: not within the first time limit
                 function("\\boxed{0}", answer="0", prompt="", meta={}, **options)
         send({"ready": None})
         for line in lines:
@@ -63,17 +63,16 @@ def main(request: int, response: int) -> None:
                 function, options = functions[index]
                 value, error, words = _call(function, options, job["item"], with_messages[index])
                 if os.getpid() != me:
-                    os._exit(0)  # a reward forked, and this is the child coming home: it must not answer too
+                    os._exit(0)  # a child forked by a reward, which must not answer too
                 send([job["job"], index, value, error, words])
 
 
 def _call(
     function: Callable[..., Any], options: dict[str, Any], item: dict[str, Any], with_messages: bool
 ) -> tuple[float | None, str | None, str | None]:
-    """(reward, None, feedback or None), or (None, what was wrong with the call, None).
+    """(reward, None, feedback or None), or (None, the error, None).
 
-    A function returns a number, or (number, text): what it has to say of the completion, for a teacher to read. A
-    coroutine is awaited.
+    A function returns a number, or (number, text), where the text is feedback for a teacher. A coroutine is awaited.
     """
     given = {"answer": item["answer"], "prompt": item["prompt"], "meta": dict(item["meta"])}
     if with_messages:
@@ -98,14 +97,14 @@ def _call(
             shown = f"an integer of {number.bit_length()} bits" if isinstance(number, int) else f"{float(number):g}"
             return None, f"expected a number from -{LARGEST:g} to {LARGEST:g}, got {shown}", None
         return float(number), None, words
-    except BaseException as error:  # SystemExit too: whatever a reward does, this sample has no reward, and says why
+    except BaseException as error:  # SystemExit too: this sample has no reward, and the error gives the reason
         return None, f"raised {registry.one_line(error)}", None
 
 
 @functools.cache
 def _loop() -> asyncio.Runner:
-    """One event loop for all calls: what a function keeps between them, a session say, belongs to it."""
-    import asyncio  # only who needs it waits for it
+    """One event loop for all calls, since a function may keep a session that belongs to it."""
+    import asyncio  # here, since most workers never need it
 
     return asyncio.Runner()
 
@@ -116,12 +115,12 @@ def _kind(value: Any) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def _start_guardian(request: int, response: int) -> None:
-    """Fork a process that kills this whole group as soon as nobody holds the other end of `request`.
+def _start_supervisor(request: int, response: int) -> None:
+    """Fork a process that kills this whole process group when the other end of `request` is closed.
 
-    So rewards, and what they started, end with the trainer however it ends. A thread in this process would not do: a
-    reward can hold the interpreter's lock for hours. Nor would PDEATHSIG: it also fires when only the thread ends that
-    started the worker. Forked twice, so that the guardian is no child that a reward could wait for.
+    So rewards, and the processes that they started, end with the trainer, however it ends. A thread in this process is
+    not enough, since a reward can hold the interpreter's lock for hours. PDEATHSIG is no alternative: it also fires if
+    only the thread ends that started the worker. The double fork keeps a reward from waiting for it as for its child.
     """
     child = os.fork()
     if child:
@@ -129,7 +128,7 @@ def _start_guardian(request: int, response: int) -> None:
         return
     if os.fork():
         os._exit(0)
-    os.close(response)  # or the pool would not see the end of a worker that died
+    os.close(response)  # otherwise the pool would not notice that a worker died
     hang_up = select.poll()
     hang_up.register(request, 0)  # no events asked for: only POLLHUP and POLLERR are reported
     hang_up.poll()
