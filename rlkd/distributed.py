@@ -1,4 +1,4 @@
-"""The few collectives that we call ourselves. Without a process group they act for a world of one rank."""
+"""The collectives that rlkd calls itself. Without a process group they act as a world of one rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class RunStopped(RuntimeError):
-    """The run cannot go on, for a reason that is the user's to know: one line, no defect of ours.
+    """The run cannot continue, for a reason outside rlkd that the user gets as one line.
 
     Raised on all ranks together, between iterations (see `on_every_rank`), it ends the run with a checkpoint.
     """
@@ -35,13 +35,13 @@ def world_size() -> int:
 
 
 def _device() -> torch.device:
-    """Where the process group's collectives want their tensors."""
+    """The device on which the process group's collectives expect their tensors."""
     on_gpu = initialized() and "nccl" in str(dist.get_backend())
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def all_reduce(values: Sequence[float], op: Literal["sum", "max"] = "sum") -> list[float]:
-    """Each entry combined over the ranks, in float64. Every rank must call it with equally many values."""
+    """Each entry combined over the ranks, in float64. Every rank must call it with the same number of values."""
     tensor = torch.tensor(list(values), dtype=torch.float64, device=_device())
     if world_size() > 1:
         dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
@@ -69,12 +69,12 @@ def gather(value: Any) -> list[Any]:
 def require_same_names(names: Sequence[str], what: str) -> None:
     """Raise unless every rank passes equal `names` in the same order. A collective.
 
-    Values that are combined over the ranks by their position, as in `all_reduce`, must stand under the same names on
-    every rank. One all-reduce of two numbers compares digests of 48 bits, which float64 holds exactly; the names
-    themselves are only sent when they differ.
+    Values that are combined over the ranks by their position, as in `all_reduce`, must have the same names on
+    every rank. One all-reduce of two numbers compares digests of 48 bits, which are exact in float64; the names
+    themselves are sent only if they differ.
 
     Args:
-        what: what the names are of, for the message, such as "metrics".
+        what: what is named, for the message, such as "metrics".
 
     Raises: RunStopped on all ranks together, with the names that are missing and where.
     """
@@ -103,7 +103,7 @@ def barrier() -> None:
 def on_rank_zero(act: Callable[[], T]) -> T:
     """What `act` returns on rank 0, on every rank; if it fails there, every rank raises.
 
-    A failure that only rank 0 knows of would leave the others waiting for ever. A RunStopped stays a RunStopped.
+    If only rank 0 raised, the others would wait forever. A RunStopped stays a RunStopped.
     """
     outcome: tuple[T | None, str | None, bool] = (None, None, False)
     failure: Exception | None = None
@@ -122,10 +122,10 @@ def on_rank_zero(act: Callable[[], T]) -> T:
 
 
 def on_every_rank(act: Callable[[], T]) -> T:
-    """What `act`, which holds no collective, returns on this rank; if it fails on any rank, every rank raises.
+    """What `act`, which contains no collective, returns on this rank; if it fails on any rank, every rank raises.
 
-    Else the others would wait in the next collective until its time-out. RunStopped is raised on all ranks or on none:
-    a failure of another kind on any rank wins.
+    Otherwise the others would wait in the next collective until its time-out. If one rank fails with RunStopped and
+    another with an error of another kind, all ranks raise the latter kind.
     """
     result: T | None = None
     failure: Exception | None = None
@@ -143,12 +143,12 @@ def on_every_rank(act: Callable[[], T]) -> T:
 
 
 def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of `tensor`: its shard, or all of one that is not sharded."""
+    """This rank's shard of `tensor`, or `tensor` itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_device(accelerator: Literal["auto", "cpu", "gpu"]) -> torch.device:
-    """The device of this process for models that stand beside the trained one."""
+    """The device of this process for models other than the student."""
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -1,4 +1,4 @@
-"""Metrics that are summed over micro-batches and ranks first, and divided last."""
+"""Metrics: sums over micro-batches and ranks are formed first, and divided last."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MetricAccumulator:
         self._maxima: dict[str, float] = {}
 
     def mean(self, name: str, total: float, count: float) -> None:
-        """Add `total` over `count` things to the mean `name`; without any thing it is left out of the row."""
+        """Add `total`, a sum of `count` values, to the mean `name`; a mean of no values is left out of the row."""
         before_total, before_count = self._means.get(name, (0.0, 0.0))
         self._means[name] = (before_total + total, before_count + count)
 
@@ -29,11 +29,11 @@ class MetricAccumulator:
         self._totals[name] = self._totals.get(name, 0.0) + value
 
     def maximum(self, name: str, value: float) -> None:
-        """Let `name` be at least `value`."""
+        """Raise the maximum `name` to `value` if it is smaller."""
         self._maxima[name] = max(self._maxima.get(name, value), value)
 
     def merge(self, other: MetricAccumulator) -> None:
-        """Add all that `other` collected."""
+        """Add everything in `other`."""
         for name, (total, count) in other._means.items():
             self.mean(name, total, count)
         for name, value in other._totals.items():
@@ -44,7 +44,7 @@ class MetricAccumulator:
     def reduce(self) -> dict[str, float]:
         """The metrics over all ranks. A collective; values are combined by position, so the names are compared first.
 
-        Raises: RunStopped on all ranks when their names differ, or when one name is two of mean, total and maximum.
+        Raises: RunStopped on all ranks if their names differ, or one name is two of mean, total and maximum.
         """
         means, totals, maxima = sorted(self._means), sorted(self._totals), sorted(self._maxima)
         kinds = {"mean": means, "total": totals, "maximum": maxima}

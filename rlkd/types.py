@@ -236,7 +236,7 @@ class ScoredRollout:
 class BatchScores:
     """What one model thinks of the completions of a batch; meaningful where it was asked."""
 
-    logprobs: Tensor  # [B, T], at the temperature of whoever scored
+    logprobs: Tensor  # [B, T], at the temperature of the scorer
     top_ids: Tensor | None = None  # [B, T, K] int64
     top_logprobs: Tensor | None = None  # [B, T, K]
     hidden: Tensor | None = None  # [B, T, H]: column t is what token t is predicted from

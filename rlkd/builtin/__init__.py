@@ -1,7 +1,7 @@
 """A task that a CPU learns in a minute: a verifiable toy task, and three models that were pretrained on it.
 
-`builtin:student`, `builtin:teacher` and `builtin:mentor`, who writes feedback, stand wherever a config needs a model
-folder.
+`builtin:student`, `builtin:teacher` and `builtin:mentor`, which writes feedback, can be used wherever a config needs a
+model folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MODELS = ("student", "teacher", "mentor")
 
 
 def resolve(path: str) -> str:
-    """The packaged folder for `builtin:student` and its like; any other string as it is.
+    """The packaged folder for `builtin:student` and the others; any other string unchanged.
 
     Raises: ValueError for an unknown `builtin:` name.
     """

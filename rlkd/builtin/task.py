@@ -1,6 +1,6 @@
 """Reverse a word: every answer can be checked exactly, and a 100,000-parameter model can learn it.
 
-A word belongs to the held-out part by its own hash, so that no list of words has to be kept apart from another.
+The hash of a word decides whether it is held out, so that no lists of words have to be kept apart.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ANSWER_TOKENS = LONGEST + 1
 """Characters of the longest answer, and its end of sequence."""
 
 HINT_TEMPLATE = "{prompt} hint: {privileged}"
-"""The prompt of a teacher that is shown the answer (self-distillation). A config may repeat it as it stands."""
+"""The prompt of a teacher that sees the answer (self-distillation). A config may contain a copy of it."""
 
 MENTOR_TEMPLATE = "{question} answer: {response}"
-"""What the mentor reads. A config repeats it as it stands."""
+"""The mentor's prompt. A config contains a copy of it."""
 MARKER, CONCLUSION = "wait", "so: "
-"""Written by the mentor only: how its reflection begins, and what stands before its answer."""
+"""Only the mentor writes these: the start of its reflection, and the words before its answer."""
 
 
 def split_of(word: str) -> Split:
@@ -67,12 +67,12 @@ def hinted_prompt(example: Mapping[str, str]) -> str:
 
 
 def mentor_prompt(example: Mapping[str, str], response: str) -> str:
-    """What the mentor reads, e.g. "reverse: kfbqe answer: eqafk"."""
+    """The mentor's prompt, e.g. "reverse: kfbqe answer: eqafk"."""
     return MENTOR_TEMPLATE.format(question=example["prompt"], response=response)
 
 
 def feedback(example: Mapping[str, str], response: str) -> str:
-    """What the mentor is to write: opinion; reflection; right answer. It judges what follows the last "so: ".
+    """The mentor's training target: opinion; reflection; right answer. It judges the text after the last "so: ".
 
     Example: "no; wait, a slip; so: eqbfk", or "yes; wait, no slip; so: eqbfk".
     """

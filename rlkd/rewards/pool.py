@@ -239,8 +239,8 @@ class RewardPool:
             raise
 
     def _feed(self, queue: deque[_Job], payloads: Sequence[bytes]) -> None:
-        """Give jobs to workers: many at a time while there are many, and one at a time near the end, so that no job waits
-        behind a slow one while another worker is idle."""
+        """Give jobs to workers: many at a time at first, one at a time near the end, so that no job waits behind a slow
+        one while another worker is idle."""
         share = max(1, min(MAX_AHEAD, len(queue) // (2 * len(self._workers))))
         for worker in self._workers:
             given: list[_Job] = []

@@ -80,7 +80,7 @@ class VLLMServer:
         """Pid of the server's first process, which leads its process group; it is not updated after a restart."""
 
     @property
-    def guardian_pid(self) -> int:
+    def supervisor_pid(self) -> int:
         return self._supervisor.pid
 
     def wait_ready(self, timeout: float | None = None) -> None:

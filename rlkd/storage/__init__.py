@@ -1,1 +1,1 @@
-"""What is written to disk, whole or not at all, and read back safely."""
+"""Files that are written completely or not at all, and the layout of a run's directory."""

@@ -1,7 +1,7 @@
-"""Files and folders that are whole or absent, also when the process is killed in the middle.
+"""Files and folders that are complete or absent, even if the process is killed while it writes or removes them.
 
-What is being written is hidden and ends in `.partial`, what is being removed in `.removed`. Either is overwritten by
-the next attempt.
+During writing the name is hidden and ends in `.partial`, during removal in `.removed`. The next attempt overwrites
+either.
 """
 
 from __future__ import annotations
@@ -12,21 +12,21 @@ from pathlib import Path
 
 
 def partial(path: Path) -> Path:
-    """Where `path` is while it is being written: beside it, so that it can be renamed."""
+    """The name of `path` while it is being written, in the same folder, so that it can be renamed."""
     return path.with_name(f".{path.name}.partial")
 
 
 def write(path: Path, content: bytes) -> None:
-    """The file `path` is what it was before, or `content`."""
+    """Replace the file `path` atomically: it has its old content or `content`."""
     beside = partial(path)
     beside.write_bytes(content)
     os.replace(beside, path)
 
 
 def share(folder: Path) -> None:
-    """Let others read the files in `folder` as far as they may read the folder itself, which the umask has settled.
+    """Give the files in `folder` the read and write permissions of the folder itself, which follow the umask.
 
-    safetensors makes files that only their owner can read.
+    safetensors creates files that only their owner can read.
     """
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
@@ -35,7 +35,7 @@ def share(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """The folder, if there is one, is whole until it is gone."""
+    """Remove the folder, if it exists; it is complete until it is gone."""
     beside = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(beside, ignore_errors=True)
     if folder.exists():
@@ -44,7 +44,7 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed process left in `folder`. Nobody may be writing there."""
+    """Remove what a killed process left in `folder`. No process may be writing there."""
     for pattern in (".*.partial", ".*.removed"):
         for left in folder.glob(pattern):
             shutil.rmtree(left)

@@ -1,4 +1,4 @@
-"""A disk that is full or gone is the user's to know."""
+"""Turns the errors of a disk that is full or gone into one line for the user."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from rlkd.distributed import RunStopped
 
 _DISK = re.compile(r"inline_container\.cc|Parent directory .* does not exist|I/O error")
-"""How torch (a RuntimeError) and safetensors speak of a disk that is full, read-only or gone."""
+"""The messages of torch (a RuntimeError) and safetensors about a disk that is full, read-only or gone."""
 
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Around the writing of files; torch and safetensors each have their own error for a full disk.
+    """A context around writing files, since torch and safetensors have their own errors for a full disk.
 
-    Raises: RunStopped "`what` could not be written: …" for an error of the disk; any other error as it is.
+    Raises: RunStopped "`what` could not be written: …" for an error of the disk. Any other error passes through.
     """
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
         if not _of_disk(error):
             raise
-        raise RunStopped(f"{what} could not be written: {_said(error)}") from error
+        raise RunStopped(f"{what} could not be written: {_message(error)}") from error
 
 
 def _of_disk(error: BaseException) -> bool:
@@ -37,8 +37,8 @@ def _of_disk(error: BaseException) -> bool:
     return type(error) in (RuntimeError, SafetensorError) and _DISK.search(str(error)) is not None
 
 
-def _said(error: BaseException) -> str:
-    """On one line. A CheckpointException would begin with the traceback of a rank, and not come to what went wrong."""
+def _message(error: BaseException) -> str:
+    """The message on one line. One of a CheckpointException starts with a traceback and would be cut too early."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split())[:300]

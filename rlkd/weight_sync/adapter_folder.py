@@ -14,10 +14,10 @@ from rlkd.weight_sync.weight_file import SyncDirectory
 
 
 class AdapterFolder(SyncDirectory):
-    """The newest versions of the adapter, a folder each.
+    """The newest versions of the adapter, one folder each.
 
-    A folder's name is the adapter's name at the servers. It is never used for another version, nor by another run:
-    vLLM would go on serving what it knows by that name.
+    A folder's name is the adapter's name at the servers. It is never used for another version or by another run,
+    since vLLM would continue to serve the adapter that it has loaded under that name.
     """
 
     def __init__(self, directory: str | None, settings: LoraConfig, base: str, keep: int) -> None:
@@ -25,7 +25,7 @@ class AdapterFolder(SyncDirectory):
         Args:
             directory: see `SyncDirectory`.
             base: folder or hub id of the model that the adapter belongs to.
-            keep: how many versions may be asked for at a time.
+            keep: how many versions may be in use at a time.
         """
         super().__init__(directory)
         self._settings = settings
@@ -34,7 +34,7 @@ class AdapterFolder(SyncDirectory):
         self._names: list[str] = []
 
     def write(self, adapter: Mapping[str, Tensor], version: int) -> str:
-        """Write an adapter (full tensors, names of PEFT's files), whole or not at all, and return its name."""
+        """Write an adapter (full tensors, names of PEFT's files), completely or not at all, and return its name."""
         name = f"{self.directory.name}-v{version}"
         lora.write(adapter, self._settings, self._base, self.directory / name)
         self._names.append(name)
@@ -44,15 +44,15 @@ class AdapterFolder(SyncDirectory):
         return self.directory / name
 
     def is_old(self, name: str) -> bool:
-        """Whether an adapter is one of this run's that nobody will ask for again."""
+        """Whether `name` is an adapter of this run that no request will use again."""
         return name.startswith(f"{self.directory.name}-v") and name not in self._names[-self._keep :]
 
     def retire(self) -> None:
-        """From now on all are old."""
+        """Mark all versions as old."""
         self._names = []
 
     def remove_old(self) -> None:
-        """Once no server knows them: vLLM's engine dies of an adapter whose folder is gone when it needs it again."""
+        """Remove old versions, which no server may have loaded: vLLM's engine dies if it needs their folder again."""
         for path in self.directory.iterdir():
             if self.is_old(path.name):
                 shutil.rmtree(path)

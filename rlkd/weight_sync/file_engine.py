@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 _FUSED = ("weight", "w13_weight", "w13_bias", "w2_weight", "w2_bias")
-"""What vLLM calls a linear layer's weight, and the tensors of a layer's experts."""
+"""vLLM's names of a linear layer's weight and of the tensors of a layer's experts."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class FileInitInfo(WeightTransferInitInfo):
     """Sent once."""
 
     directory: str
-    """Where the files will lie; no other place is ever read."""
+    """The only directory from which files are read."""
 
 
 @dataclass
@@ -46,14 +46,14 @@ class FileUpdateInfo(WeightTransferUpdateInfo):
     """Sent with each update."""
 
     file: str
-    """Relative to the directory. Holds the whole model as a checkpoint would, under the names that vLLM loads."""
+    """Relative to the directory. It contains the whole model like a checkpoint, under the names that vLLM loads."""
 
 
 class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo]):
     """Loads a file into the running model, in the checkpoint's own names and shapes.
 
-    vLLM lays weights out anew after loading them and, on the CPU, empties the originals. So an update runs inside
-    vLLM's layer-wise reload, which puts empty originals back first and lays out each layer again at the end.
+    After loading weights vLLM changes their layout and, on the CPU, empties the originals. So an update runs inside
+    vLLM's layer-wise reload, which first restores empty originals and finally changes the layout of each layer again.
     """
 
     init_info_cls = FileInitInfo
@@ -65,13 +65,15 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     ) -> None:
         super().__init__(config, vllm_config, device, model)
         self._directory: Path | None = None
-        # Asked here, once: a reload takes tied weights apart, and they would be missed under their second name.
+        # Read once here, since a reload separates tied weights, and their second name would then be missing.
         self._names = {name for name, _ in model.named_parameters()}
 
     def init_transfer_engine(self, init_info: FileInitInfo) -> None:
         directory = Path(init_info.directory)
         if not directory.is_dir():
-            raise ValueError(f"{directory} is no directory on the server's machine; trainer and server must share it")
+            raise ValueError(
+                f"{directory} is not a directory on the server's machine; use one that trainer and server share"
+            )
         self._directory = directory.resolve()
 
     def start_weight_update(self) -> None:
@@ -80,10 +82,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """Raises: ValueError when the file lacks a part of the model, or holds a tensor that the model has no use for.
+        """Raises: ValueError if the file lacks a part of the model, or has a tensor that the model does not use.
 
-        vLLM itself passes over both: what the file lacks stays as it was, and many models skip names that they do not
-        know, which comes to the same.
+        vLLM itself ignores both: weights that the file lacks keep their old values, and many models skip unknown
+        names, which has the same effect.
         """
         model: Any = self.model
         file = update_info.file
@@ -96,22 +98,22 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
             raise ValueError(f"{file} lacks some of the weights of {len(partly)} layers, e.g. {partly[0]}")
         parallel = self.parallel_config
         everywhere = parallel.pipeline_parallel_size == 1 and not parallel.enable_expert_parallel
-        if unread.names and everywhere:  # else another worker may have read them
+        if unread.names and everywhere:  # otherwise another worker may have read them
             known = sorted(unread.names)
-            raise ValueError(f"{file} holds {len(known)} weights that the model does not know, e.g. {known[0]}")
+            raise ValueError(f"{file} has {len(known)} weights that the model does not know, e.g. {known[0]}")
 
     def _partly_loaded(self) -> list[str]:
-        """The names of the linear layers and of the fused experts that have got some of their numbers and not all.
+        """The names of linear layers and fused experts of which only some elements were loaded.
 
-        One expert, or q_proj of qkv_proj, is enough for vLLM to call the parameter of all loaded.
+        vLLM reports a fused parameter as loaded after one expert, or after q_proj of qkv_proj.
         """
         found = []
         for name, module in self.model.named_modules():
             if isinstance(module, (LinearBase, RoutedExperts)):  # embeddings may be padded
                 info, own = get_layerwise_info(module), module.named_parameters(recurse=False)
-                # Not `info.load_numel_total`: a router's bias may be registered here, and is loaded there.
-                wanted = sum(get_tensor_load_numel(value) for key, value in own if key in _FUSED)
-                if info.can_load() and info.load_numel < wanted:
+                # Not `info.load_numel_total`: it may count a router's bias, which is loaded elsewhere.
+                expected = sum(get_tensor_load_numel(value) for key, value in own if key in _FUSED)
+                if info.can_load() and info.load_numel < expected:
                     found.append(name)
         return found
 
@@ -123,10 +125,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         self._directory = None
 
     def _forget_packed_experts(self) -> None:
-        """Have fused experts laid out as when they were first loaded (CPU).
+        """Let vLLM pack fused experts again, as on their first loading (CPU).
 
-        vLLM 0.32 packs them when it makes their kernel, and keeps the kernel in an update: what was just loaded is then
-        read as if it were packed, and every call answers 200.
+        vLLM 0.32 packs them when it creates their kernel, and keeps that kernel in an update. The new weights would
+        then be read as if they were packed, while every call answers 200.
         """
         if self.device.type != "cpu":
             return
@@ -135,10 +137,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
                 module.quant_method.moe_kernel = None
 
     def _forget_half_loaded(self) -> None:
-        """Begin anew with layers that an update which failed has left with some of their weights.
+        """Reset layers that a failed update has loaded in part.
 
-        vLLM counts what a layer was given and lays it out when it has got enough; it would count these too, and pass
-        over as many that come.
+        vLLM counts the elements that a layer has received and finishes the layer when the count is complete. Elements
+        of the failed update would be counted too, and as many new ones ignored.
         """
         for module in self.model.modules():
             info = get_layerwise_info(module)
@@ -146,10 +148,10 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
                 info.load_numel, info.loaded_weights = 0, []
 
     def _refresh_tied_head(self) -> None:
-        """Lay out the output layer anew from the weights just loaded (CPU).
+        """Pack the output layer again from the weights just loaded (CPU).
 
-        With tied embeddings the reload renews the embedding, but the output layer keeps the packed copy that it made
-        at start: every call answers 200, the version moves, and the logits are those of the old output layer.
+        With tied embeddings the reload replaces the embedding, but the output layer keeps the packed copy from the
+        start: every call answers 200, the version changes, and the logits are those of the old output layer.
         """
         if self.device.type != "cpu":
             return
@@ -160,7 +162,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def _path(self, name: str) -> Path:
         """The file of that name.
 
-        Raises: ValueError when it lies outside the directory, links followed.
+        Raises: ValueError if it is outside the directory after links are resolved.
         """
         if self._directory is None:
             raise ValueError("the file engine was not given its directory: call /init_weight_transfer_engine first")
@@ -171,16 +173,16 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
 
 
 class Unread(TorchDispatchMode):
-    """While active, notes which of the tensors that it hands out are never an operand of anything.
+    """Records, while active, which of the tensors that it yields are never an operand.
 
-    `load_weights` says which of the model's parameters were loaded, not which tensors of the file it had no use for.
+    `load_weights` reports which of the model's parameters were loaded, not which tensors of the file it ignored.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names: set[str] = set()
         self._at: dict[int, str] = {}
-        """Address of the memory → the tensor that was handed out there last."""
+        """Memory address → name of the last tensor that was yielded there."""
 
     def watch(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:

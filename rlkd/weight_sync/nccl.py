@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class CurrentWeights:
-    """A `WeightSource` of vLLM over the mapping that it was last given."""
+    """A `WeightSource` for vLLM over the mapping in `weights`."""
 
     def __init__(self) -> None:
         self.weights: Mapping[str, Tensor] = {}
@@ -33,9 +33,9 @@ class CurrentWeights:
 
 
 def versioned_client(client: VLLMClient) -> Any:
-    """vLLM's weight client over ours, which knows the server's key and time-out and names its errors.
+    """vLLM's weight client on top of ours, which has the server's key and time-out and raises its errors.
 
-    Its updates carry the version in `.version`: the engines themselves send none.
+    Its updates carry the version in `.version`, since the engines themselves send none.
     """
     from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
 

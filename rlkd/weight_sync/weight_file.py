@@ -15,36 +15,36 @@ from rlkd.servers import supervisor
 
 
 class SyncDirectory:
-    """A directory through which weights reach the servers: theirs to read, and gone with this process."""
+    """A directory through which weights reach the servers; it is removed when this process ends."""
 
     def __init__(self, directory: str | None) -> None:
         """
         Args:
-            directory: on a disk that trainer and servers share; None: this machine's memory. The weights lie in a
-                fresh directory inside, so that two runs never meet; it goes with `close` or with this process,
-                whatever ends it.
+            directory: on a disk that trainer and servers share; None: this machine's memory. The weights are in
+                a new directory inside it, so that two runs never share one. `close` removes it, and so does the end of
+                this process, however it ends.
         """
         parent = Path("/dev/shm" if directory is None else directory).resolve()
         parent.mkdir(parents=True, exist_ok=True)
         self.directory = Path(tempfile.mkdtemp(prefix="rlkd-weights-", dir=parent))  # mode 0700
-        self._guardian: subprocess.Popen[bytes] | None = supervisor.start(
+        self._supervisor: subprocess.Popen[bytes] | None = supervisor.start(
             ["--remove", str(self.directory)], subprocess.DEVNULL
         )
 
     def close(self) -> None:
         """Remove the directory."""
-        if self._guardian is not None:
-            self._guardian.communicate()  # closes its stdin, on which it removes the directory and ends
-            self._guardian = None
+        if self._supervisor is not None:
+            self._supervisor.communicate()  # closes its stdin; then it removes the directory and ends
+            self._supervisor = None
 
 
 class WeightFile(SyncDirectory):
     """The newest version of the weights, as one safetensors file."""
 
     def write(self, weights: Mapping[str, Tensor], version: int) -> str:
-        """Write all weights and return the file's name, relative to the directory. It appears whole or not at all.
+        """Write all weights and return the file's name, relative to the directory. It is complete or absent.
 
-        A tensor that stands under two names (tied embeddings) is written once, under the first.
+        A tensor with two names (tied embeddings) is written once, under the first.
         """
         name = f"weights-{version}.safetensors"
         unfinished = self.directory / f".{name}.{os.getpid()}"
@@ -60,7 +60,7 @@ class WeightFile(SyncDirectory):
 
 
 def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without second names of the same memory, contiguous and in this machine's memory."""
+    """`weights` without second names of the same memory, contiguous and on the CPU."""
     seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
     unique: dict[str, Tensor] = {}
     for name, tensor in weights.items():

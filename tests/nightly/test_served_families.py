@@ -65,7 +65,7 @@ def assert_its_death_is_whole_and_explained(server: VLLMServer) -> None:
     server.check_alive()
     held = shared_memory(server.pid)
     os.kill(server.pid, signal.SIGKILL)
-    wait_until(lambda: not group_members(server.pid) and not group_members(server.guardian_pid), 15.0)
+    wait_until(lambda: not group_members(server.pid) and not group_members(server.supervisor_pid), 15.0)
     assert held and not [path for path in held if path.exists()]
     wait_until(lambda: server.ended, 5.0)  # a process has no command line a moment before its exit code can be read
     with pytest.raises(RuntimeError) as death:

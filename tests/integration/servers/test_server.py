@@ -32,7 +32,7 @@ from rlkd.generation.vllm import VLLMSampler
 sampler = VLLMSampler(run_config(sys.argv[1], run_dir=sys.argv[2]), [EOS])
 sampler.start(); sampler.open()
 (server,) = sampler.pool.servers
-print(server.pid, server.guardian_pid, server.url, sampler._file.write({}, 0), sampler._file.directory, flush=True)
+print(server.pid, server.supervisor_pid, server.url, sampler._file.write({}, 0), sampler._file.directory, flush=True)
 sys.stdin.read()
 """
 
@@ -62,7 +62,7 @@ def test_a_killed_trainer_leaves_no_server_process_and_the_other_server_does_the
     )
     try:
         assert trainer.stdout is not None
-        pid, guardian, url, _, weights = trainer.stdout.readline().split()
+        pid, supervisor, url, _, weights = trainer.stdout.readline().split()
         sampler = VLLMSampler(run_config(policy_path, url, policy_server.url), [EOS])
         sampler.open()
         model = tiny_model(61)
@@ -80,7 +80,7 @@ def test_a_killed_trainer_leaves_no_server_process_and_the_other_server_does_the
         held = shared_memory(int(pid))
         assert held and Path(weights).exists(), "otherwise this test could not see a leak"
         trainer.kill()
-        wait_until(lambda: not group_members(int(pid)) and not group_members(int(guardian)), 15.0)
+        wait_until(lambda: not group_members(int(pid)) and not group_members(int(supervisor)), 15.0)
         assert not [path for path in held if path.exists()]
         wait_until(lambda: not Path(weights).exists(), 2.0)
         assert len(sampler.sample(prompts(4), n=1, iteration=0, sampling=SAMPLING)) == 4, (
@@ -127,7 +127,7 @@ def test_a_server_that_does_not_answer_in_time_is_ended(tmp_path: Path, monkeypa
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("ending", ["stop", "guardian terminated", "guardian killed", "deaf to SIGTERM"])
+@pytest.mark.parametrize("ending", ["stop", "supervisor terminated", "supervisor killed", "deaf to SIGTERM"])
 def test_every_way_to_end_ends_the_children_too(ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLKD_TEST_SHM", segment := f"/dev/shm/rlkd-test-{os.getpid()}")
     script = tmp_path / "tree.py"
@@ -137,14 +137,14 @@ def test_every_way_to_end_ends_the_children_too(ending: str, tmp_path: Path, mon
     try:
         wait_until(lambda: "running" in server.log.read_text(), 20.0)
         assert len(group_members(server.pid)) == 2
-        if ending == "guardian terminated":
-            os.kill(server.guardian_pid, signal.SIGTERM)
-        elif ending == "guardian killed":
-            os.kill(server.guardian_pid, signal.SIGKILL)
+        if ending == "supervisor terminated":
+            os.kill(server.supervisor_pid, signal.SIGTERM)
+        elif ending == "supervisor killed":
+            os.kill(server.supervisor_pid, signal.SIGKILL)
         else:
             server.stop()
         wait_until(lambda: not group_members(server.pid), 15.0)
-        if ending != "guardian killed":  # then only the server knows of the segment
+        if ending != "supervisor killed":  # then only the server knows of the segment
             wait_until(lambda: not Path(segment).exists(), 5.0)
     finally:
         server.stop()

@@ -59,7 +59,7 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
     unknown = {"model.norm.bias": norm + 1, "model.layers.1.mlp.up_proj.bias": norm + 2}
     for refused, line in (
         (third, "lacks some of the weights of 1 layers, e.g. model.layers.0.self_attn.qkv_proj"),
-        ({**weights, **unknown}, "holds 2 weights that the model does not know, e.g. model.layers.1.mlp.up_proj.bias"),
+        ({**weights, **unknown}, "has 2 weights that the model does not know, e.g. model.layers.1.mlp.up_proj.bias"),
     ):
         with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights"):
             sampler.publish(refused, 16)
