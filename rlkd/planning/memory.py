@@ -30,17 +30,17 @@ _TOKEN_CHUNK = 4096
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What memory depends on in a model."""
+    """The properties of a model that determine its memory."""
 
     name: str
-    """Of its architecture."""
+    """The architecture's name."""
     parameters: int
     largest_block: int
     """Parameters of the largest of the repeated layers, the unit of sharding."""
     outside: int
     """Parameters outside the repeated layers: embeddings, last norm, output layer."""
     output_layer: int
-    """Parameters of the output layer's weight, V · H; tied ones stand in `outside` once."""
+    """Parameters of the output layer's weight, V · H; a tied one counts once in `outside`."""
     vocabulary: int
     layers: int
     hidden: int
@@ -50,12 +50,12 @@ class Shape:
     keys: int
     """Width of all key heads together, and of all value heads."""
     dtype: str
-    """That the weights are saved in."""
+    """The dtype in which the weights are saved."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """Some memory, and what it comes from."""
+    """Some memory, and the reason for it."""
 
     bytes: float
     what: str
@@ -64,13 +64,13 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """One process, and the device that it has to itself."""
+    """One process, and the device that it uses alone."""
 
     name: str
     resident: tuple[Part, ...]
-    """Held all the time."""
+    """Allocated all the time."""
     phases: tuple[Part, ...]
-    """One at a time, on top of it."""
+    """Allocated one at a time, on top of `resident`."""
     budget: float = 1.0
     """Share of the device that it may use."""
 
@@ -83,7 +83,7 @@ class Place:
 def shape_of(path: str, trust_remote_code: bool = False) -> Shape:
     """The shape of the model at `path`, built on the meta device: no weights are read, no memory is used.
 
-    Raises: ValueError, one line, where there is no such model, or one without attention heads.
+    Raises: ValueError, one line, if there is no such model, or it has no attention heads.
     """
     try:
         return shape(AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code), trust_remote_code)
@@ -99,7 +99,7 @@ def shape(config: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
     known: dict[str, Any] = text.to_dict()
     missing = [name for name in ("num_attention_heads", "num_hidden_layers", "intermediate_size") if name not in known]
     if missing:
-        raise ValueError(f"{text.model_type} has no {missing[0]}: its memory is not known here")
+        raise ValueError(f"{text.model_type} has no {missing[0]}, so its memory cannot be estimated")
     heads = known["num_attention_heads"]
     head_width = known.get("head_dim") or text.hidden_size // heads
     per_block = [sum(p.numel() for p in block.parameters()) for block in blocks(hf)]
@@ -257,7 +257,7 @@ def server_places(config: Config) -> list[Place]:
 
 
 def _servers(role: str, model: Shape, server: ServerConfig, urls: Sequence[str], length: int) -> list[Place]:
-    """Of running servers, how many GPUs share a copy is not known here: the figures are those of one."""
+    """The number of GPUs of a running server is unknown, so the numbers are those of one GPU."""
     if urls:
         return [server_place(f"{role}: {url}, for one GPU a copy", model, server, 1, length) for url in urls]
     return [
@@ -278,7 +278,7 @@ def server_place(name: str, model: Shape, server: ServerConfig, gpus: int, lengt
     cache = kv_bytes(model, each) / gpus
     sequence = Part(
         bytes=cache * tokens,
-        what="it serves one sequence",
+        what="serving one sequence",
         why=f"key-value cache of {tokens} tokens, {cache / 1024:.4g} KiB each",
     )
     return Place(name=name, resident=(weights,), phases=(sequence,), budget=server.memory)
@@ -297,7 +297,7 @@ def report(config: Config, device_bytes: float | None) -> str:
 
 def _verdict(place: Place, device_bytes: float | None) -> str:
     if device_bytes is None:
-        return "; the device is not known: --estimate=GIB says how large it is"
+        return "; give the size of the device by --estimate=GIB"
     room = place.budget * device_bytes
     answer = "fits" if place.peak <= room else "DOES NOT FIT"
     if place.budget == 1:

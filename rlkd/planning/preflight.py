@@ -1,4 +1,4 @@
-"""What can be known to be wrong before a model is loaded: paths, vocabularies, lengths, data, rewards, servers."""
+"""Checks before a model is loaded: paths, vocabularies, lengths, data, rewards, servers."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from rlkd.teachers.served import teacher_longest
 from rlkd.types import Prompt
 
 _ANSWER_S = 5.0
-"""Patience with a server that should be running."""
+"""Time limit for a server that should be running already."""
 
 
 def check(config: Config) -> list[str]:
-    """What would stop the run `config`, one line each with its dotted key; empty: nothing that is known beforehand.
+    """Problems that would stop the run, one line each with its dotted key; empty if none is found.
 
     Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
     """
@@ -60,7 +60,7 @@ def check(config: Config) -> list[str]:
         teacher = _model(f"{key}.path", settings.path, trusted, lengths, problems, loaded_here=not served)
         if teacher is not None and (
             served or config.algorithm.teacher_writes
-        ):  # a server's scorer is made with its ends
+        ):  # a scorer on a server needs its end tokens
             try:
                 eos_ids(settings.path, trusted)
             except (ValueError, OSError) as error:
@@ -68,8 +68,8 @@ def check(config: Config) -> list[str]:
         difference = first_difference(student, teacher) if student is not None and teacher is not None else None
         if difference is not None:
             problems.append(
-                f"{key}.path: {settings.path} has another vocabulary than model.path: {difference}; token "
-                "ids are compared one by one, so both must agree (model.path is the first)"
+                f"{key}.path: expected the vocabulary of model.path, since token ids are compared, got that of "
+                f"{settings.path}: {difference} (model.path is the first); choose another teacher"
             )
         elif student is not None and teacher is not None:
             problems += _fewer_rows(config, key, settings.path)
@@ -80,7 +80,7 @@ def check(config: Config) -> list[str]:
 
 
 def check_evaluation(config: Config) -> list[str]:
-    """What would stop `rlkd.evaluate`, one line each; empty: nothing that is known beforehand."""
+    """Problems that would stop `rlkd.evaluate`, one line each; empty if none is found."""
     if heldout(config) is None:
         return ["eval.path: expected held-out data, got nothing; set eval.path=FILE"]
     problems = _server_devices(config, teacher=False)
@@ -89,23 +89,23 @@ def check_evaluation(config: Config) -> list[str]:
     if student is not None:
         problems += _generation(config) + _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
-    own = "for a server of the evaluation's own: rollout.server.urls=[] rollout.server.launch=true"
+    own = "to start a server for the evaluation: rollout.server.urls=[] rollout.server.launch=true"
     return problems + [f"{line}; {own}" if "rollout.server.urls" in line else line for line in _servers(config)]
 
 
 def _fewer_rows(config: Config, key: str, path: str) -> list[str]:
-    """A teacher must have an embedding for every token of the run, which is the student's to say."""
+    """A teacher must have an embedding for every token of the student."""
     tokens, rows = vocabulary_size(config.model), embedding_rows(path, config.model.trust_remote_code)
     if rows >= tokens:
         return []
     return [
-        f"{key}.path: {path} has embeddings for {rows} tokens, but the student uses {tokens}; choose a teacher with as "
-        "many"
+        f"{key}.path: expected embeddings for the student's {tokens} tokens, got {rows} in "
+        f"{path}; choose another teacher"
     ]
 
 
 def _generation(config: Config) -> list[str]:
-    """The student must say how completions end and how its logits are made, and have the layers to be adapted."""
+    """The student's files must define its end tokens and its logits, and it must have the layers to be adapted."""
     model = config.model
     try:
         eos_ids(model.path, model.trust_remote_code)
@@ -116,8 +116,8 @@ def _generation(config: Config) -> list[str]:
             launched = config.publishes_adapter and config.rollout.server.launch and not torch.cuda.is_available()
             if launched and any("experts" in name.split(".") for name in frozen):
                 raise ValueError(
-                    "model.lora: vLLM serves no adapters of a mixture of experts on a CPU (its kernel for them is a "
-                    "GPU's); use rollout.backend: hf, or a GPU"
+                    "model.lora: vLLM serves no adapters of a mixture of experts on a CPU (it has a kernel only for "
+                    "GPUs); use rollout.backend: hf, or a GPU"
                 )
     except (ValueError, OSError) as error:
         line = " ".join(str(error).split())
@@ -126,7 +126,7 @@ def _generation(config: Config) -> list[str]:
 
 
 def _export(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What would make the export fail when all is trained."""
+    """Problems that would make the export fail after the training."""
     if not config.checkpoint.export:
         return []
     try:
@@ -138,7 +138,7 @@ def _export(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _run_directory(config: Config) -> list[str]:
-    """Only what a training run writes counts: another rank of this run may just have made the directory."""
+    """Only files that a training run writes count, since another rank may just have created the directory."""
     resume, folder = config.run.resume, Path(config.run_dir)
     try:
         above = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
@@ -147,11 +147,12 @@ def _run_directory(config: Config) -> list[str]:
     if not above.is_dir():
         return [f"run.dir: {above} is a file, where the run's directory {folder} should be; choose another run.dir"]
     if not os.access(above, os.W_OK | os.X_OK):
-        return [f"run.dir: {above} cannot be written to; choose another run.dir, or mend its permissions"]
+        return [f"run.dir: {above} cannot be written to; choose another run.dir, or correct its permissions"]
     if resume == "never":
         if Path(folder, "metrics.jsonl").exists() or checkpoints(folder):
             return [
-                f"run.name: {folder} holds a run already; go on with it by run.resume=auto, or choose another run.name"
+                f"run.name: {folder} already has a run in it; continue it by run.resume=auto, or choose another "
+                "run.name"
             ]
     elif resume != "auto" and not Path(resume).is_dir():
         names = ", ".join(str(path) for path in checkpoints(folder)[-3:])
@@ -196,12 +197,12 @@ def _launched(config: Config) -> dict[str, ServerConfig]:
 
 
 def _server_devices(config: Config, teacher: bool = True) -> list[str]:
-    """Servers that this machine cannot start, or not all at once."""
+    """Problems with the servers that this machine is to start."""
     problems = []
     gpus = torch.cuda.device_count()
     have = f"this machine shows {gpus} of them" + (f", 0 to {gpus - 1}" if gpus else "")
     memory: dict[int, float] = {}
-    """GPU → the share of its memory that the servers so far take."""
+    """GPU → the share of its memory that servers use so far."""
     for key, server in _launched(config).items():
         if key == "teacher.server" and not teacher:
             continue
@@ -213,7 +214,7 @@ def _server_devices(config: Config, teacher: bool = True) -> list[str]:
                 hint = "[[]] is one server on the CPU" if gpus == 0 else "name others"
                 problems.append(f"{key}.devices: names GPU {absent[0]}, but {have}; {hint}")
             if len(set(devices)) < len(devices):
-                problems.append(f"{key}.devices: {devices} names a GPU twice; each GPU of a server is another one")
+                problems.append(f"{key}.devices: {devices} names a GPU twice; name each GPU of a server once")
             for gpu in set(devices) or ({0} if gpus else set()):
                 memory[gpu] = memory.get(gpu, 0.0) + server.memory
     crowded = [gpu for gpu, share in memory.items() if share > 1 and gpu < gpus]
@@ -234,10 +235,10 @@ def _model(
     *,
     loaded_here: bool = True,
 ) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a model; None where something is wrong, which is then added to `problems`.
+    """The tokenizer of a model; None if there is a problem, which is added to `problems`.
 
-    `lengths`: key → tokens, which together the model must have room for. `loaded_here`: by transformers, as a causal
-    language model; a server has models of its own, Qwen3-VL say, and answers for them itself.
+    `lengths`: key → tokens; their sum must fit into the model. `loaded_here`: whether transformers loads it as a causal
+    language model. A server may have other models, such as Qwen3-VL, and checks them itself.
     """
     try:
         folder = resolve(path)
@@ -254,7 +255,7 @@ def _model(
     try:
         model = load_config(path, trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code)
-    except Exception as error:  # a model's files, and code that comes with it, raise anything
+    except Exception as error:  # a model's files and code may raise anything
         what = path if Path(folder).is_dir() else f"{path} is no folder here, and as a hub id"
         problems.append(f"{key}: {what}: {' '.join(str(error).split())[:300]}")
         return None
@@ -276,7 +277,7 @@ def _model(
 
 
 def _positions(model: Any) -> int | None:
-    """The longest sequence that a model knows; None where its architecture has no such bound."""
+    """The maximum length of a sequence; None if the architecture has none."""
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)  # a state-space model has none
     return None if limit is None else int(limit)
 
@@ -290,7 +291,7 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     try:
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
     except (ValueError, OSError):
-        ends = ()  # said by _generation
+        ends = ()  # reported by _generation
     for key, source in sources:
         try:
             prompts = load_source(source, tokenizer, ends=ends)
@@ -301,7 +302,9 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         try:
             if key == "data.path":
                 blocks = config.algorithm.sampling_rounds
-                PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # enough of them?
+                PromptStream(prompts, seed=0).take(
+                    0, config.rollout.prompts, blocks=blocks
+                )  # raises if there are too few
             _check_embedded(prompts, vocabulary_size(config.model), tokenizer)
         except ValueError as error:
             problems.append(f"{key}: {error}")
@@ -309,7 +312,7 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _check_embedded(prompts: Sequence[Prompt], vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises: ValueError, one line, for token ids in the data that the student has no embedding for."""
+    """Raises: ValueError, one line, for token ids in the data without an embedding in the student."""
     beyond = {
         prompt.id: highest
         for prompt in prompts
@@ -332,7 +335,7 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if not config.data.chat_template:
         return ["data.template_variables: has values, but data.chat_template is false; drop one of the two"]
     if tokenizer.chat_template is None:
-        return []  # said by load_source
+        return []  # reported by load_source
     return [
         f"data.template_variables: has {name}, which the chat template of {config.model.path} never reads; correct or "
         "remove it"
@@ -342,7 +345,7 @@ def _template(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
-    """Answers of `key` that its rewards could not compare with; none where nothing depends on rewards."""
+    """Answers in the data of `key` that its rewards cannot use; none if the algorithm needs no rewards."""
     if not build_algorithm(config).needs_rewards:
         return []
     rows = ((prompt.id, prompt.answer) for prompt in prompts)
@@ -350,7 +353,7 @@ def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
 
 
 def _servers(config: Config) -> list[str]:
-    """Asks servers that should be running already who they are."""
+    """Check the servers that should be running already."""
     asked: list[tuple[str, str, ServerConfig, str, int]] = []
     policy = config.rollout.server
     if config.rollout.backend == "vllm":
@@ -376,7 +379,7 @@ def _servers(config: Config) -> list[str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine reaches `host`; a name that does not resolve is nobody's loopback."""
+    """Whether only this machine can reach `host`; False for a name that does not resolve."""
     try:
         addresses = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
     except OSError:
@@ -385,9 +388,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _refuse_open(url: str) -> None:
-    """Raises: ServerError when whoever reaches the server may change its weights.
+    """Raises: ServerError if the server accepts new weights from anyone.
 
-    vLLM's own --api-key leaves these routes open.
+    vLLM's own --api-key does not protect these routes.
     """
     stranger = VLLMClient(url, _ANSWER_S)
     try:
@@ -397,13 +400,13 @@ def _refuse_open(url: str) -> None:
     finally:
         stranger.close()
     raise ServerError(
-        f"{url} lets everybody who reaches it change its weights: start it by python -m rlkd.serve, which asks for a "
+        f"{url} accepts new weights from anyone who can reach it: start it by python -m rlkd.serve, which requires a "
         "key on every route, or accept it by server.allow_open=true"
     )
 
 
 def _ask(client: VLLMClient, path: str, tokens: int, trains: bool) -> None:
-    """Raises: ServerError, one line, when the server is not the one that is wanted."""
+    """Raises: ServerError, one line, if it is not the expected server."""
     try:
         if not client.healthy():
             raise ServerError(
@@ -411,6 +414,6 @@ def _ask(client: VLLMClient, path: str, tokens: int, trains: bool) -> None:
             )
         client.model_card(resolve(path), tokens)
         if trains:
-            client.weight_version()  # only a server in dev mode takes new weights
+            client.weight_version()  # only a server in dev mode accepts new weights
     finally:
         client.close()

@@ -123,8 +123,8 @@ def test_preflight_names_a_teacher_that_lacks_tokens(paths, tmp_path):
     path = padded(tmp_path / "narrow", -2)
     (line,) = check(config(f"teacher={{backend: local, path: '{path}'}}"))
     assert line == (
-        f"teacher.path: {path} has embeddings for {TOKENS - 2} tokens, but the student uses {TOKENS}; choose a teacher "
-        "with as many"
+        f"teacher.path: expected embeddings for the student's {TOKENS} tokens, got {TOKENS - 2} in {path}; choose "
+        "another teacher"
     )
 
 

@@ -149,7 +149,7 @@ def test_every_model_of_a_trainer_is_counted():
 
 
 def test_without_a_known_device_the_report_does_not_mention_it():
-    assert "the device is not known: --estimate=GIB" in report(config(), None)
+    assert "give the size of the device by --estimate=GIB" in report(config(), None)
     assert server_places(config()) == []
     with pytest.raises(ConfigError, match="--estimate: .*'big'.*--estimate=80"):
         parse_args(["--config", "x.yaml", "--estimate=big"])
