@@ -32,7 +32,7 @@ def page() -> str:
         'name on every rank. It is then in `metrics.jsonl` and W&B, and in the report under "Other metrics".',
     ]
     for section, metrics in SECTIONS:
-        lines += ["", f"## {section}", "", "| metric | unit | plot | what it says |", "|---|---|---|---|"]
+        lines += ["", f"## {section}", "", "| metric | unit | plot | meaning |", "|---|---|---|---|"]
         for metric in metrics:
             name = f"**`{metric.name}`**" if metric.console is not None else f"`{metric.name}`"
             plot = (metric.panel or metric.title) if metric.plotted else "–"

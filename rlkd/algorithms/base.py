@@ -124,7 +124,7 @@ class Algorithm:
 
     @property
     def longest_completion(self) -> int:
-        """L_max: the most tokens that a completion can have, whoever writes it."""
+        """L_max: the maximum number of tokens of a completion, by any author."""
         lengths = self.config.algorithm.trained_lengths(self.config)
         return sum(lengths.values()) - self.config.data.max_prompt_tokens
 

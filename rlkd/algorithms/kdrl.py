@@ -68,7 +68,7 @@ class KDRL(GRPO):
         kd = self.options.kd
         beta, policy_coef = kd.coef(iteration), self.options.policy_coef(iteration)
         weights = batch.loss_weights
-        # Prompts and padding have no score: the student's own log-probs stand in there, so that nothing overflows.
+        # Prompts and padding have no score: the student's own log-probs are used there, so that nothing overflows.
         teacher = torch.where(batch.completion_mask, batch.scores["teacher"].logprobs, output.logprobs.detach())
         log_ratio = kl_k1_advantage(output.logprobs, teacher)  # R_t = log T − log π
         advantages = policy_coef * batch.advantages

@@ -50,7 +50,7 @@ BOUNDS = {
 """(model, whether it is shown the answer) → lowest and highest greedy accuracy on the held-out words."""
 MENTOR_BOUND = 0.95
 """Lowest share of held-out words on which its feedback has the right form and the right answer, for each kind of
-response. Its opinion of the response is no part of that: it hardly learns it, and says "a slip" of most."""
+response. Its opinion of the response is not counted: it hardly learns that, and finds "a slip" in most."""
 MENTOR_FORM = re.compile(r"(yes; wait, no slip|no; wait, a slip); so: ([a-z]+)")
 
 
@@ -77,16 +77,16 @@ def fresh_model(name: str, tok: PreTrainedTokenizerBase) -> LlamaForCausalLM:
 
 
 class Example(NamedTuple):
-    """What a model reads after the prompt, and what it is to predict there (as long).
+    """A prompt, the text that follows it as input, and the targets there (of the same length).
 
-    They differ where it must go on rightly after a mistake.
+    They differ where the model must continue correctly after a mistake.
     """
 
     prompt: str
     written: str
-    wanted: str
+    target: str
     given: str = ""
-    """Stands before `written` in the model's own turn, and is not learnt."""
+    """Precedes `written` in the model's own turn, without targets."""
 
 
 def chat_ids(tok: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -109,12 +109,12 @@ def supervised_loss(
     examples: Iterable[Example],
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
-    """Mean cross-entropy over what is wanted, end of sequence included."""
+    """Mean cross-entropy over the targets, including the end of sequence."""
     inputs, labels = [], []
     for example in examples:
         asked, end = chat_ids(tok, example.prompt) + tok.encode(example.given), [tok.eos_token_id]
         inputs.append(asked + tok.encode(example.written) + end)
-        labels.append([-100] * len(asked) + tok.encode(example.wanted) + end)
+        labels.append([-100] * len(asked) + tok.encode(example.target) + end)
     logits = model(input_ids=padded(inputs, tok.pad_token_id)).logits  # right padding: the causal mask hides it
     wanted_ids = padded(labels, -100)[:, 1:].flatten()
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), wanted_ids, label_smoothing=label_smoothing)
@@ -150,7 +150,7 @@ def accuracy(
 
 
 def with_slips(text: str, draw: random.Random, rates: Mapping[bool, float] = SLIPS) -> str:
-    """`text` with letters replaced, as often as `rates` says, by one of the six that follow them in the alphabet.
+    """`text` with letters replaced, at the given `rates`, by one of the six that follow them in the alphabet.
 
     Greedily, who learns this at the student's rates still writes consonants rightly (each wrong letter is rarer than
     the right one), and vowels wrongly; sampled, nearly every word is wrong.
@@ -163,7 +163,7 @@ def with_slips(text: str, draw: random.Random, rates: Mapping[bool, float] = SLI
 
 
 def teacher_example(word: str, draw: random.Random) -> Example:
-    """The right answer, in half of the cases after somebody else's slips; every third prompt has the hint."""
+    """The right answer, in half of the cases after another writer's slips; every third prompt has the hint."""
     example = task.row(word, "")
     prompt = task.hinted_prompt(example) if draw.random() < 1 / 3 else example["prompt"]
     written = with_slips(example["answer"], draw) if draw.random() < 1 / 2 else example["answer"]
@@ -186,7 +186,7 @@ def mentor_example(word: str, draw: random.Random, *, garbled: bool, goes_on: bo
     If `goes_on`, half of the answers have slips and a reflection behind them already, and the right answer is to
     follow: it can make use of a reflection of its own, but is not taught to write one. If `garbled`, half of the
     responses run on into anything: what a student writes whom training has upset. In a third of the cases the answer
-    stands after another one and feedback on that: a student that has learnt to reflect is asked about its whole
+    follows another one and feedback on that: a student that has learnt to reflect is asked about its whole
     completion.
     """
     example = task.row(word, "")
@@ -266,7 +266,7 @@ def make_student(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
 
 
 def make_mentor(tok: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """A model that answers with slips, writes `task.feedback` on an answer, and can go on after a reflection."""
+    """A model that answers with slips, writes `task.feedback` on an answer, and can continue after a reflection."""
     torch.manual_seed(seed)
     model = fresh_model("mentor", tok)
     for phase, (steps, lr) in enumerate(zip(MENTOR_STEPS, (3e-3, 2e-3, 1e-3), strict=True)):
@@ -302,7 +302,7 @@ def mentor_accuracy(folder: Path, examples: Sequence[dict[str, str]]) -> dict[st
 
 
 def check(folder: Path, examples: Sequence[dict[str, str]]) -> bool:
-    """Measure the models in `folder` on `examples`, print the figures, say whether all are within their bounds."""
+    """Measure the models in `folder` on `examples`, print the results, return whether all are within their bounds."""
     passed = True
     for (name, hinted), (low, high) in BOUNDS.items():
         model = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
@@ -310,13 +310,13 @@ def check(folder: Path, examples: Sequence[dict[str, str]]) -> bool:
         got = accuracy(model, tok, examples, hinted=hinted)
         good = low <= got <= high
         form = "hinted" if hinted else "plain"
-        print(f"{name} {form}: {got:.3f} (wanted {low} to {high}){'' if good else '  OUT OF BOUNDS'}")
+        print(f"{name} {form}: {got:.3f} (expected {low} to {high}){'' if good else '  OUT OF BOUNDS'}")
         passed = passed and good
     for kind, (got, exact) in mentor_accuracy(folder, examples).items():
         good = got >= MENTOR_BOUND
         print(
-            f"mentor on {kind}: {got:.3f} (wanted {MENTOR_BOUND} to 1.0){'' if good else '  OUT OF BOUNDS'}, with the "
-            f"right opinion {exact:.3f}"
+            f"mentor on {kind}: {got:.3f} (expected {MENTOR_BOUND} to 1.0){'' if good else '  OUT OF BOUNDS'}, with "
+            f"the right opinion {exact:.3f}"
         )
         passed = passed and good
     return passed

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
 
 
 def build() -> PreTrainedTokenizerFast:
-    """A tokenizer of 56 tokens; what it does not know (capitals, say) becomes <unk>.
+    """A tokenizer of 56 tokens; other characters, such as capitals, become <unk>.
 
     A chat is `<user>reverse: abc<assistant>cba<eos>`. Pad and end of sequence are different tokens.
     """

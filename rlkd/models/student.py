@@ -36,7 +36,7 @@ class Student(nn.Module):
     def __init__(self, hf: PreTrainedModel, vocabulary: int, adapters: LoraConfig | None = None):
         """
         Args:
-            vocabulary: how many of the output layer's rows stand for tokens (vocabulary.py).
+            vocabulary: how many rows of the output layer belong to tokens (vocabulary.py).
             adapters: the settings with which `lora.inject` added adapters to `hf`; None without adapters.
         """
         super().__init__()

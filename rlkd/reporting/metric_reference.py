@@ -127,7 +127,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "",
                 "Loss",
                 "What is minimised: all terms with their coefficients, averaged over the iteration's updates. With "
-                "advantages that are centred its level says little; null means that it was not finite.",
+                "advantages that are centred its level means little; null means that it was not finite.",
                 console=3,
                 smooth=True,
                 rounding=1e-7,
@@ -137,7 +137,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "",
                 "Policy gradient",
                 "The policy-gradient term alone (GRPO and its relatives, KDRL, ThinkTuning), normalised as "
-                "`algorithm.reduction` says; with KDRL's `form: advantage` the teacher's share is in it. It should "
+                "`algorithm.reduction` selects; with KDRL's `form: advantage` the teacher's share is in it. It should "
                 "stay close to 0; large values mean that few tokens outweigh the rest.",
                 smooth=True,
                 rounding=1e-7,
@@ -146,7 +146,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "loss/kd",
                 "",
                 "Distillation",
-                "The distillation term, normalised as `algorithm.reduction` says: in KDRL before it is multiplied by "
+                "The distillation term, normalised as `algorithm.reduction` selects: in KDRL before the factor "
                 "`kd/coef`, in OPD, OPSD, SDPO and TAID the whole loss. It should fall; forms on sampled tokens may be "
                 "negative, for which read `kd/kl`.",
                 smooth=True,
@@ -394,7 +394,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "completion/length",
                 "tokens",
                 "Completion length",
-                "Length of the completions, whoever wrote them, averaged over all that were drawn. A sudden change in "
+                "Length of the completions of all authors, averaged over all that were drawn. A sudden change in "
                 "either direction often comes before a collapse.",
                 smooth=True,
             ),

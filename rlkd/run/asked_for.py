@@ -12,7 +12,7 @@ from rlkd.storage.run_folder import checkpoints, iteration_of
 
 
 def asked_for(argv: Sequence[str]) -> Config:
-    """The configuration to evaluate, from a command line. A folder stands for the `config.yaml` of the run in it.
+    """The configuration to evaluate, from a command line. A run's folder means its `config.yaml`.
 
     The `config.yaml` of a run directory names the model that the run started from. The run's exported student is
     evaluated instead, unless another file or the command line sets `model.path`.

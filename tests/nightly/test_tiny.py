@@ -126,8 +126,8 @@ def test_check_fails_on_a_model_out_of_bounds(tmp_path, capsys, tok):
         )  # a student that is too good, a mentor that does not know the format
     assert not make.check(tmp_path, task.rows("heldout")[:32])
     printed = capsys.readouterr().out
-    assert "student plain: 1.000 (wanted 0.05 to 0.2)  OUT OF BOUNDS" in printed
-    assert "mentor on slips: 0.000 (wanted 0.95 to 1.0)  OUT OF BOUNDS" in printed
+    assert "student plain: 1.000 (expected 0.05 to 0.2)  OUT OF BOUNDS" in printed
+    assert "mentor on slips: 0.000 (expected 0.95 to 1.0)  OUT OF BOUNDS" in printed
 
 
 def test_feedback_by_hand():
