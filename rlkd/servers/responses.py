@@ -62,18 +62,18 @@ class WorldSize(Answer):
     world_size: int = Field(ge=1, lt=2**16)
 
 
-class Figure(Answer):
+class Logprob(Answer):
     """A token's log-prob; vLLM writes −9999 for NaN, −inf and a missing one."""
 
     logprob: float | None
 
 
-class TokenFigure(Figure):
+class TokenLogprob(Logprob):
     token_id: TokenId
 
 
-class SampledToken(TokenFigure):
-    top_logprobs: list[TokenFigure] = []
+class SampledToken(TokenLogprob):
+    top_logprobs: list[TokenLogprob] = []
 
 
 class SampledTokens(Answer):
@@ -123,7 +123,7 @@ class Completed(Answer):
     index: int
     token_ids: list[TokenId] | None = None
     logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[dict[TokenId, Figure] | None] | None = None
+    prompt_logprobs: list[dict[TokenId, Logprob] | None] | None = None
 
 
 class CompletionsAnswer(Answer):

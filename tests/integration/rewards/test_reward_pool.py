@@ -146,26 +146,25 @@ def test_a_reward_gets_prompt_answer_meta_and_options():
         assert [r.reward for r in scorer.score([item, item])] == [25.0, 25.0]
 
 
-@pytest.mark.parametrize(
-    ("value", "reward"),
-    [
-        ("numpy.bool_(True)", 1.0),
-        ("numpy.float32(0.5)", 0.5),
-        ("numpy.int64(3)", 3.0),
-        ("numpy.array(1.5)", 1.5),
-        ("Decimal('0.5')", 0.5),
-        ("Fraction(1, 4)", 0.25),
-        ("True", 1.0),
-        ("(1.0, None)", 1.0),
-        ("(numpy.bool_(True), 'well')", 1.0),
-        ("1e15", 1e15),
-    ],
-)
-def test_any_kind_of_number_is_a_reward(value, reward):
+NUMBERS = {
+    "numpy.bool_(True)": 1.0,
+    "numpy.float32(0.5)": 0.5,
+    "numpy.int64(3)": 3.0,
+    "numpy.array(1.5)": 1.5,
+    "Decimal('0.5')": 0.5,
+    "Fraction(1, 4)": 0.25,
+    "True": 1.0,
+    "(1.0, None)": 1.0,
+    "(numpy.bool_(True), 'well')": 1.0,
+    "1e15": 1e15,
+}
+
+
+def test_any_kind_of_number_is_a_reward():
     with pool("act", timeout_s=10.0) as scorer:
-        (result,) = scorer.score(items(f"return {value}"))
-    assert (result.reward, result.error) == (reward, None)
-    assert result.feedback == ("well" if "well" in value else None)
+        results = scorer.score(items(*(f"return {value}" for value in NUMBERS)))
+    assert [(r.reward, r.error) for r in results] == [(reward, None) for reward in NUMBERS.values()]
+    assert [r.feedback for r in results] == ["well" if "well" in value else None for value in NUMBERS]
 
 
 def test_a_sum_that_is_too_large_is_no_reward():
@@ -233,29 +232,41 @@ def test_the_limit_is_per_item_not_per_batch():
         ("orphan", "its process exited with status 5"),
         ("exit", "its process exited with status 3"),
         ("crash", f"its process was killed by signal {signal.SIGSEGV.value}"),
-        ("sysexit", "raised SystemExit: 4"),
-        ("raise", "raised KeyError: 'no such thing'"),
-        ("return float('nan')", "expected a finite number, got nan"),
-        ("return -float('inf')", "expected a finite number, got -inf"),
-        ("return None", "expected a finite number, or (number, text), got None"),
-        ("return '1.0'", "expected a finite number, or (number, text), got str"),
-        ("return 1j", "expected a finite number, or (number, text), got complex"),
-        ("return [1.0]", "expected a finite number, or (number, text), got list"),
-        ("return {'score': 1.0}", "expected a finite number, or (number, text), got dict"),
-        ("return (1.0, 2)", "expected a finite number, or (number, text), got a tuple of float, int"),
-        ("return numpy.ones(1)", "expected a finite number, or (number, text), got ndarray"),
-        ("return Decimal('NaN')", "expected a finite number, got nan"),
-        ("return numpy.float32('inf')", "expected a finite number, got inf"),
-        ("return 10 ** 400", "expected a number from -1e+15 to 1e+15, got an integer of 1329 bits"),
-        ("return 1e200", "expected a number from -1e+15 to 1e+15, got 1e+200"),
-        ("return -1e30", "expected a number from -1e+15 to 1e+15, got -1e+30"),
     ],
 )
-def test_each_failure_is_no_reward_with_its_cause(mine, completion, error):
+def test_a_worker_that_dies_is_no_reward_with_its_cause(mine, completion, error):
     with pool("act") as scorer:
         before, failed, after = scorer.score(items("return 1", completion, "return True"))
     assert (failed.reward, failed.error) == (None, f"reward pool_rewards_x:act: {error}")
     assert (before.reward, after.reward) == (1.0, 1.0)
+    assert running(mine, 0) == 0, "something outlived the pool"
+
+
+NO_REWARDS = {
+    "sysexit": "raised SystemExit: 4",
+    "raise": "raised KeyError: 'no such thing'",
+    "return float('nan')": "expected a finite number, got nan",
+    "return -float('inf')": "expected a finite number, got -inf",
+    "return None": "expected a finite number, or (number, text), got None",
+    "return '1.0'": "expected a finite number, or (number, text), got str",
+    "return 1j": "expected a finite number, or (number, text), got complex",
+    "return [1.0]": "expected a finite number, or (number, text), got list",
+    "return {'score': 1.0}": "expected a finite number, or (number, text), got dict",
+    "return (1.0, 2)": "expected a finite number, or (number, text), got a tuple of float, int",
+    "return numpy.ones(1)": "expected a finite number, or (number, text), got ndarray",
+    "return Decimal('NaN')": "expected a finite number, got nan",
+    "return numpy.float32('inf')": "expected a finite number, got inf",
+    "return 10 ** 400": "expected a number from -1e+15 to 1e+15, got an integer of 1329 bits",
+    "return 1e200": "expected a number from -1e+15 to 1e+15, got 1e+200",
+    "return -1e30": "expected a number from -1e+15 to 1e+15, got -1e+30",
+}
+
+
+def test_each_failure_is_no_reward_with_its_cause(mine):
+    with pool("act", timeout_s=10.0) as scorer:
+        results = scorer.score(items(*(act for completion in NO_REWARDS for act in (completion, "return 1"))))
+    assert [r.error for r in results[::2]] == [f"reward pool_rewards_x:act: {error}" for error in NO_REWARDS.values()]
+    assert [r.reward for r in results] == [None, 1.0] * len(NO_REWARDS)
     assert running(mine, 0) == 0, "something outlived the pool"
 
 
