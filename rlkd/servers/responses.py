@@ -62,18 +62,18 @@ class WorldSize(Answer):
     world_size: int = Field(ge=1, lt=2**16)
 
 
-class Logprob(Answer):
+class LogprobEntry(Answer):
     """A token's log-prob; vLLM writes −9999 for NaN, −inf and a missing one."""
 
     logprob: float | None
 
 
-class TokenLogprob(Logprob):
+class TokenEntry(LogprobEntry):
     token_id: TokenId
 
 
-class SampledToken(TokenLogprob):
-    top_logprobs: list[TokenLogprob] = []
+class SampledToken(TokenEntry):
+    top_logprobs: list[TokenEntry] = []
 
 
 class SampledTokens(Answer):
@@ -123,7 +123,7 @@ class Completed(Answer):
     index: int
     token_ids: list[TokenId] | None = None
     logprobs: TokenLogprobs | None = None
-    prompt_logprobs: list[dict[TokenId, Logprob] | None] | None = None
+    prompt_logprobs: list[dict[TokenId, LogprobEntry] | None] | None = None
 
 
 class CompletionsAnswer(Answer):

@@ -18,7 +18,7 @@ from rlkd.servers.client import ServerError, VLLMClient, check_ids, check_model,
 from rlkd.servers.command import ServerRole
 from rlkd.servers.pool import Answer, Job, ServerPool
 from rlkd.servers.process import server_counts
-from rlkd.servers.responses import CompletionsAnswer, Logprob, GivenAnswer, float_array, in_order
+from rlkd.servers.responses import CompletionsAnswer, GivenAnswer, LogprobEntry, float_array, in_order
 from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
@@ -277,7 +277,7 @@ def request_completion(
     return Completion(token_ids=token_ids, logprobs=logprobs, finish_reason="stop" if ended else "length")
 
 
-def top_logprobs(entries: Sequence[Mapping[int, Logprob] | None], k: int) -> tuple[Tensor, Tensor]:
+def top_logprobs(entries: Sequence[Mapping[int, LogprobEntry] | None], k: int) -> tuple[Tensor, Tensor]:
     """([L, k] ids, [L, k] log-probs), most likely first. If the vocabulary has fewer than k tokens, the rest is −1.
 
     An entry has the k most likely tokens and, if it is not among them, the actual token.
@@ -293,7 +293,7 @@ def top_logprobs(entries: Sequence[Mapping[int, Logprob] | None], k: int) -> tup
 
 
 def completion_logprobs(
-    entries: Sequence[Mapping[int, Logprob] | None], prompt: Sequence[int], completion: Sequence[int], where: str
+    entries: Sequence[Mapping[int, LogprobEntry] | None], prompt: Sequence[int], completion: Sequence[int], where: str
 ) -> tuple[float, ...]:
     """The log-prob of each completion token, from vLLM's `prompt_logprobs`.
 
