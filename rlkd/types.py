@@ -253,7 +253,7 @@ class BatchScores:
             assert value is None or value.shape[:2] == shape, f"{name}.{part}: expected [B, T, …], got {value.shape}"
 
     def to(self, device: torch.device | str, **kwargs: Any) -> BatchScores:
-        """On `device`, all but the vectors of every token: a device need not hold an iteration's hidden states."""
+        """A copy on `device`, except the top-k and hidden tensors: an iteration's hidden states may exceed its memory."""
         return dataclasses.replace(
             self,
             logprobs=self.logprobs.to(device, **kwargs),

@@ -50,7 +50,7 @@ def check_whole(hf: PreTrainedModel, path: str, report: Mapping[str, Any]) -> No
     if missing:
         raise RunStopped(
             f"the model {path}: {_count(missing)} missing that its config.json requires: {', '.join(missing[:3])}; "
-            "copy the whole folder again, or use the config.json that belongs to these weights"
+            "copy the complete folder again, or use the config.json that belongs to these weights"
         )
     # torch cannot check every 8-bit float; the integers of a quantised model are always finite.
     values = {n: p.half() if p.element_size() == 1 else p for n, p in hf.named_parameters()}

@@ -148,7 +148,7 @@ def load_causal_lm(
     check_whole(hf, path, report)
     quantised = getattr(hf.config, "quantization_config", None) is not None
     if not quantised:
-        check_output(hf, path)  # before the move: on the CPU it holds in every type, whatever kernels a GPU has
+        check_output(hf, path)  # before the move, since on the CPU it does not depend on a GPU's kernels
     if device is not None:
         torch.nn.Module.to(hf, device)
     if quantised:

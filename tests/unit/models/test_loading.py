@@ -68,7 +68,7 @@ def test_weights_that_are_cut_off_or_absent(folder):
 
 def test_missing_weights_are_refused(folder):
     replace_weights(folder, lambda weights: weights.pop(DOWN))
-    refused(f"the model m: 1 weight is missing that its config.json requires: {DOWN}; copy the whole folder again")
+    refused(f"the model m: 1 weight is missing that its config.json requires: {DOWN}; copy the complete folder again")
 
 
 def test_weights_of_another_model(folder):
