@@ -253,7 +253,7 @@ class BatchScores:
             assert value is None or value.shape[:2] == shape, f"{name}.{part}: expected [B, T, …], got {value.shape}"
 
     def to(self, device: torch.device | str, **kwargs: Any) -> BatchScores:
-        """A copy on `device`, except the top-k and hidden tensors: an iteration's hidden states may exceed its memory."""
+        """A copy on `device`, except the top-k and hidden tensors, which may not fit there."""
         return dataclasses.replace(
             self,
             logprobs=self.logprobs.to(device, **kwargs),
