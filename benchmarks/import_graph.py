@@ -42,9 +42,9 @@ LEVELS = (
     "train",
 )
 PUBLIC = {"rlkd.algorithms": "public names of algorithms"}
-"""A package's `__init__` that only hands out names of other units, and only when they are asked for: it stands above
-all units, and its folder where `LEVELS` says. `rlkd.algorithms.GRPO` is a LightningModule made in `training`, while
-`rlkd.algorithms.grpo` is below it. Nothing in rlkd may import such a name."""
+"""Packages whose `__init__` only exports names of other units, which it imports on first access. It is above all units,
+while its folder is at its place in `LEVELS`: `rlkd.algorithms.GRPO` is a LightningModule made in `training`, and
+`rlkd.algorithms.grpo` is below that. Nothing in rlkd may import such a name."""
 
 
 def unit(module: str) -> str:
