@@ -30,8 +30,8 @@ def encode_prompt(*args, **settings):
 def config(*overrides: str, group_size: int | None = 4) -> Config:
     """The quickstart with overrides, on few prompts, and without a mismatch bound since these rollouts are made up."""
     size = [] if group_size is None else [f"algorithm.group_size={group_size}"]
-    few = ["data.limit=128", "rollout.max_mismatch=1000.0"]
-    return load(["configs/quickstart.yaml"], [*few, *size, *overrides]).config
+    own = ["run.name=of_a_test", "data.limit=128", "rollout.max_mismatch=1000.0"]
+    return load(["configs/quickstart.yaml"], [*own, *size, *overrides]).config
 
 
 def scored(seed: int, length: int, reward: float | None, **changes) -> ScoredRollout:

@@ -125,7 +125,7 @@ def test_preflight_takes_the_models_ends(tmp_path):
     del described["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
     keys = ["algorithm={name: sft}", "teacher=null", "data.completion_column=answer", f"model.path={folder}"]
-    keys += ["eval.every=0", "data.limit=64", "data.max_completion_tokens=16"]
+    keys += ["run.name=of_a_test", "eval.every=0", "data.limit=64", "data.max_completion_tokens=16"]
     assert check(load(["configs/quickstart.yaml"], keys).config) == []
     lines = check(load(["configs/quickstart.yaml"], [*keys, "data.max_completion_tokens=9"]).config)
     assert "the completion of 'train-0' has 11 tokens, more than data.max_completion_tokens = 9" in lines[0]

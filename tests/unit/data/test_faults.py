@@ -92,7 +92,7 @@ def test_reading_without_a_tokenizer_gives_the_right_rows_and_then_the_faults(tm
 def test_preflight_prints_a_line_a_fault_for_training_and_held_out_data(tmp_path):
     train = write(tmp_path / "train.jsonl", [GOOD] * 20 + ["{", {"prompt": "abc", "answer": None}])
     held = write(tmp_path / "held.jsonl", [GOOD, {"prompt": "", "answer": "a"}, "nothing"])
-    keys = [f"data.path={train}", f"eval.path={held}", "data.limit=64"]
+    keys = ["run.name=of_a_test", f"data.path={train}", f"eval.path={held}", "data.limit=64"]
     lines = check(load(["configs/quickstart.yaml"], keys).config)
     assert [line.split(": ")[:2] for line in lines] == [
         ["data.path", f"{train}:21"],

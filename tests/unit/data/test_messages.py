@@ -196,7 +196,13 @@ def test_variables_of_the_template_come_from_the_config(tok, tmp_path):
     path = write(tmp_path / "data.jsonl", {"prompt": "a", "answer": "a"})
     (prompt,) = source(tok, path, template_variables={"brief": "short"})
     assert read(tok, prompt) == "<system>short<user>a<assistant>"
-    keys = [f"data.path={path}", "eval.every=0", "rollout.prompts=1", "data.template_variables={brief: short}"]
+    keys = [
+        "run.name=of_a_test",
+        f"data.path={path}",
+        "eval.every=0",
+        "rollout.prompts=1",
+        "data.template_variables={brief: short}",
+    ]
     found = check(load(["configs/quickstart.yaml"], keys).config)
     assert_lines(found, ("data.template_variables: ", "brief", "builtin:student"))
     found = check(load(["configs/quickstart.yaml"], [*keys, "data.chat_template=false"]).config)

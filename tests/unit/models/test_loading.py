@@ -27,7 +27,9 @@ def folder(tmp_path, monkeypatch):
 
 
 def config(*overrides):
-    return load([QUICKSTART], ["eval.every=0", "teacher=null", "algorithm={name: grpo}", *overrides]).config
+    return load(
+        [QUICKSTART], ["run.name=of_a_test", "eval.every=0", "teacher=null", "algorithm={name: grpo}", *overrides]
+    ).config
 
 
 def loaded(path="m", attention=None):
