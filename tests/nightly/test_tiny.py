@@ -146,21 +146,21 @@ def test_the_mentors_examples_are_what_it_is_to_write(tok):
         example = make.mentor_example(word, draw, garbled=i >= 400, goes_on=i >= 400)
         answer = word[::-1]
         if " answer: " not in example.prompt:
-            assert example.prompt == f"reverse: {word}" and example.written == example.wanted
-            assert task.MARKER not in example.wanted, "it is not taught to reflect without being asked"
+            assert example.prompt == f"reverse: {word}" and example.written == example.target
+            assert task.MARKER not in example.target, "it is not taught to reflect without being asked"
             if example.given:
-                assert i >= 400 and example.wanted == answer and re.fullmatch(GIVEN, example.given)
+                assert i >= 400 and example.target == answer and re.fullmatch(GIVEN, example.given)
                 going_on += 1
             else:
-                assert len(example.wanted) == len(answer)
-                plain.append(example.wanted == answer)
+                assert len(example.target) == len(answer)
+                plain.append(example.target == answer)
             continue
         question, response = example.prompt.split(" answer: ", 1)
         assert question == f"reverse: {word}" and not example.given
-        assert example.written == example.wanted == task.feedback(task.row(word, ""), response)
+        assert example.written == example.target == task.feedback(task.row(word, ""), response)
         assert len(make.chat_ids(tok, example.prompt)) + make.FEEDBACK_TOKENS <= 128
         if i < 400:
-            opinions.append(example.wanted.startswith("yes"))
+            opinions.append(example.target.startswith("yes"))
     assert 0.25 < sum(opinions) / len(opinions) < 0.45
     assert 0.3 < sum(plain) / len(plain) < 0.55 and 70 < going_on < 130
 
