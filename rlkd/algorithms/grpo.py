@@ -34,7 +34,7 @@ class GRPO(Algorithm):
     """J(θ) = E[ Σ_i Σ_t min(ρ_it A_i, clip(ρ_it, 1−ε_low, 1+ε_high) A_i) / N ] − c · KL(π_θ, π_ref) + h · H(π_θ)
 
     with A_i = (r_i − mean(r)) / std(r) over the G completions of one prompt. arXiv 2402.03300, Eq. 3; 1/N is the
-    token mean of DAPO (arXiv 2503.14476) unless `reduction` is another. Each token's surrogate is multiplied by
+    token mean of DAPO (arXiv 2503.14476) unless `reduction` is another mean. Each token's surrogate is multiplied by
     the importance weight between what sampled it and the trainer; the KL and the entropy are not.
 
     The options of `GRPOConfig` change single parts of it: the baseline, the reward that enters the comparison, the

@@ -152,8 +152,8 @@ def accuracy(
 def with_slips(text: str, draw: random.Random, rates: Mapping[bool, float] = SLIPS) -> str:
     """`text` with letters replaced, at the given `rates`, by one of the six that follow them in the alphabet.
 
-    Greedily, who learns this at the student's rates still writes consonants rightly (each wrong letter is rarer than
-    the right one), and vowels wrongly; sampled, nearly every word is wrong.
+    A model that learns this at the student's rates and decodes greedily writes the right consonants, since each wrong
+    one is rarer, and wrong vowels; of its samples nearly every word is wrong.
     """
     letters = task.LETTERS
     return "".join(
@@ -183,11 +183,11 @@ def mentor_example(word: str, draw: random.Random, *, garbled: bool, goes_on: bo
     """In half of the cases an answer, with slips. Else feedback: on a right answer, on one as the student gives it, or
     on one with a single wrong letter or length.
 
-    If `goes_on`, half of the answers have slips and a reflection behind them already, and the right answer is to
-    follow: it can make use of a reflection of its own, but is not taught to write one. If `garbled`, half of the
-    responses run on into anything: what a student writes whom training has upset. In a third of the cases the answer
-    follows another one and feedback on that: a student that has learnt to reflect is asked about its whole
-    completion.
+    If `goes_on`, half of the answers are given with slips and a reflection after them, and the target is the right
+    answer: the model can use a reflection of its own, but is not taught to write one. If `garbled`, half of the
+    responses continue with arbitrary text, like those of a student that training has damaged. In a third of the cases
+    the answer follows another one and feedback on that, since a student that has learnt to reflect is judged on its
+    whole completion.
     """
     example = task.row(word, "")
     if draw.random() < 1 / 2:

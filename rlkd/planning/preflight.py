@@ -58,9 +58,8 @@ def check(config: Config) -> list[str]:
     for key, settings in config.teachers:
         served = isinstance(settings, ServedTeacherConfig)
         teacher = _model(f"{key}.path", settings.path, trusted, lengths, problems, loaded_here=not served)
-        if teacher is not None and (
-            served or config.algorithm.teacher_writes
-        ):  # a scorer on a server needs its end tokens
+        # A scorer on a server needs its end tokens too.
+        if teacher is not None and (served or config.algorithm.teacher_writes):
             try:
                 eos_ids(settings.path, trusted)
             except (ValueError, OSError) as error:
@@ -302,9 +301,7 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         try:
             if key == "data.path":
                 blocks = config.algorithm.sampling_rounds
-                PromptStream(prompts, seed=0).take(
-                    0, config.rollout.prompts, blocks=blocks
-                )  # raises if there are too few
+                PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # raises if too few
             _check_embedded(prompts, vocabulary_size(config.model), tokenizer)
         except ValueError as error:
             problems.append(f"{key}: {error}")

@@ -12,7 +12,7 @@ It returns a number (also of NumPy or PyTorch, a Decimal, a Fraction) of at most
 text is feedback on the completion. It may be a coroutine function; each worker awaits one call at a time. A function
 that raises, hangs or returns anything else is a failed reward, never a 0.
 
-Only `pool` and `math` may import more than the standard library, since workers must start fast.
+Only `pool` and the files of `math` may import more than the standard library, since workers must start fast.
 """
 
 LARGEST = 1e15
