@@ -16,6 +16,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "rlkd"
 LEVELS = (
     "distributed",
+    "stream",
     "storage",
     "config",
     "losses",

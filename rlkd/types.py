@@ -94,6 +94,8 @@ class Rollout:
     finish_reason: FinishReason
     segments: tuple[Segment, ...] = ()
     """The author of each part; empty if the student wrote everything."""
+    note: str = ""
+    """What the algorithm noted when it made the rollout, for its metrics (`Algorithm.diagnose`)."""
     top_ids: Tensor | None = field(default=None, compare=False)  # [L, K] int64
     """The sampler's K most likely tokens at each position, if `Sampling.top_k` asked for them."""
 

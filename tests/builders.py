@@ -13,6 +13,8 @@ from rlkd.data.chat import read_prompt
 from rlkd.models.student import load_causal_lm
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.pipeline.stages import BatchedSampler, BatchedTeacher
+from rlkd.stream import Stream
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import ScoreRequest
 from rlkd.training.module import PolicyModule
@@ -141,6 +143,17 @@ def real_batch(settings: Config, iteration: int = 0) -> Batch:
         return loader.batch(iteration)
     finally:
         loader.close()
+
+
+def rolled(algorithm, prompts, policy, teacher=None, iteration=0) -> list[list[Rollout]]:
+    """What the algorithm rolls out for each prompt, with a sampler and a teacher in this process."""
+    stream = Stream(together=True)
+    sampler = BatchedSampler(stream, policy)
+    asked = None if teacher is None else BatchedTeacher(stream, teacher)
+    try:
+        return stream.run([algorithm.rollout(prompt, sampler, asked, iteration) for prompt in prompts])
+    finally:
+        stream.close()
 
 
 NO_CLIP = "optim.max_grad_norm=1000000.0"

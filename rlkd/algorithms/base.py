@@ -19,10 +19,10 @@ from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.config.kinds import Reduction
 from rlkd.config.schema import AlgorithmConfig, Config, NoTeacherConfig
 from rlkd.data.chat import completion_text, load_tokenizer
-from rlkd.generation.sampler import Sampler, Sampling
+from rlkd.generation.sampler import AsyncSampler, Sampling
 from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import Needs, PolicyOutput
-from rlkd.teachers.teacher import Teacher
+from rlkd.teachers.teacher import AsyncTeacher, Teacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal
 
 
@@ -128,12 +128,15 @@ class Algorithm:
         lengths = self.config.algorithm.trained_lengths(self.config)
         return sum(lengths.values()) - self.config.data.max_prompt_tokens
 
-    def rollout(
-        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
-    ) -> list[list[Rollout]]:
-        """The completions of an iteration, by prompt. Default: the student samples `group_size` of each prompt."""
+    async def rollout(
+        self, prompt: Prompt, policy: AsyncSampler, teacher: AsyncTeacher | None, iteration: int
+    ) -> list[Rollout]:
+        """The completions of one prompt of an iteration, while others are under way. It changes no state.
+
+        Default: the student samples `group_size` of them.
+        """
         size = self.config.algorithm.group_size
-        return policy.sample(prompts, n=size, iteration=iteration, sampling=self.sampling)
+        return await policy.sample(prompt, n=size, iteration=iteration, sampling=self.sampling)
 
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> tuple[int, ...] | None:
         """The tokens that the teacher reads before the completion. Default: the student's prompt.
@@ -173,14 +176,20 @@ class Algorithm:
         """What the teacher must return for each token."""
         return Signal()
 
-    def diagnose(
+    async def diagnose(
         self,
-        groups: Sequence[Sequence[ScoredRollout]],
-        teacher: Teacher | None,
+        trained: Sequence[Sequence[ScoredRollout]],
+        drawn: Sequence[Sequence[ScoredRollout]],
+        teacher: AsyncTeacher | None,
         iteration: int,
         meter: MetricAccumulator,
     ) -> None:
-        """Add metrics of an iteration's rollouts. Every rank must add the same names. Default: none."""
+        """Add metrics of an iteration's rollouts. Every rank must add the same names. Default: none.
+
+        Args:
+            trained: the groups that are trained on, with their scores.
+            drawn: all groups that were sampled; the same unless dynamic sampling left some out.
+        """
 
     @property
     def needs(self) -> Needs:

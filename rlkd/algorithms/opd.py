@@ -15,7 +15,7 @@ from rlkd.algorithms.opd_options import OPDConfig
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.data import seeds
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampler, Sampling
+from rlkd.generation.sampler import AsyncSampler, Sampling
 from rlkd.losses import (
     importance_weights,
     kl_k1_advantage,
@@ -24,7 +24,7 @@ from rlkd.losses import (
     weighted_sum,
 )
 from rlkd.models.logprob_head import Needs, PolicyOutput
-from rlkd.teachers.teacher import ScoreRequest, Teacher
+from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, Signal, written
 
 
@@ -65,27 +65,25 @@ class OPD(Algorithm):
         comparison = options.divergence.comparison(self.teacher_temperature, ratio_cap=options.ratio_cap)
         return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
 
-    def rollout(
-        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
-    ) -> list[list[Rollout]]:
-        own = [self._is_students(prompt, iteration) for prompt in prompts]
-        sampled = iter(super().rollout([p for p, o in zip(prompts, own, strict=True) if o], policy, teacher, iteration))
-        rest = [p for p, o in zip(prompts, own, strict=True) if not o]
-        others = iter(self._by_others(rest, teacher, iteration))
-        return [next(sampled) if o else [next(others)] for o in own]
+    async def rollout(
+        self, prompt: Prompt, policy: AsyncSampler, teacher: AsyncTeacher | None, iteration: int
+    ) -> list[Rollout]:
+        if self._is_students(prompt, iteration):
+            return await super().rollout(prompt, policy, teacher, iteration)
+        return [await self._by_others(prompt, teacher, iteration)]
 
     def _is_students(self, prompt: Prompt, iteration: int) -> bool:
         """True with probability λ, drawn by (seed, iteration, prompt)."""
         draw = seeds.generator(self.config.run.seed, iteration, "student_share", prompt.id).random()
         return bool(draw < self.options.student_share)
 
-    def _by_others(self, prompts: Sequence[Prompt], teacher: Teacher | None, iteration: int) -> list[Rollout]:
+    async def _by_others(self, prompt: Prompt, teacher: AsyncTeacher | None, iteration: int) -> Rollout:
         if self.options.others == "data":
-            return [from_data(prompt) for prompt in prompts]
+            return from_data(prompt)
         assert teacher is not None
-        questions = [ScoreRequest(p.token_ids, name=p.id, meta=p.meta) for p in prompts]
-        completions = teacher.write(questions, self.sampling, iteration)
-        return [written(p, c.token_ids, "teacher", c.finish_reason) for p, c in zip(prompts, completions, strict=True)]
+        question = ScoreRequest(prompt.token_ids, name=prompt.id, meta=prompt.meta)
+        (completion,) = await teacher.write([question], self.sampling, iteration)
+        return written(prompt, completion.token_ids, "teacher", completion.finish_reason)
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         spared = self.options.mask_eos

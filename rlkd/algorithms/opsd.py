@@ -10,7 +10,7 @@ from rlkd.algorithms.opsd_options import OPSDConfig
 from rlkd.algorithms.privileged_prompt import privileged_prompt
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.metrics import MetricAccumulator
-from rlkd.teachers.teacher import ScoreRequest, Teacher
+from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest
 from rlkd.types import Prompt, ScoredRollout, Signal
 
 LEAKAGE_ROLLOUTS = 32
@@ -56,20 +56,21 @@ class OPSD(OPD):
         ids = privileged_prompt(self.tokenizer, prompt, context.template, parts, self.config.data)
         return ids if len(ids) <= context.max_tokens else None
 
-    def diagnose(
+    async def diagnose(
         self,
-        groups: Sequence[Sequence[ScoredRollout]],
-        teacher: Teacher | None,
+        trained: Sequence[Sequence[ScoredRollout]],
+        drawn: Sequence[Sequence[ScoredRollout]],
+        teacher: AsyncTeacher | None,
         iteration: int,
         meter: MetricAccumulator,
     ) -> None:
-        rows = [scored for group in groups for scored in group]
+        rows = [scored for group in trained for scored in group]
         meter.mean("context/share", sum(s.teacher is not None for s in rows), len(rows))
         if self.options.leakage_every and iteration % self.options.leakage_every == 0:
             assert teacher is not None
-            self._leakage([group[0] for group in groups][:LEAKAGE_ROLLOUTS], teacher, meter)
+            await self._leakage([group[0] for group in trained][:LEAKAGE_ROLLOUTS], teacher, meter)
 
-    def _leakage(self, rows: Sequence[ScoredRollout], teacher: Teacher, meter: MetricAccumulator) -> None:
+    async def _leakage(self, rows: Sequence[ScoredRollout], teacher: AsyncTeacher, meter: MetricAccumulator) -> None:
         """log π − log T per token, an estimate of KL(π‖T), under the right hint and under another prompt's.
 
         If a hint only changes the style, the right one and a wrong one move the teacher equally far.
@@ -81,7 +82,7 @@ class OPSD(OPD):
                 ids = self._shown(scored.rollout.prompt, self.options.context.parts(hint, None, None))
                 if ids is not None and scored.rollout.oldest_version is not None:
                     asked.append((scored, ScoreRequest(ids, scored.rollout.token_ids, meta=scored.rollout.prompt.meta)))
-            scores = teacher.score([question for _, question in asked], Signal())
+            scores = await teacher.score([question for _, question in asked], Signal())
             gaps = [
                 own - other
                 for (scored, _), theirs in zip(asked, scores, strict=True)

@@ -12,10 +12,10 @@ from rlkd.algorithms.redi_options import REDIConfig
 from rlkd.algorithms.sft import SFT
 from rlkd.config.schema import AlgorithmConfig
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampler
+from rlkd.generation.sampler import AsyncSampler
 from rlkd.losses import weighted_sum
 from rlkd.models.logprob_head import PolicyOutput
-from rlkd.teachers.teacher import Teacher
+from rlkd.teachers.teacher import AsyncTeacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout, written
 
 
@@ -33,10 +33,10 @@ class REDI(SFT):
         assert isinstance(self.config.algorithm, REDIConfig)
         return self.config.algorithm
 
-    def rollout(
-        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
-    ) -> list[list[Rollout]]:
-        return [[from_data(prompt), _rejected(prompt)] for prompt in prompts]
+    async def rollout(
+        self, prompt: Prompt, policy: AsyncSampler, teacher: AsyncTeacher | None, iteration: int
+    ) -> list[Rollout]:
+        return [from_data(prompt), _rejected(prompt)]
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         chosen, rejected = group

@@ -10,10 +10,10 @@ from rlkd.algorithms.base import Algorithm, Loss, Term
 from rlkd.algorithms.opd import from_data
 from rlkd.algorithms.sft_options import SFTConfig
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.generation.sampler import Sampler
+from rlkd.generation.sampler import AsyncSampler
 from rlkd.losses import weighted_sum
 from rlkd.models.logprob_head import Needs, PolicyOutput
-from rlkd.teachers.teacher import Teacher
+from rlkd.teachers.teacher import AsyncTeacher
 from rlkd.types import Batch, Prompt, Rollout, ScoredRollout
 
 
@@ -32,10 +32,10 @@ class SFT(Algorithm):
     def needs(self) -> Needs:
         return Needs(temperature=1.0, entropy=True)
 
-    def rollout(
-        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
-    ) -> list[list[Rollout]]:
-        return [[from_data(prompt)] for prompt in prompts]
+    async def rollout(
+        self, prompt: Prompt, policy: AsyncSampler, teacher: AsyncTeacher | None, iteration: int
+    ) -> list[Rollout]:
+        return [from_data(prompt)]
 
     def advantages(self, group: Sequence[ScoredRollout]) -> list[ScoredRollout]:
         return [replace(scored, advantage=1.0) for scored in group]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from rlkd.algorithms.base import Loss
 from rlkd.algorithms.feedback import Failure
 from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.thinktuning_options import Rule, ThinkTuningConfig
-from rlkd.config.schema import Config
 from rlkd.data import seeds
-from rlkd.generation.sampler import Sampler, Sampling
+from rlkd.generation.sampler import AsyncSampler, Sampling
 from rlkd.losses import advantage_shaping, weighted_sum
 from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import PolicyOutput
-from rlkd.teachers.teacher import ScoreRequest, Teacher
+from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest
 from rlkd.types import AUTHORS, Batch, Prompt, Rollout, ScoredRollout
 
 RARE = 0.01
@@ -44,49 +43,33 @@ class ThinkTuning(GRPO):
     Options: ClassVar[type[ThinkTuningConfig]] = ThinkTuningConfig
     uses_teacher = True
 
-    def __init__(self, config: Config):
-        super().__init__(config)
-        self._failed: dict[tuple[str, int], Failure] = {}
-        """(prompt, completion) → why it has no feedback, in the iteration `_failed_in`; for `diagnose`."""
-        self._failed_in: int | None = None
-
     @property
     def options(self) -> ThinkTuningConfig:
         assert isinstance(self.config.algorithm, ThinkTuningConfig)
         return self.config.algorithm
 
-    def rollout(
-        self, prompts: Sequence[Prompt], policy: Sampler, teacher: Teacher | None, iteration: int
-    ) -> list[list[Rollout]]:
-        groups = super().rollout(prompts, policy, teacher, iteration)
-        if iteration != self._failed_in:  # an iteration may draw several blocks, or be repeated with the same draws
-            self._failed, self._failed_in = {}, iteration
+    async def rollout(
+        self, prompt: Prompt, policy: AsyncSampler, teacher: AsyncTeacher | None, iteration: int
+    ) -> list[Rollout]:
+        group = await super().rollout(prompt, policy, teacher, iteration)
         share = self.options.guided(iteration)
         if share <= self.options.off_below:
-            return groups
+            return group
         asked, budget = self.options.feedback, self.options.augmented_tokens(self.config)
-        questions: dict[tuple[int, int], ScoreRequest] = {}
-        for g, i in [(g, i) for g, group in enumerate(groups) for i in self._chosen(group, share, iteration)]:
-            prompt, ids = groups[g][i].prompt, feedback.question_ids(asked, self.tokenizer, groups[g][i])
+        questions: dict[int, ScoreRequest] = {}
+        for i in self._chosen(group, share, iteration):
+            ids = feedback.question_ids(asked, self.tokenizer, group[i])
             if len(ids) > asked.max_prompt_tokens:
-                self._failed[prompt.id, i] = "budget"
+                group[i] = replace(group[i], note="budget")
             else:
-                questions[g, i] = ScoreRequest(ids, name=f"{prompt.id}/{i}", meta=prompt.meta)
+                questions[i] = ScoreRequest(ids, name=f"{prompt.id}/{i}", meta=prompt.meta)
         assert teacher is not None
         sampling = Sampling(temperature=asked.temperature, max_tokens=asked.max_tokens, seed=self.config.run.seed)
-        answers = teacher.write(list(questions.values()), sampling, iteration)
-        for (g, i), answer in zip(questions, answers, strict=True):
-            made = feedback.answered(asked, self.tokenizer, groups[g][i], answer, budget)
-            if isinstance(made, Rollout):
-                groups[g][i] = made
-            else:
-                self._failed[groups[g][i].prompt.id, i] = made
-        return groups
-
-    @property
-    def failures(self) -> Counter[Failure]:
-        """Number of completions of the last iteration without feedback, by reason, over all that were sampled."""
-        return Counter(self._failed.values())
+        answers = await teacher.write(list(questions.values()), sampling, iteration)
+        for i, answer in zip(questions, answers, strict=True):
+            made = feedback.answered(asked, self.tokenizer, group[i], answer, budget)
+            group[i] = made if isinstance(made, Rollout) else replace(group[i], note=made)
+        return group
 
     def limit(self, rollout: Rollout) -> int:
         """The teacher's text has a budget of its own: the student is not penalised for it."""
@@ -102,21 +85,23 @@ class ThinkTuning(GRPO):
     def teacher_prompt(self, scored: ScoredRollout, group: Sequence[ScoredRollout]) -> None:
         """None: the teacher writes, and scores nothing."""
 
-    def diagnose(
+    async def diagnose(
         self,
-        groups: Sequence[Sequence[ScoredRollout]],
-        teacher: Teacher | None,
+        trained: Sequence[Sequence[ScoredRollout]],
+        drawn: Sequence[Sequence[ScoredRollout]],
+        teacher: AsyncTeacher | None,
         iteration: int,
         meter: MetricAccumulator,
     ) -> None:
-        for scored in (s for group in groups for s in group):
+        for scored in (s for group in trained for s in group):
             guided = bool(scored.rollout.segments)
             meter.mean("guided/fraction", float(guided), 1.0)
             for name, counts in (("guided/reward", guided), ("guided/plain_reward", not guided)):
                 known = counts and scored.reward is not None
                 meter.mean(name, scored.reward or 0.0 if known else 0.0, float(known))
-        for kind in ("format", "budget"):
-            meter.total(f"guided/{kind}_failures", float(self.failures[kind]))
+        notes = [scored.rollout.note for group in drawn for scored in group]
+        for failure in get_args(Failure):
+            meter.total(f"guided/{failure}_failures", float(notes.count(failure)))
 
     def loss(self, output: PolicyOutput, batch: Batch, iteration: int) -> Loss:
         advantages, weights = batch.advantages, batch.loss_weights["policy"]

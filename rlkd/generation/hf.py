@@ -29,6 +29,8 @@ class HFSampler:
     so a sample does not depend on which other rows are in the batch.
     """
 
+    in_process = True
+
     def __init__(self, config: Config, eos_ids: Sequence[int]):
         self.config = config
         self.eos_ids = tuple(eos_ids)

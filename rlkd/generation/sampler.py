@@ -37,6 +37,11 @@ class Sampler(Protocol):
     own prompts), then `close`. If nothing is trained, call `keep_loaded` instead of `publish`.
     """
 
+    @property
+    def in_process(self) -> bool:
+        """Whether the model is in this process, rather than on servers."""
+        ...
+
     def start(self) -> None:
         """Begin slow operations, such as starting servers, without waiting. Every rank calls it before `open`."""
         ...
@@ -78,6 +83,14 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Release the model, or the servers and connections."""
+        ...
+
+
+class AsyncSampler(Protocol):
+    """A sampler as an algorithm sees it: the completions of one prompt, while other prompts are under way."""
+
+    async def sample(self, prompt: Prompt, *, n: int, iteration: int, sampling: Sampling) -> list[Rollout]:
+        """n completions of `prompt` by the published weights; see `Sampler.sample`."""
         ...
 
 

@@ -101,6 +101,8 @@ def longest(config: Config) -> int:
 class VLLMSampler:
     """Implements `Sampler`. Rank 0 starts the servers (unless they are already running) and manages their weights."""
 
+    in_process = False
+
     def __init__(self, config: Config, eos_ids: Sequence[int]) -> None:
         """
         Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -19,14 +20,12 @@ from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
-from rlkd.pipeline.line import Groups, PhaseTimer
-from rlkd.pipeline.rollout_files import write_rollouts
+from rlkd.pipeline.line import Group, Walked
 from rlkd.servers.client import ServerLost
-from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import save_data
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.teacher import Teacher
-from rlkd.types import Batch, ScoredRollout
+from rlkd.types import Batch
 
 T = TypeVar("T")
 
@@ -96,6 +95,7 @@ class RolloutLoader:
 
     def close(self) -> None:
         """Stop everything that `open` started."""
+        self.line.stream.close()
         self.line.rewards.close()
         for scorer in self.line.scorers.values():
             scorer.close()
@@ -150,17 +150,20 @@ class RolloutLoader:
 
         The metrics of rewards, lengths and errors cover everything sampled, even if only part of it is trained on.
         """
-        drawn, groups, clock = self.with_servers(lambda: self._walk(iteration))
-        clock.lap("time/wait")
-        metrics = describe(drawn, iteration, self.config.reward.correct_at)
-        metrics.merge(clock.meter)
+        started = time.perf_counter()
+        walked, ready = self.with_servers(lambda: (self.walk(iteration), time.perf_counter()))
+        metrics = describe(walked.drawn, iteration, self.config.reward.correct_at)
+        metrics.merge(walked.meter)
+        for stage, seconds in walked.clock.seconds(started, ready).items():
+            metrics.maximum(f"time/{stage}", seconds)
+        metrics.maximum("time/wait", time.perf_counter() - ready)
         layers = {
             name: scorer.layers()
             for name, scorer in self.line.scorers.items()
             if self.algorithm.scorer_signal(name).tier == "hidden"
         }
         batch = collate(
-            groups,
+            walked.trained,
             iteration,
             layers,
             scorers=tuple(self.line.scorers),
@@ -169,17 +172,12 @@ class RolloutLoader:
             metrics=metrics,
         )
         if self.algorithm.needs_rewards:
-            check_errors(drawn, self.config, f"iteration {iteration + 1}")
+            check_errors(walked.drawn, self.config, f"iteration {iteration + 1}")
         return batch
 
-    def _walk(self, iteration: int) -> tuple[Groups, Groups, PhaseTimer]:
-        """Run the line once and write its rollouts to disk. Calls no collective."""
-        clock = PhaseTimer()
-        drawn, groups = self.line.walk(iteration, clock)
-        with writing(f"the rollouts of iteration {iteration + 1}"):
-            write_rollouts(self.config, self.tokenizer, groups, iteration)
-        clock.lap("time/dump")
-        return drawn, groups, clock
+    def walk(self, iteration: int) -> Walked:
+        """What the left half gives for one iteration on this rank. Calls no collective."""
+        return self.line.stream.submit(self.line.walk(iteration)).result()
 
     def with_servers(self, act: Callable[[], T]) -> T:
         """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.
@@ -210,7 +208,7 @@ class RolloutLoader:
         )
 
 
-def check_errors(groups: Sequence[Sequence[ScoredRollout]], config: Config, where: str) -> None:
+def check_errors(groups: Sequence[Group], config: Config, where: str) -> None:
     """Stop the run on all ranks if too many rewards failed. A collective.
 
     Raises: RunStopped above `reward.max_error_rate`, with the most frequent error of this rank.

@@ -7,21 +7,23 @@ could not be computed is None with the reason, never 0.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import select
-import signal
-import subprocess
-import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlkd.config.schema import RewardConfig, RewardFunction
 from rlkd.distributed import RunStopped
 from rlkd.rewards import LARGEST, registry
+from rlkd.rewards.worker_process import Job, WorkerProcess
 
 START_TIMEOUT_S = 120.0
 """Limit of a worker's start: the imports of the user's module."""
@@ -70,104 +72,23 @@ _Value = tuple[float | None, str | None, str | None]
 """The outcome of one call: (reward, None, feedback or None) or (None, error, None)."""
 
 
-@dataclass
-class _Job:
-    """One item at one worker, and the functions that have not answered yet."""
+@dataclass(eq=False)
+class _Submission:
+    """The completions of one `submit`."""
 
-    item: int
-    functions: deque[int]
-
-
-class _Worker:
-    """One worker process, its two pipes, and its jobs."""
-
-    def __init__(self, setup: bytes) -> None:
-        request_out, self._request = os.pipe()
-        self._response, response_in = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rlkd.rewards.worker", str(request_out), str(response_in)],
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what rewards print goes to our stderr
-            pass_fds=(request_out, response_in),
-            start_new_session=True,
-        )
-        os.close(request_out)
-        os.close(response_in)
-        os.set_blocking(self._request, False)
-        os.set_blocking(self._response, False)
-        self.jobs: deque[_Job] = deque()
-        self.ready = False
-        self.since = time.monotonic()
-        """Start of the call in progress: the time of the last answer, or of the job that ended an idle period."""
-        self._unsent = bytearray(setup)
-        self._received = bytearray()
-
-    def give(self, jobs: Sequence[_Job], messages: bytes) -> None:
-        """Add `jobs`; `messages` is their encoding for the process."""
-        if not self.jobs:
-            self.since = time.monotonic()
-        self.jobs.extend(jobs)
-        self._unsent += messages
-        self.flush()
-
-    def flush(self) -> None:
-        """Write as much as the pipe accepts now. A dead process is noticed when receiving."""
-        while self._unsent:
-            try:
-                written = os.write(self._request, self._unsent[:65536])
-            except (BlockingIOError, BrokenPipeError):
-                return
-            del self._unsent[:written]
-
-    def register(self, poll: select.poll) -> None:
-        """Make `poll` wake up when there is something to receive or to flush."""
-        poll.register(self._response, select.POLLIN)
-        if self._unsent:
-            poll.register(self._request, select.POLLOUT)
-
-    def receive(self) -> tuple[list[Any], bool]:
-        """(the messages that have arrived, whether the pipe has ended)."""
-        ended = False
-        while True:
-            try:
-                data = os.read(self._response, 65536)
-            except BlockingIOError:
-                break
-            if not data:
-                ended = True
-                break
-            self._received += data
-        *lines, rest = self._received.split(b"\n")
-        self._received = bytearray(rest)
-        if lines:
-            self.since = time.monotonic()
-        return [json.loads(line) for line in lines], ended
-
-    def exit(self, patience_s: float = 0.0) -> str | None:
-        """How the process ended; None while it runs. Waits up to `patience_s`.
-
-        It stays a zombie, so that its process group cannot be reused before `kill`.
-        """
-        until = time.monotonic() + patience_s
-        while (status := os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is None:
-            if time.monotonic() >= until:
-                return None
-            time.sleep(0.002)
-        how = "exited with status" if status.si_code == os.CLD_EXITED else "was killed by signal"
-        return f"its process {how} {status.si_status}"
-
-    def kill(self) -> None:
-        """End the worker and all of its process group."""
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        os.close(self._request)
-        os.close(self._response)
+    values: list[list[_Value]]
+    """By completion and function."""
+    missing: int
+    """The number of calls without an outcome."""
+    jobs: list[Job[_Submission]] = field(default_factory=list)
+    answer: Future[list[RewardResult]] = field(default_factory=Future)
 
 
 class RewardPool:
-    """Worker processes that score completions. `open` once, `score` often, `close`; or `with RewardPool(config)`.
+    """Worker processes that score completions. `open` once, `submit` or `score` often, then `close`.
 
-    Not thread-safe. Workers end with this process, however it ends.
+    Also `with RewardPool(config)`. A thread distributes the completions, so callers need not wait for each other.
+    Workers end with this process, however it ends.
     """
 
     def __init__(self, config: RewardConfig) -> None:
@@ -175,25 +96,50 @@ class RewardPool:
         self._names = part_names(config.functions)
         self._timeout_s = config.timeout_s
         self._size = config.workers
-        self._workers: list[_Worker] = []
         self._setup = b""
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        """Of `_inbox`, `_closing` and `_failure`, which callers share with the thread."""
+        self._inbox: list[_Submission] = []
+        self._closing = False
+        self._failure: BaseException | None = None
+        """Why the thread has ended."""
+        # What follows belongs to the thread.
+        self._workers: list[WorkerProcess[_Submission]] = []
+        self._queue: deque[Job[_Submission]] = deque()
+        self._unanswered: set[_Submission] = set()
 
     def open(self) -> None:
         """Start the workers and wait until each has loaded the functions.
 
         Raises: RunStopped if a function cannot be loaded or a worker cannot start.
         """
-        assert not self._workers, "the pool is open"
+        assert self._thread is None, "the pool is open"
         functions = [[f.name, f.options] for f in self._functions]
         self._setup = _line({"path": registry.search_path(), "functions": functions})
-        self._workers = [_Worker(self._setup) for _ in range(self._size)]
-        self._run([], [], [])
+        self._closing, self._failure = False, None
+        self._awake, self._wake = os.pipe()
+        os.set_blocking(self._awake, False)
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._serve, args=(ready,), name="rlkd-rewards", daemon=True)
+        self._thread.start()
+        try:
+            ready.result()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Kill the workers and all processes that they started."""
-        for worker in self._workers:
-            worker.kill()
-        self._workers = []
+        """Kill the workers and all processes that they started. What was not answered is cancelled."""
+        if self._thread is None:
+            return
+        with self._lock:
+            self._closing = True
+        os.write(self._wake, b"x")
+        self._thread.join()
+        os.close(self._awake)
+        os.close(self._wake)
+        self._thread = None
 
     def __enter__(self) -> RewardPool:
         self.open()
@@ -203,66 +149,152 @@ class RewardPool:
         self.close()
 
     def score(self, items: Sequence[RewardItem]) -> list[RewardResult]:
+        """Wait for the answer of `submit`."""
+        return self.submit(items).result()
+
+    def submit(self, items: Sequence[RewardItem]) -> Future[list[RewardResult]]:
         """The rewards of `items`, in their order. Each function has `timeout_s` seconds for each item.
 
-        Raises: RunStopped if meta or messages are not JSON, or a worker cannot be restarted.
+        Safe to call from several threads. The future raises RunStopped if a worker cannot be restarted.
+
+        Raises: RunStopped if meta or messages are not JSON.
         """
-        assert self._workers, "the pool is not open"
-        payloads = [_payload(item) for item in items]
-        values: list[list[_Value]] = [[(None, None, None)] * len(self._functions) for _ in items]
-        self._run([_Job(i, deque(range(len(self._functions)))) for i in range(len(items))], payloads, values)
-        return [self._result(row) for row in values]
+        assert self._thread is not None, "the pool is not open"
+        functions = range(len(self._functions))
+        submission = _Submission([[(None, None, None) for _ in functions] for _ in items], len(items) * len(functions))
+        submission.jobs = [Job(submission, i, _payload(item), deque(functions)) for i, item in enumerate(items)]
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure
+            self._inbox.append(submission)
+        os.write(self._wake, b"x")
+        return submission.answer
 
-    def _run(self, jobs: Sequence[_Job], payloads: Sequence[bytes], values: list[list[_Value]]) -> None:
-        """Run until every worker is ready and every job is done. Writes values[item][function]."""
-        queue = deque(jobs)
+    # ---- in the thread ------------------------------------------------------------------------------------------
+
+    def _serve(self, ready: Future[None]) -> None:
+        """Answer submissions until `close`, or until a worker cannot be started."""
+        failure: BaseException | None = None
         try:
-            while queue or any(worker.jobs or not worker.ready for worker in self._workers):
-                self._feed(queue, payloads)
+            self._workers = [WorkerProcess(self._setup) for _ in range(self._size)]
+            while self._receive():
+                self._feed()
                 self._wait()
-                for i, worker in enumerate(self._workers):
-                    worker.flush()
-                    cause = worker.exit()  # before receiving, so that all answers of a dead worker have arrived
-                    messages, ended = worker.receive()
-                    for message in messages:
-                        _take(worker, message, values)
-                    if ended:
-                        cause = worker.exit(patience_s=1.0) or "its process closed its pipe"
-                    elif cause is None and worker.since + self._limit(worker) <= time.monotonic():
-                        cause = f"gave no answer within {self._limit(worker):g} s"
-                    if cause is not None:
-                        worker.kill()
-                        self._workers[i] = _Worker(self._setup)
-                        _blame(worker, cause, queue, values)
-        except BaseException:
-            self.close()  # the next call cannot use workers with unfinished jobs
-            raise
+                for i in range(len(self._workers)):
+                    self._look_after(i)
+                if not ready.done() and all(worker.ready for worker in self._workers):
+                    ready.set_result(None)
+        except BaseException as error:
+            failure = error
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+        with self._lock:
+            self._failure = failure
+            self._unanswered.update(self._inbox)
+            self._inbox = []
+        if failure is not None and not ready.done():
+            ready.set_exception(failure)
+        for submission in self._unanswered:
+            if failure is None:
+                submission.answer.cancel()
+            elif submission.answer.set_running_or_notify_cancel():
+                submission.answer.set_exception(failure)
+        self._unanswered, self._queue = set(), deque()
 
-    def _feed(self, queue: deque[_Job], payloads: Sequence[bytes]) -> None:
+    def _receive(self) -> bool:
+        """Queue what was submitted; False if the pool is to be closed."""
+        with self._lock:
+            arrived, self._inbox = self._inbox, []
+            closing = self._closing
+        for submission in arrived:
+            self._unanswered.add(submission)
+            self._queue.extend(submission.jobs)
+            self._answer_if_complete(submission)  # it may have no items
+        return not closing
+
+    def _feed(self) -> None:
         """Give jobs to workers: many at a time at first, one at a time near the end, so that no job waits behind a slow
         one while another worker is idle."""
-        share = max(1, min(MAX_AHEAD, len(queue) // (2 * len(self._workers))))
+        share = max(1, min(MAX_AHEAD, len(self._queue) // (2 * len(self._workers))))
         for worker in self._workers:
-            given: list[_Job] = []
-            while worker.ready and queue and len(worker.jobs) + len(given) < share:
-                given.append(queue.popleft())
+            given: list[Job[_Submission]] = []
+            while worker.ready and self._queue and len(worker.jobs) + len(given) < share:
+                job = self._queue.popleft()
+                if not job.owner.answer.cancelled():
+                    given.append(job)
             if given:
-                worker.give(given, b"".join(_message(job, payloads[job.item]) for job in given))
+                worker.give(given)
 
-    def _limit(self, worker: _Worker) -> float:
+    def _limit(self, worker: WorkerProcess[_Submission]) -> float:
         """Time limit of the worker's current call, in seconds."""
         if not worker.ready:
             return START_TIMEOUT_S
-        return self._timeout_s if worker.jobs else float("inf")
+        return self._timeout_s if worker.jobs else math.inf
 
     def _wait(self) -> None:
-        """Wait until a pipe is ready, or a worker has exceeded its limit."""
+        """Wait until a pipe is ready, something was submitted, or a worker has exceeded its limit."""
         poll = select.poll()
+        poll.register(self._awake, select.POLLIN)
         for worker in self._workers:
             worker.register(poll)
         now = time.monotonic()
         remaining = min(worker.since + self._limit(worker) - now for worker in self._workers)
-        poll.poll(1000 * max(0.0, min(TICK_S, remaining)) + 1)
+        busy = remaining < math.inf
+        poll.poll(1000 * max(0.0, min(TICK_S, remaining)) + 1 if busy else None)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._awake, 4096):
+                pass
+
+    def _look_after(self, i: int) -> None:
+        """Take the answers of worker `i`, and replace it if it has died or exceeded its limit."""
+        worker = self._workers[i]
+        worker.flush()
+        cause = worker.exit()  # before receiving, so that all answers of a dead worker have arrived
+        messages, ended = worker.receive()
+        for message in messages:
+            self._take(worker, message)
+        if ended:
+            cause = worker.exit(patience_s=1.0) or "its process closed its pipe"
+        elif cause is None and worker.since + self._limit(worker) <= time.monotonic():
+            cause = f"gave no answer within {self._limit(worker):g} s"
+        if cause is not None:
+            worker.kill()
+            self._workers[i] = WorkerProcess(self._setup)
+            self._blame(worker, cause)
+
+    def _take(self, worker: WorkerProcess[_Submission], message: Any) -> None:
+        """Store one message of a worker."""
+        if not worker.ready:
+            if message["ready"] is not None:
+                raise RunStopped(message["ready"])
+            worker.ready = True
+            return
+        item, function, value, error, words = message
+        job = worker.jobs[0]
+        assert (job.item, job.functions.popleft()) == (item, function), "a worker answered out of order"
+        if not job.functions:
+            worker.jobs.popleft()
+        self._store(job, function, (value, error, words))
+
+    def _blame(self, worker: WorkerProcess[_Submission], cause: str) -> None:
+        """Record that the call in progress failed; the worker's other jobs return to the head of the queue."""
+        if not worker.ready:
+            raise RunStopped(f"a reward worker did not start: {cause}; see its output above")
+        if worker.jobs:
+            self._store(worker.jobs[0], worker.jobs[0].functions.popleft(), (None, cause, None))
+        self._queue.extendleft(reversed([job for job in worker.jobs if job.functions]))
+
+    def _store(self, job: Job[_Submission], function: int, value: _Value) -> None:
+        job.owner.values[job.item][function] = value
+        job.owner.missing -= 1
+        self._answer_if_complete(job.owner)
+
+    def _answer_if_complete(self, submission: _Submission) -> None:
+        if submission.missing == 0:
+            self._unanswered.discard(submission)
+            if submission.answer.set_running_or_notify_cancel():
+                submission.answer.set_result([self._result(row) for row in submission.values])
 
     def _result(self, values: Sequence[_Value]) -> RewardResult:
         parts = {name: value for name, (value, _, _) in zip(self._names, values, strict=True)}
@@ -300,31 +332,3 @@ def _payload(item: RewardItem) -> bytes:
             f"prompt {item.prompt[:40]!r}: expected columns and messages that are JSON, since rewards get them, got: "
             f"{registry.one_line(error)}; write such values as texts, or leave their columns out of the data"
         ) from error
-
-
-def _message(job: _Job, payload: bytes) -> bytes:
-    return b'{"job":%d,"functions":%s,"item":%s}\n' % (job.item, json.dumps(list(job.functions)).encode(), payload)
-
-
-def _take(worker: _Worker, message: Any, values: list[list[_Value]]) -> None:
-    """Store one message of a worker."""
-    if not worker.ready:
-        if message["ready"] is not None:
-            raise RunStopped(message["ready"])
-        worker.ready = True
-        return
-    item, function, value, error, words = message
-    job = worker.jobs[0]
-    assert (job.item, job.functions.popleft()) == (item, function), "a worker answered out of order"
-    values[item][function] = (value, error, words)
-    if not job.functions:
-        worker.jobs.popleft()
-
-
-def _blame(worker: _Worker, cause: str, queue: deque[_Job], values: list[list[_Value]]) -> None:
-    """Record that the call in progress failed; the worker's other jobs return to the head of the queue."""
-    if not worker.ready:
-        raise RunStopped(f"a reward worker did not start: {cause}; see its output above")
-    if worker.jobs:
-        values[worker.jobs[0].item][worker.jobs[0].functions.popleft()] = (None, cause, None)
-    queue.extendleft(reversed([job for job in worker.jobs if job.functions]))

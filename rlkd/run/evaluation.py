@@ -58,7 +58,7 @@ def _evaluated(
             continue
         # A different seed from training, so that evaluation never repeats a training sample.
         sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
-        groups = loader.line.reward(loader.policy.sample(mine, n=n, iteration=0, sampling=sampling))
+        groups = loader.line.stream.run([loader.line.answers(prompt, n, sampling) for prompt in mine])
         scored += groups
         for group in groups:
             known = [s.is_correct(config.reward.correct_at) is True for s in group if s.reward is not None]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -21,6 +23,9 @@ from rlkd.servers.process import VLLMServer, launch, new_key, server_key, wait_r
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
+
+RETRY_S = 5.0
+"""Seconds between attempts to revive a lost server while others serve."""
 
 
 class ServerPool:
@@ -49,6 +54,9 @@ class ServerPool:
         self._load: dict[str, int] = {}
         """url → requests under way."""
         self._changed = threading.Condition()
+        self._reviving = threading.Lock()
+        self._tried = -math.inf
+        """When `run` last tried to revive servers."""
         self._key: str | None = None
 
     # ---- starting and ending ------------------------------------------------------------------------------------
@@ -132,7 +140,7 @@ class ServerPool:
                 except ServerLost as error:
                     self._lost[client.url] = str(error)
                 else:
-                    del self._lost[client.url]
+                    self._lost.pop(client.url, None)
                     print(f"{self.role.name} server {client.url} is in service again", file=sys.stderr, flush=True)
 
     def await_one(self, act: Callable[[VLLMClient], None]) -> None:
@@ -192,13 +200,25 @@ class ServerPool:
                     self._release(client)
 
         if reconnect is not None and self._lost:
-            self.revive(reconnect)
+            self._try_again(reconnect)
+        if len(jobs) == 1:  # in the caller's thread
+            return [one(jobs[0])]
         with ThreadPoolExecutor(max(1, min(at_once * len(self.clients), len(jobs)))) as pool:
             try:
                 return list(pool.map(one, jobs))
             except ServerError:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+    def _try_again(self, reconnect: Callable[[VLLMClient], None]) -> None:
+        """`revive` if no other thread is at it, and at most every RETRY_S seconds: each group of an iteration calls."""
+        if time.monotonic() < self._tried + RETRY_S or not self._reviving.acquire(blocking=False):
+            return
+        try:
+            self.revive(reconnect)
+            self._tried = time.monotonic()
+        finally:
+            self._reviving.release()
 
     def _acquire(self, at_once: int, reconnect: Callable[[VLLMClient], None] | None) -> VLLMClient:
         """A server in service with room for one more, once there is one."""

@@ -26,6 +26,8 @@ class LocalScorer(FixedTeacher):
     Every rank holds a full copy. Serve a model that is too large for that.
     """
 
+    in_process = True
+
     def __init__(
         self,
         path: str,

@@ -22,6 +22,10 @@ class RoutedTeacher(FixedTeacher):
         self.column = column
         self.teachers = dict(teachers)
 
+    @property
+    def in_process(self) -> bool:
+        return any(teacher.in_process for teacher in self.teachers.values())
+
     def start(self) -> None:
         """Start all teachers."""
         for teacher in self.teachers.values():

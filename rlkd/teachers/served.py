@@ -51,6 +51,7 @@ def teacher_longest(config: Config) -> int:
 class _ServedScorer(FixedTeacher):
     """Scores completions by requesting the prompt log-probs of prompt and completion together from servers."""
 
+    in_process = False
     pool: ServerPool
 
     def __init__(self, ends: Sequence[int], vocabulary: int) -> None:

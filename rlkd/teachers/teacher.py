@@ -71,6 +71,11 @@ class Teacher(Protocol):
         ...
 
     @property
+    def in_process(self) -> bool:
+        """Whether a model of it is in this process; False if all are on servers."""
+        ...
+
+    @property
     def follows(self) -> bool:
         """Whether `publish` changes it."""
         ...
@@ -85,6 +90,18 @@ class Teacher(Protocol):
 
     def restore(self, folder: Path, version: int) -> None:
         """Be as `save` left it after iteration `version`."""
+        ...
+
+
+class AsyncTeacher(Protocol):
+    """A teacher as an algorithm sees it: it answers one group, while other groups are under way."""
+
+    async def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
+        """See `Teacher.score`."""
+        ...
+
+    async def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
+        """See `Teacher.write`."""
         ...
 
 

@@ -65,9 +65,9 @@ class TwoTeachers(KDRL):
 class Environment(GRPO):
     """GRPO on completions into whose middle an environment has written two tokens."""
 
-    def rollout(self, prompts, policy, teacher, iteration):
-        groups = super().rollout(prompts, policy, teacher, iteration)
-        return [[interrupted(rollout, (5, 6)) for rollout in group] for group in groups]
+    async def rollout(self, prompt, policy, teacher, iteration):
+        group = await super().rollout(prompt, policy, teacher, iteration)
+        return [interrupted(rollout, (5, 6)) for rollout in group]
 
 
 def interrupted(rollout, said):

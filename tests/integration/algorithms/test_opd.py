@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import builders
 import pytest
 import torch
 from builders import Captured, assert_moved, assert_same, config, groups, local_scorer, own_logprobs, real_batch
@@ -246,7 +247,7 @@ COMPLETIONS = "data.completion_column=answer"
 
 def rolled(made, teacher, iteration=3, prompts=PROMPTS):
     policy = Policy()
-    return OPD(made).rollout(prompts, policy, teacher, iteration), policy.asked
+    return builders.rolled(OPD(made), prompts, policy, teacher, iteration), policy.asked
 
 
 def students(rollouts):

@@ -1,10 +1,11 @@
 """Self-distillation: laws of the privileged prompt, and the kinds of context."""
 
+import asyncio
 import dataclasses
 
 import pytest
 import torch
-from builders import Captured, config, local_scorer, opened, real_batch, scored
+from builders import Captured, config, local_scorer, opened, real_batch, rolled, scored
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -98,7 +99,7 @@ def test_teacher_and_student_prompts_of_different_length_align():
         row = first * plain.algorithm.group_size
         start, end = len(prompt.token_ids), int(batch.lengths[row])
         completion = tuple(batch.input_ids[row, start:end].tolist())
-        (group,) = loader.algorithm.rollout([prompt], loader.policy, None, 0)
+        (group,) = rolled(loader.algorithm, [prompt], loader.policy)
         ids = loader.algorithm.teacher_prompt(scored_of(group[0]), [])
         assert len(ids) > start, "the prompt with the hint is longer"
         with torch.no_grad():
@@ -297,5 +298,6 @@ def test_a_part_that_is_set_keeps_the_other_defaults_of_its_place():
 def test_diagnose_names_are_the_same_without_any_context():
     sdpo = SDPO(settings(name="sdpo", options="group_size: 2"))
     meter = MetricAccumulator()
-    sdpo.diagnose([sdpo.advantages(attempts(0.0, 0.0))], None, 0, meter)
+    groups = [sdpo.advantages(attempts(0.0, 0.0))]
+    asyncio.run(sdpo.diagnose(groups, groups, None, 0, meter))
     assert meter.reduce() == {"context/share": 0.0}

@@ -1,10 +1,13 @@
 """ThinkTuning: the feedback, the rollouts to which it is appended, and the loss on it."""
 
+import asyncio
 import copy
 import functools
 import math
+from collections import Counter
 from dataclasses import replace
 
+import builders
 import pytest
 import torch
 from builders import Captured, own_logprobs, scored, with_scores
@@ -79,7 +82,11 @@ class Scripted:
 
 def rolled(algorithm, rollouts, teacher, iteration=0, names=("p",)):
     prompts = [replace(rollouts[0].prompt, id=name) for name in names]
-    return algorithm.rollout(prompts, Student(*rollouts), teacher, iteration)
+    return builders.rolled(algorithm, prompts, Student(*rollouts), teacher, iteration)
+
+
+def notes(groups):
+    return Counter(rollout.note for group in groups for rollout in group if rollout.note)
 
 
 def guided(group):
@@ -134,8 +141,7 @@ def test_a_span_with_only_an_end_of_sequence_is_dropped():
 )
 def test_what_cannot_be_appended_leaves_the_plain_rollout(teacher, failure):
     algorithm, plain = ThinkTuning(config()), sampled()
-    assert rolled(algorithm, [plain], teacher) == [[plain]]
-    assert algorithm.failures == {failure: 1}
+    assert rolled(algorithm, [plain], teacher) == [[replace(plain, note=failure)]]
 
 
 def test_the_budget_is_checked_to_the_token():
@@ -143,13 +149,14 @@ def test_the_budget_is_checked_to_the_token():
     ((made,),) = rolled(ThinkTuning(config("algorithm.max_augmented_tokens=25")), [plain], Scripted())
     assert len(made.token_ids) == 25
     ((left,),) = rolled(ThinkTuning(config("algorithm.max_augmented_tokens=24")), [plain], Scripted())
-    assert left == plain
+    assert left == replace(plain, note="budget")
 
 
 def test_a_question_that_is_too_long_is_not_asked():
     teacher, algorithm = Scripted(), ThinkTuning(config("algorithm.feedback.max_prompt_tokens=25"))
-    assert guided(rolled(algorithm, [sampled()], teacher)[0]) == [False]
-    assert teacher.asked[0][0] == [] and algorithm.failures == {"budget": 1}
+    groups = rolled(algorithm, [sampled()], teacher)
+    assert guided(groups[0]) == [False]
+    assert not teacher.asked and notes(groups) == {"budget": 1}
 
 
 def test_a_text_that_spells_an_end_of_sequence_is_refused():
@@ -392,25 +399,16 @@ def test_the_glue_may_have_its_own_loss():
 
 def test_metrics_of_an_iteration():
     algorithm = ThinkTuning(config())
-    rolled(algorithm, [sampled()], Scripted("no, a slip"), names=("p", "q"))
+    failed = rolled(algorithm, [sampled()], Scripted("no, a slip"), names=("p", "q"))
+    drawn = [[ScoredRollout(rollout=r, reward=None) for r in group] for group in failed]
     meter = MetricAccumulator()
-    algorithm.diagnose([*rows(), [scored(1, 3, None)]], None, 0, meter)
+    asyncio.run(algorithm.diagnose([*rows(), [scored(1, 3, None)]], drawn, None, 0, meter))
     wanted = {"fraction": 0.2, "reward": 1.0, "plain_reward": 0.0, "format_failures": 2, "budget_failures": 0}
     assert meter.reduce() == {f"guided/{name}": value for name, value in wanted.items()}
     nobody, everybody = MetricAccumulator(), MetricAccumulator()
-    algorithm.diagnose([[scored(1, 3, 1.0)]], None, 0, nobody)
-    algorithm.diagnose([rows()[0][:1]], None, 0, everybody)
+    for groups, meter in (([[scored(1, 3, 1.0)]], nobody), ([rows()[0][:1]], everybody)):
+        asyncio.run(algorithm.diagnose(groups, groups, None, 0, meter))
     assert nobody._means.keys() == everybody._means.keys()  # all ranks reduce the same names
-
-
-def test_failures_are_those_of_all_blocks_of_an_iteration():
-    """Dynamic sampling draws several blocks; an iteration that is retried after lost servers draws the same."""
-    algorithm = ThinkTuning(config())
-    for names in (("a", "b"), ("c", "d"), ("a", "b")):
-        rolled(algorithm, [sampled()], Scripted("no, a slip"), names=names)
-    assert algorithm.failures == {"format": 4}
-    rolled(algorithm, [sampled()], Scripted("no, a slip"), iteration=1)
-    assert algorithm.failures == {"format": 1}
 
 
 def test_the_overlong_penalty_does_not_count_the_teachers_tokens():
@@ -466,10 +464,11 @@ def loader():
 
 def test_rewards_are_the_augmented_answers(loader):
     prompts = loader.line.prompts.take(0, 4, 0, 1)
-    rollouts = loader.algorithm.rollout(prompts, loader.policy, loader.line.teacher, 0)
-    groups = loader.line.score(loader.line.reward(rollouts))
+    rollouts = builders.rolled(loader.algorithm, prompts, loader.policy, loader.line.teacher)
+    groups = loader.line.stream.run([loader.line.reward(group) for group in rollouts])
+    groups = loader.line.stream.run([loader.line.score(group) for group in groups])
     made = [s for group in groups for s in group if s.rollout.segments]
-    assert len(made) == 4 and not any(loader.algorithm.failures.values())
+    assert len(made) == 4 and not notes(rollouts)
     assert [s.teacher for s in made] == [None] * 4
     for s in made:
         text = loader.algorithm.text(s.rollout)

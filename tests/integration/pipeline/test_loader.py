@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import config
+from builders import config, rolled
 
 from rlkd.algorithms import feedback
 from rlkd.algorithms.feedback_options import FeedbackConfig
@@ -18,7 +18,7 @@ from rlkd.algorithms.sdpo import SDPO
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
 from rlkd.models.student import load_causal_lm
-from rlkd.pipeline.line import PhaseTimer, check_versions
+from rlkd.pipeline.line import check_versions
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.types import written
 
@@ -83,10 +83,10 @@ def test_rewards_compare_with_the_answer(loader):
 def test_an_old_version_is_an_error_unless_staleness_is_allowed(loader):
     with pytest.raises(RuntimeError, match="iteration 5: expected samples of weight version 4 .*, got version 3"):
         loader.batch(4)
-    groups = loader.algorithm.rollout(loader.line.prompts.take(0, 1), loader.policy, None, 0)
-    check_versions(groups, 5, max_staleness=2)
+    (group,) = rolled(loader.algorithm, loader.line.prompts.take(0, 1), loader.policy)
+    check_versions(group, 5, max_staleness=2)
     with pytest.raises(RuntimeError, match="max_staleness is 2"):
-        check_versions(groups, 6, max_staleness=2)
+        check_versions(group, 6, max_staleness=2)
 
 
 def test_the_state_of_a_loader_is_its_iteration(loader):
@@ -176,11 +176,10 @@ def picky():
 def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, wanted, chosen, drawn):
     owned = [p for block in range(3) for p in picky.line.prompts.take(2, 4, block=block, blocks=3)]
     picky.algorithm.wanted = frozenset(owned[i].id for i in wanted)
-    clock = PhaseTimer()
-    seen, groups = picky.line.walk(2, clock)
-    assert [g[0].rollout.prompt.id for g in seen] == [p.id for p in owned[:drawn]]
-    assert [g[0].rollout.prompt.id for g in groups] == [owned[i].id for i in chosen]
-    row = clock.meter.reduce()
+    walked = picky.walk(2)
+    assert [g[0].rollout.prompt.id for g in walked.drawn] == [p.id for p in owned[:drawn]]
+    assert [g[0].rollout.prompt.id for g in walked.trained] == [owned[i].id for i in chosen]
+    row = walked.meter.reduce()
     assert row["prompts/drawn"] == drawn
     assert row["groups/no_gradient"] == pytest.approx(1 - sum(i < drawn for i in wanted) / drawn)
 
@@ -188,8 +187,9 @@ def test_dynamic_sampling_draws_until_enough_groups_carry_a_gradient(picky, want
 def test_metrics_and_errors_are_those_of_all_sampled_rollouts(picky):
     picky.algorithm.wanted = frozenset()
     batch = picky.batch(2)
-    drawn, groups = picky.line.walk(2, PhaseTimer())
-    assert (len(batch), len(drawn), len(groups)) == (16, 12, 4)
+    walked = picky.walk(2)
+    drawn = walked.drawn
+    assert (len(batch), len(drawn), len(walked.trained)) == (16, 12, 4)
     row = batch.metrics.reduce()
     assert row["tokens/generated"] == sum(len(s.rollout.token_ids) for group in drawn for s in group)
     assert row["reward/mean"] == pytest.approx(sum(s.reward for group in drawn for s in group) / 48)
@@ -215,7 +215,8 @@ def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
 
 def test_the_teacher_scores_only_what_is_trained_on():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0}}")
-    drawn, groups = made.line.walk(0, PhaseTimer())
+    walked = made.walk(0)
+    drawn, groups = walked.drawn, walked.trained
     assert len(drawn) > 4, "else nothing was left out"
     assert all(s.teacher is None for group in drawn for s in group)
     assert all(s.teacher is not None for group in groups for s in group)
@@ -224,9 +225,10 @@ def test_the_teacher_scores_only_what_is_trained_on():
 
 def test_a_group_that_the_teacher_can_teach_is_never_resampled():
     made = opened("algorithm={name: kdrl, group_size: 4, resample_rounds: 3, kd: {coef: 0.1}}")
-    drawn, groups = made.line.walk(0, PhaseTimer())
+    walked = made.walk(0)
     made.close()
-    assert len(drawn) == len(groups) == 4
+    groups = walked.trained
+    assert len(walked.drawn) == len(groups) == 4
     assert any(all(s.advantage == 0 for s in group) for group in groups), "else it would not have been in question"
     assert all(all(s.masks["kd"]) for group in groups for s in group)
 
@@ -254,9 +256,9 @@ def test_a_reward_sees_special_tokens_but_for_the_end_token_that_stopped(special
     stopped, cut = written(prompt, [*ids, eos], "data", "stop"), written(prompt, ids, "data", "length")
     twice = written(prompt, [*ids, eos, eos], "data", "stop")
     try:
-        (group,) = loader.line.reward([[stopped, cut, twice]])
+        (group,) = loader.line.stream.run([loader.line.reward([stopped, cut, twice])])
     finally:
-        loader.line.rewards.close()
+        loader.close()
     assert [s.reward for s in group] == [1.0, 1.0, 0.0]
     assert [loader.algorithm.text(s.rollout) for s in group] == ["<user>area", "<user>area", "<user>area<eos>"]
     asked = feedback.question_ids(FeedbackConfig(behaviours=[], system=None), loader.tokenizer, stopped)
@@ -280,7 +282,8 @@ def test_a_reward_gets_the_users_last_message_and_all_messages(tmp_path, monkeyp
     loader.line.rewards.open()
     try:
         prompts = loader.line.prompts.take(0, 2)
-        groups = loader.line.reward([[written(prompt, [5], "data", "length")] for prompt in prompts])
+        made = [[written(prompt, [5], "data", "length")] for prompt in prompts]
+        groups = loader.line.stream.run([loader.line.reward(group) for group in made])
     finally:
-        loader.line.rewards.close()
+        loader.close()
     assert sorted(s.feedback for (s,) in groups) == ["ab|system:be brief user:ab", "ef|user:ab assistant:cd user:ef"]

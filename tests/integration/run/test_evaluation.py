@@ -42,7 +42,7 @@ def test_a_prompt_with_a_failed_reward_has_no_pass_at_k(monkeypatch):
         prompts = heldout_prompts(settings, loader.tokenizer)
         figures = evaluate(settings, loader, prompts)
         sampling = Sampling(temperature=1.5, max_tokens=settings.rollout.max_tokens, seed=2**31)
-        groups = loader.line.reward(loader.policy.sample(prompts, n=4, iteration=0, sampling=sampling))
+        groups = loader.line.stream.run([loader.line.answers(prompt, 4, sampling) for prompt in prompts])
     finally:
         loader.close()
     right = [[s.is_correct(1.0) for s in group] for group in groups]
