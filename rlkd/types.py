@@ -297,6 +297,9 @@ class Batch:
     """The masks that the algorithm's terms use besides `completion` and `student`."""
     loss_weights: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T]
     """By term: the weight of each token in it, made once per update from global counts (`Term`)."""
+    probe: Batch | None = None
+    """Completions by the newest weights, where those of the batch may be by older ones (`rollout.max_staleness`). They
+    are not trained on: sampler and trainer are compared on them."""
     metrics: MetricAccumulator = field(default_factory=MetricAccumulator)
     """Metrics of this rank's rollouts that are known before training."""
 
@@ -338,12 +341,13 @@ class Batch:
         }
         for name in ("scores", "masks", "loss_weights"):
             moved[name] = {key: value.to(device, **kwargs) for key, value in getattr(self, name).items()}
+        moved["probe"] = None if self.probe is None else self.probe.to(device, **kwargs)
         return dataclasses.replace(self, **moved)
 
     def rows(self, index: Tensor) -> Batch:
-        """The rows `index` [b], cut to the longest of them. The metrics stay with the full batch."""
+        """The rows `index` [b], cut to the longest of them. The metrics and the probe stay with the full batch."""
         length = int(self.lengths[index].max())
-        picked: dict[str, Any] = {"metrics": MetricAccumulator()}
+        picked: dict[str, Any] = {"metrics": MetricAccumulator(), "probe": None}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):

@@ -116,6 +116,12 @@ class GRPOConfig(AlgorithmConfig):
                 "remove it, or set algorithm.surrogate: clipped"
             )
             found.append(("algorithm.dual_clip", why))
+        if self.importance == "off" and config.rollout.max_staleness > 0:
+            why = (
+                f"is off, but rollout.max_staleness is {config.rollout.max_staleness}, so completions are by older "
+                "weights; set importance: truncate or mask, or rollout.max_staleness: 0"
+            )
+            found.append(("algorithm.importance", why))
         if self.importance == "off" and self.importance_level == "sequence":
             why = "is sequence, but algorithm.importance is off; remove it, or set importance: truncate or mask"
             found.append(("algorithm.importance_level", why))

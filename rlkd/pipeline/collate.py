@@ -22,6 +22,7 @@ def collate(
     scorers: Sequence[str] = (),
     masks: Sequence[str] = (),
     mask_failed: bool = True,
+    probe: Batch | None = None,
     metrics: MetricAccumulator | None = None,
 ) -> Batch:
     """One row per rollout, padded on the right. With `mask_failed`, rows whose reward failed are masked completely.
@@ -33,6 +34,7 @@ def collate(
     Args:
         layers: scorer name → its output layers, if its scores have hidden states.
         scorers, masks: the names that the batch has even if no rollout of this rank has them.
+        probe: see `Batch.probe`.
         metrics: the metrics of the rollouts; None: none.
     """
     rows = [scored for group in groups for scored in group]
@@ -76,6 +78,7 @@ def collate(
         weight_version=torch.tensor([-1 if v is None else v for v in (s.rollout.oldest_version for s in rows)]),
         masks=marked,
         scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in scored_by},
+        probe=probe,
         metrics=MetricAccumulator() if metrics is None else metrics,
     )
 

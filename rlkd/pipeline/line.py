@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
@@ -17,13 +18,14 @@ from rlkd.data.prompts import PromptStream
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import AsyncSampler, Sampler, Sampling
 from rlkd.metrics import MetricAccumulator
+from rlkd.pipeline import ahead
 from rlkd.pipeline.clock import StageClock
 from rlkd.pipeline.rollout_files import write_rollouts
 from rlkd.pipeline.selection import Selection
 from rlkd.pipeline.stages import sampler_stage, teacher_stages
 from rlkd.rewards.pool import RewardItem, RewardPool
 from rlkd.storage.disk_errors import writing
-from rlkd.stream import Stream, first_error
+from rlkd.stream import Pause, Stream, first_error
 from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest, Teacher
 from rlkd.types import Prompt, Rollout, ScoredRollout
 
@@ -66,6 +68,17 @@ class Line:
         self.policy = policy
         self.scorers = scorers
         self.rewards = rewards
+        self.rollouts: dict[tuple[int, int], list[Rollout]] = {}
+        """By (iteration, index of the prompt): what was sampled for iterations that are not yet handed out. A walk that
+        is repeated, because a server was lost or the run resumed, samples only what is missing."""
+        self.restored: dict[tuple[int, int], tuple[str, list[dict[str, Any]]]] = {}
+        """The same from a checkpoint, with the prompts' ids (`ahead.load`)."""
+        self._version = 0
+        """The newest published weights."""
+        self._awaited: list[tuple[int, Pause[None]]] = []
+        """Groups that wait for a version before a teacher that moves scores them."""
+        self._walks: set[asyncio.Event] = set()
+        """By iteration under way: whether everything is sampled."""
         # With servers, the composition of batches depends on time anyway.
         self.stream = Stream(together=policy.in_process)
         self._policy: AsyncSampler = sampler_stage(self.stream, policy)
@@ -84,14 +97,34 @@ class Line:
         Returns: the group with rewards, and the group to train on; None: it is not trained on.
         """
         with clock.stage("rollout"):
-            rollouts = await self.algorithm.rollout(prompt, self._policy, self._scorers.get("teacher"), iteration)
-            check_versions(rollouts, iteration, self.config.rollout.max_staleness)
+            rollouts = await self._rollouts(prompt, iteration, index)
+            selection.sampled()
         with clock.stage("reward"):
             group = await self.reward(rollouts) if self.algorithm.uses_rewards else without_reward(rollouts)
         if not await selection.keeps(index, self.algorithm.has_gradient(group, iteration)):
             return group, None
         with clock.stage("teacher"):
+            await self._published(iteration)
             return group, self.algorithm.advantages(await self.score(group))
+
+    async def _rollouts(self, prompt: Prompt, iteration: int, index: int) -> list[Rollout]:
+        """The completions of a prompt: those that a walk before this one left, or new ones."""
+        key = iteration, index
+        if key in self.rollouts:
+            return self.rollouts[key]
+        name, saved = self.restored.pop(key, (None, []))
+        if name == prompt.id:
+            rollouts = ahead.restored(prompt, saved)
+        else:
+            rollouts = await self.algorithm.rollout(prompt, self._policy, self._scorers.get("teacher"), iteration)
+        check_versions(rollouts, iteration, self.config.rollout.max_staleness)
+        self.rollouts[key] = rollouts
+        return rollouts
+
+    def forget(self, before: int) -> None:
+        """Forget the completions of the iterations before `before`."""
+        self.rollouts = {key: group for key, group in self.rollouts.items() if key[0] >= before}
+        self.restored = {key: group for key, group in self.restored.items() if key[0] >= before}
 
     async def walk(self, iteration: int) -> Walked:
         """This rank's share of one iteration, which is a function of the seed and the iteration."""
@@ -108,9 +141,14 @@ class Line:
             return len(prompts)
 
         selection = Selection(self.stream, share, blocks, draw)
-        with first_error():
-            async with asyncio.TaskGroup() as tasks:
-                selection.begin()
+        self._walks.add(selection.all_sampled)
+        try:
+            with first_error():
+                async with asyncio.TaskGroup() as tasks:
+                    selection.begin()
+        finally:
+            selection.all_sampled.set()  # after an error, nothing more will be
+            self._walks.discard(selection.all_sampled)
         drawn = [group.result()[0] for group in groups]
         trained = [kept for _, kept in (group.result() for group in groups) if kept is not None]
         meter.mean("groups/no_gradient", selection.no_gradient, len(drawn))
@@ -123,6 +161,30 @@ class Line:
         with clock.stage("dump"):
             await self.stream.in_thread(lambda: self._write(trained, iteration))
         return Walked(drawn=drawn, trained=trained, meter=meter, clock=clock)
+
+    async def all_sampled(self) -> None:
+        """Wait until nothing is being sampled for the iterations under way. Their rewards and scores may go on."""
+        for event in list(self._walks):
+            await event.wait()
+
+    async def published(self, version: int) -> None:
+        """Note that sampler and teachers have the weights of `version`."""
+        self._version = version
+        ready = [pause for iteration, pause in self._awaited if iteration <= version]
+        self._awaited = [(iteration, pause) for iteration, pause in self._awaited if iteration > version]
+        for pause in ready:
+            pause.end(None)
+
+    async def _published(self, iteration: int) -> None:
+        """Wait until a teacher that moves with the student has the weights that `iteration` begins with.
+
+        So its scores are of the same version whether an iteration is sampled ahead or not.
+        """
+        stale = self.config.rollout.max_staleness > 0 and self._version < iteration
+        if stale and any(scorer.moves for scorer in self.scorers.values()):
+            pause: Pause[None] = Pause(self.stream)
+            self._awaited.append((iteration, pause))
+            await pause.wait()
 
     def _write(self, groups: Sequence[Group], iteration: int) -> None:
         with writing(f"the rollouts of iteration {iteration + 1}"):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,10 +18,11 @@ from rlkd.config.schema import Config, NoTeacherConfig
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampler, eos_ids
+from rlkd.generation.sampler import Sampler, Sampling, eos_ids
+from rlkd.pipeline import ahead
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
-from rlkd.pipeline.line import Group, Walked
+from rlkd.pipeline.line import Group, Walked, without_reward
 from rlkd.servers.client import ServerLost
 from rlkd.storage.run_folder import save_data
 from rlkd.teachers.parity import check_parity
@@ -31,6 +33,9 @@ T = TypeVar("T")
 
 _MAX_ATTEMPTS = 5
 """How often an iteration is tried: one whose requests crash every server would otherwise be retried without end."""
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 8
+"""The size of `Batch.probe` on each rank: enough to notice other weights, and cheap beside an iteration."""
 
 ENDLESS = 10**9
 """`__len__`: larger than any run. With the true length, Lightning would store "last batch" in a finished run's
@@ -65,6 +70,8 @@ class RolloutLoader:
             for note in source.notes:
                 print(f"data: {note}", flush=True)
         self.line = build_line(config, algorithm, PromptStream(source, seed=config.run.seed))
+        self._walks: dict[int, Future[Walked]] = {}
+        """By iteration: what is under way, or was sampled ahead and not yet trained on."""
 
     @property
     def policy(self) -> Sampler:
@@ -96,6 +103,7 @@ class RolloutLoader:
     def close(self) -> None:
         """Stop everything that `open` started."""
         self.line.stream.close()
+        self._walks = {}
         self.line.rewards.close()
         for scorer in self.line.scorers.values():
             scorer.close()
@@ -113,20 +121,31 @@ class RolloutLoader:
         self.line.policy.publish(weights if served is None else served, version)
         for scorer in self.line.scorers.values():
             scorer.publish(weights, version)
+        self.line.stream.submit(self.line.published(version)).result()
+
+    def join(self) -> None:
+        """Wait until nothing is being sampled ahead, so that no completion mixes two versions."""
+        if self._walks:
+            self.line.stream.submit(self.line.all_sampled()).result()
 
     @property
     def teacher_follows(self) -> bool:
         """Whether a teacher in this process takes over the published weights."""
         return any(scorer.follows for scorer in self.line.scorers.values())
 
+    def save_rollouts(self, folder: Path) -> None:
+        """Save this rank's completions that were sampled ahead into a checkpoint's folder."""
+        ahead.save({key: group for key, group in self.line.rollouts.items() if key[0] >= self.iteration}, folder)
+
     def save(self, folder: Path) -> None:
-        """Save into a checkpoint's folder what a resumed run cannot recompute."""
+        """Save into a checkpoint's folder what a resumed run cannot recompute and all ranks have."""
         save_data(asdict(self.data), folder)
         for scorer in self.line.scorers.values():
             scorer.save(folder)
 
     def restore(self, folder: Path) -> None:
-        """Restore what `save` wrote. The iteration must be restored already."""
+        """Restore what `save` and `save_rollouts` wrote. The iteration must be restored already."""
+        self.line.restored = distributed.on_every_rank(lambda: ahead.load(folder))
         for scorer in self.line.scorers.values():
             scorer.restore(folder, self.iteration)
 
@@ -150,8 +169,16 @@ class RolloutLoader:
 
         The metrics of rewards, lengths and errors cover everything sampled, even if only part of it is trained on.
         """
+        staleness = self.config.rollout.max_staleness
+        self.line.forget(iteration)
         started = time.perf_counter()
-        walked, ready = self.with_servers(lambda: (self.walk(iteration), time.perf_counter()))
+        walked, probe, ready = self.with_servers(
+            lambda: (self.walk(iteration), self._probe(iteration), time.perf_counter())
+        )
+        if staleness == 0:
+            self.line.forget(iteration + 1)  # other may be published before it is asked for again
+        for following in range(iteration + 1, min(iteration + staleness + 1, self.config.run.iterations)):
+            self._begin(following)
         metrics = describe(walked.drawn, iteration, self.config.reward.correct_at)
         metrics.merge(walked.meter)
         for stage, seconds in walked.clock.seconds(started, ready).items():
@@ -169,6 +196,7 @@ class RolloutLoader:
             scorers=tuple(self.line.scorers),
             masks=self.algorithm.mask_names,
             mask_failed=self.algorithm.masks_failed,
+            probe=probe,
             metrics=metrics,
         )
         if self.algorithm.needs_rewards:
@@ -177,7 +205,29 @@ class RolloutLoader:
 
     def walk(self, iteration: int) -> Walked:
         """What the left half gives for one iteration on this rank. Calls no collective."""
-        return self.line.stream.submit(self.line.walk(iteration)).result()
+        self._begin(iteration)
+        try:
+            return self._walks[iteration].result()
+        finally:
+            del self._walks[iteration]  # after an error, the iteration may be tried again
+
+    def _probe(self, iteration: int) -> Batch | None:
+        """A few short completions by the newest weights, if those of the iteration may be by older ones."""
+        rollout = self.config.rollout
+        if rollout.max_staleness == 0:
+            return None
+        prompts = self.line.prompts.take(iteration, rollout.prompts, distributed.rank(), distributed.world_size())
+        sampling = Sampling(
+            temperature=rollout.temperature,
+            max_tokens=min(PROBE_TOKENS, rollout.max_tokens),
+            seed=self.config.run.seed + 2**32,  # not the noise of training or evaluation
+        )
+        groups = self.line.policy.sample(prompts[:PROBE_PROMPTS], n=1, iteration=iteration, sampling=sampling)
+        return collate([without_reward(group) for group in groups], iteration)
+
+    def _begin(self, iteration: int) -> None:
+        if iteration not in self._walks:
+            self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
 
     def with_servers(self, act: Callable[[], T]) -> T:
         """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.
@@ -208,7 +258,7 @@ class RolloutLoader:
         )
 
 
-def check_errors(groups: Sequence[Group], config: Config, where: str) -> None:
+def check_errors(groups: list[Group], config: Config, where: str) -> None:
     """Stop the run on all ranks if too many rewards failed. A collective.
 
     Raises: RunStopped above `reward.max_error_rate`, with the most frequent error of this rank.

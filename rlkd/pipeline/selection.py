@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 
@@ -33,15 +34,25 @@ class Selection:
         self.has_gradient: list[bool | None] = []
         """By group: whether it has a gradient; None as long as this is not known."""
         self._verdicts: list[Pause[bool]] = []
+        self._sampling = 0
+        """How many groups have no completions yet."""
+        self.all_sampled = asyncio.Event()
+        """Whether every group of the iteration has its completions, and no further one will be drawn."""
 
     def begin(self) -> None:
         """Draw the first block."""
         self._more()
 
+    def sampled(self) -> None:
+        """Note that one more group has its completions."""
+        self._sampling -= 1
+        self._look()
+
     async def keeps(self, index: int, has_gradient: bool) -> bool:
         """Whether the group `index` is trained on, once this is certain."""
         self.has_gradient[index] = has_gradient
         self._more()
+        self._look()
         self._decide()
         return await self._verdicts[index].wait()
 
@@ -54,13 +65,22 @@ class Selection:
         while self._drawn < self._blocks and len(self.has_gradient) - self.no_gradient < self._share:
             started = self._draw(self._drawn)
             self._drawn += 1
+            self._sampling += started
             self.has_gradient += [None] * started
             self._verdicts += [Pause(self._stream) for _ in range(started)]
+
+    @property
+    def _may_draw(self) -> bool:
+        return self._drawn < self._blocks and self.has_gradient.count(True) < self._share
+
+    def _look(self) -> None:
+        if self._sampling == 0 and not self._may_draw:
+            self.all_sampled.set()
 
     def _decide(self) -> None:
         """Give the verdicts that are certain: at least, and at most, so many groups come before this one."""
         known, unknown = self.has_gradient.count(True), self.has_gradient.count(None)
-        unseen = math.inf if self._drawn < self._blocks and known < self._share else 0
+        unseen = math.inf if self._may_draw else 0
         before = {True: 0, False: 0, None: 0}
         for has, verdict in zip(self.has_gradient, self._verdicts, strict=True):
             if has is not None:

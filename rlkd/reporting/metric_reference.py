@@ -372,6 +372,14 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "over completions. It is 0 unless `rollout.max_staleness` allows more.",
             ),
             Metric(
+                "staleness/gap",
+                "nats per token",
+                "Drift since sampling",
+                "With `rollout.max_staleness`: |log π of the sampler − log π of the trainer| averaged over the tokens "
+                "that are trained on, which older weights sampled. If it grows towards 1, importance weights remove "
+                "most of the gradient: lower `rollout.max_staleness` or `optim.lr`.",
+            ),
+            Metric(
                 "reward/errors",
                 "completions",
                 "Reward errors",
@@ -461,21 +469,24 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "time/rollout",
                 "seconds",
                 "Sampling",
-                "Time to get completions, from the student and from a teacher that writes; the slowest rank's.",
+                "Time that the trainer waits for completions, from the student and from a teacher that writes; the "
+                "slowest rank's. Where groups are in several stages at once, a moment counts for the earliest one.",
                 panel="Where the time goes",
             ),
             Metric(
                 "time/reward",
                 "seconds",
                 "Rewards",
-                "Time to compute rewards; the slowest rank's. If it is large, raise `reward.workers`.",
+                "Time that the trainer waits for rewards while nothing is sampled; the slowest rank's. If it is large, "
+                "raise `reward.workers`.",
                 panel="Where the time goes",
             ),
             Metric(
                 "time/teacher",
                 "seconds",
                 "Scoring",
-                "Time in which teacher and reference score completions; the slowest rank's.",
+                "Time that the trainer waits for the scores of teacher and reference while nothing is sampled or "
+                "rewarded; the slowest rank's.",
                 panel="Where the time goes",
             ),
             Metric(
@@ -490,6 +501,14 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "seconds",
                 "Publishing",
                 "Time to hand the new weights to the sampler, on rank 0.",
+                panel="Where the time goes",
+            ),
+            Metric(
+                "time/join",
+                "seconds",
+                "Waiting for samples",
+                "With `rollout.max_staleness`: time that a publish waits until the iteration that is sampled ahead has "
+                "all its completions, on rank 0. Large: sampling takes longer than training.",
                 panel="Where the time goes",
             ),
             Metric(

@@ -146,10 +146,15 @@ class Checkpoint(IterationCallback):
             with writing(what):
                 # If only rank 0 fails, the others wait for it inside; torchrun then stops them too.
                 trainer.save_checkpoint(partial)
+            distributed.on_every_rank(lambda: self._save_rollouts(partial, what))
             distributed.on_rank_zero(lambda: self._finish(partial, final, what))
         except RunStopped:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+    def _save_rollouts(self, partial: Path, what: str) -> None:
+        with writing(what):
+            self.loader.save_rollouts(partial)
 
     def _finish(self, partial: Path, final: Path, what: str) -> None:
         """Add the small files, rename the folder, and remove checkpoints beyond `checkpoint.keep`."""

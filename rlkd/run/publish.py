@@ -40,7 +40,10 @@ class Publish(IterationCallback):
         self._publish(module, batch.iteration + 1)
 
     def _publish(self, module: PolicyModule, version: int) -> None:
+        asked = time.perf_counter()
+        self.loader.join()
         started = time.perf_counter()
+        module.row["time/join"] = started - asked
         # Gathering and publishing are collectives, so every rank takes part.
         student, loader = module.model, self.loader
         config = loader.config

@@ -152,6 +152,10 @@ class PolicyServerTeacher(_ServedScorer):
         self._base = base
         self.pool = policy.pool
 
+    @property
+    def moves(self) -> bool:
+        return not self._base
+
     def start(self) -> None:
         """Nothing to do; the sampler starts the servers."""
 

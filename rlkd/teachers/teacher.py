@@ -80,6 +80,11 @@ class Teacher(Protocol):
         """Whether `publish` changes it."""
         ...
 
+    @property
+    def moves(self) -> bool:
+        """Whether its scores change with the weights that are published, by `publish` or at the policy's servers."""
+        ...
+
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Follow the student, whose full `weights` are those after `version` iterations."""
         ...
@@ -111,6 +116,10 @@ class FixedTeacher:
     @property
     def follows(self) -> bool:
         return False
+
+    @property
+    def moves(self) -> bool:
+        return self.follows
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
         """Nothing changes."""

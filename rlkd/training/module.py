@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import lightning
 import numpy as np
@@ -118,8 +118,14 @@ class PolicyModule(lightning.LightningModule):
                 reference = BatchScores(logprobs=self._own_logprobs(batch))
             batch = replace(batch, scores={**batch.scores, "reference": reference})
         per_iteration = self.config.trainer.updates_per_iteration
+        if batch.probe is not None:
+            self._compare_on(replace(batch.probe, old_logprobs=self._own_logprobs(batch.probe)), meter)
         if per_iteration > 1:
-            batch = self._with_old_logprobs(batch, meter)
+            batch = replace(batch, old_logprobs=self._own_logprobs(batch))
+            if self._on_policy:
+                self._compare_on(batch, meter)
+            else:
+                measure_gap(batch, meter, "staleness/gap")
         for part in updates(batch, per_iteration, seed):
             self._update(part, optimizer, meter)
         meter.total("tokens/trained", float(batch.completion_mask.sum()))
@@ -147,14 +153,15 @@ class PolicyModule(lightning.LightningModule):
                 # With one update the policy has not changed since it sampled: the old log-probs are those of this
                 # forward.
                 micro = replace(micro, old_logprobs=output.logprobs.detach())
-                measure_mismatch(micro, mismatch)
+                measure_gap(micro, mismatch, "mismatch" if self._on_policy else "staleness/gap")
             loss = self.algorithm.loss(output, micro, micro.iteration)
             # FSDP2 averages gradients over the ranks, but the weights are shares of a global sum.
             self.manual_backward(loss.total * distributed.world_size())
             for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
                 sums[name] = sums.get(name, 0.0) + float(value)
         if first:
-            self._check_gap(mismatch, batch.iteration)
+            if self._on_policy:
+                self._check_gap(mismatch, batch.iteration)
             meter.merge(mismatch)
         sharded = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.max_grad_norm)
         assert isinstance(sharded, DTensor)
@@ -223,14 +230,17 @@ class PolicyModule(lightning.LightningModule):
         most = int(distributed.all_reduce([float(len(parts))], "max")[0])
         return parts + [zero_weight_batch(batch)] * (most - len(parts))
 
-    def _with_old_logprobs(self, batch: Batch, meter: MetricAccumulator) -> Batch:
-        """Add the trainer's own log-probs before the first of several updates, and measure the mismatch."""
-        batch = replace(batch, old_logprobs=self._own_logprobs(batch))
+    @property
+    def _on_policy(self) -> bool:
+        """Whether the batch was sampled by the weights that are trained, up to rounding."""
+        return self.config.rollout.max_staleness == 0
+
+    def _compare_on(self, batch: Batch, meter: MetricAccumulator) -> None:
+        """Compare trainer and sampler on a batch by the newest weights, and stop the run if they disagree."""
         mismatch = MetricAccumulator()
-        measure_mismatch(batch, mismatch)
+        measure_gap(batch, mismatch, "mismatch")
         self._check_gap(mismatch, batch.iteration)
         meter.merge(mismatch)
-        return batch
 
     @torch.no_grad()
     def _own_logprobs(self, batch: Batch) -> Tensor:
@@ -276,12 +286,19 @@ def check_finite(student: Student, iteration: int) -> None:
         )
 
 
-def measure_mismatch(batch: Batch, meter: MetricAccumulator) -> None:
-    """Add |sampler log-prob − trainer log-prob| of the tokens that the student sampled to `meter`."""
+def measure_gap(batch: Batch, meter: MetricAccumulator, name: Literal["mismatch", "staleness/gap"]) -> None:
+    """Add |sampler log-prob − trainer log-prob| of the tokens that the student sampled to `meter`.
+
+    Args:
+        name: `mismatch` where both have the same weights: its mean and maximum. `staleness/gap` where the sampler had
+            older ones: its mean.
+    """
     assert batch.old_logprobs is not None
     gap = (batch.old_logprobs - batch.sampler_logprobs).abs()[batch.student_mask].double()
-    meter.mean("mismatch/mean", float(gap.sum()), float(gap.numel()))
-    meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
+    mean = "mismatch/mean" if name == "mismatch" else name
+    meter.mean(mean, float(gap.sum()), float(gap.numel()))
+    if name == "mismatch":
+        meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
 
 
 def check_mismatch(

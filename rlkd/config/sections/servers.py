@@ -78,7 +78,10 @@ class RolloutConfig(Section):
     temperature: float = Field(1.0, gt=0, description="sampling temperature; also used for the policy's log-probs")
     max_tokens: int = Field(256, ge=1, description="longest completion, in tokens")
     max_staleness: int = Field(
-        0, ge=0, description="weight versions that a sample may be behind the trainer; 0: on-policy"
+        0,
+        ge=0,
+        description="how many iterations are sampled ahead while the student trains, so how many weight versions a "
+        "sample is behind the trainer; 0: on-policy",
     )
     max_mismatch: float = Field(
         0.05, gt=0, description="the run stops if mean |sampler log-prob − trainer log-prob| exceeds this"

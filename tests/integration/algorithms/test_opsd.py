@@ -234,11 +234,12 @@ def test_filling_happens_once_and_leaves_other_braces(prompt, context, rest):
 
 
 def test_right_and_shuffled_hints_give_different_losses():
-    plain = settings("algorithm.leakage_every=2", "rollout.max_staleness=1")
+    plain = settings("algorithm.leakage_every=2")
     loader = opened(plain)
     figures = loader.batch(0).metrics.reduce()
     assert figures["context/share"] == 1.0
     assert figures["leakage/kl_right"] != pytest.approx(figures["leakage/kl_shuffled"], abs=1e-3)
+    loader.policy.publish(loader.line.teacher.hf.state_dict(), 1)
     assert "leakage/kl_right" not in loader.batch(1).metrics.reduce()
     loader.close()
 
