@@ -61,10 +61,10 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
             asked["eval.temperature"] = config.eval.temperature
         why = f"but vLLM silently raises it to {COLDEST_SERVED}; set it to at least that"
         found += [(key, f"is {value}, {why}") for key, value in asked.items() if value < COLDEST_SERVED]
-    if config.rollout.backend == "hf" and config.rollout.max_staleness > 1:
+    if config.rollout.max_staleness > 1 and not config.publishes_in_flight:
         why = (
-            f"is {config.rollout.max_staleness}, but the sampler in this process can be at most one iteration ahead; "
-            "set it to 1 or 0, or set rollout.backend: vllm"
+            f"is {config.rollout.max_staleness}, but only servers that sample while weights are published can be more "
+            "than one iteration ahead; set it to 1 or 0, or set rollout.backend: vllm and rollout.in_flight: true"
         )
         found.append(("rollout.max_staleness", why))
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens

@@ -106,6 +106,11 @@ class Config(Section):
         return self.model.lora is not None and self.rollout.backend == "vllm"
 
     @property
+    def publishes_in_flight(self) -> bool:
+        """Whether weights are published to servers that go on sampling meanwhile."""
+        return self.rollout.backend == "vllm" and self.rollout.max_staleness > 0 and self.rollout.in_flight
+
+    @property
     def teachers(self) -> list[tuple[str, LocalTeacherConfig | ServedTeacherConfig]]:
         """(key, settings) of every teacher with its own model (not self-distillation)."""
         if isinstance(self.teacher, RoutedTeacherConfig):

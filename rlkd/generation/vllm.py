@@ -33,7 +33,7 @@ from rlkd.servers.command import ServerRole
 from rlkd.servers.plugin import ENGINE
 from rlkd.servers.pool import Answer, Job, ServerPool
 from rlkd.servers.process import server_counts
-from rlkd.servers.responses import GenerateAnswer, Generated, Span, in_order
+from rlkd.servers.responses import CacheReset, GenerateAnswer, Generated, Span, in_order
 from rlkd.storage.disk_errors import writing
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
@@ -124,6 +124,10 @@ class VLLMSampler:
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
+    def at_once(self, n: int) -> int:
+        """See `Sampler.at_once`."""
+        return max(1, _AT_ONCE // n) * len(self.pool.clients)
+
     def start(self) -> None:
         """Start the servers if `rollout.server.launch` is set. Raises: RunStopped if one cannot be started."""
         if self._config.rollout.server.launch:
@@ -157,7 +161,7 @@ class VLLMSampler:
             self._published, lost = on_rank_zero(lambda: self._publish_file(weights, version))
             self.pool.agree(lost)
         else:
-            on_rank_zero(lambda: self._everywhere(_pause))
+            on_rank_zero(lambda: self._everywhere(self._pause))
             failure: Exception | None = None
             try:
                 self._direct.send(weights, version)
@@ -182,7 +186,7 @@ class VLLMSampler:
             for client in self.pool.clients:
                 self.pool.lose(client, why)
             raise RunStopped(f"the weights did not reach the servers: {why}") from failure
-        self._everywhere(lambda client: _resume(client, version))
+        self._everywhere(lambda client: self._resume(client, version))
         return self.pool.lost
 
     def _update(self, client: VLLMClient) -> None:
@@ -190,12 +194,12 @@ class VLLMSampler:
         assert self._file is not None, "call open() before publish()"
         assert self._version is not None
         self._holds.pop(client.url, None)
-        _pause(client)
+        self._pause(client)
         client.order("/init_weight_transfer_engine", {"init_info": {"directory": str(self._file.directory)}})
         _begin_update(client)
         client.order("/update_weights", {"update_info": {"file": self._published}})
         client.order("/finish_weight_update", {"weight_version": str(self._version)})
-        _resume(client, self._version)
+        self._resume(client, self._version)
         self._holds[client.url] = self._version
 
     def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
@@ -219,6 +223,23 @@ class VLLMSampler:
         for failure in failures:
             if failure is not None and not isinstance(failure, ServerLost):
                 raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
+
+    def _pause(self, client: VLLMClient) -> None:
+        """Hold back new requests. Running ones finish, so that no completion mixes two versions; with
+        `rollout.in_flight` they are frozen, and go on after `_resume`."""
+        keeps = {"mode": "keep", "clear_cache": "false"}
+        client.order("/pause", query=keeps if self._config.publishes_in_flight else {"mode": "wait"})
+
+    def _resume(self, client: VLLMClient, version: int) -> None:
+        """Go on with new weights. The cache's keys and values come from the old ones: those of frozen requests are
+        computed again, so that no request, whether new or frozen, mixes two versions in its attention."""
+        again = {"reset_running_requests": "true"} if self._config.publishes_in_flight else None
+        if not client.post("/reset_prefix_cache", None, CacheReset, again).success:
+            raise ServerError(f"{client.url}: the cache still holds keys of the old weights after an update")
+        client.order("/resume")
+        held = client.weight_version()
+        if held != version:
+            raise ServerError(f"{client.url}: expected weight version {version} after an update, got {held}")
 
     def keep_loaded(self) -> None:
         """See `Sampler.keep_loaded`.
@@ -261,7 +282,7 @@ class VLLMSampler:
         if self._as_started:
             self._check_start_weights(client)
         elif client.weight_version() == self._version == self._holds.get(client.url):
-            _resume(client, self._version)
+            self._resume(client, self._version)
         else:
             self._update(client)
 
@@ -326,10 +347,10 @@ class VLLMSampler:
             places = in_order([choice.index for choice in answer.choices], 1 if greedy else n)
         except ValueError as error:
             raise ServerError(f"{where}: {error}") from error
-        rollouts = [self._rollout(prompt, answer.choices[place], sampling, where) for place in places]
+        rollouts = [self._rollout(prompt, answer.choices[place], sampling, where, model) for place in places]
         return rollouts * n if greedy else rollouts
 
-    def _rollout(self, prompt: Prompt, choice: Generated, sampling: Sampling, where: str) -> Rollout:
+    def _rollout(self, prompt: Prompt, choice: Generated, sampling: Sampling, where: str, model: str) -> Rollout:
         token_ids = choice.token_ids or []
         logprobs = sampled_logprobs(choice, where)
         check_ids(token_ids, self.vocabulary, where)
@@ -350,12 +371,12 @@ class VLLMSampler:
             prompt=prompt,
             token_ids=tuple(token_ids),
             logprobs=logprobs,
-            weight_versions=tuple(self._span(span, where) for span in spans),
+            weight_versions=tuple(self._span(span, where, model) for span in spans),
             finish_reason=finish_reason,
             top_ids=likeliest(choice, sampling.top_k) if sampling.top_k else None,
         )
 
-    def _span(self, span: Span, where: str) -> VersionSpan:
+    def _span(self, span: Span, where: str, model: str) -> VersionSpan:
         if self._as_started:
             if span.version != "default":
                 raise ServerError(
@@ -365,7 +386,11 @@ class VLLMSampler:
         return VersionSpan(start=span.start, end=span.end, version=parse_version(span.version, where))
 
     def close(self) -> None:
-        """Stop the servers that this run started, and disconnect from the others."""
+        """Stop the servers that this run started, and disconnect from the others, where our requests end too."""
+        if self._config.publishes_in_flight and not self.pool.servers and distributed.rank() == 0:
+            for client in self.pool.serving:
+                with contextlib.suppress(ServerError):
+                    client.order("/abort_requests", {})
         self.pool.close()
         if self._file is not None:
             self._file.close()
@@ -406,11 +431,6 @@ def likeliest(choice: Generated, k: int) -> Tensor:
     return ids
 
 
-def _pause(client: VLLMClient) -> None:
-    """Let running requests finish, so that no completion mixes two versions, and hold back new ones."""
-    client.order("/pause", query={"mode": "wait"})
-
-
 def _begin_update(client: VLLMClient) -> None:
     """Begin a weight update, even if a trainer that died during an update left one open.
 
@@ -424,11 +444,3 @@ def _begin_update(client: VLLMClient) -> None:
         with contextlib.suppress(ServerError):
             client.order("/update_weights", {"update_info": {"file": ""}})
         client.order("/start_weight_update")
-
-
-def _resume(client: VLLMClient, version: int) -> None:
-    client.order("/reset_prefix_cache")  # its keys and values come from the old weights
-    client.order("/resume")
-    held = client.weight_version()
-    if held != version:
-        raise ServerError(f"{client.url}: expected weight version {version} after an update, got {held}")

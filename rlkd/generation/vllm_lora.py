@@ -16,7 +16,7 @@ from rlkd.servers.pool import Answer, Job
 from rlkd.servers.responses import Span
 from rlkd.storage.disk_errors import writing
 from rlkd.types import VersionSpan
-from rlkd.weight_sync.adapter_folder import AdapterFolder
+from rlkd.weight_sync.adapter_folder import AdapterFolder, version_of
 
 
 class LoraVLLMSampler(VLLMSampler):
@@ -90,12 +90,11 @@ class LoraVLLMSampler(VLLMSampler):
 
         return super().run(jobs, with_adapter, at_once)
 
-    def _span(self, span: Span, where: str) -> VersionSpan:
+    def _span(self, span: Span, where: str, model: str) -> VersionSpan:
         """vLLM reports the version of the base; the adapter's version is in the model name (see `check_model`)."""
         if span.version != "default":
             raise ServerError(_changed(where, span.version))
-        assert self._version is not None, "call publish() before sample()"
-        return VersionSpan(start=span.start, end=span.end, version=self._version)
+        return VersionSpan(start=span.start, end=span.end, version=version_of(model))
 
     def close(self) -> None:
         """See `VLLMSampler.close`. Our adapters are unloaded from servers that keep running, and removed."""

@@ -82,6 +82,7 @@ class Line:
         # With servers, the composition of batches depends on time anyway.
         self.stream = Stream(together=policy.in_process)
         self._policy: AsyncSampler = sampler_stage(self.stream, policy)
+        self._evaluated: AsyncSampler = sampler_stage(self.stream, policy)  # does not queue behind later iterations
         self._scorers: dict[str, AsyncTeacher] = teacher_stages(self.stream, scorers)
 
     @property
@@ -192,7 +193,7 @@ class Line:
 
     async def answers(self, prompt: Prompt, n: int, sampling: Sampling) -> Group:
         """n completions of a prompt with their rewards, for an evaluation."""
-        return await self.reward(await self._policy.sample(prompt, n=n, iteration=0, sampling=sampling))
+        return await self.reward(await self._evaluated.sample(prompt, n=n, iteration=0, sampling=sampling))
 
     async def reward(self, rollouts: Sequence[Rollout]) -> Group:
         """Each rollout with its reward, computed in the worker processes."""

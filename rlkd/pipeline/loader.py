@@ -122,10 +122,15 @@ class RolloutLoader:
         for scorer in self.line.scorers.values():
             scorer.publish(weights, version)
         self.line.stream.submit(self.line.published(version)).result()
+        if self.config.publishes_in_flight:
+            self._begin(version, version + self.config.rollout.max_staleness)
 
     def join(self) -> None:
-        """Wait until nothing is being sampled ahead, so that no completion mixes two versions."""
-        if self._walks:
+        """Wait until nothing is being sampled ahead, so that no completion mixes two versions.
+
+        With `rollout.in_flight` they may, and nothing is waited for.
+        """
+        if self._walks and not self.config.publishes_in_flight:
             self.line.stream.submit(self.line.all_sampled()).result()
 
     @property
@@ -176,9 +181,8 @@ class RolloutLoader:
             lambda: (self.walk(iteration), self._probe(iteration), time.perf_counter())
         )
         if staleness == 0:
-            self.line.forget(iteration + 1)  # other may be published before it is asked for again
-        for following in range(iteration + 1, min(iteration + staleness + 1, self.config.run.iterations)):
-            self._begin(following)
+            self.line.forget(iteration + 1)  # if it is asked for again, the weights may be others
+        self._begin(iteration + 1, iteration + staleness)
         metrics = describe(walked.drawn, iteration, self.config.reward.correct_at)
         metrics.merge(walked.meter)
         for stage, seconds in walked.clock.seconds(started, ready).items():
@@ -205,7 +209,8 @@ class RolloutLoader:
 
     def walk(self, iteration: int) -> Walked:
         """What the left half gives for one iteration on this rank. Calls no collective."""
-        self._begin(iteration)
+        if iteration not in self._walks:
+            self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
         try:
             return self._walks[iteration].result()
         finally:
@@ -225,9 +230,11 @@ class RolloutLoader:
         groups = self.line.policy.sample(prompts[:PROBE_PROMPTS], n=1, iteration=iteration, sampling=sampling)
         return collate([without_reward(group) for group in groups], iteration)
 
-    def _begin(self, iteration: int) -> None:
-        if iteration not in self._walks:
-            self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
+    def _begin(self, first: int, last: int) -> None:
+        """Begin the iterations from `first` to `last`, or to the end of the run, that are not under way."""
+        for iteration in range(first, min(last + 1, self.config.run.iterations)):
+            if iteration not in self._walks:
+                self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
 
     def with_servers(self, act: Callable[[], T]) -> T:
         """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.

@@ -6,6 +6,7 @@ get theirs one group at a time, from threads, as many at once as they can take.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
@@ -56,6 +57,8 @@ class ServedSampler:
     def __init__(self, stream: Stream, sampler: Sampler) -> None:
         self._stream = stream
         self._sampler = sampler
+        self._room: asyncio.Semaphore | None = None
+        """For as many prompts as the servers take; first come, first served, so earlier iterations go first."""
 
     async def sample(self, prompt: Prompt, *, n: int, iteration: int, sampling: Sampling) -> list[Rollout]:
         """See `AsyncSampler.sample`."""
@@ -64,7 +67,10 @@ class ServedSampler:
             (group,) = self._sampler.sample([prompt], n=n, iteration=iteration, sampling=sampling)
             return group
 
-        return await self._stream.in_thread(act)
+        if self._room is None:
+            self._room = asyncio.Semaphore(self._sampler.at_once(n))
+        async with self._room:
+            return await self._stream.in_thread(act)
 
 
 class BatchedTeacher:

@@ -73,9 +73,11 @@ class VLLMClient:
         """GET `path` and parse the answer as `kind`, a class of responses.py."""
         return self._read("GET", path, self._request("GET", path, None, None), kind)
 
-    def post(self, path: str, body: Mapping[str, Any], kind: type[A]) -> A:
+    def post(
+        self, path: str, body: Mapping[str, Any] | None, kind: type[A], query: Mapping[str, str] | None = None
+    ) -> A:
         """POST `body` to `path` and parse the answer as `kind`, a class of responses.py."""
-        return self._read("POST", path, self._request("POST", path, body, None), kind)
+        return self._read("POST", path, self._request("POST", path, body, query), kind)
 
     def order(
         self,

@@ -56,6 +56,12 @@ class WeightInfo(Answer):
     weight_version: str
 
 
+class CacheReset(Answer):
+    """POST /reset_prefix_cache."""
+
+    success: bool
+
+
 class WorldSize(Answer):
     """GET /get_world_size."""
 

@@ -13,6 +13,11 @@ from rlkd.models import lora
 from rlkd.weight_sync.weight_file import SyncDirectory
 
 
+def version_of(name: str) -> int:
+    """The version of an adapter, from the name that `AdapterFolder.write` gave it."""
+    return int(name.rpartition("-v")[2])
+
+
 class AdapterFolder(SyncDirectory):
     """The newest versions of the adapter, one folder each.
 

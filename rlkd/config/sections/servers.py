@@ -83,6 +83,11 @@ class RolloutConfig(Section):
         description="how many iterations are sampled ahead while the student trains, so how many weight versions a "
         "sample is behind the trainer; 0: on-policy",
     )
+    in_flight: bool = Field(
+        True,
+        description="backend: vllm with max_staleness: completions go on under the new weights while these are "
+        "published; false: a publish waits for them, so that each is by one version",
+    )
     max_mismatch: float = Field(
         0.05, gt=0, description="the run stops if mean |sampler log-prob − trainer log-prob| exceeds this"
     )
