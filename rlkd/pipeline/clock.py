@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STAGES = ("rollout", "reward", "teacher", "dump")
+STAGES = ("rollout", "reward", "teacher")
 """In the order of the line."""
 
 

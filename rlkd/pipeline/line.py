@@ -20,11 +20,9 @@ from rlkd.generation.sampler import AsyncSampler, Sampler, Sampling
 from rlkd.metrics import MetricAccumulator
 from rlkd.pipeline import ahead
 from rlkd.pipeline.clock import StageClock
-from rlkd.pipeline.rollout_files import write_rollouts
 from rlkd.pipeline.selection import Selection
 from rlkd.pipeline.stages import sampler_stage, teacher_stages
 from rlkd.rewards.pool import RewardItem, RewardPool
-from rlkd.storage.disk_errors import writing
 from rlkd.stream import Pause, Stream, first_error
 from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest, Teacher
 from rlkd.types import Prompt, Rollout, ScoredRollout
@@ -159,8 +157,6 @@ class Line:
                 teacher = self._scorers.get("teacher")
                 way = self.algorithm.diagnose(trained, drawn, teacher, iteration, meter)
                 self.stream.start(tasks, (iteration, len(groups)), way)
-        with clock.stage("dump"):
-            await self.stream.in_thread(lambda: self._write(trained, iteration))
         return Walked(drawn=drawn, trained=trained, meter=meter, clock=clock)
 
     async def all_sampled(self) -> None:
@@ -186,10 +182,6 @@ class Line:
             pause: Pause[None] = Pause(self.stream)
             self._awaited.append((iteration, pause))
             await pause.wait()
-
-    def _write(self, groups: Sequence[Group], iteration: int) -> None:
-        with writing(f"the rollouts of iteration {iteration + 1}"):
-            write_rollouts(self.config, self.algorithm.tokenizer, groups, iteration)
 
     async def answers(self, prompt: Prompt, n: int, sampling: Sampling) -> Group:
         """n completions of a prompt with their rewards, for an evaluation."""

@@ -18,12 +18,15 @@ from rlkd.config.schema import Config, NoTeacherConfig
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
-from rlkd.generation.sampler import Sampler, Sampling, eos_ids
+from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.pipeline import ahead
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
-from rlkd.pipeline.line import Group, Walked, without_reward
+from rlkd.pipeline.line import Group, Walked
+from rlkd.pipeline.probe import Probe
+from rlkd.pipeline.rollout_files import write_rollouts
 from rlkd.servers.client import ServerLost
+from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import save_data
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.teacher import Teacher
@@ -33,9 +36,6 @@ T = TypeVar("T")
 
 _MAX_ATTEMPTS = 5
 """How often an iteration is tried: one whose requests crash every server would otherwise be retried without end."""
-
-PROBE_PROMPTS, PROBE_TOKENS = 4, 8
-"""The size of `Batch.probe` on each rank: enough to notice other weights, and cheap beside an iteration."""
 
 ENDLESS = 10**9
 """`__len__`: larger than any run. With the true length, Lightning would store "last batch" in a finished run's
@@ -70,6 +70,9 @@ class RolloutLoader:
             for note in source.notes:
                 print(f"data: {note}", flush=True)
         self.line = build_line(config, algorithm, PromptStream(source, seed=config.run.seed))
+        self._probe = Probe(self.line) if config.rollout.max_staleness > 0 else None
+        self._file: Future[None] | None = None
+        """The rollouts of the last batch, on their way to the disk."""
         self._walks: dict[int, Future[Walked]] = {}
         """By iteration: what is under way, or was sampled ahead and not yet trained on."""
 
@@ -122,6 +125,8 @@ class RolloutLoader:
         for scorer in self.line.scorers.values():
             scorer.publish(weights, version)
         self.line.stream.submit(self.line.published(version)).result()
+        if self._probe is not None and version < self.config.run.iterations:
+            self._probe.ask(version)
         if self.config.publishes_in_flight:
             self._begin(version, version + self.config.rollout.max_staleness)
 
@@ -177,17 +182,17 @@ class RolloutLoader:
         staleness = self.config.rollout.max_staleness
         self.line.forget(iteration)
         started = time.perf_counter()
-        walked, probe, ready = self.with_servers(
-            lambda: (self.walk(iteration), self._probe(iteration), time.perf_counter())
-        )
+        walked, probe, sampled, ready = self.with_servers(lambda: self._waited(iteration))
+        together = time.perf_counter()
         if staleness == 0:
             self.line.forget(iteration + 1)  # if it is asked for again, the weights may be others
         self._begin(iteration + 1, iteration + staleness)
         metrics = describe(walked.drawn, iteration, self.config.reward.correct_at)
         metrics.merge(walked.meter)
-        for stage, seconds in walked.clock.seconds(started, ready).items():
+        for stage, seconds in walked.clock.seconds(started, sampled).items():
             metrics.maximum(f"time/{stage}", seconds)
-        metrics.maximum("time/wait", time.perf_counter() - ready)
+        metrics.maximum("time/probe", ready - sampled)
+        metrics.maximum("time/wait", together - ready)
         layers = {
             name: scorer.layers()
             for name, scorer in self.line.scorers.items()
@@ -205,7 +210,28 @@ class RolloutLoader:
         )
         if self.algorithm.needs_rewards:
             check_errors(walked.drawn, self.config, f"iteration {iteration + 1}")
+        self._file = self.line.stream.submit(self._write(walked.trained, iteration))
+        metrics.maximum("time/collate", time.perf_counter() - together)
         return batch
+
+    async def _write(self, groups: list[Group], iteration: int) -> None:
+        def act() -> None:
+            with writing(f"the rollouts of iteration {iteration + 1}"):
+                write_rollouts(self.config, self.tokenizer, groups, iteration)
+
+        await self.line.stream.in_thread(act)
+
+    def written(self) -> None:
+        """Wait until the rollouts of the last batch are in their file. A collective. Raises: RunStopped."""
+        distributed.on_every_rank(lambda: None if self._file is None else self._file.result())
+        self._file = None
+
+    def _waited(self, iteration: int) -> tuple[Walked, Batch | None, float, float]:
+        """(the iteration, its probe, and the times at which they were there)."""
+        walked = self.walk(iteration)
+        sampled = time.perf_counter()
+        probe = None if self._probe is None else self._probe.batch(iteration)
+        return walked, probe, sampled, time.perf_counter()
 
     def walk(self, iteration: int) -> Walked:
         """What the left half gives for one iteration on this rank. Calls no collective."""
@@ -215,20 +241,6 @@ class RolloutLoader:
             return self._walks[iteration].result()
         finally:
             del self._walks[iteration]  # after an error, the iteration may be tried again
-
-    def _probe(self, iteration: int) -> Batch | None:
-        """A few short completions by the newest weights, if those of the iteration may be by older ones."""
-        rollout = self.config.rollout
-        if rollout.max_staleness == 0:
-            return None
-        prompts = self.line.prompts.take(iteration, rollout.prompts, distributed.rank(), distributed.world_size())
-        sampling = Sampling(
-            temperature=rollout.temperature,
-            max_tokens=min(PROBE_TOKENS, rollout.max_tokens),
-            seed=self.config.run.seed + 2**32,  # not the noise of training or evaluation
-        )
-        groups = self.line.policy.sample(prompts[:PROBE_PROMPTS], n=1, iteration=iteration, sampling=sampling)
-        return collate([without_reward(group) for group in groups], iteration)
 
     def _begin(self, first: int, last: int) -> None:
         """Begin the iterations from `first` to `last`, or to the end of the run, that are not under way."""

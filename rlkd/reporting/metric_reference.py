@@ -523,15 +523,55 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "time/dump",
                 "seconds",
                 "Writing rollouts",
-                "Time to write `rollouts/`; the slowest rank's. If it is large, raise `log.rollouts_every` or use "
-                "another disk.",
+                "Time that the trainer waits for the file of `rollouts/`, which is written while it trains, on rank 0. "
+                "If it is large, raise `log.rollouts_every` or use another disk.",
+            ),
+            Metric(
+                "time/probe",
+                "seconds",
+                "Probe",
+                "With `rollout.max_staleness`: time to get a few short completions by the newest weights, on which "
+                "sampler and trainer are compared; the slowest rank's.",
+            ),
+            Metric(
+                "time/collate",
+                "seconds",
+                "Collating",
+                "Time to make tensors of the rollouts; the slowest rank's.",
+            ),
+            Metric(
+                "time/evaluate",
+                "seconds",
+                "Evaluation",
+                "Time of the evaluation, on rank 0.",
+                panel="Where the time goes",
+            ),
+            Metric(
+                "time/log",
+                "seconds",
+                "Logging",
+                "Time to write the row before this one, and to log it to W&B and the console, on rank 0.",
+            ),
+            Metric(
+                "time/checkpoint",
+                "seconds",
+                "Checkpoint",
+                "Time of the checkpoint that was saved after the row before this one, on rank 0.",
+                panel="Where the time goes",
+            ),
+            Metric(
+                "time/overhead",
+                "seconds",
+                "Overhead",
+                "`time/total` without rollouts, rewards, teacher, training, publishing, evaluation and checkpoint: "
+                "what rlkd and Lightning add, on rank 0.",
             ),
             Metric(
                 "time/total",
                 "seconds",
                 "Whole iteration",
-                "Time since the row before, evaluation and all else included, on rank 0. What the times above leave of "
-                "it is mostly evaluation and checkpoints.",
+                "Time since the row before, on rank 0. The times above add up to it, but for `time/overhead`, which "
+                "contains some of them.",
             ),
             Metric(
                 "tokens_per_s",

@@ -65,6 +65,8 @@ class Checkpoint(IterationCallback):
     The run ends at `run.iterations`, or after the iteration in which a signal arrived.
     """
 
+    phase = "checkpoint"
+
     def __init__(self, config: Config, loader: RolloutLoader, signals: Signals):
         self.config = config
         self.loader = loader

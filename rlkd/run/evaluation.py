@@ -75,6 +75,8 @@ def _evaluated(
 class Evaluate(IterationCallback):
     """Evaluates before the first iteration, every `eval.every` iterations and after the last one."""
 
+    phase = "evaluate"
+
     def __init__(self, config: Config, loader: RolloutLoader):
         self.config = config
         self.loader = loader

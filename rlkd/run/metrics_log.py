@@ -23,12 +23,19 @@ from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch
 
+PHASES = ("dump", "join", "publish", "evaluate", "log", "checkpoint")
+"""What callbacks do between two rows; writing a row and saving a checkpoint count in the row after."""
+WORK = ("rollout", "reward", "teacher", "train", "join", "publish", "evaluate", "checkpoint")
+"""What a run is for. The rest of an iteration is overhead."""
+
 
 class RunLog(IterationCallback):
     """Writes one row per iteration to `<run>/metrics.jsonl` and to every logger of the Trainer, at step = iteration.
 
     Row 0 has the first evaluation. A resumed run first drops the rows after its checkpoint.
     """
+
+    phase = "log"
 
     def __init__(self, config: Config, loader: RolloutLoader):
         self.config = config
@@ -41,6 +48,7 @@ class RunLog(IterationCallback):
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         """Drop rows of iterations that are repeated, and write the first evaluation."""
         self._last = time.perf_counter()
+        module.seconds.clear()
         if distributed.rank() == 0:
             self._keep_rows_up_to(self.loader.iteration)
         evaluated = {k: v for k, v in module.row.items() if k.startswith("eval/")}
@@ -64,7 +72,10 @@ class RunLog(IterationCallback):
     def _log(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         now = time.perf_counter()
         row = module.row
+        row |= {f"time/{phase}": module.seconds[phase] for phase in PHASES}
         row["time/total"] = now - self._last
+        row["time/overhead"] = row["time/total"] - sum(row.get(f"time/{phase}", 0.0) for phase in WORK)
+        module.seconds.clear()
         # An algorithm that learns from given completions, such as SFT, generates no tokens.
         row["tokens_per_s"] = (row["tokens/generated"] or row["tokens/trained"]) / row["time/total"]
         self._last = now
@@ -121,6 +132,8 @@ class IterationBar(RichProgressBar):
 
 class IterationLines(IterationCallback):
     """Prints one line per iteration, for output that is not a terminal."""
+
+    phase = "log"
 
     def __init__(self, config: Config):
         self.iterations = config.run.iterations

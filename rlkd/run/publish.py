@@ -21,6 +21,8 @@ class Publish(IterationCallback):
     the number of completed iterations.
     """
 
+    phase = "publish"
+
     def __init__(self, loader: RolloutLoader):
         self.loader = loader
 
@@ -40,10 +42,14 @@ class Publish(IterationCallback):
         self._publish(module, batch.iteration + 1)
 
     def _publish(self, module: PolicyModule, version: int) -> None:
-        asked = time.perf_counter()
-        self.loader.join()
         started = time.perf_counter()
-        module.row["time/join"] = started - asked
+        self.loader.written()
+        written = time.perf_counter()
+        self.loader.join()
+        joined = time.perf_counter()
+        module.seconds["dump"] += written - started
+        module.seconds["join"] += joined - written
+        module.seconds["publish"] -= joined - started
         # Gathering and publishing are collectives, so every rank takes part.
         student, loader = module.model, self.loader
         config = loader.config
@@ -58,7 +64,6 @@ class Publish(IterationCallback):
             served = distributed.on_every_rank(lambda: student.loader_weights(weights) if needed else {})
         loader.publish(weights, version, served)
         distributed.barrier()
-        module.row["time/publish"] = time.perf_counter() - started
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Close the loader at the end of the run."""

@@ -114,6 +114,8 @@ class Samples(IterationCallback):
     The rollouts are the same as in the report, from the newest file (`log.rollouts_every`). `rollouts/` has all files.
     """
 
+    phase = "log"
+
     def __init__(self, config: Config):
         self.config = config
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, ClassVar
 
 import lightning
 
@@ -12,6 +13,9 @@ from rlkd.types import Batch
 
 class IterationCallback(lightning.Callback):
     """Base of our callbacks: typed, and without Lightning's unused arguments."""
+
+    phase: ClassVar[str] = "callbacks"
+    """The time that `iteration_ended` takes is counted under this name in `PolicyModule.seconds`."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         """Called before the first iteration, after a resumed run was restored."""
@@ -32,4 +36,6 @@ class IterationCallback(lightning.Callback):
         batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, PolicyModule)
+        started = time.perf_counter()
         self.iteration_ended(trainer, pl_module, batch)
+        pl_module.seconds[self.phase] += time.perf_counter() - started

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -64,6 +65,8 @@ class PolicyModule(lightning.LightningModule):
         self.student: Student | None = None
         self.row: dict[str, float] = {}
         """Metrics of the last trained iteration, over all ranks."""
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        """By phase: the time since the last row of metrics, on this rank."""
         self.updating = False
         """Whether an iteration's updates are in progress; the student must not be saved meanwhile."""
         self._first_gaps: list[float] = []

@@ -29,7 +29,7 @@ def test_a_moment_belongs_to_the_earliest_stage_that_has_a_group(at):
     at(8.0)
     with made.stage("teacher"):
         at(9.0)
-    assert made.seconds(0.0, 10.0) == {"rollout": 5.0, "reward": 1.0, "teacher": 1.0, "dump": 0.0}
-    assert made.seconds(4.0, 5.5) == {"rollout": 1.0, "reward": 0.5, "teacher": 0.0, "dump": 0.0}
+    assert made.seconds(0.0, 10.0) == {"rollout": 5.0, "reward": 1.0, "teacher": 1.0}
+    assert made.seconds(4.0, 5.5) == {"rollout": 1.0, "reward": 0.5, "teacher": 0.0}
     assert sum(made.seconds(6.0, 8.0).values()) == 0.0
     assert sum(made.seconds(20.0, 30.0).values()) == 0.0
