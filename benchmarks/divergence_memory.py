@@ -39,6 +39,8 @@ def inputs(vocabulary: int, tokens: int) -> tuple[Tensor, torch.nn.Linear, Batch
         iteration=0,
         input_ids=torch.zeros(shape, dtype=torch.int64),
         lengths=torch.tensor([tokens]),
+        prompt_lengths=torch.ones(1, dtype=torch.int64),
+        group=torch.zeros(1, dtype=torch.int64),
         completion_mask=mask,
         student_mask=mask,
         authors=torch.zeros(shape, dtype=torch.int64),

@@ -157,6 +157,8 @@ def fixed(lora: bool) -> dict[str, float]:
         iteration=0,
         input_ids=torch.zeros(1, 2, dtype=torch.int64),
         lengths=torch.tensor([2]),
+        prompt_lengths=torch.ones(1, dtype=torch.int64),
+        group=torch.zeros(1, dtype=torch.int64),
         completion_mask=mask,
         student_mask=mask,
         authors=torch.zeros(1, 2, dtype=torch.int64),

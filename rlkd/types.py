@@ -272,7 +272,7 @@ class BatchScores:
         return dataclasses.replace(self, **picked)
 
 
-_OF_ROWS = ("lengths", "rewards", "weight_version")
+_OF_ROWS = ("lengths", "prompt_lengths", "group", "rewards", "weight_version")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +283,8 @@ class Batch:
     """The number of iterations completed before this one. Schedules are functions of it."""
     input_ids: Tensor  # [B, T] int64: prompt, completion, padding
     lengths: Tensor  # [B] int64: prompt + completion tokens
+    prompt_lengths: Tensor  # [B] int64: prompt tokens
+    group: Tensor  # [B] int64: rows with equal numbers have the same prompt
     completion_mask: Tensor  # [B, T] bool: completion tokens of samples that count
     student_mask: Tensor  # [B, T] bool: those completion tokens that the student sampled
     authors: Tensor  # [B, T] int64: the token's author as an index into AUTHORS; only valid on completion_mask
@@ -297,6 +299,9 @@ class Batch:
     """The masks that the algorithm's terms use besides `completion` and `student`."""
     loss_weights: Mapping[str, Tensor] = field(default_factory=dict)  # each [B, T]
     """By term: the weight of each token in it, made once per update from global counts (`Term`)."""
+    sequences: tuple[tuple[int, ...], ...] = ()
+    """Of a micro-batch: the rows that are computed as one sequence, for each (`trainer.share_prompts`); empty: each row
+    is one of its own."""
     probe: Batch | None = None
     """Completions by the newest weights, where those of the batch may be by older ones (`rollout.max_staleness`). They
     are not trained on: sampler and trainer are compared on them."""
@@ -347,7 +352,7 @@ class Batch:
     def rows(self, index: Tensor) -> Batch:
         """The rows `index` [b], cut to the longest of them. The metrics and the probe stay with the full batch."""
         length = int(self.lengths[index].max())
-        picked: dict[str, Any] = {"metrics": MetricAccumulator(), "probe": None}
+        picked: dict[str, Any] = {"metrics": MetricAccumulator(), "probe": None, "sequences": ()}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):

@@ -20,6 +20,8 @@ def batch_of(weights, **changes):
         "iteration": 0,
         "input_ids": torch.zeros(rows, columns, dtype=torch.int64),
         "lengths": torch.full((rows,), columns),
+        "prompt_lengths": torch.ones(rows, dtype=torch.int64),
+        "group": torch.arange(rows),
         "completion_mask": on,
         "student_mask": on,
         "authors": torch.zeros(rows, columns, dtype=torch.int64),

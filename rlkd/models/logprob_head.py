@@ -81,6 +81,7 @@ def token_logprobs(
     *,
     temperature: float,
     config: PreTrainedConfig,
+    mask: Tensor | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """log softmax(z / temperature) at the given tokens, and the entropy of that distribution.
@@ -90,16 +91,21 @@ def token_logprobs(
         head: the output layer, weight [V, H]. The softmax is over its rows.
         input_ids: [B, T].
         temperature: > 0.
+        mask: [B, T] bool, the tokens that are needed; only their states are projected. None: all.
 
-    Returns: (log-probs [B, T] fp32, entropy [B, T] fp32 or None). Column t: token t given tokens < t; column 0: 0.
+    Returns: (log-probs [B, T] fp32, entropy [B, T] fp32 or None). Column t: token t given tokens < t; column 0: 0, as
+        are tokens outside the mask.
     """
     # Imported here because the package is slow to import, and a config error should be reported without that delay.
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     rows, columns, width = hidden.shape
     scale, softcap = logit_transform(config)
-    flat = hidden[:, :-1].reshape(-1, width)
-    targets = input_ids[:, 1:].reshape(-1)
+    if mask is None:
+        flat, targets = hidden[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1)
+    else:
+        chosen = (mask[:, 1:] | _one_where_none(mask[:, 1:])).nonzero(as_tuple=True)
+        flat, targets = hidden[:, :-1][chosen], input_ids[:, 1:][chosen]
     outputs = ("entropy",) if entropy else ()
     chunk = min(VOCABULARY_CHUNK, head.weight.shape[0])
     result = ChunkedLogProbFunction.apply(
@@ -107,9 +113,20 @@ def token_logprobs(
     )
 
     def aligned(values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(values.view(rows, columns - 1), (1, 0))
+        if mask is None:
+            placed = values.view(rows, columns - 1)
+        else:
+            placed = values.new_zeros(rows, columns - 1).index_put(chosen, values)
+        return torch.nn.functional.pad(placed, (1, 0))
 
     return aligned(result[0]), aligned(result[1]) if entropy else None
+
+
+def _one_where_none(mask: Tensor) -> Tensor:
+    """The first entry where `mask` is empty: a rank without tokens takes part in the collectives of its backward."""
+    first = torch.zeros_like(mask)
+    first[0, 0] = ~mask.any()
+    return first
 
 
 def teacher_divergence(

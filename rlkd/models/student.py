@@ -26,6 +26,7 @@ from rlkd.models.loader_names import loader_names
 from rlkd.models.loading import check_whole, loading
 from rlkd.models.logprob_head import Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
+from rlkd.models.shared_prompts import check_sharing, shared_hidden
 from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.types import Batch
 
@@ -50,16 +51,21 @@ class Student(nn.Module):
     def forward(self, batch: Batch, needs: Needs) -> PolicyOutput:
         """One pass over the batch's rows. Column t of each per-token tensor is about token t given tokens < t.
 
-        Padding is on the right and attention is causal, so real tokens never see padding and no mask is passed.
+        Only the tokens under the completion mask get log-probs. Padding is on the right and attention is causal, so
+        real tokens never see padding and no mask is passed.
         """
-        trunk = self.hf.base_model(input_ids=batch.input_ids, use_cache=False)
-        hidden, head = trunk.last_hidden_state, OutputLayer.of(self.hf, self.vocabulary)
+        head = OutputLayer.of(self.hf, self.vocabulary)
+        if batch.sequences:
+            hidden = shared_hidden(self.hf, batch.input_ids, batch.prompt_lengths, batch.lengths, batch.sequences)
+        else:
+            hidden = self.hf.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         logprobs, entropy = token_logprobs(
             hidden,
             head,
             batch.input_ids,
             temperature=needs.temperature,
             config=self.hf.config,
+            mask=batch.completion_mask,
             entropy=needs.entropy,
         )
         if needs.comparison is None:
@@ -178,6 +184,8 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
     model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6 would be rounded away.
     """
     hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
+    if trainer.share_prompts:
+        check_sharing(hf, model.path)
     if model.lora is not None:
         frozen = lora.unadapted(hf, model.lora)
         if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
@@ -193,6 +201,9 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         for module in blocks(hf):  # a block checks only its own flag; the modules inside stay in evaluation mode
             module.training = True
+    if trainer.compile:
+        for module in blocks(hf):  # before sharding, and for any length, since those of micro-batches differ
+            module.compile(dynamic=True)
     student = Student(hf, vocabulary_size(model), model.lora)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,

@@ -49,7 +49,7 @@ def collate(
     sampler_logprobs = np.full(shape, math.nan, dtype=np.float32)
     advantages = np.zeros(shape, dtype=np.float32)
     marked = {name: np.zeros(shape, dtype=np.bool_) for name in sorted({*masks, *_names(rows, "masks")})}
-    lengths = []
+    lengths, prompts = [], dict[tuple[int, ...], int]()
     for i, scored in enumerate(rows):
         rollout = scored.rollout
         start = len(rollout.prompt.token_ids)
@@ -71,6 +71,8 @@ def collate(
         iteration=iteration,
         input_ids=torch.from_numpy(input_ids),
         lengths=torch.tensor(lengths),
+        prompt_lengths=torch.tensor([len(scored.rollout.prompt.token_ids) for scored in rows]),
+        group=torch.tensor([prompts.setdefault(scored.rollout.prompt.token_ids, len(prompts)) for scored in rows]),
         completion_mask=torch.from_numpy(completion_mask),
         student_mask=torch.from_numpy(student_mask),
         authors=torch.from_numpy(authors),

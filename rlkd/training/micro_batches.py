@@ -29,12 +29,13 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
         yield batch.rows(torch.as_tensor(part, device=batch.input_ids.device))
 
 
-def split_by_tokens(batch: Batch, budget: int) -> list[torch.Tensor]:
-    """Row indices of micro-batches, longest rows first, each with rows × longest row ≤ budget tokens.
+def split_by_tokens(lengths: list[int], budget: int) -> list[torch.Tensor]:
+    """Indices of the sequences of each micro-batch, longest first, each with sequences × longest ≤ budget tokens.
 
-    Rows of similar length go together, which keeps padding small. Raises: ValueError if one row exceeds the budget.
+    Sequences of similar length go together, which keeps padding small.
+
+    Raises: ValueError if one sequence exceeds the budget.
     """
-    lengths = batch.lengths.tolist()
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     if lengths[order[0]] > budget:
         raise ValueError(
@@ -47,7 +48,59 @@ def split_by_tokens(batch: Batch, budget: int) -> list[torch.Tensor]:
             parts[-1].append(row)
         else:
             parts.append([row])
-    return [torch.tensor(part, device=batch.input_ids.device) for part in parts]
+    return [torch.tensor(part) for part in parts]
+
+
+def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[torch.Tensor, Batch]]:
+    """(the rows' indices, the micro-batch), for micro-batches of at most `budget` tokens, padding included.
+
+    Args:
+        width: None: each row is a sequence. Otherwise rows with the same prompt are computed as few sequences, and this
+            is the model's hidden size, which decides how long they should be.
+
+    Raises: ValueError if one row exceeds the budget.
+    """
+    if width is None:
+        return [(index, batch.rows(index)) for index in split_by_tokens(batch.lengths.tolist(), budget)]
+    sequences = [rows for group in _groups(batch) for rows in _joined(batch, group, budget, width)]
+    prompts, lengths = batch.prompt_lengths.tolist(), batch.lengths.tolist()
+    tokens = [prompts[rows[0]] + sum(lengths[row] - prompts[row] for row in rows) for rows in sequences]
+    found = []
+    for part in split_by_tokens(tokens, budget):
+        index = [row for i in part.tolist() for row in sequences[i]]
+        ends = np.cumsum([len(sequences[i]) for i in part.tolist()]).tolist()
+        local = tuple(tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False))
+        rows = torch.tensor(index, device=batch.input_ids.device)
+        found.append((rows, replace(batch.rows(rows), sequences=local)))
+    return found
+
+
+def _groups(batch: Batch) -> list[list[int]]:
+    """The rows of each prompt, longest first."""
+    rows: dict[int, list[int]] = {}
+    for row, group in enumerate(batch.group.tolist()):
+        rows.setdefault(group, []).append(row)
+    lengths = batch.lengths.tolist()
+    return [sorted(group, key=lambda row: (-lengths[row], row)) for group in rows.values()]
+
+
+def _joined(batch: Batch, group: list[int], budget: int, width: int) -> list[list[int]]:
+    """The rows of a group, divided into sequences of k rows each, with the k that costs least.
+
+    A sequence of T tokens costs T · (6 · width + T): in a layer of hidden size `width` its products take about
+    24 · width² operations a token, and attention, whose masked entries are computed too, 4 · width · T.
+    """
+    start = int(batch.prompt_lengths[group[0]])
+    lengths: list[int] = batch.lengths.tolist()
+
+    def tokens(rows: list[int]) -> int:
+        return start + sum(lengths[row] - start for row in rows)
+
+    def divided(k: int) -> list[list[int]]:
+        return [group[i : i + k] for i in range(0, len(group), k)]
+
+    fits = [k for k in range(1, len(group) + 1) if k == 1 or max(map(tokens, divided(k))) <= budget]
+    return min((divided(k) for k in fits), key=lambda parts: sum(t * (6 * width + t) for t in map(tokens, parts)))
 
 
 def zero_weight_batch(batch: Batch) -> Batch:

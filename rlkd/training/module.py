@@ -26,7 +26,7 @@ from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import Needs, PolicyOutput
 from rlkd.models.student import Student, build_student
 from rlkd.training.loss_weights import with_loss_weights
-from rlkd.training.micro_batches import split_by_tokens, updates, zero_weight_batch
+from rlkd.training.micro_batches import micro_batches, updates, zero_weight_batch
 from rlkd.types import Batch, BatchScores
 
 RECENT = 20
@@ -229,9 +229,14 @@ class PolicyModule(lightning.LightningModule):
 
         FSDP gathers parameters in every forward and backward, so a rank with fewer passes would deadlock the others.
         """
-        parts = [batch.rows(i) for i in split_by_tokens(batch, self.config.trainer.micro_batch_tokens)]
+        parts = [part for _, part in self._split(batch)]
         most = int(distributed.all_reduce([float(len(parts))], "max")[0])
         return parts + [zero_weight_batch(batch)] * (most - len(parts))
+
+    def _split(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        trainer = self.config.trainer
+        width = self.model.hf.config.get_text_config().hidden_size if trainer.share_prompts else None
+        return micro_batches(batch, trainer.micro_batch_tokens, width)
 
     @property
     def _on_policy(self) -> bool:
@@ -250,12 +255,12 @@ class PolicyModule(lightning.LightningModule):
         """[B, T] log-probs of the current student. A collective."""
         own = torch.zeros_like(batch.advantages)
         needs = Needs(temperature=self.config.rollout.temperature)
-        indices = split_by_tokens(batch, self.config.trainer.micro_batch_tokens)
-        most = int(distributed.all_reduce([float(len(indices))], "max")[0])
-        for index in indices:
-            logprobs = self.model(batch.rows(index), needs).logprobs
+        parts = self._split(batch)
+        most = int(distributed.all_reduce([float(len(parts))], "max")[0])
+        for index, part in parts:
+            logprobs = self.model(part, needs).logprobs
             own[index, : logprobs.shape[1]] = logprobs
-        for _ in range(most - len(indices)):
+        for _ in range(most - len(parts)):
             self.model(zero_weight_batch(batch), needs)
         return own
 

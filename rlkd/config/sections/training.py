@@ -37,4 +37,12 @@ class TrainerConfig(Section):
         "fp32", description="compute type; master weights and reductions are always fp32"
     )
     micro_batch_tokens: int = Field(16384, ge=1, description="tokens per forward pass and device, padding included")
+    compile: bool = Field(
+        False, description="compile the student's blocks with torch.compile, which takes up to minutes at the start"
+    )
+    share_prompts: bool = Field(
+        False,
+        description="compute the completions of a prompt as one sequence, the prompt once: much less work where "
+        "prompts are long",
+    )
     updates_per_iteration: int = Field(1, ge=1, description="optimizer steps per rollout batch; 1: strictly on-policy")

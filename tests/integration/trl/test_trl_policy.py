@@ -96,6 +96,8 @@ def made():
         iteration=0,
         input_ids=torch.zeros(ROWS, COLUMNS, dtype=torch.int64),
         lengths=PROMPT + lengths,
+        prompt_lengths=torch.full((ROWS,), PROMPT),
+        group=torch.arange(ROWS),
         completion_mask=mask,
         student_mask=mask,
         authors=torch.zeros(ROWS, COLUMNS, dtype=torch.int64),
