@@ -1,6 +1,8 @@
 """Adapters on a real vLLM server: each version has its own name, and the base never changes."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,28 @@ def test_each_published_adapter_is_the_served_one_and_old_ones_are_gone(sampler,
     assert written < 0.2 * full
     sampler.close()
     assert client.adapters() == [] and not folder.exists()
+
+
+@pytest.mark.server
+def test_a_request_keeps_the_adapter_with_which_it_began(sampler):
+    """An adapter is published while completions are under way: they end with the one that they name."""
+    (first, _), (second, _) = models = [adapted(version) for version in (20, 21)]
+    sampler.publish(first, 20)
+    long = Sampling(temperature=0.8, max_tokens=60, seed=0)
+    many = [Prompt(id=f"m{i}", messages=(), token_ids=(5 + i % 9, 9, 14, 7)) for i in range(40)]
+    groups = []
+    thread = threading.Thread(target=lambda: groups.extend(sampler.sample(many, n=4, iteration=0, sampling=long)))
+    thread.start()
+    time.sleep(0.2)
+    sampler.publish(second, 21)
+    thread.join()
+    rollouts = [rollout for group in groups for rollout in group]
+    assert {rollout.oldest_version for rollout in rollouts} >= {20}
+    for rollout in rollouts:
+        (span,) = rollout.weight_versions
+        truth = true_logprobs(models[span.version - 20][1], rollout.prompt.token_ids, rollout.token_ids, 0.8)
+        torch.testing.assert_close(torch.tensor(rollout.logprobs), truth, atol=1e-4, rtol=0)
+    assert largest_gap(sampler, models[1][1], 21) < 1e-4
 
 
 @pytest.mark.server

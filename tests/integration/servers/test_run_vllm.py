@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import psutil
 import pytest
@@ -49,6 +51,34 @@ def test_policy_and_teacher_on_servers_agree_with_the_trainer(served):
         assert {line["weight_version"] for line in lines} == {lines[0]["iteration"] - 1}
         assert all(line["teacher_logprobs"] for line in lines)
     assert {log.stem for log in (folder / "server").iterdir()} == {"policy", "teacher"}
+    assert not servers_of(folder)
+
+
+@pytest.mark.soak
+def test_a_run_in_flight_is_stopped_by_a_signal_and_goes_on(tmp_path):
+    """Two iterations ahead, weights published while the server samples; what was sampled ahead survives the signal."""
+    folder = tmp_path / "flying"
+    local = "teacher={backend: local, path: 'builtin:teacher'}"
+    settings = ("run.iterations=6", "rollout.max_staleness=2", "eval.every=0", "checkpoint.every=1", local)
+    command = [sys.executable, "-m", "rlkd.train", "--config", "configs/quickstart_vllm.yaml"]
+    command += [f"run.dir={folder.parent}", f"run.name={folder.name}", *settings]
+    with open(tmp_path / "err.txt", "w") as errors:
+        run = subprocess.Popen(command, env=ENV, stdout=errors, stderr=errors)
+        while not (folder / "checkpoints" / "iteration-000002").exists():
+            assert run.poll() is None, (tmp_path / "err.txt").read_text()[-3000:]
+            time.sleep(0.05)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(120) == 0, (tmp_path / "err.txt").read_text()[-3000:]
+    stopped = len(rows(folder))
+    assert 2 <= stopped < 6
+    ahead = json.loads((folder / f"checkpoints/iteration-{stopped:06d}/sampled_ahead-rank0.json").read_text())
+    assert {iteration for iteration, *_ in ahead} <= {stopped, stopped + 1}
+    done = train(folder, *settings, "run.resume=auto")
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = rows(folder)
+    assert [row["iteration"] for row in found] == [1, 2, 3, 4, 5, 6]
+    assert all(row["mismatch/mean"] < 1e-4 for row in found), "drift is not taken for a mismatch"
+    assert max(row["staleness/mean"] for row in found) == 2 and max(row["staleness/gap"] for row in found) > 1e-2
     assert not servers_of(folder)
 
 
