@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rlkd.config.kinds import DivergenceKind
 
-TILE_LOGITS = 2**20
-"""Logits that a CPU works on at a time, 4 MiB in fp32: tiles stay in the cache from one operation to the next. A GPU
+TILE_LOGITS = 2**19
+"""Logits that a CPU works on at a time, 2 MiB in fp32: tiles stay in the cache from one operation to the next. A GPU
 works on all of them at once."""
 
 
@@ -153,7 +153,7 @@ _ENTRIES = {"forward_kl": _forward_entries, "reverse_kl": _reverse_entries, "jsd
 
 def _maxima(logits: Tensor) -> Tensor:
     """[V, n] → [n]: the largest logit of every token."""
-    return logits.amax(0)
+    return torch.stack([tile.amax(0) for (tile,) in _tiles(logits)]).amax(0)
 
 
 def _zeros(count: int, logits: Tensor) -> tuple[Tensor, ...]:
