@@ -144,6 +144,8 @@ def timed(kind: str, tokens: int, rounds: int) -> None:
             for clock, now in clocks.items():
                 if turn:
                     seconds[clock][name].append(now() - started[clock])
+        if turn:
+            print(f"turn {turn}: " + ", ".join(f"{name} {each[-1]:.2f} s" for name, each in seconds["clock"].items()))
     for clock, of_work in seconds.items():
         for name, found in of_work.items():
             every = " ".join(f"{each:.2f}" for each in found)

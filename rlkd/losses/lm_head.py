@@ -56,21 +56,18 @@ def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 WEIGHT_TILE = 2**20
-"""Numbers of a half-precision weight that a CPU converts to fp32 at a time in `project_into`: 4 MiB."""
+"""Numbers of a weight that `project_into` converts to the type of the logits at a time: 4 MiB in fp32."""
 
 
 def project_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """The logits of `projected`, transposed, written into memory that is there already: weight · hiddenᵀ + bias.
 
     Args:
-        out: [V, N], contiguous. hidden: [N, H]. weight: [V, H]. bias: [V].
+        out: [V, N], contiguous, in at least fp32. hidden: [N, H]. weight: [V, H]. bias: [V].
     """
-    if out.dtype != torch.promote_types(weight.dtype, torch.float32):
-        out.copy_(projected(hidden, weight, bias).T)
-        return
     if weight.dtype == out.dtype:
         torch.mm(weight, hidden.T, out=out)
-    elif weight.is_cuda:
+    elif weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
         torch.mm(weight, hidden.T, out_dtype=out.dtype, out=out)
     else:
         columns, step = hidden.T.to(out.dtype), max(1, WEIGHT_TILE // weight.shape[1])

@@ -175,19 +175,14 @@ def _measure(
     width: int,
     transform: tuple[float, float | None],
 ) -> Measure:
-    """How the divergences of a chunk of the tokens (row, column) are computed: this is the place that chooses.
-
-    The formulas are for the full vocabulary and finite logits. A top k, and a bias of −∞ with which a model rules out
-    tokens, take the general way.
-    """
+    """How the divergences of a chunk of the tokens (row, column) are computed: by formula or by autograd."""
     scale, softcap = transform
 
     def picked(vectors: Tensor, chunk: slice) -> Tensor:
         """The vectors [n, …] of a chunk of tokens, copied to the student's device."""
         return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
 
-    biases = bias, None if comparison.support != "full" else scores.layers[teacher].bias
-    if comparison.support == "full" and all(each is None or bool(each.isfinite().all()) for each in biases):
+    if comparison.support == "full" and _all_finite(bias, scores.layers[teacher].bias):
         states = scores.hidden
         assert states is not None
         return ByFormula(
@@ -203,6 +198,11 @@ def _measure(
         )
     against = _against(scores, comparison, teacher, picked, width)
     return by_autograd(lambda raw, chunk: against(shaped(raw, scale, softcap), chunk))
+
+
+def _all_finite(*biases: Tensor | None) -> bool:
+    """Whether no model rules out tokens by a bias of −∞, for which the formulas would compute ∞ − ∞ or 0 · ∞."""
+    return all(bias is None or bool(bias.isfinite().all()) for bias in biases)
 
 
 def _against(
