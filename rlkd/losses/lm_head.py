@@ -55,6 +55,36 @@ def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.float()
 
 
+WEIGHT_TILE = 2**20
+"""Numbers of a weight that `project_into` converts to the type of the logits at a time: 4 MiB in fp32."""
+
+
+def project_into(out: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """The logits of `projected`, transposed, written into memory that is there already: weight · hiddenᵀ + bias.
+
+    Args:
+        out: [V, N], contiguous, in at least fp32. hidden: [N, H]. weight: [V, H]. bias: [V].
+    """
+    if weight.dtype == out.dtype:
+        torch.mm(weight, hidden.T, out=out)
+    elif weight.is_cuda and weight.dtype in (torch.bfloat16, torch.float16):
+        torch.mm(weight, hidden.T, out_dtype=out.dtype, out=out)
+    else:
+        columns, step = hidden.T.to(out.dtype), max(1, WEIGHT_TILE // weight.shape[1])
+        for start in range(0, len(weight), step):
+            torch.mm(weight[start : start + step].to(out.dtype), columns, out=out[start : start + step])
+    if bias is not None:
+        out += bias.to(out.dtype)[:, None]
+
+
+def shape_in_place(logits: Tensor, scale: float, softcap: float | None) -> None:
+    """`shaped`, in the memory of the raw logits."""
+    if scale != 1.0:
+        logits *= scale
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputLayer:
     """The rows of a model's output layer that belong to tokens, and the scale and soft cap of its logits."""
@@ -88,6 +118,13 @@ class OutputLayer:
         bias = None if self.bias is None else self.bias[:vocabulary]
         hidden = hidden[:, : self.weight.shape[1]].to(self.weight.dtype)
         return shaped(projected(hidden, self.weight[:vocabulary], bias), self.scale, self.softcap)
+
+    def logits_into(self, out: Tensor, hidden: Tensor) -> None:
+        """[N, ≥ H] → `out` [V', N]: the logits of the first V' tokens, transposed, in memory that is there already."""
+        vocabulary, width = len(out), self.weight.shape[1]
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        project_into(out, hidden[:, :width].to(self.weight.dtype), self.weight[:vocabulary], bias)
+        shape_in_place(out, self.scale, self.softcap)
 
     def copy(self) -> OutputLayer:
         """The layer in memory of its own."""

@@ -6,16 +6,18 @@ the shift by one position.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rlkd.losses import DivergenceKind, append_tail, divergence, renormalised, restrict_to
-from rlkd.losses.lm_head import OutputLayer, logit_transform, projected, shaped
+from rlkd.losses.lm_head import OutputLayer, logit_transform, shaped
+from rlkd.models.divergence_sum import ByFormula, ChunkedSum, Measure, by_autograd
 from rlkd.types import Batch, BatchScores
 
 VOCABULARY_CHUNK = 8192
@@ -152,7 +154,6 @@ def teacher_divergence(
     scores, of_term = batch.scores[comparison.scores], batch.loss_weights[comparison.term]
     assert scores.index is not None
     weights = of_term if ratios is None else of_term * ratios
-    scale, softcap = logit_transform(config)
     total = hidden.new_zeros((), dtype=torch.float32)
     per_token = torch.zeros_like(of_term)
     teachers = range(max(1, len(scores.layers)))
@@ -166,29 +167,71 @@ def teacher_divergence(
         bias: Tensor | None = head.bias
         if width < len(weight):  # only if needed: the gradient of a slice takes another tensor of the layer's size
             weight, bias = weight[:width], None if bias is None else bias[:width]
-        against = _against(scores, comparison, teacher, row, column, width)
-
-        def values(raw: Tensor, chunk: slice, against: Callable[..., Tensor] = against) -> Tensor:
-            return against(shaped(raw, scale, softcap), chunk)
-
-        part, found = _ChunkedSum.apply(  # type: ignore[no-untyped-call]
-            hidden[row, column - 1], weight, bias, weights[row, column], values
+        measure = _measure(scores, comparison, teacher, row, column, bias, width, logit_transform(config))
+        part, found = ChunkedSum.apply(  # type: ignore[no-untyped-call]
+            hidden[row, column - 1], weight, bias, weights[row, column], measure, _tokens_at_a_time(width)
         )
         total = total + part
         per_token[row, column] = found
     return total, per_token
 
 
-def _against(
-    scores: BatchScores, comparison: DivergenceSpec, teacher: int, row: Tensor, column: Tensor, width: int
-) -> Callable[[Tensor, slice], Tensor]:
-    """A function (student logits [n, width] of a chunk of tokens, the chunk) → their divergences [n]."""
-    kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
-    assert comparison.blend is None or comparison.support != "given", "a blend needs the teacher's logits"
+def _tokens_at_a_time(width: int) -> int:
+    """Tokens in a chunk of about `CHUNK_LOGITS`; multiples of 32 are faster, because rows fill the vector registers."""
+    tokens = max(1, CHUNK_LOGITS // width)
+    return tokens if tokens < 64 else math.ceil(tokens / 32) * 32
+
+
+def _measure(
+    scores: BatchScores,
+    comparison: DivergenceSpec,
+    teacher: int,
+    row: Tensor,
+    column: Tensor,
+    bias: Tensor | None,
+    width: int,
+    transform: tuple[float, float | None],
+) -> Measure:
+    """How the divergences of a chunk of the tokens (row, column) are computed: by formula or by autograd."""
+    scale, softcap = transform
 
     def picked(vectors: Tensor, chunk: slice) -> Tensor:
         """The vectors [n, …] of a chunk of tokens, copied to the student's device."""
         return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
+
+    if comparison.support == "full" and _all_finite(bias, scores.layers[teacher].bias):
+        states = scores.hidden
+        assert states is not None
+        return ByFormula(
+            teacher=scores.layers[teacher],
+            states=lambda chunk: picked(states, chunk),
+            scale=scale,
+            softcap=softcap,
+            temperature=comparison.temperature,
+            kind=comparison.kind,
+            beta=comparison.beta,
+            clip=comparison.clip,
+            blend=comparison.blend,
+        )
+    against = _against(scores, comparison, teacher, picked, width)
+    return by_autograd(lambda raw, chunk: against(shaped(raw, scale, softcap), chunk))
+
+
+def _all_finite(*biases: Tensor | None) -> bool:
+    """Whether no model rules out tokens by a bias of −∞, for which the formulas would compute ∞ − ∞ or 0 · ∞."""
+    return all(bias is None or bool(bias.isfinite().all()) for bias in biases)
+
+
+def _against(
+    scores: BatchScores,
+    comparison: DivergenceSpec,
+    teacher: int,
+    picked: Callable[[Tensor, slice], Tensor],
+    width: int,
+) -> Callable[[Tensor, slice], Tensor]:
+    """A function (student logits [n, width] of a chunk of tokens, the chunk) → their divergences [n]."""
+    kind, beta, clip, temperature = comparison.kind, comparison.beta, comparison.clip, comparison.temperature
+    assert comparison.blend is None or comparison.support != "given", "a blend needs the teacher's logits"
 
     def by_given_tokens(logits: Tensor, chunk: slice) -> Tensor:
         assert scores.top_ids is not None and scores.top_logprobs is not None
@@ -212,59 +255,3 @@ def _against(
         return divergence(log_s, log_t, kind, beta, clip)
 
     return by_given_tokens if comparison.support == "given" else by_hidden_states
-
-
-class _ChunkedSum(torch.autograd.Function):
-    """Σ_n weights_n · values(logits_n), with logits = hidden · weightᵀ + bias, over chunks [n, V] of tokens.
-
-    The gradient is computed in the forward pass, so that the logits of a chunk can be freed after it.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,  # [N, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        weights: Tensor,  # [N]
-        values: Callable[[Tensor, slice], Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        learns = any(ctx.needs_input_grad[:3])
-        total = weights.new_zeros(())
-        found = torch.zeros_like(weights)
-        of_hidden = torch.zeros_like(hidden) if learns else None
-        at_least = torch.promote_types(weight.dtype, torch.float32)
-        of_weight = torch.zeros_like(weight, dtype=at_least) if ctx.needs_input_grad[1] else None
-        of_bias = torch.zeros_like(bias, dtype=at_least) if bias is not None and ctx.needs_input_grad[2] else None
-        step = max(1, CHUNK_LOGITS // weight.shape[0])
-        for start in range(0, len(hidden), step):
-            chunk = slice(start, start + step)
-            raw = projected(hidden[chunk], weight, bias)
-            with torch.set_grad_enabled(learns):
-                value = values(raw.requires_grad_(learns), chunk)
-                share = (value * weights[chunk]).sum()
-            total += share.detach()
-            found[chunk] = value.detach()
-            if of_hidden is not None:
-                (slope,) = torch.autograd.grad(share, raw)
-                of_hidden[chunk] = slope.to(weight.dtype) @ weight
-                if of_weight is not None:
-                    of_weight.addmm_(slope.T, hidden[chunk].to(at_least))
-                if of_bias is not None:
-                    of_bias += slope.sum(0)
-        ctx.save_for_backward(of_hidden, of_weight, of_bias)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(found)
-        return total, found
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        of_hidden, of_weight, of_bias = ctx.saved_tensors
-        of_weight_dtype, of_bias_dtype = ctx.dtypes
-        return (
-            of_hidden * slope.to(of_hidden.dtype),
-            None if of_weight is None else (of_weight * slope).to(of_weight_dtype),
-            None if of_bias is None else (of_bias * slope).to(of_bias_dtype),
-            None,
-            None,
-        )

@@ -195,7 +195,7 @@ def _training(config: Config, model: Shape) -> Part:
         activations = tokens * inner * model.layers
     logits = 4 * model.output_layer + 4 * VOCABULARY_CHUNK * min(tokens, _TOKEN_CHUNK)
     if config.teachers or isinstance(config.teacher, SelfTeacherConfig):
-        logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see policy_head.py
+        logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see logprob_head.py
     why = (
         f"gathered weights {_gib(gathered)}, their gradients {_gib(gradients)}, activations of {tokens} tokens "
         f"{_gib(activations)}, output layer {_gib(logits)}"
