@@ -214,7 +214,7 @@ class _Drawn:
                 token_ids=tuple(ids[stop - length : stop]),
                 logprobs=tuple(values[stop - length : stop]),
                 finish_reason="stop" if ended else "length",
-                top_ids=top,
+                top_ids=None if top is None else top.clone(),  # not a part of the memory of all
             )
             for stop, length, ended, top in zip(stops, lengths.tolist(), self.stopped.tolist(), top_ids, strict=True)
         ]
@@ -227,8 +227,8 @@ def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], 
     return list(found), copies
 
 
-_CHECK_LENGTHS = (9, 2, 5)
-"""Lengths of the prompts in `check_decode`; two of the three are padded."""
+_CHECK_LENGTHS = (9, 2, 5, 2)
+"""Lengths of the prompts in `check_decode`; three are padded, and the last is the second one again."""
 _HALF_BOUND = 0.2
 """Largest allowed mean difference, in nats, between log-probs with and without a cache in half precision.
 
@@ -257,7 +257,7 @@ def check_decode(hf: PreTrainedModel, path: str) -> None:
         )
 
     vocabulary = hf.get_output_embeddings().weight.shape[0]
-    prompts = [[(7 * row + 3 * t + 1) % vocabulary for t in range(length)] for row, length in enumerate(_CHECK_LENGTHS)]
+    prompts = [[(7 * length + 3 * t + 1) % vocabulary for t in range(length)] for length in _CHECK_LENGTHS]
     noise = np.random.Generator(np.random.Philox(0)).random((len(prompts), 6))
     try:
         straight = decode(hf, vocabulary, prompts, noise, 1.0, ends=())
@@ -289,15 +289,18 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 
     Returns: (tokens [B], log-probs [B] at the temperature).
     """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    highest = scaled.amax(dim=-1, keepdim=True)
+    cdf = (scaled - highest).exp_().cumsum_(dim=-1)
+    # The last entry is the sum of all: scale the draw with it, so that it is always inside the CDF.
+    total = cdf[:, -1:]
     if temperature == 0:
-        tokens = logits.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1, keepdim=True)
     else:
-        cdf = logprobs.exp().cumsum(dim=-1)
-        # The last entry is 1 only up to rounding: scale the draw so that it is always inside the CDF.
-        tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
+    # The log-softmax, at the tokens only.
+    logprobs = scaled.gather(1, tokens) - highest - total.log()
+    return tokens.squeeze(1), logprobs.squeeze(1)
 
 
 def uniform(sampling: Sampling, iteration: int, prompt_id: str, sample: int) -> np.ndarray:
