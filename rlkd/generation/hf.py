@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped, local_device
+from rlkd.generation.llama_step import llama_step
 from rlkd.generation.row_cache import holds_rows, keep, spread
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer, shaped
@@ -134,22 +136,17 @@ def decode(
     is_end = torch.zeros(vocabulary, dtype=torch.bool, device=device)
     is_end[[end for end in ends if end < vocabulary]] = True
     drawn = _Drawn(len(prompts))
+    step = llama_step(hf) or partial(_modules, hf)
     for position in range(longest):
-        trunk = hf.base_model(
-            input_ids=input_ids,
-            attention_mask=mask[:, : columns + position],
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = trunk.last_hidden_state[:, -1]
+        reader = step if position else partial(_modules, hf)
+        hidden = reader(input_ids, mask[:, : columns + position], position_ids, cache)
         # Rounded to the model's dtype, like the kernel that computes the trainer's log-probs.
         raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
         if position == 0:
             raw, mask, position_ids = raw[rows], mask[rows], position_ids[rows, -1:]
             mask = torch.nn.functional.pad(mask, (0, longest), value=1)  # with all tokens to come
             if by_row:
-                spread(cache, rows)
+                spread(cache, rows, longest - 1)
         logits = shaped(raw, layer.scale, layer.softcap, torch.float64)
         noise = torch.as_tensor(uniforms[drawn.alive, position], device=device)
         tokens, logprobs = draw(logits, noise, temperature)
@@ -165,6 +162,24 @@ def decode(
             tokens, mask, position_ids = tokens[kept], mask[kept], position_ids[kept]
         input_ids = tokens[:, None]
     return drawn.completions()
+
+
+def _modules(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Read the tokens [B, T] with transformers' own modules. Returns: the last hidden states, [B, H].
+
+    Args:
+        mask: [B, T′], of all tokens so far, these included.
+        position_ids: [B, T].
+    """
+    trunk = hf.base_model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    states: Tensor = trunk.last_hidden_state
+    return states[:, -1]
 
 
 class _Drawn:

@@ -21,13 +21,14 @@ def holds_rows(cache: DynamicCache) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
-def spread(cache: DynamicCache, rows: Tensor) -> None:
+def spread(cache: DynamicCache, rows: Tensor, to_come: int) -> None:
     """Repeat the cache's rows in place: row i becomes a copy of the former row `rows[i]`, with room for more tokens.
 
     Args:
         rows: [B] int64, indices of the rows of a cache for which `holds_rows` is true.
+        to_come: how many tokens a row may still get.
     """
-    cache.layers[:] = [_RowLayer(cast(DynamicLayer, x), rows) if x.is_initialized else x for x in cache.layers]
+    cache.layers[:] = [_RowLayer(cast(DynamicLayer, x), rows, to_come) if x.is_initialized else x for x in cache.layers]
 
 
 def keep(cache: DynamicCache, rows: Tensor) -> None:
@@ -50,18 +51,20 @@ class _RowLayer(CacheLayerMixin):
     Those two copy everything that they hold in each step, and in addition whenever a row is removed.
     """
 
-    def __init__(self, layer: DynamicLayer, rows: Tensor):
+    def __init__(self, layer: DynamicLayer, rows: Tensor, to_come: int):
         """
         Args:
             layer: the keys and values of the prompts.
             rows: [B] int64, the row of `layer` that each row begins with.
+            to_come: see `spread`.
         """
         super().__init__()
         self.is_sliding = layer.is_sliding
         self.sliding_window: int | None = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         self._seen = layer.get_seq_length()
+        self._longest = self._seen + to_come
         self._columns = layer.keys.shape[-2]
-        self._buffers = [_with_room(x, ROOM).index_select(0, rows) for x in (layer.keys, layer.values)]
+        self._buffers = [_with_room(x, min(ROOM, to_come)).index_select(0, rows) for x in (layer.keys, layer.values)]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -85,7 +88,8 @@ class _RowLayer(CacheLayerMixin):
         start = 0 if self.sliding_window is None else max(0, self._columns - self.sliding_window + 1)
         kept = [buffer[:rows, :, start : self._columns] for buffer in self._buffers]
         self._columns -= start
-        self._buffers = [_with_room(x, max(new, ROOM, self._columns // 2)) for x in kept]
+        room = min(max(ROOM, self._columns // 2), self._longest - self._seen)
+        self._buffers = [_with_room(x, max(new, room)) for x in kept]
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """Copy rows `sources` to rows `targets`, each [N]."""
