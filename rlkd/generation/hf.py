@@ -200,7 +200,7 @@ class _Drawn:
             tokens, logprobs, ended: [B].
             likeliest: [B, K] ids.
         """
-        parts = (tokens, logprobs) if likeliest is None else (tokens, logprobs, likeliest.cpu())
+        parts: tuple[Tensor, ...] = (tokens, logprobs) if likeliest is None else (tokens, logprobs, likeliest.cpu())
         goes_on = ~self.stopped[self.alive]
         if not goes_on.all():  # only where rows cannot leave the batch
             parts = tuple(part[torch.as_tensor(goes_on, device=part.device)] for part in parts)

@@ -28,7 +28,10 @@ def spread(cache: DynamicCache, rows: Tensor, to_come: int) -> None:
         rows: [B] int64, indices of the rows of a cache for which `holds_rows` is true.
         to_come: how many tokens a row may still get.
     """
-    cache.layers[:] = [_RowLayer(cast(DynamicLayer, x), rows, to_come) if x.is_initialized else x for x in cache.layers]
+    for index, layer in enumerate(cache.layers):
+        # A layer that uses another one's keys and values never gets any.
+        if isinstance(layer, DynamicLayer) and layer.is_initialized:
+            cache.layers[index] = _RowLayer(layer, rows, to_come)
 
 
 def keep(cache: DynamicCache, rows: Tensor) -> None:
@@ -58,13 +61,14 @@ class _RowLayer(CacheLayerMixin):
             rows: [B] int64, the row of `layer` that each row begins with.
             to_come: see `spread`.
         """
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = layer.is_sliding
         self.sliding_window: int | None = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         self._seen = layer.get_seq_length()
         self._longest = self._seen + to_come
-        self._columns = layer.keys.shape[-2]
-        self._buffers = [_with_room(x, min(ROOM, to_come)).index_select(0, rows) for x in (layer.keys, layer.values)]
+        held = cast(tuple[Tensor, Tensor], (layer.keys, layer.values))
+        self._columns = held[0].shape[-2]
+        self._buffers = [_with_room(x, min(ROOM, to_come)).index_select(0, rows) for x in held]
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
