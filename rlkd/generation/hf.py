@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped, local_device
+from rlkd.generation.llama_step import llama_step
+from rlkd.generation.row_cache import holds_rows, keep, spread
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer, shaped
 from rlkd.models.logprob_head import token_logprobs
@@ -118,7 +120,9 @@ def decode(
     ends: Sequence[int],
     top_k: int = 0,
 ) -> list[Completion]:
-    """Generate completions of all prompts together. Finished rows leave the batch if the cache allows it.
+    """Generate completions of all prompts together.
+
+    If the cache allows it, a prompt that occurs several times is read once, and finished rows leave the batch.
 
     Args:
         vocabulary: only ids below it are drawn (vocabulary.py).
@@ -127,64 +131,126 @@ def decode(
         ends: token ids that end a completion.
         top_k: how many of the most likely tokens to return at each position.
     """
-    device = hf.device
-    input_ids, mask = _left_padded(prompts, device)
-    drawn: list[list[tuple[int, float]]] = [[] for _ in prompts]
-    likeliest: list[list[Tensor]] = [[] for _ in prompts]
-    stopped = [False] * len(prompts)
-    alive = list(range(len(prompts)))
-    cache = DynamicCache(config=hf.config)
-    # Single rows can be removed from keys and values, but not from the state of linear-attention or state-space layers.
-    shrinks = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-    eos = torch.tensor(ends, device=device)
+    device, longest = hf.device, uniforms.shape[1]
     layer = OutputLayer.of(hf, vocabulary)
-    for position in range(uniforms.shape[1]):
-        trunk = hf.base_model(
-            input_ids=input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-        )
-        hidden = trunk.last_hidden_state[:, -1]
+    cache = DynamicCache(config=hf.config)
+    by_row = holds_rows(cache)
+    distinct, copies = _distinct(prompts) if by_row else (prompts, range(len(prompts)))
+    input_ids, mask = _left_padded(distinct, device)
+    columns = mask.shape[1]
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = torch.tensor(copies, device=device)  # of the prompts; afterwards, rows of the result
+    is_end = torch.zeros(vocabulary, dtype=torch.bool, device=device)
+    is_end[[end for end in ends if end < vocabulary]] = True
+    drawn = _Drawn(len(prompts))
+    step = llama_step(hf) or partial(_modules, hf)
+    for position in range(longest):
+        reader = step if position else partial(_modules, hf)
+        hidden = reader(input_ids, mask[:, : columns + position], position_ids, cache)
         # Rounded to the model's dtype, like the kernel that computes the trainer's log-probs.
         raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+        if position == 0:
+            raw, mask, position_ids = raw[rows], mask[rows], position_ids[rows, -1:]
+            mask = torch.nn.functional.pad(mask, (0, longest), value=1)  # with all tokens to come
+            if by_row:
+                spread(cache, rows, longest - 1)
         logits = shaped(raw, layer.scale, layer.softcap, torch.float64)
-        noise = torch.as_tensor(uniforms[alive, position], device=device)
+        noise = torch.as_tensor(uniforms[drawn.alive, position], device=device)
         tokens, logprobs = draw(logits, noise, temperature)
-        ended = torch.isin(tokens, eos)
-        if top_k:
-            for row, ids in zip(alive, logits.topk(min(top_k, logits.shape[-1])).indices.cpu(), strict=True):
-                if not stopped[row]:
-                    likeliest[row].append(ids)
-        for row, token, logprob, end in zip(alive, tokens.tolist(), logprobs.tolist(), ended.tolist(), strict=True):
-            if not stopped[row]:
-                drawn[row].append((token, logprob))
-                stopped[row] = end
-        if all(stopped):
+        likeliest = logits.topk(min(top_k, logits.shape[-1])).indices if top_k else None
+        ended = is_end[tokens].cpu().numpy()
+        drawn.add(tokens, logprobs, likeliest, ended)
+        if drawn.stopped.all():
             break
-        if shrinks and bool(ended.any()):
-            keep = (~ended).nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            tokens, mask, position_ids = tokens[keep], mask[keep], position_ids[keep]
-            alive = [alive[i] for i in keep.tolist()]
+        position_ids = position_ids + 1
+        if by_row and ended.any():
+            kept = torch.as_tensor(drawn.leave(ended), device=device)
+            keep(cache, kept)
+            tokens, mask, position_ids = tokens[kept], mask[kept], position_ids[kept]
         input_ids = tokens[:, None]
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        position_ids = position_ids[:, -1:] + 1
-    return [
-        Completion(
-            token_ids=tuple(token for token, _ in row),
-            logprobs=tuple(logprob for _, logprob in row),
-            finish_reason="stop" if end else "length",
-            top_ids=torch.stack(top) if top else None,
-        )
-        for row, end, top in zip(drawn, stopped, likeliest, strict=True)
-    ]
+    return drawn.completions()
 
 
-_CHECK_LENGTHS = (9, 2, 5)
-"""Lengths of the prompts in `check_decode`; two of the three are padded."""
+def _modules(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Read the tokens [B, T] with transformers' own modules. Returns: the last hidden states, [B, H].
+
+    Args:
+        mask: [B, T′], of all tokens so far, these included.
+        position_ids: [B, T].
+    """
+    trunk = hf.base_model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=position_ids,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    states: Tensor = trunk.last_hidden_state
+    return states[:, -1]
+
+
+class _Drawn:
+    """What has been drawn: [rows of the batch] of each step, in an order that changes when rows leave."""
+
+    def __init__(self, rows: int):
+        self.alive = np.arange(rows)
+        """The index of the completion that each row of the batch is."""
+        self.stopped = np.zeros(rows, dtype=bool)
+        """Whether each completion has ended."""
+        self._of: list[np.ndarray] = []
+        self._parts: list[tuple[Tensor, ...]] = []
+
+    def add(self, tokens: Tensor, logprobs: Tensor, likeliest: Tensor | None, ended: np.ndarray) -> None:
+        """Add a token to each completion that has not ended.
+
+        Args:
+            tokens, logprobs, ended: [B].
+            likeliest: [B, K] ids.
+        """
+        parts: tuple[Tensor, ...] = (tokens, logprobs) if likeliest is None else (tokens, logprobs, likeliest.cpu())
+        goes_on = ~self.stopped[self.alive]
+        if not goes_on.all():  # only where rows cannot leave the batch
+            parts = tuple(part[torch.as_tensor(goes_on, device=part.device)] for part in parts)
+        self._of.append(self.alive[goes_on])
+        self._parts.append(parts)
+        self.stopped[self.alive[ended]] = True
+
+    def leave(self, ended: np.ndarray) -> np.ndarray:
+        """Remove the rows that have ended ([B]), whose places the last ones take. Returns: the rows now, in order."""
+        left = len(ended) - int(ended.sum())
+        kept = np.arange(left)
+        kept[ended[:left]] = left + np.flatnonzero(~ended[left:])
+        self.alive = self.alive[kept]
+        return kept
+
+    def completions(self) -> list[Completion]:
+        """One for each prompt."""
+        of = np.concatenate(self._of)
+        order, lengths = torch.as_tensor(of.argsort(kind="stable")), np.bincount(of, minlength=len(self.stopped))
+        tokens, logprobs, *tops = (torch.cat(parts).cpu()[order] for parts in zip(*self._parts, strict=True))
+        top_ids = tops[0].split(lengths.tolist()) if tops else [None] * len(lengths)
+        ids, values = tokens.tolist(), logprobs.tolist()
+        stops = lengths.cumsum().tolist()
+        return [
+            Completion(
+                token_ids=tuple(ids[stop - length : stop]),
+                logprobs=tuple(values[stop - length : stop]),
+                finish_reason="stop" if ended else "length",
+                top_ids=None if top is None else top.clone(),  # not a part of the memory of all
+            )
+            for stop, length, ended, top in zip(stops, lengths.tolist(), self.stopped.tolist(), top_ids, strict=True)
+        ]
+
+
+def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The prompts without repetitions, and the index among them of each given prompt."""
+    found: dict[tuple[int, ...], int] = {}
+    copies = [found.setdefault(tuple(prompt), len(found)) for prompt in prompts]
+    return list(found), copies
+
+
+_CHECK_LENGTHS = (9, 2, 5, 2)
+"""Lengths of the prompts in `check_decode`; three are padded, and the last is the second one again."""
 _HALF_BOUND = 0.2
 """Largest allowed mean difference, in nats, between log-probs with and without a cache in half precision.
 
@@ -213,7 +279,7 @@ def check_decode(hf: PreTrainedModel, path: str) -> None:
         )
 
     vocabulary = hf.get_output_embeddings().weight.shape[0]
-    prompts = [[(7 * row + 3 * t + 1) % vocabulary for t in range(length)] for row, length in enumerate(_CHECK_LENGTHS)]
+    prompts = [[(7 * length + 3 * t + 1) % vocabulary for t in range(length)] for length in _CHECK_LENGTHS]
     noise = np.random.Generator(np.random.Philox(0)).random((len(prompts), 6))
     try:
         straight = decode(hf, vocabulary, prompts, noise, 1.0, ends=())
@@ -245,15 +311,18 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
 
     Returns: (tokens [B], log-probs [B] at the temperature).
     """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    scaled = logits if temperature in (0, 1) else logits / temperature
+    highest = scaled.amax(dim=-1, keepdim=True)
+    cdf = (scaled - highest).exp_().cumsum_(dim=-1)
+    # The last entry is the sum of all: scale the draw with it, so that it is always inside the CDF.
+    total = cdf[:, -1:]
     if temperature == 0:
-        tokens = logits.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1, keepdim=True)
     else:
-        cdf = logprobs.exp().cumsum(dim=-1)
-        # The last entry is 1 only up to rounding: scale the draw so that it is always inside the CDF.
-        tokens = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(1)
-        tokens = tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens, logprobs.gather(1, tokens[:, None]).squeeze(1)
+        tokens = torch.searchsorted(cdf, uniforms[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
+    # The log-softmax, at the tokens only.
+    logprobs = scaled.gather(1, tokens) - highest - total.log()
+    return tokens.squeeze(1), logprobs.squeeze(1)
 
 
 def uniform(sampling: Sampling, iteration: int, prompt_id: str, sample: int) -> np.ndarray:
