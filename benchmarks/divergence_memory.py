@@ -27,7 +27,7 @@ from transformers import LlamaConfig
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 from rlkd.losses.lm_head import OutputLayer
-from rlkd.models.logprob_head import CHUNK_LOGITS, DivergenceSpec, teacher_divergence
+from rlkd.models.logprob_head import DivergenceSpec, _tokens_at_a_time, teacher_divergence
 from rlkd.types import Batch, BatchScores
 
 VOCABULARY, HIDDEN = 151_936, 256
@@ -98,7 +98,7 @@ def products(hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> None:
     assert scores.hidden is not None
     ours, theirs = hidden.detach()[0, :-1], scores.hidden[0, 1:]
     of_weight, of_hidden = torch.zeros_like(weight), torch.empty_like(ours)
-    step = max(1, CHUNK_LOGITS // len(weight) // 32 * 32)
+    step = _tokens_at_a_time(len(weight))
     logits = [torch.empty(len(weight) * min(step, len(ours))) for _ in range(2)]
     for start in range(0, len(ours), step):
         h, t = ours[start : start + step], theirs[start : start + step]
