@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped, local_device
-from rlkd.generation.llama_step import llama_step
 from rlkd.generation.row_cache import holds_rows, keep, spread
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer, shaped
@@ -143,10 +141,8 @@ def decode(
     is_end = torch.zeros(vocabulary, dtype=torch.bool, device=device)
     is_end[[end for end in ends if end < vocabulary]] = True
     drawn = _Drawn(len(prompts))
-    step = llama_step(hf) or partial(_modules, hf)
     for position in range(longest):
-        reader = step if position else partial(_modules, hf)
-        hidden = reader(input_ids, mask[:, : columns + position], position_ids, cache)
+        hidden = _states(hf, input_ids, mask[:, : columns + position], position_ids, cache)
         # Rounded to the model's dtype, like the kernel that computes the trainer's log-probs.
         raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
         if position == 0:
@@ -171,8 +167,8 @@ def decode(
     return drawn.completions()
 
 
-def _modules(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
-    """Read the tokens [B, T] with transformers' own modules. Returns: the last hidden states, [B, H].
+def _states(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
+    """Read the tokens [B, T]. Returns: the last hidden states, [B, H].
 
     Args:
         mask: [B, T′], of all tokens so far, these included.

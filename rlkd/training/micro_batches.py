@@ -10,6 +10,9 @@ import torch
 
 from rlkd.types import Batch
 
+OVERHEAD = 1024
+"""What a further micro-batch costs, in tokens: its calls, and gathering the parameters of a sharded model."""
+
 
 def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
     """`count` equal parts of the batch, rows shuffled by (seed, iteration); the batch itself for 1.
@@ -32,7 +35,8 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
 def split_by_tokens(lengths: list[int], budget: int) -> list[torch.Tensor]:
     """Indices of the sequences of each micro-batch, longest first, each with sequences × longest ≤ budget tokens.
 
-    Sequences of similar length go together, which keeps padding small.
+    Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with the fewest
+    tokens, padding included, where a further micro-batch counts as `OVERHEAD` tokens.
 
     Raises: ValueError if one sequence exceeds the budget.
     """
@@ -42,13 +46,21 @@ def split_by_tokens(lengths: list[int], budget: int) -> list[torch.Tensor]:
             f"trainer.micro_batch_tokens: expected at least {lengths[order[0]]}, the tokens of a rollout, got "
             f"{budget}; raise it"
         )
-    parts: list[list[int]] = []
-    for row in order:
-        if parts and (len(parts[-1]) + 1) * lengths[parts[-1][0]] <= budget:
-            parts[-1].append(row)
-        else:
-            parts.append([row])
-    return [torch.tensor(part) for part in parts]
+    longest = np.array([lengths[i] for i in order])
+    costs = np.zeros(len(order) + 1)
+    """By number of sequences: the tokens of the best division of so many, the longest ones."""
+    starts = np.zeros(len(order) + 1, dtype=np.int64)
+    """Where the last micro-batch of that division begins."""
+    for end in range(1, len(order) + 1):
+        tokens = np.arange(end, 0, -1) * longest[:end]  # of the last one, by where it begins
+        total = np.where(tokens <= budget, costs[:end] + tokens + OVERHEAD, np.inf)
+        starts[end] = total.argmin()
+        costs[end] = total[starts[end]]
+    parts, end = [], len(order)
+    while end > 0:
+        parts.append(torch.tensor(order[starts[end] : end]))
+        end = int(starts[end])
+    return parts[::-1]
 
 
 def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[torch.Tensor, Batch]]:

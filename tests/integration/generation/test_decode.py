@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from decode_reference import left_padded, plain_decode, plain_draw
+from decode_reference import plain_decode, plain_draw
 from families import VOCABULARY, tiny_config
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from rlkd.generation.hf import _modules, decode, draw
-from rlkd.generation.llama_step import llama_step
+from rlkd.generation.hf import decode, draw
 from rlkd.generation.row_cache import ROOM, holds_rows
 
 pytestmark = pytest.mark.long
@@ -115,57 +114,6 @@ def test_rows_that_have_ended_leave_the_batch_if_the_cache_allows_it(family):
     lengths = [len(c.token_ids) for c in completions]
     going_on = [sum(n > step for n in lengths) for step in range(1, max(lengths))]
     assert rows[1:] == ([len(LENGTHS)] * len(going_on) if family in NO_ROWS else going_on)
-
-
-def stepped(hf, step):
-    """The hidden states of a step after two prompts, of which one is padded, by `step`."""
-    cache = DynamicCache(config=hf.config)
-    ids, mask = left_padded(prompts([9, 4]))
-    mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-    places = (mask.cumsum(1) - 1).clamp(min=0)
-    with torch.no_grad():
-        hf.base_model(input_ids=ids, attention_mask=mask[:, :-1], position_ids=places[:, :-1], past_key_values=cache)
-        return step(torch.tensor([[11], [12]]), mask, places[:, -1:], cache), cache
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"num_key_value_heads": 4},
-        {"attention_bias": True, "mlp_bias": True},
-        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}},
-        {"head_dim": 16, "rms_norm_eps": 0.1},
-    ],
-)
-def test_a_step_of_a_llama_is_that_of_its_modules(changes):
-    hf = model("llama", **changes)
-    states, cache = stepped(hf, llama_step(hf))
-    wanted, plain = stepped(hf, lambda *given: _modules(hf, *given))
-    torch.testing.assert_close(states, wanted, atol=2e-5, rtol=0)
-    for layer, other in zip(cache.layers, plain.layers, strict=True):
-        torch.testing.assert_close(layer.keys, other.keys, atol=2e-5, rtol=0)
-        torch.testing.assert_close(layer.values, other.values, atol=2e-5, rtol=0)
-
-
-def test_only_a_llama_of_known_modules_in_fp32_takes_the_short_step():
-    assert llama_step(model("llama")) is not None
-    assert llama_step(model("llama", hidden_act="gelu")) is None
-    assert llama_step(model("llama", _attn_implementation="eager")) is None
-    assert llama_step(model("llama").bfloat16()) is None
-    assert llama_step(model("qwen3")) is None
-    adapted = model("llama")
-    adapted.model.layers[1].mlp.up_proj = torch.nn.Sequential(adapted.model.layers[1].mlp.up_proj)
-    assert llama_step(adapted) is None
-
-
-def test_a_step_follows_the_weights():
-    hf = model("llama")
-    step = llama_step(hf)
-    hf.load_state_dict({name: 0.5 * value for name, value in hf.state_dict().items()})
-    states, _ = stepped(hf, step)
-    wanted, _ = stepped(hf, lambda *given: _modules(hf, *given))
-    torch.testing.assert_close(states, wanted, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
