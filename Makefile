@@ -8,7 +8,7 @@ STAMP := .venv/.rlkd-installed
 # One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup quickstart quickstart-vllm test test-fast soak lint clean
+.PHONY: setup quickstart quickstart-vllm test test-fast soak lint bench clean
 
 setup: $(STAMP)
 
@@ -48,6 +48,10 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy rlkd
 	$(BIN)/python benchmarks/import_graph.py
+
+# rlkd and TRL on the same work, an iteration each in turn. On an idle machine; the table is benchmarks/RESULTS.md.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/against_trl.py --output benchmarks/RESULTS.md
 
 clean:
 	rm -rf .venv build *.egg-info

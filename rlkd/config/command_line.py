@@ -11,7 +11,7 @@ from rlkd.config.errors import ConfigError
 from rlkd.config.yaml_tree import COMMAND_LINE
 
 _GIB = re.compile(r"\d+(\.\d+)?")
-_FLAGS = ("--config", "--print-config", "--estimate", "--help")
+_FLAGS = ("--config", "--print-config", "--estimate", "--profile", "--help")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Args:
 
 
 def parse_args(argv: Sequence[str]) -> Args:
-    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--help]`.
+    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--profile] [--help]`.
 
     Raises: ConfigError for an unknown flag, or if no --config is given.
     """
@@ -44,6 +44,8 @@ def parse_args(argv: Sequence[str]) -> Args:
             lines.append(f"{COMMAND_LINE}: --config: expected a YAML file, got nothing")
         elif argument == "--print-config":
             print_config = True
+        elif argument == "--profile":
+            overrides.append("log.profile=true")
         elif argument in ("--help", "-h"):
             help = True
         elif argument == "--estimate":

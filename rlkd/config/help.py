@@ -168,6 +168,7 @@ _USAGE = (
     "",
     "--config FILE     YAML file; several are merged, later ones override earlier ones",
     "key=value         e.g. optim.lr=1e-5 or rollout.server.urls='[\"http://localhost:8000\"]'",
+    "--profile         trace the second iteration: <run>/trace-rank0.json.gz, for ui.perfetto.dev",
     "--print-config    print the merged YAML with every default, and exit",
     "--help            print this page",
 )

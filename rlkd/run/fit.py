@@ -25,6 +25,7 @@ from rlkd.run.metrics_log import RunLog, progress
 from rlkd.run.publish import Publish
 from rlkd.run.resume import changes, resume_path
 from rlkd.run.safe_loading import SafeModelParallelStrategy
+from rlkd.run.trace import Trace
 from rlkd.run.wandb_logger import Samples, finish, loggers
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
@@ -50,6 +51,7 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
         Publish(loader),
         Evaluate(config, loader),
         RunLog(config, loader),
+        *([Trace(config, loader)] if config.log.profile else []),
         *progress(config),
         *([] if config.log.wandb == "off" else [Samples(config)]),
         Checkpoint(config, loader, signals),

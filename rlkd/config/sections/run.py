@@ -51,6 +51,7 @@ class LogConfig(Section):
     project: str = Field("rlkd", description="project in Weights & Biases")
     rollouts_every: int = Field(1, ge=0, description="iterations between dumps of all rollouts as JSONL; 0: never")
     progress: bool = Field(True, description="show a progress bar (on a terminal) or one line per iteration")
+    profile: bool = Field(False, description="trace the second iteration, for ui.perfetto.dev; --profile sets this")
 
 
 class CheckpointConfig(Section):

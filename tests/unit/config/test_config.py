@@ -413,7 +413,8 @@ def test_command_line():
         ("--optim.lr=3",): "command line: --optim.lr: unknown flag; did you mean optim.lr=3?",
         (
             "-x",
-        ): "command line: -x: unknown flag; expected one of --config, --print-config, --estimate, --help or key=value",
+        ): "command line: -x: unknown flag; expected one of --config, --print-config, --estimate, --profile, --help or "
+        "key=value",
     }.items():
         with pytest.raises(ConfigError) as caught:
             parse_args(argv)
