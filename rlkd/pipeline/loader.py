@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -49,10 +49,10 @@ class Owner(Protocol):
 
 
 class RolloutLoader:
-    """One Batch per iteration, sampled on request, with the weights that were just published.
+    """One Batch per iteration, sampled by the weights that were just published, or `rollout.max_staleness` ahead.
 
     A plain sized iterable, not a torch DataLoader. Its length matters: without one, Lightning fetches a batch ahead,
-    which would be sampled with old weights. Its only state is the iteration.
+    which would be sampled with old weights. Its only state is the iteration, and what was sampled ahead.
     """
 
     def __init__(self, config: Config, algorithm: Algorithm | Owner):
@@ -104,7 +104,9 @@ class RolloutLoader:
             print("parity: " + ", ".join(f"{name} within {gap:.2g} nats" for name, gap in gaps.items()), flush=True)
 
     def close(self) -> None:
-        """Stop everything that `open` started."""
+        """Stop everything that `open` started, once the rollouts of the last batch are in their file."""
+        if self._file is not None:
+            wait([self._file])
         self.line.stream.close()
         self._walks = {}
         self.line.rewards.close()
@@ -252,7 +254,8 @@ class RolloutLoader:
         """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.
 
         If any rank loses the policy's servers meanwhile, they are restarted and given the weights again, and all ranks
-        call `act` again. What it draws is a function of the seed and the iteration, so the result is the same.
+        call `act` again. What it draws is a function of the seed and the iteration, so the result is the same; the
+        completions of an iteration that were there already are kept.
 
         Raises: RunStopped on all ranks if servers do not come back, or are lost too many times.
         """
