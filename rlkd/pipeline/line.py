@@ -121,9 +121,14 @@ class Line:
         return rollouts
 
     def forget(self, before: int) -> None:
-        """Forget the completions of the iterations before `before`."""
-        self.rollouts = {key: group for key, group in self.rollouts.items() if key[0] >= before}
-        self.restored = {key: group for key, group in self.restored.items() if key[0] >= before}
+        """Forget the completions of the iterations before `before`. Other threads may call it."""
+        for kept in (self.rollouts, self.restored):
+            for key in [key for key in list(kept) if key[0] < before]:  # a copy, since groups come in meanwhile
+                kept.pop(key, None)
+
+    def sampled_ahead(self, first: int) -> dict[tuple[int, int], list[Rollout]]:
+        """What is there of the iterations from `first` on. Other threads may call it."""
+        return {key: group for key, group in dict(self.rollouts).items() if key[0] >= first}
 
     async def walk(self, iteration: int) -> Walked:
         """This rank's share of one iteration, which is a function of the seed and the iteration."""

@@ -147,7 +147,7 @@ class RolloutLoader:
 
     def save_rollouts(self, folder: Path) -> None:
         """Save this rank's completions that were sampled ahead into a checkpoint's folder."""
-        ahead.save({key: group for key, group in self.line.rollouts.items() if key[0] >= self.iteration}, folder)
+        ahead.save(self.line.sampled_ahead(self.iteration), folder)
 
     def save(self, folder: Path) -> None:
         """Save into a checkpoint's folder what a resumed run cannot recompute and all ranks have."""
