@@ -15,6 +15,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -49,8 +50,8 @@ class Stream:
         self._together = together
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._model_thread = ThreadPoolExecutor(1, "rlkd-models")
-        self._server_threads = ThreadPoolExecutor(_THREADS, "rlkd-requests")
+        self._model_thread = ThreadPoolExecutor(1, "rlkd-models", _leave_signals)
+        self._server_threads = ThreadPoolExecutor(_THREADS, "rlkd-requests", _leave_signals)
         self._stations: list[Station[Any, Any]] = []
         self._open = 0
         """Tasks that may still make a request: all that were started and have not ended, except those in a `Pause`."""
@@ -65,7 +66,7 @@ class Stream:
         """Run `coroutine` in the background. It may start tasks, and makes no request to a model itself."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._loop.run_forever, name="rlkd-stream", daemon=True)
+            self._thread = threading.Thread(target=_serve, args=(self._loop,), name="rlkd-stream", daemon=True)
             self._thread.start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
@@ -222,6 +223,16 @@ def first_error() -> Iterator[None]:
         yield
     except BaseExceptionGroup as group:
         raise group.exceptions[0] from None
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    _leave_signals()
+    loop.run_forever()
+
+
+def _leave_signals() -> None:
+    """Leave signals to the main thread: only if it gets them does its waiting for a batch end at once."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
 
 
 async def _cancel_all() -> None:

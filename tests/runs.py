@@ -67,6 +67,8 @@ def start(argv, folder, env=None, cwd=None, main="rlkd.train:main") -> Run:
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     out, err = folder / "out.txt", folder / "err.txt"
+    for path in (out, err):
+        path.write_text("")  # a run that is killed at once must not leave the texts of the one before it
     where = str(Path.cwd() if cwd is None else cwd)
     process = _CONTEXT.Process(target=_run, args=(main, list(argv), dict(ENV if env is None else env), where, out, err))
     process.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -84,28 +84,38 @@ class HFSampler:
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         """See `Sampler.sample`."""
+        return list(self.groups(prompts, n=n, iteration=iteration, sampling=sampling))
+
+    def groups(
+        self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling
+    ) -> Iterator[list[Rollout]]:
+        """The lists of `sample` one by one, each when its last completion is decoded."""
         assert self.version is not None, "call publish() before sample()"
         rows = [(prompt, i) for prompt in prompts for i in range(n)]
-        completions: list[Completion] = []
+        group: list[Rollout] = []
         for start in range(0, len(rows), self.config.rollout.batch_rows):
             part = rows[start : start + self.config.rollout.batch_rows]
             noise = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in part])
             ids = [prompt.token_ids for prompt, _ in part]
-            completions += decode(
+            completions = decode(
                 self._model, self.vocabulary, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k
             )
-        rollouts = [
-            Rollout(
-                prompt=prompt,
-                token_ids=completion.token_ids,
-                logprobs=completion.logprobs,
-                weight_versions=(VersionSpan(start=0, end=len(completion.token_ids), version=self.version),),
-                finish_reason=completion.finish_reason,
-                top_ids=completion.top_ids,
-            )
-            for (prompt, _), completion in zip(rows, completions, strict=True)
-        ]
-        return [rollouts[i * n : (i + 1) * n] for i in range(len(prompts))]
+            for (prompt, _), completion in zip(part, completions, strict=True):
+                group.append(self._rollout(prompt, completion))
+                if len(group) == n:
+                    yield group
+                    group = []
+
+    def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
+        assert self.version is not None
+        return Rollout(
+            prompt=prompt,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            weight_versions=(VersionSpan(start=0, end=len(completion.token_ids), version=self.version),),
+            finish_reason=completion.finish_reason,
+            top_ids=completion.top_ids,
+        )
 
 
 @torch.no_grad()

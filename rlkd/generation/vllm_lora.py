@@ -50,18 +50,22 @@ class LoraVLLMSampler(VLLMSampler):
         """(the adapter's name, the lost servers and why)."""
         assert self._folder is not None, "call open() before publish()"
         with writing(f"the adapter, to {self._folder.directory},"):
-            self._published = self._folder.write(weights, version)
-        self._everywhere(self._restore)
-        self.pool.revive(self._restore)
+            name = self._folder.write(weights, version)
+        self._everywhere(lambda client: self._load(client, name))
+        self.pool.revive(lambda client: self._load(client, name))
+        self._published = name  # not before, since requests that are made meanwhile name it
         self._folder.remove_old()
-        return self._published, self.pool.lost
+        return name, self.pool.lost
 
     def _restore(self, client: VLLMClient) -> None:
-        """Load the published adapter into one server, and unload the old ones."""
+        self._load(client, self._published)
+
+    def _load(self, client: VLLMClient, name: str) -> None:
+        """Load an adapter into one server, and unload the old ones."""
         assert self._folder is not None, "call open() before publish()"
-        if self._published not in client.adapters():
-            path = str(self._folder.path(self._published))
-            client.order("/v1/load_lora_adapter", {"lora_name": self._published, "lora_path": path})
+        if name not in client.adapters():
+            path = str(self._folder.path(name))
+            client.order("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
         self._unload_old(client)
 
     def _unload_old(self, client: VLLMClient) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
 from typing import Any, TypeVar
 
+from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import AsyncSampler, Sampler, Sampling
 from rlkd.stream import Station, Stream
 from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest, Teacher
@@ -23,7 +24,9 @@ Answer = TypeVar("Answer")
 
 def sampler_stage(stream: Stream, sampler: Sampler) -> AsyncSampler:
     """`sampler` for coroutines of `stream`."""
-    return BatchedSampler(stream, sampler) if sampler.in_process else ServedSampler(stream, sampler)
+    if isinstance(sampler, HFSampler):
+        return BatchedSampler(stream, sampler.groups)
+    return ServedSampler(stream, sampler)
 
 
 def teacher_stages(stream: Stream, teachers: Mapping[str, Teacher]) -> dict[str, AsyncTeacher]:
@@ -37,10 +40,12 @@ def teacher_stages(stream: Stream, teachers: Mapping[str, Teacher]) -> dict[str,
 class BatchedSampler:
     """A sampler in this process. Implements `AsyncSampler`."""
 
-    def __init__(self, stream: Stream, sampler: Sampler) -> None:
+    def __init__(self, stream: Stream, sample: Callable[..., Iterable[list[Rollout]]]) -> None:
+        """`sample`: `Sampler.sample`, or gives the same lists one by one, so that a group goes on before the others."""
+
         def act(asked: list[tuple[Any, Prompt]], deliver: Callable[[int, list[Rollout]], None]) -> None:
             for start, (n, iteration, sampling), prompts in _alike(asked):
-                groups = sampler.sample(prompts, n=n, iteration=iteration, sampling=sampling)
+                groups = sample(prompts, n=n, iteration=iteration, sampling=sampling)
                 for index, group in enumerate(groups, start):
                     deliver(index, group)
 

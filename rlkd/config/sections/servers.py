@@ -91,5 +91,7 @@ class RolloutConfig(Section):
     max_mismatch: float = Field(
         0.05, gt=0, description="the run stops if mean |sampler log-prob − trainer log-prob| exceeds this"
     )
-    batch_rows: int = Field(256, ge=1, description="rows that the hf sampler decodes at a time")
+    batch_rows: int = Field(
+        256, ge=1, description="rows that the hf sampler decodes at a time; rewards of the first begin meanwhile"
+    )
     server: RolloutServerConfig = Field(RolloutServerConfig(), description="vLLM servers of the policy")

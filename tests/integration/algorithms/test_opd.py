@@ -54,7 +54,7 @@ def test_micro_batches_change_no_gradient(teacher, tier):
         settings("trainer.micro_batch_tokens=48", "rollout.max_tokens=12", divergence=TIERS[tier]), teacher
     )
     assert_moved(whole)
-    assert_same(whole.gradients, split.gradients, 1e-6)
+    assert_same(whole.gradients, split.gradients, 2e-6)
     names = {"loss", "loss/kd", "kd/kl", "entropy"} | ({"kd/divergence"} if tier != "sampled" else set())
     for name in names:
         assert whole.row[name] == pytest.approx(split.row[name], rel=1e-5), name

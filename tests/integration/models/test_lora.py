@@ -93,7 +93,7 @@ def test_both_exports_compute_what_the_student_does(trained):
     def of(model):
         with torch.no_grad():
             scored = model(batch.input_ids).logits[:, :-1].log_softmax(-1)
-        return scored.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
+        return torch.where(batch.completion_mask[:, 1:], scored.gather(2, batch.input_ids[:, 1:, None]).squeeze(2), 0.0)
 
     merged = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     adapted = peft.PeftModel.from_pretrained(start(), folder / "adapter")
@@ -116,7 +116,7 @@ def test_without_adapters_the_student_is_the_reference(trained):
         assert torch.equal(captured.student(batch, needs).logprobs, moved)
         truth = start()(batch.input_ids).logits[:, :-1].log_softmax(-1)
     truth = truth.gather(2, batch.input_ids[:, 1:, None]).squeeze(2)
-    torch.testing.assert_close(base[:, 1:], truth, atol=1e-5, rtol=0)
+    torch.testing.assert_close(base[:, 1:], torch.where(batch.completion_mask[:, 1:], truth, 0.0), atol=1e-5, rtol=0)
     assert (moved - base).abs().max() > 1
 
 
