@@ -10,12 +10,20 @@ from rlkd.pipeline.collate import collate
 from rlkd.pipeline.line import Line, without_reward
 from rlkd.types import Batch, Rollout
 
-PROMPTS, TOKENS = 4, 8
-"""The size of a probe on each rank: enough to notice other weights, and cheap beside an iteration."""
+PROMPTS, TOKENS = 16, 2
+"""The size of a probe on each rank: enough tokens to notice other weights, in few steps, since the trainer waits."""
+
+FIRST, EVERY = 6, 10
+"""The first iterations and every tenth one have a probe: a trainer that has all its rollouts waits for it."""
+
+
+def is_due(iteration: int) -> bool:
+    """Whether `iteration` has a probe, which is a function of it alone, so that a resumed run has the same ones."""
+    return iteration < FIRST or iteration % EVERY == 0
 
 
 class Probe:
-    """Samples the probe of each iteration, `Batch.probe`."""
+    """Samples the probes, `Batch.probe`."""
 
     def __init__(self, line: Line) -> None:
         self._line = line
@@ -23,11 +31,13 @@ class Probe:
 
     def ask(self, iteration: int) -> None:
         """Ask servers now, before the requests that come later. The weights of `iteration` are published."""
-        if not self._line.policy.in_process:
+        if is_due(iteration) and not self._line.policy.in_process:
             self._asked = self._line.stream.submit(self._line.stream.in_thread(lambda: self._sample(iteration)))
 
-    def batch(self, iteration: int) -> Batch:
-        """The probe. Raises: ServerLost; it is then sampled anew by the next call."""
+    def batch(self, iteration: int) -> Batch | None:
+        """The probe of an iteration that has one. Raises: ServerLost; it is then sampled anew by the next call."""
+        if not is_due(iteration):
+            return None
         asked, self._asked = self._asked, None
         groups = self._sample(iteration) if asked is None else asked.result()
         return collate([without_reward(group) for group in groups], iteration)
