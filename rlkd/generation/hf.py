@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -38,10 +37,6 @@ class HFSampler:
         self.vocabulary = vocabulary_size(config.model)
         self.version: int | None = None
         self._hf: PreTrainedModel | None = None
-
-    def at_once(self, n: int) -> int:
-        """As many as there are: `sample` decodes `rollout.batch_rows` of them at a time."""
-        return sys.maxsize
 
     def start(self) -> None:
         """Nothing to start."""

@@ -42,10 +42,6 @@ class Sampler(Protocol):
         """Whether the model is in this process, rather than on servers."""
         ...
 
-    def at_once(self, n: int) -> int:
-        """How many prompts with n samples each can be under way at a time. Call after `open`."""
-        ...
-
     def start(self) -> None:
         """Begin slow operations, such as starting servers, without waiting. Every rank calls it before `open`."""
         ...

@@ -125,8 +125,8 @@ class VLLMSampler:
         self._direct: DirectTransfer | None = None
 
     def at_once(self, n: int) -> int:
-        """See `Sampler.at_once`."""
-        return max(1, _AT_ONCE // n) * len(self.pool.clients)
+        """How many prompts with n samples each all servers together take at a time. Call after `open`."""
+        return _prompts_at_once(n) * len(self.pool.clients)
 
     def start(self) -> None:
         """Start the servers if `rollout.server.launch` is set. Raises: RunStopped if one cannot be started."""
@@ -312,7 +312,7 @@ class VLLMSampler:
         def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
             return self._one_prompt(client, model, prompt, n, iteration, sampling)
 
-        return self.run(prompts, one, at_once=max(1, _AT_ONCE // n))
+        return self.run(prompts, one, at_once=_prompts_at_once(n))
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         """Call `act(client, model name of the published weights, job)` for every job; see `ServerPool.run`."""
@@ -397,6 +397,11 @@ class VLLMSampler:
         if self._direct is not None:
             self._direct.close()
         self._file, self._direct = None, None
+
+
+def _prompts_at_once(n: int) -> int:
+    """How many prompts with n samples each one server takes at a time."""
+    return max(1, _AT_ONCE // n)
 
 
 def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:

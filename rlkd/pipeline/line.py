@@ -66,10 +66,10 @@ class Line:
         self.policy = policy
         self.scorers = scorers
         self.rewards = rewards
-        self.rollouts: dict[tuple[int, int], list[Rollout]] = {}
+        self.rollouts: dict[ahead.Key, list[Rollout]] = {}
         """By (iteration, index of the prompt): what was sampled for iterations that are not yet handed out. A walk that
         is repeated, because a server was lost or the run resumed, samples only what is missing."""
-        self.restored: dict[tuple[int, int], tuple[str, list[dict[str, Any]]]] = {}
+        self.restored: dict[ahead.Key, tuple[str, list[dict[str, Any]]]] = {}
         """The same from a checkpoint, with the prompts' ids (`ahead.load`)."""
         self._version = 0
         """The newest published weights."""
@@ -126,7 +126,7 @@ class Line:
             for key in [key for key in list(kept) if key[0] < before]:  # a copy, since groups come in meanwhile
                 kept.pop(key, None)
 
-    def sampled_ahead(self, first: int) -> dict[tuple[int, int], list[Rollout]]:
+    def sampled_ahead(self, first: int) -> dict[ahead.Key, list[Rollout]]:
         """What is there of the iterations from `first` on. Other threads may call it."""
         return {key: group for key, group in dict(self.rollouts).items() if key[0] >= first}
 

@@ -130,7 +130,7 @@ class RolloutLoader:
         if self._probe is not None and version < self.config.run.iterations:
             self._probe.ask(version)
         if self.config.publishes_in_flight:
-            self._begin(version, version + self.config.rollout.max_staleness)
+            self._begin_ahead(version, version + self.config.rollout.max_staleness)
 
     def join(self) -> None:
         """Wait until nothing is being sampled ahead, so that no completion mixes two versions.
@@ -188,7 +188,7 @@ class RolloutLoader:
         together = time.perf_counter()
         if staleness == 0:
             self.line.forget(iteration + 1)  # if it is asked for again, the weights may be others
-        self._begin(iteration + 1, iteration + staleness)
+        self._begin_ahead(iteration + 1, iteration + staleness)
         metrics = describe(walked.drawn, iteration, self.config.reward.correct_at)
         metrics.merge(walked.meter)
         for stage, seconds in walked.clock.seconds(started, sampled).items():
@@ -237,18 +237,21 @@ class RolloutLoader:
 
     def walk(self, iteration: int) -> Walked:
         """What the left half gives for one iteration on this rank. Calls no collective."""
-        if iteration not in self._walks:
-            self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
+        self._begin(iteration)
         try:
             return self._walks[iteration].result()
         finally:
             del self._walks[iteration]  # after an error, the iteration may be tried again
 
-    def _begin(self, first: int, last: int) -> None:
-        """Begin the iterations from `first` to `last`, or to the end of the run, that are not under way."""
+    def _begin(self, iteration: int) -> None:
+        """Begin the iteration, unless it is under way."""
+        if iteration not in self._walks:
+            self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
+
+    def _begin_ahead(self, first: int, last: int) -> None:
+        """Begin the iterations from `first` to `last`, or to the end of the run."""
         for iteration in range(first, min(last + 1, self.config.run.iterations)):
-            if iteration not in self._walks:
-                self._walks[iteration] = self.line.stream.submit(self.line.walk(iteration))
+            self._begin(iteration)
 
     def with_servers(self, act: Callable[[], T]) -> T:
         """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.

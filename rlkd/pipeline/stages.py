@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import AsyncSampler, Sampler, Sampling
+from rlkd.generation.vllm import VLLMSampler
 from rlkd.stream import Station, Stream
 from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest, Teacher
 from rlkd.types import Completion, Prompt, Rollout, Signal, TeacherScores
@@ -26,13 +27,14 @@ def sampler_stage(stream: Stream, sampler: Sampler) -> AsyncSampler:
     """`sampler` for coroutines of `stream`."""
     if isinstance(sampler, HFSampler):
         return BatchedSampler(stream, sampler.groups)
-    return ServedSampler(stream, sampler)
+    assert isinstance(sampler, VLLMSampler), "there are no other samplers"
+    return ThreadedSampler(stream, sampler)
 
 
 def teacher_stages(stream: Stream, teachers: Mapping[str, Teacher]) -> dict[str, AsyncTeacher]:
     """`teachers` for coroutines of `stream`, by name, in the order in which they are asked."""
     return {
-        name: BatchedTeacher(stream, teacher) if teacher.in_process else ServedTeacher(stream, teacher)
+        name: BatchedTeacher(stream, teacher) if teacher.in_process else ThreadedTeacher(stream, teacher)
         for name, teacher in teachers.items()
     }
 
@@ -56,10 +58,10 @@ class BatchedSampler:
         return await self._station.ask(((n, iteration, sampling), prompt))
 
 
-class ServedSampler:
-    """A sampler on servers. Implements `AsyncSampler`."""
+class ThreadedSampler:
+    """A sampler on servers, asked from threads. Implements `AsyncSampler`."""
 
-    def __init__(self, stream: Stream, sampler: Sampler) -> None:
+    def __init__(self, stream: Stream, sampler: VLLMSampler) -> None:
         self._stream = stream
         self._sampler = sampler
         self._room: asyncio.Semaphore | None = None
@@ -100,8 +102,8 @@ class BatchedTeacher:
         return await self._scores.ask((signal, questions)) if questions else []
 
 
-class ServedTeacher:
-    """A teacher on servers. Implements `AsyncTeacher`."""
+class ThreadedTeacher:
+    """A teacher on servers, asked from threads. Implements `AsyncTeacher`."""
 
     def __init__(self, stream: Stream, teacher: Teacher) -> None:
         self._stream = stream
