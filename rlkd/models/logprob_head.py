@@ -106,7 +106,7 @@ def token_logprobs(
     if mask is None:
         flat, targets = hidden[:, :-1].reshape(-1, width), input_ids[:, 1:].reshape(-1)
     else:
-        chosen = (mask[:, 1:] | _one_where_none(mask[:, 1:])).nonzero(as_tuple=True)
+        chosen = mask[:, 1:].nonzero(as_tuple=True)
         flat, targets = hidden[:, :-1][chosen], input_ids[:, 1:][chosen]
     outputs = ("entropy",) if entropy else ()
     chunk = min(VOCABULARY_CHUNK, head.weight.shape[0])
@@ -122,13 +122,6 @@ def token_logprobs(
         return torch.nn.functional.pad(placed, (1, 0))
 
     return aligned(result[0]), aligned(result[1]) if entropy else None
-
-
-def _one_where_none(mask: Tensor) -> Tensor:
-    """The first entry where `mask` is empty: a rank without tokens takes part in the collectives of its backward."""
-    first = torch.zeros_like(mask)
-    first[0, 0] = ~mask.any()
-    return first
 
 
 def teacher_divergence(
