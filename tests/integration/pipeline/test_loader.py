@@ -89,6 +89,17 @@ def test_an_old_version_is_an_error_unless_staleness_is_allowed(loader):
         check_versions(group, 6, max_staleness=2)
 
 
+def test_joining_waits_until_the_iteration_that_is_sampled_ahead_has_all_its_completions():
+    """Otherwise a publish would change the weights below the sampler."""
+    made = opened("rollout.max_staleness=1", "rollout.max_tokens=64")
+    made.batch(0)
+    assert len(made.line.sampled_ahead(1)) < 4, "otherwise there is nothing to wait for"
+    made.join()
+    ahead = made.line.sampled_ahead(1)
+    made.close()
+    assert sorted(ahead) == [(1, index) for index in range(4)]
+
+
 def test_the_state_of_a_loader_is_its_iteration(loader):
     assert loader.state_dict() == {"iteration": 0}
     other = RolloutLoader(loader.config, loader.algorithm)
