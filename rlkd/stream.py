@@ -15,6 +15,8 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import functools
+import queue
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -38,19 +40,22 @@ _place: contextvars.ContextVar[Place] = contextvars.ContextVar("place")
 class Stream:
     """An event loop in a background thread. The thread starts with the first task; `close` ends it.
 
-    `submit` and `run` are for other threads, everything else is for coroutines in the loop.
+    `submit`, `result` and `run` are for other threads, everything else is for coroutines in the loop.
     """
 
-    def __init__(self, *, together: bool) -> None:
+    def __init__(self, *, together: bool, ahead: bool) -> None:
         """
         Args:
             together: whether a model's batch waits until every open task waits (see above). False: it begins as soon
                 as the model is free, with the requests that are there.
+            ahead: whether models compute while no thread waits for results, in a thread of their own. False: in the
+                thread that waits in `result` or `run`. That is faster where the same thread trains afterwards: OpenMP
+                keeps a pool of workers for each thread that calls torch, and workers of two pools sleep between calls.
         """
         self._together = together
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._model_thread = ThreadPoolExecutor(1, "rlkd-models", _leave_signals)
+        self._models = ThreadPoolExecutor(1, "rlkd-models", _leave_signals) if ahead else _WaitingThread()
         self._server_threads = ThreadPoolExecutor(_THREADS, "rlkd-requests", _leave_signals)
         self._stations: list[Station[Any, Any]] = []
         self._open = 0
@@ -70,6 +75,12 @@ class Stream:
             self._thread.start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
+    def result(self, future: concurrent.futures.Future[T]) -> T:
+        """Wait for the result of a coroutine that `submit` was given."""
+        if isinstance(self._models, _WaitingThread):
+            self._models.work_until(future)
+        return future.result()
+
     def run(self, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
         """Run `coroutines` as tasks, in the order of their places, and wait for all results.
 
@@ -82,13 +93,13 @@ class Stream:
                     tasks = [self.start(group, (i,), coroutine) for i, coroutine in enumerate(coroutines)]
             return [task.result() for task in tasks]
 
-        return self.submit(together()).result()
+        return self.result(self.submit(together()))
 
     def close(self) -> None:
         """Cancel all tasks, and wait for the batch in progress. Requests to servers end with their servers."""
         if self._loop is not None and self._thread is not None:
             asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop).result()
-            self._model_thread.shutdown(cancel_futures=True)
+            self._models.shutdown(cancel_futures=True)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -135,7 +146,7 @@ class Stream:
             station.act([one.request for one in asked], deliver)
 
         try:
-            await loop.run_in_executor(self._model_thread, act)
+            await loop.run_in_executor(self._models, act)
         except Exception as error:  # it belongs to those that asked
             for one in asked:
                 if not one.answer.done():
@@ -145,6 +156,32 @@ class Stream:
         self._look()
 
 
+class _WaitingThread(concurrent.futures.Executor):
+    """Does what is submitted to it in the thread that waits for the result."""
+
+    def __init__(self) -> None:
+        self._asked: queue.SimpleQueue[tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None]
+        self._asked = queue.SimpleQueue()
+
+    def submit(self, act: Callable[..., T], /, *args: Any, **kwargs: Any) -> concurrent.futures.Future[T]:
+        """Have `act` called by the next thread in `work_until`."""
+        future: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._asked.put((future, functools.partial(act, *args, **kwargs)))
+        return future
+
+    def work_until(self, end: concurrent.futures.Future[Any]) -> None:
+        """Do what is submitted, until `end` is done."""
+        end.add_done_callback(lambda _: self._asked.put(None))
+        while not end.done():
+            asked = self._asked.get()
+            if asked is not None and asked[0].set_running_or_notify_cancel():
+                future, act = asked
+                try:
+                    future.set_result(act())
+                except Exception as error:  # it belongs to who submitted it
+                    future.set_exception(error)
+
+
 class Station(Generic[Request, Answer]):
     """One kind of request to a model in this process. Stations are created in the order of the line."""
 
@@ -152,7 +189,7 @@ class Station(Generic[Request, Answer]):
         """
         Args:
             act: answers all requests of a batch: calls its second argument with the index of a request and its answer,
-                for each of them, as soon as it has it. It runs in the thread of the models.
+                for each of them, as soon as it has it. Its thread is that of `Stream`.
         """
         self._stream = stream
         self.act = act

@@ -78,7 +78,7 @@ class Line:
         self._walks: set[asyncio.Event] = set()
         """By iteration under way: whether everything is sampled."""
         # With servers, the composition of batches depends on time anyway.
-        self.stream = Stream(together=policy.in_process)
+        self.stream = Stream(together=policy.in_process, ahead=config.rollout.max_staleness > 0)
         self._policy: AsyncSampler = sampler_stage(self.stream, policy)
         self._evaluated: AsyncSampler = sampler_stage(self.stream, policy)  # does not queue behind later iterations
         self._scorers: dict[str, AsyncTeacher] = teacher_stages(self.stream, scorers)

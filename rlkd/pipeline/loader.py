@@ -239,7 +239,7 @@ class RolloutLoader:
         """What the left half gives for one iteration on this rank. Calls no collective."""
         self._begin(iteration)
         try:
-            return self._walks[iteration].result()
+            return self.line.stream.result(self._walks[iteration])
         finally:
             del self._walks[iteration]  # after an error, the iteration may be tried again
 

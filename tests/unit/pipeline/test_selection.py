@@ -25,7 +25,7 @@ def in_blocks(gradients):
 
 def streamed(gradients, order, blocks=BLOCKS):
     """The same by a Selection to which the groups become known in the order of the numbers `order`."""
-    stream = Stream(together=True)
+    stream = Stream(together=True, ahead=True)
     kept, drawn, tasks = [], [0], []
 
     async def one(selection, index):
@@ -63,7 +63,7 @@ def test_it_is_the_rule_by_blocks_whatever_the_order_of_arrival():
 @pytest.mark.parametrize("gradients", [(True, True, True), (False, False, True), (False,) * 3])
 def test_with_one_block_nobody_waits(gradients):
     """Every group is trained on, so none waits for the rewards of another."""
-    stream, kept = Stream(together=True), []
+    stream, kept = Stream(together=True, ahead=True), []
 
     async def walk():
         selection = Selection(stream, SHARE, 1, lambda block: SHARE)
@@ -77,7 +77,7 @@ def test_with_one_block_nobody_waits(gradients):
 
 
 def test_a_block_is_drawn_as_soon_as_the_first_cannot_be_enough():
-    stream, blocks = Stream(together=True), []
+    stream, blocks = Stream(together=True, ahead=True), []
 
     async def walk():
         selection = Selection(stream, SHARE, BLOCKS, lambda block: blocks.append(block) or SHARE)
