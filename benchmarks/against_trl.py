@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison of whole GRPO iterations, or of trainer steps alone."""
+    """One comparison of whole iterations, or of trainer steps alone."""
 
     name: str
     what: str
@@ -46,6 +47,8 @@ class Case:
     prompt_tokens: int = 12
     vocabulary: int = 64
     """Untrained models end a completion with a probability of about 1 / vocabulary a token."""
+    distilled: bool = False
+    """On-policy distillation instead of GRPO: reverse KL over the whole vocabulary to a teacher of the same size."""
     step_only: bool = False
     """Train on the same completions again and again: no sampling, no rewards."""
     options: tuple[str, ...] = ()
@@ -70,6 +73,16 @@ CASES = (
         step_only=True,
         options=("trainer.share_prompts=true",),
     ),
+    Case(
+        *("distillation", "on-policy distillation, vocabulary 151,936, 32 completions of 32"),
+        **{"hidden": 256, "layers": 4, "intermediate": 768},
+        max_tokens=32,
+        target=0.5,
+        prompts=32,
+        group=1,
+        vocabulary=151_936,
+        distilled=True,
+    ),
 )
 
 
@@ -79,12 +92,11 @@ def even(completion: str, **_: Any) -> float:
 
 
 def write_work(case: Case, folder: Path) -> None:
-    """A random Llama with a tokenizer of one character a token, and prompts of `prompt_tokens` tokens."""
+    """A random Llama with a tokenizer of one character a token, another as its teacher, and the prompts."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=case.vocabulary,
         hidden_size=case.hidden,
@@ -98,8 +110,10 @@ def write_work(case: Case, folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    letters = [chr(0x4E00 + i) for i in range(case.vocabulary - 3)]
+    for seed, name in enumerate(("model", "teacher") if case.distilled else ("model",)):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder / name)
+    letters = [chr(0x10000 + i) for i in range(case.vocabulary - 3)]
     words = {"<pad>": 0, "<eos>": 1, "<turn>": 2} | {letter: i for i, letter in enumerate(letters, 3)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -107,7 +121,8 @@ def write_work(case: Case, folder: Path) -> None:
         tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", additional_special_tokens=["<turn>"]
     )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}<turn>"
-    tokenizer.save_pretrained(folder / "model")
+    for name in folder.iterdir():
+        tokenizer.save_pretrained(name)
     with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
         for row in range(256):
             text = "".join(letters[(7 * row + 3 * t) % len(letters)] for t in range(case.prompt_tokens - 1))
@@ -132,6 +147,21 @@ def wait() -> None:
         os._exit(0)
 
 
+def algorithm(case: Case, folder: Path) -> list[str]:
+    """rlkd's options of the method."""
+    if not case.distilled:
+        reward = "reward={functions: [{name: 'against_trl:even'}]}"
+        return [f"algorithm={{name: grpo, group_size: {case.group}}}", "teacher=null", reward]
+    divergence = "{tier: full, kind: reverse_kl}"
+    teacher = f"teacher={{backend: local, path: {folder / 'teacher'}}}"
+    return [f"algorithm={{name: opd, group_size: 1, divergence: {divergence}}}", teacher, "data.answer_column=null"]
+
+
+def peak_memory() -> float:
+    """The largest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def rlkd_side(case: Case, folder: Path) -> None:
     """Iterations of rlkd, one for each line of stdin."""
     import torch
@@ -149,10 +179,10 @@ def rlkd_side(case: Case, folder: Path) -> None:
         [
             *(f"model.path={folder / 'model'}", f"data.path={folder / 'prompts.jsonl'}", f"run.dir={folder}"),
             *("data.id_column=id", f"data.max_prompt_tokens={case.prompt_tokens}", "run.name=run"),
-            *(f"algorithm={{name: grpo, group_size: {case.group}}}", "teacher=null", "run.iterations=1000000"),
+            *(*algorithm(case, folder), "run.iterations=1000000"),
             *(f"rollout={{backend: hf, prompts: {case.prompts}, max_tokens: {case.max_tokens}}}", "optim.lr=1.0e-6"),
-            *("reward={functions: [{name: 'against_trl:even'}]}", "log={rollouts_every: 0, progress: false}"),
-            *("eval.every=0", "checkpoint={every: 0, export: false}", "trainer.accelerator=cpu"),
+            *("log={rollouts_every: 0, progress: false}", "eval.every=0"),
+            *("checkpoint={every: 0, export: false}", "trainer.accelerator=cpu"),
             *("trainer.micro_batch_tokens=65536", *case.options),
         ],
     ).config
@@ -180,7 +210,7 @@ def rlkd_side(case: Case, folder: Path) -> None:
                 yield batch
                 seconds = time.perf_counter() - started
                 length = (batch.lengths - batch.prompt_lengths).double().mean()
-                say(seconds=seconds, length=float(length))
+                say(seconds=seconds, length=float(length), memory=peak_memory())
 
     module = PolicyModule(config)
     loader = Stepped(config, module.algorithm)
@@ -188,16 +218,17 @@ def rlkd_side(case: Case, folder: Path) -> None:
 
 
 def trl_side(case: Case, folder: Path) -> None:
-    """Steps of TRL's GRPOTrainer, one for each line of stdin."""
+    """Steps of TRL's GRPOTrainer or DistillationTrainer, one for each line of stdin."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
-    data = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    model, *teachers = (
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
+        for name in (("model", "teacher") if case.distilled else ("model",))
+    )
     lengths: list[float] = []
 
     def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
@@ -210,43 +241,54 @@ def trl_side(case: Case, folder: Path) -> None:
             self.started = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            say(seconds=time.perf_counter() - self.started, length=lengths[-1])
+            # Untrained models of a large vocabulary do not end before the limit.
+            length = case.max_tokens if case.distilled else lengths[-1]
+            say(seconds=time.perf_counter() - self.started, length=length, memory=peak_memory())
 
-    count = case.prompts * case.group
-    arguments = GRPOConfig(
-        output_dir=str(folder / "trl"),
-        per_device_train_batch_size=count,
-        num_generations=case.group,
-        max_completion_length=case.max_tokens,
-        num_iterations=1_000_000 if case.step_only else 1,
-        learning_rate=1e-6,
-        max_steps=1_000_000,
-        temperature=1.0,
-        beta=0.0,
-        loss_type="dapo",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to=[],
-        logging_strategy="no",
-        save_strategy="no",
-        disable_tqdm=True,
-        weight_decay=0.0,
-    )
-    trainer = GRPOTrainer(
-        model=model,
-        reward_funcs=reward,
-        args=arguments,
-        train_dataset=data,
-        processing_class=tokenizer,
-        callbacks=[Stepped()],
-    )
+    common: dict[str, Any] = {
+        "output_dir": str(folder / "trl"),
+        "per_device_train_batch_size": case.prompts * case.group,
+        "max_completion_length": case.max_tokens,
+        "learning_rate": 1e-6,
+        "max_steps": 1_000_000,
+        "temperature": 1.0,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "weight_decay": 0.0,
+    }
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
+    parts: dict[str, Any] = {
+        "model": model,
+        "train_dataset": data,
+        "processing_class": AutoTokenizer.from_pretrained(folder / "model"),
+        "callbacks": [Stepped()],
+    }
+    if case.distilled:
+        trainer = DistillationTrainer(args=DistillationConfig(beta=1.0, **common), teacher_model=teachers[0], **parts)
+    else:
+        arguments = GRPOConfig(
+            num_generations=case.group,
+            num_iterations=1_000_000 if case.step_only else 1,
+            beta=0.0,
+            loss_type="dapo",
+            **common,
+        )
+        trainer = GRPOTrainer(args=arguments, reward_funcs=reward, **parts)
     prompt, completion = fixed_tokens(case)
     ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
-        logprobs, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model, ids, torch.ones_like(ids), len(completion)
-        )
+        if case.distilled:
+            logits = trainer.model(ids).logits[:, len(prompt) - 1 : -1]
+            logprobs = logits.log_softmax(-1).gather(-1, ids[:, len(prompt) :, None]).squeeze(-1)
+        else:
+            logprobs, *_ = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), len(completion)
+            )
     say(ready=True, logprobs=logprobs[0].tolist())
     trainer.train()
 
@@ -326,6 +368,7 @@ def compare(case: Case, repeats: int, threads: int) -> dict[str, Any]:
         "ratio": medians["rlkd"] / medians["trl"],
         "range": (ratios[0], ratios[-1]),
         "length": {side: statistics.fmean(one["length"] for one in of) for side, of in found.items()},
+        "memory": {side: max(one["memory"] for one in of) for side, of in found.items()},
     }
 
 
@@ -334,16 +377,17 @@ HEADER = """# rlkd against TRL
 Generated by `make bench` (`benchmarks/against_trl.py`). Both frameworks did the same work in turn, an iteration each,
 on the CPU with {threads} threads in fp32: TRL {trl}, torch {torch}, transformers {transformers}. Seconds are medians of
 {repeats} iterations after {warm_up} to warm up; the range is that of the ratios of neighbouring iterations. Before each
-case both gave the same tokens the same log-probs, up to the gap in the last column.
+case both gave the same tokens the same log-probs, up to the gap in the last column. Memory is the peak of the whole
+process; rlkd's has a copy of the student that samples, TRL's samples from the student itself.
 
-| work | rlkd s | TRL s | ratio | range | target | mean length rlkd / TRL | gap |
-|---|---|---|---|---|---|---|---|
+| work | rlkd s | TRL s | ratio | range | target | GiB rlkd / TRL | mean length rlkd / TRL | gap |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
 def line(result: dict[str, Any]) -> str:
     """A row of the table."""
-    case, seconds, length = result["case"], result["seconds"], result["length"]
+    case, seconds, length, memory = (result[name] for name in ("case", "seconds", "length", "memory"))
     low, high = result["range"]
     cells = (
         case.what,
@@ -352,6 +396,7 @@ def line(result: dict[str, Any]) -> str:
         f"**{result['ratio']:.2f}**",
         f"{low:.2f}–{high:.2f}",
         f"≤ {case.target}",
+        f"{memory['rlkd']:.2f} / {memory['trl']:.2f}",
         f"{length['rlkd']:.1f} / {length['trl']:.1f}",
         f"{result['gap']:.1g}",
     )
