@@ -63,7 +63,12 @@ class OPD(Algorithm):
     def needs(self) -> Needs:
         options = self.options
         comparison = options.divergence.comparison(self.teacher_temperature, ratio_cap=options.ratio_cap)
-        return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
+        return Needs(
+            temperature=self.config.rollout.temperature,
+            entropy=True,
+            comparison=comparison,
+            policy_gradient=comparison is None,
+        )
 
     async def rollout(
         self, prompt: Prompt, policy: AsyncSampler, teacher: AsyncTeacher | None, iteration: int

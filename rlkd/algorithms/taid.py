@@ -40,7 +40,12 @@ class TAID(OPD):
     def needs(self) -> Needs:
         options = self.options
         comparison = options.divergence.comparison(self.teacher_temperature, blend=self.t, ratio_cap=options.ratio_cap)
-        return Needs(temperature=self.config.rollout.temperature, entropy=True, comparison=comparison)
+        return Needs(
+            temperature=self.config.rollout.temperature,
+            entropy=True,
+            comparison=comparison,
+            policy_gradient=comparison is None,
+        )
 
     def iteration_ended(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
         used, loss, options = self.t, row["loss/kd"], self.options

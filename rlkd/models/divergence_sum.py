@@ -63,6 +63,10 @@ class ByFormula:
     beta: float
     clip: float | None
     blend: float | None
+    targets: Callable[[slice], Tensor]
+    """The ids [n] of a chunk's tokens."""
+    note: Callable[[slice, Tensor, Tensor], None] | None
+    """Told a chunk and the student's log-probs and entropies, both [n], of its tokens; None: they are not computed."""
     _memory: dict[str, Tensor] = field(default_factory=dict)
 
     def __call__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: slice, learns: bool) -> Measured:
@@ -81,10 +85,15 @@ class ByFormula:
         if self.temperature != 1.0:
             student /= self.temperature
             teacher /= self.temperature
-        values, slopes, factor = values_and_slopes(student, teacher, self.kind, self.beta, self.clip)
+        at_targets = None if self.note is None else student.gather(0, self.targets(chunk)[None])[0]
+        entropy = self.note is not None
+        found = values_and_slopes(student, teacher, self.kind, self.beta, self.clip, entropy=entropy)
+        if self.note is not None:
+            assert at_targets is not None and found.entropy is not None
+            self.note(chunk, at_targets - found.log_z, found.entropy)
         if bend is not None:
-            slopes *= bend
-        return Measured(values, slopes, factor * (self.scale / self.temperature))
+            found.slopes.mul_(bend)
+        return Measured(found.values, found.slopes, found.factor * (self.scale / self.temperature))
 
     def _tensor(self, name: str, shape: tuple[int, int], like: Tensor) -> Tensor:
         """A contiguous tensor whose content is lost in the next chunk. The first chunk is the longest."""

@@ -62,6 +62,21 @@ class Needs:
     """The rollout temperature. Logits are divided by it for `logprobs` and `entropy`."""
     entropy: bool = False
     comparison: DivergenceSpec | None = None
+    policy_gradient: bool = True
+    """Whether the loss has a gradient through `logprobs` or `entropy`. Where it has none, and a divergence needs the
+    same logits, they are by-products of it."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether log-probs and entropies are computed together with the divergence."""
+        comparison = self.comparison
+        return (
+            comparison is not None
+            and not self.policy_gradient
+            and comparison.support == "full"
+            and comparison.temperature == self.temperature
+            and comparison.ratio_cap is None  # the ratio is a function of the log-probs, and is known before
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +89,21 @@ class PolicyOutput:
     """Scalar Σ divergence · ratio · weight of its term, with gradient. It is summed in the forward pass, chunk by
     chunk. The ratio is that of `DivergenceSpec.ratio_cap`, or 1."""
     token_divergence: Tensor | None = None  # [B, T] fp32 without gradient; 0 where the weight is 0
+
+
+@dataclass(frozen=True)
+class ByProducts:
+    """Where `teacher_divergence` puts the student's log-probs and entropies of the tokens that it computes."""
+
+    logprobs: Tensor  # [B, T] fp32
+    entropy: Tensor  # [B, T] fp32
+    known: Tensor  # [B, T] bool, which of them are there
+
+    @classmethod
+    def of(cls, batch: Batch) -> ByProducts:
+        """Nothing known yet."""
+        zeros = torch.zeros_like(batch.advantages, dtype=torch.float32)
+        return cls(zeros, zeros.clone(), torch.zeros_like(batch.completion_mask))
 
 
 def token_logprobs(
@@ -131,6 +161,7 @@ def teacher_divergence(
     comparison: DivergenceSpec,
     config: PreTrainedConfig,
     ratios: Tensor | None = None,
+    by_products: ByProducts | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ divergence · ratio · weight of `comparison.term`, and the divergence of every token with a non-zero weight.
 
@@ -141,6 +172,7 @@ def teacher_divergence(
         hidden: [B, T, H], last hidden states of the tokens `batch.input_ids`.
         head: the student's output layer, weight [V, H].
         ratios: [B, T], detached, a factor on the weight of each token; None: 1.
+        by_products: filled in where the divergence is over the student's whole vocabulary and computed by formula.
 
     Returns: (scalar with gradient, [B, T] fp32 without). Column t: token t given tokens < t.
     """
@@ -160,7 +192,8 @@ def teacher_divergence(
         bias: Tensor | None = head.bias
         if width < len(weight):  # only if needed: the gradient of a slice takes another tensor of the layer's size
             weight, bias = weight[:width], None if bias is None else bias[:width]
-        measure = _measure(scores, comparison, teacher, row, column, bias, width, logit_transform(config))
+        noted = by_products if width == head.weight.shape[0] else None
+        measure = _measure(batch, comparison, teacher, row, column, bias, width, logit_transform(config), noted)
         part, found = ChunkedSum.apply(  # type: ignore[no-untyped-call]
             hidden[row, column - 1], weight, bias, weights[row, column], measure, _tokens_at_a_time(width)
         )
@@ -176,7 +209,7 @@ def _tokens_at_a_time(width: int) -> int:
 
 
 def _measure(
-    scores: BatchScores,
+    batch: Batch,
     comparison: DivergenceSpec,
     teacher: int,
     row: Tensor,
@@ -184,13 +217,20 @@ def _measure(
     bias: Tensor | None,
     width: int,
     transform: tuple[float, float | None],
+    by_products: ByProducts | None,
 ) -> Measure:
     """How the divergences of a chunk of the tokens (row, column) are computed: by formula or by autograd."""
-    scale, softcap = transform
+    scores, (scale, softcap) = batch.scores[comparison.scores], transform
 
     def picked(vectors: Tensor, chunk: slice) -> Tensor:
         """The vectors [n, …] of a chunk of tokens, copied to the student's device."""
         return vectors[row[chunk].to(vectors.device), column[chunk].to(vectors.device)].to(row.device)
+
+    def note(chunk: slice, logprobs: Tensor, entropy: Tensor) -> None:
+        assert by_products is not None
+        places = row[chunk], column[chunk]
+        by_products.logprobs[places], by_products.entropy[places] = logprobs.float(), entropy.float()
+        by_products.known[places] = True
 
     if comparison.support == "full" and _all_finite(bias, scores.layers[teacher].bias):
         states = scores.hidden
@@ -205,6 +245,8 @@ def _measure(
             beta=comparison.beta,
             clip=comparison.clip,
             blend=comparison.blend,
+            targets=lambda chunk: batch.input_ids[row[chunk], column[chunk]],
+            note=None if by_products is None else note,
         )
     against = _against(scores, comparison, teacher, picked, width)
     return by_autograd(lambda raw, chunk: against(shaped(raw, scale, softcap), chunk))

@@ -24,7 +24,7 @@ from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import lora
 from rlkd.models.loader_names import loader_names
 from rlkd.models.loading import check_whole, loading
-from rlkd.models.logprob_head import Needs, PolicyOutput, teacher_divergence, token_logprobs
+from rlkd.models.logprob_head import ByProducts, Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
 from rlkd.models.shared_prompts import check_sharing, shared_hidden
 from rlkd.models.vocabulary import load_config, vocabulary_size
@@ -59,21 +59,30 @@ class Student(nn.Module):
             hidden = shared_hidden(self.hf, batch.input_ids, batch.prompt_lengths, batch.lengths, batch.sequences)
         else:
             hidden = self.hf.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        known = ByProducts.of(batch)
+        total = per_token = None
+        if needs.at_once:
+            assert needs.comparison is not None
+            total, per_token = teacher_divergence(
+                hidden, head, batch, needs.comparison, self.hf.config, by_products=known
+            )
         logprobs, entropy = token_logprobs(
             hidden,
             head,
             batch.input_ids,
             temperature=needs.temperature,
             config=self.hf.config,
-            mask=batch.completion_mask,
+            mask=batch.completion_mask & ~known.known,
             entropy=needs.entropy,
         )
-        if needs.comparison is None:
-            return PolicyOutput(logprobs=logprobs, entropy=entropy)
-        cap = needs.comparison.ratio_cap
-        old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # in the first update both are equal
-        ratios = None if cap is None else token_ratios(logprobs, old, batch.sampler_logprobs, batch.student_mask, cap)
-        total, per_token = teacher_divergence(hidden, head, batch, needs.comparison, self.hf.config, ratios)
+        if needs.at_once:  # each is 0 where the other one is computed
+            logprobs, entropy = logprobs + known.logprobs, None if entropy is None else entropy + known.entropy
+        elif needs.comparison is not None:
+            cap = needs.comparison.ratio_cap
+            old = logprobs if batch.old_logprobs is None else batch.old_logprobs  # in the first update both are equal
+            student, sampler = batch.student_mask, batch.sampler_logprobs
+            ratios = None if cap is None else token_ratios(logprobs, old, sampler, student, cap)
+            total, per_token = teacher_divergence(hidden, head, batch, needs.comparison, self.hf.config, ratios)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
     def full_weights(self) -> Mapping[str, Tensor]:

@@ -24,8 +24,8 @@ def by_autograd(student, teacher, kind, beta, clip):
 
 
 def by_formula(student, teacher, kind, beta, clip):
-    value, slopes, factor = values_and_slopes(student.T.contiguous(), teacher.T.contiguous(), kind, beta, clip)
-    return value, (slopes * factor).T
+    found = values_and_slopes(student.T.contiguous(), teacher.T.contiguous(), kind, beta, clip)
+    return found.values, (found.slopes * found.factor).T
 
 
 @pytest.mark.parametrize("tile", [1, 3 * N, 5 * V * N], ids=["row by row", "three rows", "at once"])
@@ -41,6 +41,22 @@ def test_the_formulas_are_those_of_autograd(monkeypatch, kind, beta, clip, tile)
     assert wanted[1].abs().max() > 1e-7
     for ours, theirs in zip(got, wanted, strict=True):
         assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("clip", [None, 0.02])
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_entropy_and_normaliser_of_the_student_are_by_products(monkeypatch, kind, beta, clip):
+    monkeypatch.setattr(divergence_slopes, "TILE_LOGITS", 3 * N)
+    student, teacher = normal(1, N, V, scale=2.0), normal(2, N, V, scale=2.0)
+    student[1] += 1e4
+    logits = student.T.contiguous(), teacher.T.contiguous()
+    found = values_and_slopes(*(part.clone() for part in logits), kind, beta, clip, entropy=True)
+    assert_close(found.log_z, student.logsumexp(-1))
+    assert_close(found.entropy, torch.distributions.Categorical(logits=student).entropy())
+    plain = values_and_slopes(*logits, kind, beta, clip)
+    assert plain.entropy is None
+    for part in ("values", "slopes", "factor", "log_z"):
+        assert_close(getattr(found, part), getattr(plain, part))
 
 
 @pytest.mark.parametrize("clip", [None, 0.02])

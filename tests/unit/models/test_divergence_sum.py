@@ -1,5 +1,6 @@
 """A divergence over the full vocabulary, computed by formula, is the one that autograd gives."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import CohereConfig, Gemma2Config
 from rlkd.losses import divergence_slopes
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import logprob_head
-from rlkd.models.logprob_head import DivergenceSpec, teacher_divergence
+from rlkd.models.logprob_head import ByProducts, DivergenceSpec, teacher_divergence, token_logprobs
 
 B, T, V, H, H_TEACHER = 3, 6, 11, 7, 5
 KINDS = [("forward_kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.1), ("jsd", 0.9)]
@@ -87,6 +88,33 @@ def test_both_ways_give_the_same(monkeypatch, kind, beta, clip, config, blend):
     assert all(part.abs().max() > 1e-4 for part in by_autograd)
     assert (by_autograd[3][V:] == 0).all(), "the rows beyond the common vocabulary have no gradient"
     assert_same(by_formula, by_autograd)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize(("kind", "beta"), KINDS)
+def test_log_probs_and_entropies_are_by_products(monkeypatch, kind, beta, config):
+    """In several chunks, at a temperature; only of the tokens that have a weight."""
+    monkeypatch.setattr(logprob_head, "CHUNK_LOGITS", 3 * V)
+    comparison, output = DivergenceSpec(kind=kind, temperature=0.7, beta=beta), head()
+    hidden, weights = normal(5, B, T, H), weights_of_tokens()
+    batch = batch_of(weights, hidden=normal(20, B, T, H_TEACHER), layers=(layer(),))
+    batch = dataclasses.replace(batch, input_ids=torch.arange(B * T).view(B, T) % V)
+    known = ByProducts.of(batch)
+    teacher_divergence(hidden, output, batch, comparison, config, by_products=known)
+    logprobs, entropy = token_logprobs(hidden, output, batch.input_ids, temperature=0.7, config=config, entropy=True)
+    mask = weights != 0
+    assert torch.equal(known.known, mask)
+    torch.testing.assert_close(known.logprobs, torch.where(mask, logprobs, 0.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(known.entropy, torch.where(mask, entropy, 0.0), atol=1e-5, rtol=1e-5)
+
+
+def test_a_teacher_with_fewer_tokens_leaves_the_student_s_log_probs_to_others():
+    """The divergence is over the tokens that both have, the log-probs are over all."""
+    batch = batch_of(weights_of_tokens(), hidden=normal(20, B, T, H_TEACHER), layers=(layer(),))
+    known = ByProducts.of(batch)
+    comparison = DivergenceSpec(kind="reverse_kl", temperature=1.0)
+    teacher_divergence(normal(5, B, T, H), head(V + 2), batch, comparison, PLAIN, by_products=known)
+    assert not known.known.any()
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
