@@ -37,7 +37,9 @@ def logit_transform(config: PreTrainedConfig) -> tuple[float, float | None]:
 
 def shaped(logits: Tensor, scale: float, softcap: float | None, at_least: torch.dtype = torch.float32) -> Tensor:
     """Raw logits with the architecture's scale and soft cap, in a dtype of at least `at_least`'s precision."""
-    logits = logits.to(torch.promote_types(logits.dtype, at_least)) * scale
+    logits = logits.to(torch.promote_types(logits.dtype, at_least))
+    if scale != 1.0:
+        logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -8,7 +8,7 @@ A token's state is then the same as in a sequence of its own, up to rounding, an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,55 +31,61 @@ def shared_hidden(
         prompt_lengths, lengths: [B], tokens of the prompt, and of prompt and completion.
         sequences: the rows of each sequence, which have the same prompt; together all rows, once each.
     """
-    packed = [_packed(rows, prompt_lengths, lengths) for rows in sequences]
-    longest = max(len(of) for of, _, _ in packed)
-    shape = (len(packed), longest)
-    row, column = torch.zeros(2, *shape, dtype=torch.int64)
-    positions = torch.zeros(shape, dtype=torch.int64)
-    segments = torch.full(shape, -1)  # padding sees padding, so that no row of the attention is empty
-    source: list[tuple[int, int, int, int]] = []
-    for i, (of, at, of_segment) in enumerate(packed):
-        row[i, : len(of)], column[i, : len(of)] = torch.tensor(of), torch.tensor(at)
-        positions[i, : len(of)] = torch.tensor(at)
-        segments[i, : len(of)] = torch.tensor(of_segment)
-        source += _predictors(i, of, at, of_segment, prompt_lengths)
+    laid = _layout(prompt_lengths.cpu(), lengths.cpu(), sequences)
+    row, column, segments = laid.row, laid.column, laid.segments
     device = input_ids.device
     ids = input_ids[row.to(device), column.to(device)]
-    places = torch.arange(longest)
+    places = torch.arange(row.shape[1])
     seen = (segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None])
     seen = (seen & (segments[:, None, :] != -1) | (segments[:, :, None] == -1)) & (places <= places[:, None])
     mask = seen[:, None].to(device)
     if hf.config._attn_implementation == "eager":  # adds its mask
         mask = torch.zeros(mask.shape, device=device, dtype=hf.dtype).masked_fill(~mask, torch.finfo(hf.dtype).min)
-    trunk = hf.base_model(input_ids=ids, attention_mask=mask, position_ids=positions.to(device), use_cache=False)
+    trunk = hf.base_model(input_ids=ids, attention_mask=mask, position_ids=column.to(device), use_cache=False)
     hidden: Tensor = trunk.last_hidden_state
-    to_row, to_column, from_sequence, from_place = torch.tensor(source, device=device).T
+    to_row, to_column, from_sequence, from_place = laid.predictors.to(device)
     full = hidden.new_zeros(*input_ids.shape, hidden.shape[-1])
     return full.index_put((to_row, to_column), hidden[from_sequence, from_place])
 
 
-def _packed(rows: Sequence[int], prompt_lengths: Tensor, lengths: Tensor) -> tuple[list[int], list[int], list[int]]:
-    """By place in a sequence: the row, the column there, and the segment: 0 for the prompt, 1, 2, … for completions."""
-    start = int(prompt_lengths[rows[0]])
-    of, at, segment = [rows[0]] * start, list(range(start)), [0] * start
-    for number, row in enumerate(rows, 1):
-        own = range(start, int(lengths[row]))
-        of += [row] * len(own)
-        at += own
-        segment += [number] * len(own)
-    return of, at, segment
+class _Layout(NamedTuple):
+    row: Tensor  # [N, L], the row of each token; 0 for padding
+    column: Tensor  # [N, L], its column there, which is also its position
+    segments: Tensor  # [N, L], 0 for the prompt, 1, 2, … for completions, −1 for padding
+    predictors: Tensor
+    """[4, tokens]: row and column of each state that predicts a completion token, and its sequence and place there."""
 
 
-def _predictors(
-    sequence: int, of: list[int], at: list[int], segments: list[int], prompt_lengths: Tensor
-) -> list[tuple[int, int, int, int]]:
-    """(row, column, sequence, place) of each state that predicts a completion token."""
-    start = int(prompt_lengths[of[0]])
-    found = []
-    for place in range(start, len(of)):
-        first = at[place] == start  # predicted by the prompt's last token, others by the token before
-        found.append((of[place], at[place] - 1, sequence, start - 1 if first else place - 1))
-    return found
+def _layout(prompt_lengths: Tensor, lengths: Tensor, sequences: Sequence[Sequence[int]]) -> _Layout:
+    """How N sequences hold the rows."""
+    rows = torch.tensor([row for of in sequences for row in of])
+    sizes = torch.tensor([len(of) for of in sequences])
+    owner, first = torch.arange(len(sequences)).repeat_interleave(sizes), sizes.cumsum(0) - sizes
+    starts = prompt_lengths[rows[first]]  # of the completions in each sequence
+    own = lengths[rows] - prompt_lengths[rows]
+    before = own.cumsum(0) - own  # completion tokens of the rows before it
+    ends = starts.new_zeros(len(sequences)).index_add(0, owner, own) + starts
+    shape = (len(sequences), int(ends.max()))
+    row, column = torch.zeros(2, *shape, dtype=torch.int64)
+    segments = torch.full(shape, -1)  # padding sees padding, so that no row of the attention is empty
+
+    sequence, place = _places(starts)
+    row[sequence, place], column[sequence, place], segments[sequence, place] = rows[first][sequence], place, 0
+    index, step = _places(own)
+    sequence = owner[index]
+    place = starts[sequence] + (before - before[first][owner])[index] + step
+    at = starts[sequence] + step
+    number = torch.arange(len(rows)) - first[owner] + 1
+    row[sequence, place], column[sequence, place], segments[sequence, place] = rows[index], at, number[index]
+    # A completion's first token is predicted by the prompt's last one, others by the token before.
+    source = torch.where(step == 0, starts[sequence], place) - 1
+    return _Layout(row, column, segments, torch.stack([rows[index], at - 1, sequence, source]))
+
+
+def _places(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For all tokens of parts with `counts` tokens each: the part, and the token's place in it."""
+    part = torch.arange(len(counts)).repeat_interleave(counts)
+    return part, torch.arange(len(part)) - (counts.cumsum(0) - counts)[part]
 
 
 @torch.no_grad()

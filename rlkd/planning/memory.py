@@ -193,7 +193,7 @@ def _training(config: Config, model: Shape) -> Part:
         activations = tokens * (each * model.hidden * model.layers + inner)
     else:
         activations = tokens * inner * model.layers
-    logits = 4 * model.output_layer + 4 * VOCABULARY_CHUNK * min(tokens, _TOKEN_CHUNK)
+    logits = 4 * model.output_layer + 4 * max(VOCABULARY_CHUNK.values()) * min(tokens, _TOKEN_CHUNK)
     if config.teachers or isinstance(config.teacher, SelfTeacherConfig):
         logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see logprob_head.py
     why = (

@@ -97,11 +97,15 @@ class LocalScorer(FixedTeacher):
             rows = max(1, self.batch_tokens // lengths[order[0]])
             part, order = order[:rows], order[rows:]
             ids = torch.zeros(len(part), lengths[part[0]], dtype=torch.int64)
+            completions = torch.zeros_like(ids, dtype=torch.bool)
             for row, i in enumerate(part):
                 ids[row, : lengths[i]] = torch.tensor([*questions[i].prompt, *questions[i].completion])
-            ids = ids.to(self.hf.device)
+                completions[row, len(questions[i].prompt) : lengths[i]] = True
+            ids, completions = ids.to(self.hf.device), completions.to(self.hf.device)
             hidden = self.hf.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            logprobs, _ = token_logprobs(hidden, layer, ids, temperature=self.temperature, config=self.hf.config)
+            logprobs, _ = token_logprobs(
+                hidden, layer, ids, temperature=self.temperature, config=self.hf.config, mask=completions
+            )
             for row, i in enumerate(part):
                 start, end = len(questions[i].prompt), lengths[i]
                 # A token is predicted from the state of the token before it.
