@@ -148,7 +148,7 @@ def real_batch(settings: Config, iteration: int = 0) -> Batch:
 def rolled(algorithm, prompts, policy, teacher=None, iteration=0) -> list[list[Rollout]]:
     """What the algorithm rolls out for each prompt, with a sampler and a teacher in this process."""
     stream = Stream(together=True, ahead=False)
-    sampler = BatchedSampler(stream, policy.sample)
+    sampler = BatchedSampler(stream, lambda prompts, **how: enumerate(policy.sample(prompts, **how)))
     asked = None if teacher is None else BatchedTeacher(stream, teacher)
     try:
         return stream.run([algorithm.rollout(prompt, sampler, asked, iteration) for prompt in prompts])

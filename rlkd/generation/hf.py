@@ -79,27 +79,28 @@ class HFSampler:
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         """See `Sampler.sample`."""
-        return list(self.groups(prompts, n=n, iteration=iteration, sampling=sampling))
+        found = dict(self.groups(prompts, n=n, iteration=iteration, sampling=sampling))
+        return [found[index] for index in range(len(prompts))]
 
     def groups(
         self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling
-    ) -> Iterator[list[Rollout]]:
-        """The lists of `sample` one by one, each when its last completion is decoded."""
+    ) -> Iterator[tuple[int, list[Rollout]]]:
+        """The lists of `sample` with their indices, each as soon as its last completion has ended."""
         assert self.version is not None, "call publish() before sample()"
-        rows = [(prompt, i) for prompt in prompts for i in range(n)]
-        group: list[Rollout] = []
+        rows = [(index, i) for index in range(len(prompts)) for i in range(n)]
+        groups: list[dict[int, Rollout]] = [{} for _ in prompts]
         for start in range(0, len(rows), self.config.rollout.batch_rows):
             part = rows[start : start + self.config.rollout.batch_rows]
-            noise = np.stack([uniform(sampling, iteration, prompt.id, i) for prompt, i in part])
-            ids = [prompt.token_ids for prompt, _ in part]
-            completions = decode(
+            noise = np.stack([uniform(sampling, iteration, prompts[index].id, i) for index, i in part])
+            ids = [prompts[index].token_ids for index, _ in part]
+            completions = decode_each(
                 self._model, self.vocabulary, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k
             )
-            for (prompt, _), completion in zip(part, completions, strict=True):
-                group.append(self._rollout(prompt, completion))
-                if len(group) == n:
-                    yield group
-                    group = []
+            for row, completion in completions:
+                index, i = part[row]
+                groups[index][i] = self._rollout(prompts[index], completion)
+                if len(groups[index]) == n:
+                    yield index, [groups[index][i] for i in range(n)]
 
     def _rollout(self, prompt: Prompt, completion: Completion) -> Rollout:
         assert self.version is not None
@@ -113,7 +114,6 @@ class HFSampler:
         )
 
 
-@torch.no_grad()
 def decode(
     hf: PreTrainedModel,
     vocabulary: int,
@@ -123,7 +123,22 @@ def decode(
     ends: Sequence[int],
     top_k: int = 0,
 ) -> list[Completion]:
-    """Generate completions of all prompts together.
+    """The completions of `decode_each`, in the order of the prompts."""
+    found = dict(decode_each(hf, vocabulary, prompts, uniforms, temperature, ends, top_k))
+    return [found[row] for row in range(len(prompts))]
+
+
+@torch.no_grad()
+def decode_each(
+    hf: PreTrainedModel,
+    vocabulary: int,
+    prompts: Sequence[Sequence[int]],
+    uniforms: np.ndarray,
+    temperature: float,
+    ends: Sequence[int],
+    top_k: int = 0,
+) -> Iterator[tuple[int, Completion]]:
+    """Generate completions of all prompts together, and give each with the index of its prompt once it has ended.
 
     If the cache allows it, a prompt that occurs several times is read once, and finished rows leave the batch.
 
@@ -160,7 +175,8 @@ def decode(
         tokens, logprobs = draw(logits, noise, temperature)
         likeliest = logits.topk(min(top_k, logits.shape[-1])).indices if top_k else None
         ended = is_end[tokens].cpu().numpy()
-        drawn.add(tokens, logprobs, likeliest, ended)
+        for row in drawn.add(tokens, logprobs, likeliest, ended):
+            yield row, drawn.completion(row)
         if drawn.stopped.all():
             break
         position_ids = position_ids + 1
@@ -169,7 +185,8 @@ def decode(
             keep(cache, kept)
             tokens, mask, position_ids = tokens[kept], mask[kept], position_ids[kept]
         input_ids = tokens[:, None]
-    return drawn.completions()
+    for row in np.flatnonzero(~drawn.stopped).tolist():
+        yield row, drawn.completion(row)
 
 
 def _states(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:
@@ -191,30 +208,37 @@ def _states(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: 
 
 
 class _Drawn:
-    """What has been drawn: [rows of the batch] of each step, in an order that changes when rows leave."""
+    """What has been drawn for each completion, by rows of a batch whose order changes when rows leave."""
 
     def __init__(self, rows: int):
         self.alive = np.arange(rows)
         """The index of the completion that each row of the batch is."""
         self.stopped = np.zeros(rows, dtype=bool)
         """Whether each completion has ended."""
-        self._of: list[np.ndarray] = []
-        self._parts: list[tuple[Tensor, ...]] = []
+        self._tokens: list[list[int]] = [[] for _ in range(rows)]
+        self._logprobs: list[list[float]] = [[] for _ in range(rows)]
+        self._likeliest: list[list[Tensor]] = [[] for _ in range(rows)]
 
-    def add(self, tokens: Tensor, logprobs: Tensor, likeliest: Tensor | None, ended: np.ndarray) -> None:
-        """Add a token to each completion that has not ended.
+    def add(self, tokens: Tensor, logprobs: Tensor, likeliest: Tensor | None, ended: np.ndarray) -> list[int]:
+        """Add a token to each completion that has not ended. Returns: the completions that end with it.
 
         Args:
             tokens, logprobs, ended: [B].
             likeliest: [B, K] ids.
         """
-        parts: tuple[Tensor, ...] = (tokens, logprobs) if likeliest is None else (tokens, logprobs, likeliest.cpu())
-        goes_on = ~self.stopped[self.alive]
-        if not goes_on.all():  # only where rows cannot leave the batch
-            parts = tuple(part[torch.as_tensor(goes_on, device=part.device)] for part in parts)
-        self._of.append(self.alive[goes_on])
-        self._parts.append(parts)
-        self.stopped[self.alive[ended]] = True
+        rows, goes_on = self.alive.tolist(), (~self.stopped[self.alive]).tolist()
+        tops = likeliest.cpu().unbind() if likeliest is not None else [None] * len(rows)
+        for row, unfinished, token, logprob, top in zip(
+            rows, goes_on, tokens.tolist(), logprobs.tolist(), tops, strict=True
+        ):
+            if unfinished:  # others are there only where rows cannot leave the batch
+                self._tokens[row].append(token)
+                self._logprobs[row].append(logprob)
+                if top is not None:
+                    self._likeliest[row].append(top)
+        ending = self.alive[ended & np.array(goes_on)]
+        self.stopped[ending] = True
+        return list(ending.tolist())
 
     def leave(self, ended: np.ndarray) -> np.ndarray:
         """Remove the rows that have ended ([B]), whose places the last ones take. Returns: the rows now, in order."""
@@ -224,23 +248,14 @@ class _Drawn:
         self.alive = self.alive[kept]
         return kept
 
-    def completions(self) -> list[Completion]:
-        """One for each prompt."""
-        of = np.concatenate(self._of)
-        order, lengths = torch.as_tensor(of.argsort(kind="stable")), np.bincount(of, minlength=len(self.stopped))
-        tokens, logprobs, *tops = (torch.cat(parts).cpu()[order] for parts in zip(*self._parts, strict=True))
-        top_ids = tops[0].split(lengths.tolist()) if tops else [None] * len(lengths)
-        ids, values = tokens.tolist(), logprobs.tolist()
-        stops = lengths.cumsum().tolist()
-        return [
-            Completion(
-                token_ids=tuple(ids[stop - length : stop]),
-                logprobs=tuple(values[stop - length : stop]),
-                finish_reason="stop" if ended else "length",
-                top_ids=None if top is None else top.clone(),  # not a part of the memory of all
-            )
-            for stop, length, ended, top in zip(stops, lengths.tolist(), self.stopped.tolist(), top_ids, strict=True)
-        ]
+    def completion(self, row: int) -> Completion:
+        """What there is of one completion."""
+        return Completion(
+            token_ids=tuple(self._tokens[row]),
+            logprobs=tuple(self._logprobs[row]),
+            finish_reason="stop" if self.stopped[row] else "length",
+            top_ids=torch.stack(self._likeliest[row]) if self._likeliest[row] else None,
+        )
 
 
 def _distinct(prompts: Sequence[Sequence[int]]) -> tuple[list[tuple[int, ...]], list[int]]:

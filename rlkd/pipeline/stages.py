@@ -42,14 +42,14 @@ def teacher_stages(stream: Stream, teachers: Mapping[str, Teacher]) -> dict[str,
 class BatchedSampler:
     """A sampler in this process. Implements `AsyncSampler`."""
 
-    def __init__(self, stream: Stream, sample: Callable[..., Iterable[list[Rollout]]]) -> None:
-        """`sample`: `Sampler.sample`, or gives the same lists one by one, so that a group goes on before the others."""
+    def __init__(self, stream: Stream, groups: Callable[..., Iterable[tuple[int, list[Rollout]]]]) -> None:
+        """`groups`: see `HFSampler.groups`."""
 
         def act(asked: list[tuple[Any, Prompt]], deliver: Callable[[int, list[Rollout]], None]) -> None:
             for start, (n, iteration, sampling), prompts in _alike(asked):
-                groups = sample(prompts, n=n, iteration=iteration, sampling=sampling)
-                for index, group in enumerate(groups, start):
-                    deliver(index, group)
+                # The rewards of a group begin while others are still sampled.
+                for index, group in groups(prompts, n=n, iteration=iteration, sampling=sampling):
+                    deliver(start + index, group)
 
         self._station: Station[tuple[Any, Prompt], list[Rollout]] = Station(stream, act)
 

@@ -63,6 +63,24 @@ def test_samples_do_not_depend_on_the_rest_of_the_batch(sampler):
     assert [[r.token_ids for r in g] for g in together] == [[r.token_ids for r in g] for g in alone]
 
 
+def test_a_group_is_handed_on_when_its_last_completion_ends(sampler):
+    """Not when the longest one of the batch does."""
+    asked, steps = prompts(9, 3, 6, 12), []
+    counted = sampler._model.base_model.register_forward_hook(lambda *_: steps.append(1))
+    try:
+        arrived = []
+        for index, group in sampler.groups(asked, n=2, iteration=0, sampling=SAMPLING):
+            longest = max(len(rollout.token_ids) for rollout in group)
+            assert len(steps) == longest or len(steps) == SAMPLING.max_tokens
+            arrived.append((index, group))
+    finally:
+        counted.remove()
+    assert len({len(r.token_ids) for _, group in arrived for r in group}) > 1
+    assert arrived[0][1] != arrived[-1][1] and dict(arrived) == dict(
+        enumerate(sampler.sample(asked, n=2, iteration=0, sampling=SAMPLING))
+    )
+
+
 def test_samples_differ_between_iterations_seeds_and_each_other(sampler):
     def drawn(iteration, seed):
         sampling = Sampling(temperature=1.0, max_tokens=12, seed=seed)
