@@ -321,11 +321,13 @@ def line(arm: Arm, runs: Sequence[dict[str, Any]]) -> str:
     """A row of the table."""
     curves = [with_seconds(run) for run in runs]
     reached = [next((point for point in curve if point[2] >= GOAL), None) for curve in curves]
+    work = [point and point[0] * statistics.median(run["cpu"]) for point, run in zip(reached, runs, strict=True)]
     wall, cpu = (statistics.median(value for run in runs for value in run[name]) for name in ("seconds", "cpu"))
     cells = (
         arm.name,
         middle([None if point is None else point[0] for point in reached], ".0f"),
         middle([None if point is None else point[1] for point in reached], ".1f"),
+        middle(work, ".1f"),
         f"{wall:.3f}",
         f"{cpu:.3f}",
         middle([100 * max(point[2] for point in curve) for curve in curves], ".1f"),
@@ -336,15 +338,16 @@ def line(arm: Arm, runs: Sequence[dict[str, Any]]) -> str:
 
 
 COLUMNS = (
-    *("arm", f"iterations to {GOAL:.0%}", f"seconds to {GOAL:.0%}", "s / iteration", "CPU s / iteration"),
-    *("best sampled %", "best greedy %", "iterations"),
+    *("arm", f"iterations to {GOAL:.0%}", f"seconds to {GOAL:.0%}", f"CPU seconds to {GOAL:.0%}"),
+    *("s / iteration", "CPU s / iteration", "best sampled %", "best greedy %", "iterations"),
 )
 FOOTER = """
 Median (range) over {seeds} seeds. 16 prompts × 8 completions an iteration, at most {iterations} iterations, evaluated
 every {every}; {threads} thread(s), fp32, learning rate 3e-4. A run ends {after} evaluations after the first one that
 reaches {goal:.0%}, so the best accuracies are not where training would end. KDRL has rewards and the teacher, GRPO
-rewards only, OPD and distillation the teacher only. CPU s is the processor time of the trainer's process, on which
-other work on the machine has less influence. TRL {trl}, torch {torch}, transformers {transformers}.
+rewards only, OPD and distillation the teacher only. Other work on the machine has less influence on CPU seconds, the
+processor time of the trainer's process: the median of an iteration, times their number. TRL {trl}, torch {torch},
+transformers {transformers}.
 """
 
 
