@@ -358,6 +358,7 @@ def line(arm: Arm, runs: Sequence[dict[str, Any]]) -> str:
     wall, cpu = (statistics.median(value for run in runs for value in run[name]) for name in ("seconds", "cpu"))
     cells = (
         arm.name,
+        f"{sum(point is not None for point in reached)} of {len(runs)}",
         middle([None if point is None else point[0] for point in reached], ".0f"),
         middle([None if point is None else point[1] for point in reached], ".1f"),
         middle(work, ".1f"),
@@ -371,7 +372,7 @@ def line(arm: Arm, runs: Sequence[dict[str, Any]]) -> str:
 
 
 COLUMNS = (
-    *("arm", f"iterations to {GOAL:.0%}", f"seconds to {GOAL:.0%}", f"CPU seconds to {GOAL:.0%}"),
+    *("arm", "reached it", f"iterations to {GOAL:.0%}", f"seconds to {GOAL:.0%}", f"CPU seconds to {GOAL:.0%}"),
     *("s / iteration", "CPU s / iteration", "best sampled %", "best greedy %", "iterations"),
 )
 FOOTER = """
