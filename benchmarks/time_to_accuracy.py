@@ -2,6 +2,7 @@
 
     python benchmarks/time_to_accuracy.py [--seeds 3] [--iterations 200] [--threads 1] [--dir runs/time_to_accuracy]
                                           [--arms ARM …] [--student FOLDER] [--plot PNG] [--output MD]
+                                          [--same-samples]
 
 All arms have the same initial student, teacher, prompts in the same order, completions per iteration, reward, optimizer
 and number of threads, and are evaluated every 10 iterations by rlkd's sampler with the same noise. At the start TRL's
@@ -10,6 +11,10 @@ is a process of its own, one after another: seed 0 of all arms, then seed 1. It 
 one that reaches 60 %. Finished runs are in results.jsonl, and are reused.
 
 Time is that of training, from the beginning of the first iteration, without start-up and evaluations.
+
+With --same-samples rlkd's sampler, with rlkd's noise, draws TRL's completions too. TRL GRPO then has the accuracies of
+rlkd GRPO, and TRL's distillation those of rlkd's OPD: both frameworks learn the same from the same completions. Times
+are of no use then. GRPO waits for its first right answer, so that its seeds differ much; give --student to begin later.
 """
 
 from __future__ import annotations
@@ -35,7 +40,7 @@ if TYPE_CHECKING:  # these import torch, which the parent does not need
     from transformers import PreTrainedModel
 
     from rlkd.config.schema import Config
-    from rlkd.types import Prompt
+    from rlkd.types import Completion, Prompt
 
 ROOT = Path(__file__).parent.parent
 GOAL = 0.6
@@ -131,36 +136,55 @@ def rlkd_run(config: Config) -> dict[str, Any]:
     return {"points": [initial, *points], "seconds": seconds, "cpu": differences(cpu)}
 
 
-def accuracies(model: PreTrainedModel, config: Config, prompts: Sequence[Prompt]) -> tuple[float, float]:
-    """(avg@k, greedy accuracy) of a model as `rlkd.run.evaluation` computes them, with the same noise."""
+def draw(
+    model: PreTrainedModel,
+    config: Config,
+    rows: Sequence[tuple[tuple[int, ...], str, int]],
+    iteration: int = 0,
+    temperature: float = 1.0,
+    *,
+    training: bool,
+) -> list[Completion]:
+    """Completions as rlkd's sampler draws them for training or for an evaluation, with the same noise.
+
+    Args:
+        rows: (token ids, name, number of the sample) of each prompt.
+    """
     import numpy as np
 
-    from rlkd.data.chat import completion_text, load_tokenizer
     from rlkd.generation.hf import decode, uniform
     from rlkd.generation.sampler import Sampling, eos_ids
     from rlkd.models.vocabulary import vocabulary_size
+
+    seed = config.run.seed + (0 if training else 2**31)
+    sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=seed)
+    noise = np.stack([uniform(sampling, iteration, name, i) for _, name, i in rows])
+    vocabulary, ends = vocabulary_size(config.model), eos_ids(config.model.path, False)
+    mode = model.training
+    model.eval()
+    completions = decode(model, vocabulary, [ids for ids, _, _ in rows], noise, temperature, ends)
+    model.train(mode)
+    return completions
+
+
+def accuracies(model: PreTrainedModel, config: Config, prompts: Sequence[Prompt]) -> tuple[float, float]:
+    """(avg@k, greedy accuracy) of a model as `rlkd.run.evaluation` computes them, with the same noise."""
+    from rlkd.data.chat import completion_text, load_tokenizer
     from rlkd.rewards.exact_match import exact_match
 
-    tokenizer, ends = load_tokenizer(config.model.path), eos_ids(config.model.path, False)
-    found, training = [], model.training
-    model.eval()
+    tokenizer = load_tokenizer(config.model.path)
+    found = []
     for samples, temperature in ((config.eval.samples, config.eval.temperature), (1, 0.0)):
-        sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
-        rows = [(prompt, i) for prompt in prompts for i in range(samples)]
-        noise = np.stack([uniform(sampling, 0, prompt.id, i) for prompt, i in rows])
-        ids = [prompt.token_ids for prompt, _ in rows]
-        right = 0.0
-        for (prompt, _), drawn in zip(
-            rows, decode(model, vocabulary_size(config.model), ids, noise, temperature, ends), strict=True
-        ):
-            text = completion_text(tokenizer, drawn.token_ids, drawn.finish_reason)
-            right += exact_match(text, answer=prompt.answer, prompt="", meta={})
-        found.append(right / len(rows))
-    model.train(training)
+        rows = [(prompt.token_ids, prompt.id, i) for prompt in prompts for i in range(samples)]
+        answers = [prompt.answer for prompt in prompts for _ in range(samples)]
+        completions = draw(model, config, rows, temperature=temperature, training=False)
+        texts = [completion_text(tokenizer, one.token_ids, one.finish_reason) for one in completions]
+        right = (exact_match(t, answer=a, prompt="", meta={}) for t, a in zip(texts, answers, strict=True))
+        found.append(statistics.fmean(right))
     return found[0], found[1]
 
 
-def trl_run(arm: Arm, config: Config, folder: Path) -> dict[str, Any]:
+def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[str, Any]:
     """Train with TRL's GRPOTrainer or DistillationTrainer. Returns: as `rlkd_run`."""
     import torch
     from datasets import Dataset
@@ -266,6 +290,15 @@ def trl_run(arm: Arm, config: Config, folder: Path) -> dict[str, Any]:
     ours = [list(prompt.token_ids) for prompt in prompts[: count * group // copies] for _ in range(copies)]
     assert theirs == ours, (theirs[0], ours[0])
     assert tuple(trainer.eos_token_ids) == tuple(ends), (trainer.eos_token_ids, ends)
+    if same_samples:
+        names = {prompt.token_ids: prompt.id for prompt in prompts}
+
+        def drawn(asked: list[list[int]], *_: Any, **__: Any) -> Any:
+            rows = [(tuple(ids), names[tuple(ids)], i % group) for i, ids in enumerate(asked)]
+            found = [list(one.token_ids) for one in draw(model, config, rows, len(clock), training=True)]
+            return found if distilled else (found, None)
+
+        trainer._generate_single_turn = drawn
     trainer.train()
     return {"points": points, "seconds": differences([0.0, *clock]), "cpu": differences(cpu)}
 
@@ -277,7 +310,7 @@ def finished(args: argparse.Namespace, arm: Arm, seed: int) -> dict[str, Any]:
     """The result of one run, from results.jsonl or from a new process."""
     results = Path(args.dir, "results.jsonl")
     key = {"arm": arm.name, "seed": seed, "student": args.student}
-    key |= {"iterations": args.iterations, "threads": args.threads}
+    key |= {"iterations": args.iterations, "threads": args.threads, "same_samples": args.same_samples}
     for line in results.read_text(encoding="utf-8").splitlines() if results.exists() else []:
         row: dict[str, Any] = json.loads(line)
         if row.items() >= key.items():
@@ -293,7 +326,7 @@ def finished(args: argparse.Namespace, arm: Arm, seed: int) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         options = ["--one", arm.name, "--seed", str(seed), "--dir", folder, "--student", args.student]
-        options += ["--iterations", str(args.iterations)]
+        options += ["--iterations", str(args.iterations), *(["--same-samples"] if args.same_samples else [])]
         subprocess.run([sys.executable, __file__, *options], check=True, env=environment, stdout=subprocess.DEVNULL)
         found = json.loads(Path(folder, "found.json").read_text(encoding="utf-8"))
     with open(results, "a", encoding="utf-8") as file:
@@ -325,6 +358,7 @@ def line(arm: Arm, runs: Sequence[dict[str, Any]]) -> str:
     wall, cpu = (statistics.median(value for run in runs for value in run[name]) for name in ("seconds", "cpu"))
     cells = (
         arm.name,
+        f"{sum(point is not None for point in reached)} of {len(runs)}",
         middle([None if point is None else point[0] for point in reached], ".0f"),
         middle([None if point is None else point[1] for point in reached], ".1f"),
         middle(work, ".1f"),
@@ -338,7 +372,7 @@ def line(arm: Arm, runs: Sequence[dict[str, Any]]) -> str:
 
 
 COLUMNS = (
-    *("arm", f"iterations to {GOAL:.0%}", f"seconds to {GOAL:.0%}", f"CPU seconds to {GOAL:.0%}"),
+    *("arm", "reached it", f"iterations to {GOAL:.0%}", f"seconds to {GOAL:.0%}", f"CPU seconds to {GOAL:.0%}"),
     *("s / iteration", "CPU s / iteration", "best sampled %", "best greedy %", "iterations"),
 )
 FOOTER = """
@@ -385,13 +419,14 @@ def main() -> None:
     parser.add_argument("--student", default="builtin:student", help="the initial student")
     parser.add_argument("--plot", type=Path, help="where to draw accuracy over seconds, e.g. time_to_accuracy.png")
     parser.add_argument("--output", type=Path, help="where to write the table; by default it is only printed")
+    parser.add_argument("--same-samples", action="store_true", help="a check: both frameworks learn the same")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
         arm, folder = next(arm for arm in ARMS if arm.name == args.one), Path(args.dir)
         config = configured(arm, args, folder)
-        found = rlkd_run(config) if arm.framework == "rlkd" else trl_run(arm, config, folder)
+        found = rlkd_run(config) if arm.framework == "rlkd" else trl_run(arm, config, folder, args.same_samples)
         folder.joinpath("found.json").write_text(json.dumps(found), encoding="utf-8")
         return
     Path(args.dir).mkdir(parents=True, exist_ok=True)
@@ -405,6 +440,10 @@ def main() -> None:
             print(f"seed {seed}, {arm.name}: {last[2]:.1%} after {last[0]} iterations, {last[1]:.1f} s", flush=True)
         starts = {tuple(runs[arm.name][seed]["points"][0]) for arm in arms}
         assert len(starts) == 1, f"the arms start from different accuracies: {starts}"
+        for trl, own in (("TRL GRPO", "rlkd GRPO"), ("TRL distillation", "rlkd OPD")):
+            if args.same_samples and {trl, own} <= runs.keys():
+                pairs = zip(runs[trl][seed]["points"], runs[own][seed]["points"], strict=False)
+                print(f"{trl} and {own} differ by at most {max(abs(a[1] - b[1]) for a, b in pairs):.1%}", flush=True)
     rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|", *(line(arm, runs[arm.name]) for arm in arms)]
     versions = {name: version(name) for name in ("trl", "torch", "transformers")}
     told = {"seeds": args.seeds, "iterations": args.iterations, "threads": args.threads}
