@@ -49,9 +49,18 @@ lint: $(STAMP)
 	$(BIN)/mypy rlkd
 	$(BIN)/python benchmarks/import_graph.py
 
-# rlkd and TRL on the same work, an iteration each in turn. On an idle machine; the table is benchmarks/RESULTS.md.
+# On an idle machine, about an hour: rlkd and TRL on the same work in turn, the divergence alone, what the stream gains, how
+# an iteration grows, and how long learning takes. The tables become benchmarks/RESULTS.md, the plots are beside it.
+BENCH = runs/bench
 bench: $(STAMP)
-	$(BIN)/python benchmarks/against_trl.py --output benchmarks/RESULTS.md
+	mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/against_trl.py --output $(BENCH)/1.md
+	(echo; echo '```'; OMP_NUM_THREADS=2 $(BIN)/python benchmarks/divergence_memory.py --rounds 5; echo '```') > $(BENCH)/2.md
+	$(BIN)/python benchmarks/stream.py staleness --output $(BENCH)/3.md
+	$(BIN)/python benchmarks/stream.py slow_reward --output $(BENCH)/4.md
+	$(BIN)/python benchmarks/stream.py growth --plot benchmarks/growth.png --output $(BENCH)/5.md
+	$(BIN)/python benchmarks/time_to_accuracy.py --plot benchmarks/time_to_accuracy.png --output $(BENCH)/6.md
+	cat $(BENCH)/[1-6].md > benchmarks/RESULTS.md
 
 clean:
 	rm -rf .venv build *.egg-info
