@@ -14,11 +14,14 @@ import argparse
 import json
 import math
 import os
+import secrets
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,11 +29,18 @@ from typing import Any
 
 from against_trl import SMALL, Case, write_work
 
+from rlkd.servers import supervisor
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 JUDGE_S = 0.2
 GROUP = 8
 TRAINER_CORE, SERVER_CORE = 0, 1
+START_S = 300.0
+"""Within which a server must answer."""
+CHUNK = "8"
+"""Completions whose tokens vLLM's front end takes in before it sends finished answers. By default 128, and answers
+wait as long as the front end is behind the engine."""
 QUIET = ("log={rollouts_every: 0, progress: false}", "checkpoint={every: 0, export: false}")
 
 Row = dict[str, Any]
@@ -59,18 +69,58 @@ def train(
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, "-m", "rlkd.train", "--config", str(ROOT / f"configs/{config}.yaml")]
     command += [f"run.dir={folder}", "run.name=run", f"trainer.devices={ranks}", *QUIET, *overrides]
-    paths = os.pathsep.join([str(code), str(HERE)])
+    pinned = ["taskset", "--cpu-list", str(core)] if core is not None else []
     done = subprocess.run(
-        ["taskset", "--cpu-list", str(core), *command] if core is not None else command,
-        cwd=folder,  # not a checkout: `-m` would search it before PYTHONPATH
-        env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+        [*pinned, *command], env=environment(code), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-3000:]}")
     return [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def server(folder: Path, config: str, overrides: Sequence[str], code: Path = ROOT) -> Iterator[list[str]]:
+    """Overrides for a run whose policy server, started here, has SERVER_CORE for itself.
+
+    Raises: RuntimeError with the end of its log if it does not answer.
+    """
+    os.environ.setdefault("RLKD_SERVER_KEY", secrets.token_urlsafe(32))  # the runs read it, too
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["taskset", "--cpu-list", str(SERVER_CORE), sys.executable, "-m", "rlkd.serve", "--role", "policy"]
+    command += ["--config", str(ROOT / f"configs/{config}.yaml"), "--host", "127.0.0.1", "--port", str(port)]
+    log, url = folder / "server.log", f"http://127.0.0.1:{port}"
+    connected = ["rollout.server.launch=false", f"rollout.server.urls=['{url}']"]
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE), "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": CHUNK}
+    with open(log, "wb") as errors:
+        arguments = ["--log", str(log), "--", *command, *overrides, *connected]
+        keeper = supervisor.start(arguments, errors, environment(code) | bound)
+    try:
+        until = time.monotonic() + START_S
+        while not healthy(url):
+            if keeper.poll() is not None or time.monotonic() > until:
+                raise RuntimeError(log.read_text(errors="replace")[-3000:])
+            time.sleep(0.25)
+        yield connected
+    finally:
+        keeper.communicate()  # closes its stdin: it ends the server
+        keeper.wait()
+
+
+def healthy(url: str) -> bool:
+    """Whether the server answers."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def environment(code: Path) -> dict[str, str]:
+    """That of a process that runs the rlkd of the checkout `code`, in one thread."""
+    mine = {"PYTHONPATH": os.pathsep.join([str(code), str(HERE)]), "PYTHONSAFEPATH": "1"}  # not that of the directory
+    return os.environ | mine | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def medians(rows: Sequence[Row], skip: int, *names: str) -> list[float]:
@@ -110,9 +160,8 @@ def checkout(commit: str) -> Iterator[Path]:
 
 def slow_reward(args: argparse.Namespace) -> str:
     """Runs of this code and of the commit before the stream in turn, with the same configuration."""
-    served = f"launch: true, extra_args: ['--max-num-seqs', '{args.rows}']"
     settings = (
-        f"rollout={{backend: vllm, prompts: 16, max_tokens: {args.length}, max_mismatch: 1.0e-3, server: {{{served}}}}}",
+        f"rollout={{backend: vllm, prompts: 16, max_tokens: {args.length}, max_mismatch: 1.0e-3}}",
         f"reward={{functions: [{{name: 'stream:judge'}}], workers: {args.workers}}}",
         f"run.iterations={args.iterations}",
     )
@@ -121,9 +170,12 @@ def slow_reward(args: argparse.Namespace) -> str:
     with checkout(args.before) as old:
         for i in range(args.repeats):
             for name, code in sorted({"here": ROOT, args.before: old}.items(), reverse=bool(i % 2)):
-                with tempfile.TemporaryDirectory() as folder:
-                    model = random_model(Path(folder), max_tokens=args.length, vocabulary=args.vocabulary)
-                    rows = train(Path(folder), "quickstart", (*model, *settings), code=code)
+                with tempfile.TemporaryDirectory() as work:
+                    folder = Path(work)
+                    model = random_model(folder, max_tokens=args.length, vocabulary=args.vocabulary)
+                    with server(folder, "quickstart", (*model, *settings), code) as connected:
+                        mine = (*model, *settings, *connected)
+                        rows = train(folder, "quickstart", mine, code=code, core=TRAINER_CORE)
                 found[name].append(medians(rows, 2, *names))
                 print(name, dict(zip(names, found[name][-1], strict=True)), file=sys.stderr, flush=True)
     lines = []
@@ -139,26 +191,6 @@ def slow_reward(args: argparse.Namespace) -> str:
 # ---- staleness -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def server(folder: Path, overrides: Sequence[str]) -> Iterator[str]:
-    """The address of a policy server that has SERVER_CORE for itself."""
-    from rlkd.config_file import load
-    from rlkd.generation.vllm import policy_role
-    from rlkd.servers.process import VLLMServer, new_key
-
-    config = load([str(ROOT / "configs/quickstart_vllm.yaml")], overrides).config
-    os.environ[config.rollout.server.key_env] = key = new_key(config.rollout.server)  # for the runs, too
-    os.sched_setaffinity(0, {SERVER_CORE})  # inherited by every process of the server
-    started = VLLMServer(
-        policy_role(config), config.rollout.server, key=key, log_dir=folder / "server", cores=str(SERVER_CORE)
-    )
-    try:
-        started.wait_ready()
-        yield started.url
-    finally:
-        started.stop()
-
-
 def staleness(args: argparse.Namespace) -> str:
     """GRPO on the built-in task, on-policy and one iteration ahead, with a new server for each run."""
     settings = (
@@ -172,8 +204,10 @@ def staleness(args: argparse.Namespace) -> str:
     for seed in args.seeds:
         for ahead in sorted(found, reverse=bool(seed % 2)):
             mine = (*settings, f"rollout.max_staleness={ahead}", f"run.seed={seed}")
-            with tempfile.TemporaryDirectory() as name, server(Path(name), mine) as url:
-                connected = ("rollout.server.launch=false", f"rollout.server.urls=['{url}']")
+            with (
+                tempfile.TemporaryDirectory() as name,
+                server(Path(name), "quickstart_vllm", mine) as connected,
+            ):
                 rows = train(Path(name), "quickstart_vllm", (*mine, *connected), core=TRAINER_CORE)
             found[ahead].append(medians(rows, 5, *names))
             scores[ahead].append((rows[0]["eval/greedy"], rows[-1]["eval/greedy"], rows[-1]["eval/avg@k"]))
@@ -275,9 +309,8 @@ def main() -> None:
     slow.add_argument("--before", default="9d77969", help="commit to compare with")
     slow.add_argument("--repeats", type=int, default=3, help="runs of each")
     slow.add_argument("--iterations", type=int, default=8)
-    slow.add_argument("--workers", type=int, default=8, help="judges at a time")
-    slow.add_argument("--rows", type=int, default=32, help="completions that the server decodes at a time")
-    slow.add_argument("--length", type=int, default=256, help="longest completion")
+    slow.add_argument("--workers", type=int, default=16, help="judges at a time")
+    slow.add_argument("--length", type=int, default=512, help="longest completion")
     slow.add_argument("--vocabulary", type=int, default=64, help="completions end with a probability of 1 / vocabulary")
     stale = command(staleness)
     stale.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
