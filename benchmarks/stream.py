@@ -38,9 +38,6 @@ GROUP = 8
 TRAINER_CORE, SERVER_CORE = 0, 1
 START_S = 300.0
 """Within which a server must answer."""
-CHUNK = "8"
-"""Completions whose tokens vLLM's front end takes in before it sends finished answers. By default 128, and answers
-wait as long as the front end is behind the engine."""
 QUIET = ("log={rollouts_every: 0, progress: false}", "checkpoint={every: 0, export: false}")
 
 Row = dict[str, Any]
@@ -92,7 +89,7 @@ def server(folder: Path, config: str, overrides: Sequence[str], code: Path = ROO
     command += ["--config", str(ROOT / f"configs/{config}.yaml"), "--host", "127.0.0.1", "--port", str(port)]
     log, url = folder / "server.log", f"http://127.0.0.1:{port}"
     connected = ["rollout.server.launch=false", f"rollout.server.urls=['{url}']"]
-    bound = {"VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE), "VLLM_V1_OUTPUT_PROC_CHUNK_SIZE": CHUNK}
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": str(SERVER_CORE)}
     with open(log, "wb") as errors:
         arguments = ["--log", str(log), "--", *command, *overrides, *connected]
         keeper = supervisor.start(arguments, errors, environment(code) | bound)
