@@ -1,7 +1,7 @@
 """What the stream of groups gains: sampling ahead, rewards while others sample, and how an iteration grows.
 
 python benchmarks/stream.py slow_reward [--before 9d77969] [--repeats 3]     a judge of 0.2 s a completion
-python benchmarks/stream.py staleness [--seeds 0 1 2] [--iterations 200]     server and trainer on a core each
+python benchmarks/stream.py staleness [--seeds 0 1 2] [--iterations 150]     server and trainer on a core each
 python benchmarks/stream.py growth [--plot benchmarks/growth.png]            completions, lengths, and ranks
 
 Each prints a table, and --output writes it to a file. Every run is a process of `python -m rlkd.train`, and all times
@@ -193,7 +193,11 @@ def staleness(args: argparse.Namespace) -> str:
     settings = (
         *(f"algorithm={{name: grpo, group_size: {GROUP}}}", "teacher={backend: none}"),
         *(f"rollout.prompts={args.prompts}", f"trainer.updates_per_iteration={args.updates}"),
-        *(f"run.iterations={args.iterations}", f"eval.every={args.iterations}", f"optim.lr={args.lr}"),
+        *(
+            f"run.iterations={args.iterations}",
+            f"eval.every={args.iterations}",
+            f"trainer.micro_batch_tokens={args.micro}",
+        ),
     )
     names = "time/total", "time/rollout", "time/train", "time/publish"
     found: dict[int, list[list[float]]] = {0: [], 1: []}
@@ -311,10 +315,12 @@ def main() -> None:
     slow.add_argument("--vocabulary", type=int, default=64, help="completions end with a probability of 1 / vocabulary")
     stale = command(staleness)
     stale.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    stale.add_argument("--iterations", type=int, default=200)
-    stale.add_argument("--prompts", type=int, default=16)
-    stale.add_argument("--updates", type=int, default=2, help="optimizer steps of an iteration")
-    stale.add_argument("--lr", type=float, default=3e-4)
+    stale.add_argument("--iterations", type=int, default=150)
+    stale.add_argument("--prompts", type=int, default=32)
+    stale.add_argument("--updates", type=int, default=1, help="optimizer steps of an iteration")
+    stale.add_argument(
+        "--micro", type=int, default=256, help="tokens of a micro-batch: fewer, and training takes longer"
+    )
     grows = command(growth)
     grows.add_argument("--completions", type=int, nargs="+", default=[32, 64, 128, 256, 512, 1024])
     grows.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512])
