@@ -55,7 +55,9 @@ BENCH = runs/bench
 bench: $(STAMP)
 	mkdir -p $(BENCH)
 	$(BIN)/python benchmarks/against_trl.py --output $(BENCH)/1.md
-	(echo; echo '```'; OMP_NUM_THREADS=2 $(BIN)/python benchmarks/divergence_memory.py --rounds 5; echo '```') > $(BENCH)/2.md
+	printf '\n## The divergence alone\n\n```\n' > $(BENCH)/2.md
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/divergence_memory.py --rounds 5 >> $(BENCH)/2.md
+	printf '```\n' >> $(BENCH)/2.md
 	$(BIN)/python benchmarks/stream.py staleness --output $(BENCH)/3.md
 	$(BIN)/python benchmarks/stream.py slow_reward --output $(BENCH)/4.md
 	$(BIN)/python benchmarks/stream.py growth --plot benchmarks/growth.png --output $(BENCH)/5.md
