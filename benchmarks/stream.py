@@ -156,7 +156,7 @@ def checkout(commit: str) -> Iterator[Path]:
 
 
 def slow_reward(args: argparse.Namespace) -> str:
-    """A reward of 0.2 s a completion: this code and the commit before the stream in turn, with the same configuration."""
+    """A reward of 0.2 s a completion: this code and the commit before the stream in turn, configured alike."""
     settings = (
         f"rollout={{backend: vllm, prompts: 16, max_tokens: {args.length}, max_mismatch: 1.0e-3}}",
         f"reward={{functions: [{{name: 'stream:judge'}}], workers: {args.workers}}}",

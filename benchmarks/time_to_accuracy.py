@@ -450,7 +450,7 @@ def main() -> None:
     table = "\n".join(rows) + "\n" + FOOTER.format(every=EVERY, after=AFTER, goal=GOAL, **told, **versions)
     print(f"\n{table}", end="")
     if args.output is not None:
-        args.output.write_text(table, encoding="utf-8")
+        args.output.write_text(f"\n## Time to {GOAL:.0%} on the built-in task\n\n{table}", encoding="utf-8")
     if args.plot is not None:
         plot(runs, args.plot)
 
