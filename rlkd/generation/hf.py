@@ -21,6 +21,10 @@ from rlkd.models.student import load_causal_lm
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.types import Completion, Prompt, Rollout, VersionSpan
 
+DRAW_LOGITS = 2**21
+"""Logits from which tokens are drawn at a time, 16 MiB in float64: new memory for more costs a CPU more than arithmetic.
+With a vocabulary of 151,936, the tokens of 32 rows are drawn in a third of the time."""
+
 
 class HFSampler:
     """Samples with transformers. See `Sampler` for the protocol.
@@ -170,10 +174,8 @@ def decode_each(
             mask = torch.nn.functional.pad(mask, (0, longest), value=1)  # with all tokens to come
             if by_row:
                 spread(cache, rows, longest - 1)
-        logits = shaped(raw, layer.scale, layer.softcap, torch.float64)
         noise = torch.as_tensor(uniforms[drawn.alive, position], device=device)
-        tokens, logprobs = draw(logits, noise, temperature)
-        likeliest = logits.topk(min(top_k, logits.shape[-1])).indices if top_k else None
+        tokens, logprobs, likeliest = _draw_from(raw, layer, noise, temperature, top_k)
         ended = is_end[tokens].cpu().numpy()
         for row in drawn.add(tokens, logprobs, likeliest, ended):
             yield row, drawn.completion(row)
@@ -187,6 +189,23 @@ def decode_each(
         input_ids = tokens[:, None]
     for row in np.flatnonzero(~drawn.stopped).tolist():
         yield row, drawn.completion(row)
+
+
+def _draw_from(
+    raw: Tensor, layer: OutputLayer, uniforms: Tensor, temperature: float, top_k: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`draw` from the raw logits [B, V] of an output layer, for a part of the rows at a time, and the ids [B, K] of the
+    likeliest tokens, if there are to be any."""
+    rows = max(1, DRAW_LOGITS // raw.shape[-1])
+    tokens, logprobs, likeliest = [], [], []
+    for part, noise in zip(raw.split(rows), uniforms.split(rows), strict=True):
+        logits = shaped(part, layer.scale, layer.softcap, torch.float64)
+        drawn = draw(logits, noise, temperature)
+        tokens.append(drawn[0])
+        logprobs.append(drawn[1])
+        if top_k:
+            likeliest.append(logits.topk(min(top_k, logits.shape[-1])).indices)
+    return torch.cat(tokens), torch.cat(logprobs), torch.cat(likeliest) if top_k else None
 
 
 def _states(hf: PreTrainedModel, input_ids: Tensor, mask: Tensor, position_ids: Tensor, cache: DynamicCache) -> Tensor:

@@ -81,6 +81,15 @@ def test_greedy_at_other_temperatures_and_with_the_likeliest_tokens(family, temp
     assert_equal(fast, plain)
 
 
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_tokens_drawn_for_a_part_of_the_rows_at_a_time_are_the_same(monkeypatch, top_k):
+    whole = decode(model("llama"), VOCABULARY, prompts(), noise(longest=12), 1.0, ENDS, top_k)
+    monkeypatch.setattr("rlkd.generation.hf.DRAW_LOGITS", 2 * VOCABULARY + 1)
+    parts = decode(model("llama"), VOCABULARY, prompts(), noise(longest=12), 1.0, ENDS, top_k)
+    assert [(c.token_ids, c.logprobs) for c in parts] == [(c.token_ids, c.logprobs) for c in whole]
+    assert all(top_k == 0 or torch.equal(a.top_ids, b.top_ids) for a, b in zip(parts, whole, strict=True))
+
+
 def test_only_the_tokens_of_the_vocabulary_are_drawn_and_no_end_is_above_it():
     hf, ends = model("llama"), (5, 15, 80, 96)
     plain, fast = (how(hf, 60, prompts(), noise(), 1.0, ends) for how in (plain_decode, decode))
