@@ -53,6 +53,11 @@ class Case:
     options: tuple[str, ...] = ()
     """Further options of rlkd."""
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The folders of the student and, if there is one, the teacher."""
+        return ("model", "teacher") if self.distilled else ("model",)
+
 
 SMALL, LARGE = {"hidden": 128, "layers": 4, "intermediate": 384}, {"hidden": 384, "layers": 6, "intermediate": 1024}
 CASES = (
@@ -123,7 +128,7 @@ def write_work(case: Case, folder: Path) -> None:
         bos_token_id=None,
         eos_token_id=1,
     )
-    for seed, name in enumerate(("model", "teacher") if case.distilled else ("model",)):
+    for seed, name in enumerate(case.models):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder / name)
     letters = [chr(0x10000 + i) for i in range(case.vocabulary - 3)]
@@ -134,8 +139,8 @@ def write_work(case: Case, folder: Path) -> None:
         tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", additional_special_tokens=["<turn>"]
     )
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}<turn>"
-    for name in folder.iterdir():
-        tokenizer.save_pretrained(name)
+    for name in case.models:
+        tokenizer.save_pretrained(folder / name)
     with open(folder / "prompts.jsonl", "w", encoding="utf-8") as file:
         for row in range(256):
             text = "".join(letters[(7 * row + 3 * t) % len(letters)] for t in range(case.prompt_tokens - 1))
@@ -145,6 +150,19 @@ def write_work(case: Case, folder: Path) -> None:
 def fixed_tokens(case: Case) -> tuple[list[int], list[int]]:
     """(prompt, completion) on which both frameworks' log-probs are compared."""
     return [3 + t % 20 for t in range(8)], [3 + 5 * t % 20 for t in range(12)]
+
+
+TRL_PLAIN: dict[str, Any] = {
+    "temperature": 1.0,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+    "logging_strategy": "no",
+    "save_strategy": "no",
+    "disable_tqdm": True,
+}
+"""Settings of TRL's trainers on a CPU, with nothing logged or saved."""
 
 
 # ---- the two sides ---------------------------------------------------------------------------------------------------
@@ -170,15 +188,10 @@ def algorithm(case: Case, folder: Path) -> list[str]:
     return [f"algorithm={{name: opd, group_size: 1, divergence: {divergence}}}", teacher, "data.answer_column=null"]
 
 
-def peak_memory() -> float:
-    """The largest resident memory of this process so far, in GiB. That of getrusage is inherited from the parent."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 2**20
-
-
 def rlkd_side(case: Case, folder: Path) -> None:
     """Iterations of rlkd, one for each line of stdin."""
     import torch
+    from divergence_memory import resident
 
     from rlkd.config_file import load
     from rlkd.models.logprob_head import token_logprobs
@@ -224,7 +237,7 @@ def rlkd_side(case: Case, folder: Path) -> None:
                 yield batch
                 seconds = time.perf_counter() - started
                 length = (batch.lengths - batch.prompt_lengths).double().mean()
-                say(seconds=seconds, length=float(length), memory=peak_memory())
+                say(seconds=seconds, length=float(length), memory=resident("VmHWM"))
 
     module = PolicyModule(config)
     loader = Stepped(config, module.algorithm)
@@ -235,13 +248,13 @@ def trl_side(case: Case, folder: Path) -> None:
     """Steps of TRL's GRPOTrainer or DistillationTrainer, one for each line of stdin."""
     import torch
     from datasets import Dataset
+    from divergence_memory import resident
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
     rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     model, *teachers = (
-        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)
-        for name in (("model", "teacher") if case.distilled else ("model",))
+        AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32) for name in case.models
     )
     lengths: list[float] = []
 
@@ -257,7 +270,7 @@ def trl_side(case: Case, folder: Path) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             # Untrained models of a large vocabulary do not end before the limit.
             length = case.max_tokens if case.distilled else lengths[-1]
-            say(seconds=time.perf_counter() - self.started, length=length, memory=peak_memory())
+            say(seconds=time.perf_counter() - self.started, length=length, memory=resident("VmHWM"))
 
     common: dict[str, Any] = {
         "output_dir": str(folder / "trl"),
@@ -265,15 +278,8 @@ def trl_side(case: Case, folder: Path) -> None:
         "max_completion_length": case.max_tokens,
         "learning_rate": 1e-6,
         "max_steps": 1_000_000,
-        "temperature": 1.0,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
         "weight_decay": 0.0,
+        **TRL_PLAIN,
     }
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows])
     parts: dict[str, Any] = {

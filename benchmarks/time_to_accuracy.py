@@ -34,13 +34,15 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from against_trl import TRL_PLAIN
 from learning import GRPO, NO_TEACHER
 
 if TYPE_CHECKING:  # these import torch, which the parent does not need
     from transformers import PreTrainedModel
 
     from rlkd.config.schema import Config
-    from rlkd.types import Completion, Prompt
+    from rlkd.generation.hf import HFSampler
+    from rlkd.types import Prompt
 
 ROOT = Path(__file__).parent.parent
 GOAL = 0.6
@@ -136,50 +138,22 @@ def rlkd_run(config: Config) -> dict[str, Any]:
     return {"points": [initial, *points], "seconds": seconds, "cpu": differences(cpu)}
 
 
-def draw(
-    model: PreTrainedModel,
-    config: Config,
-    rows: Sequence[tuple[tuple[int, ...], str, int]],
-    iteration: int = 0,
-    temperature: float = 1.0,
-    *,
-    training: bool,
-) -> list[Completion]:
-    """Completions as rlkd's sampler draws them for training or for an evaluation, with the same noise.
-
-    Args:
-        rows: (token ids, name, number of the sample) of each prompt.
-    """
-    import numpy as np
-
-    from rlkd.generation.hf import decode, uniform
-    from rlkd.generation.sampler import Sampling, eos_ids
-    from rlkd.models.vocabulary import vocabulary_size
-
-    seed = config.run.seed + (0 if training else 2**31)
-    sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=seed)
-    noise = np.stack([uniform(sampling, iteration, name, i) for _, name, i in rows])
-    vocabulary, ends = vocabulary_size(config.model), eos_ids(config.model.path, False)
-    mode = model.training
-    model.eval()
-    completions = decode(model, vocabulary, [ids for ids, _, _ in rows], noise, temperature, ends)
-    model.train(mode)
-    return completions
-
-
-def accuracies(model: PreTrainedModel, config: Config, prompts: Sequence[Prompt]) -> tuple[float, float]:
+def accuracies(
+    model: PreTrainedModel, sampler: HFSampler, config: Config, prompts: Sequence[Prompt]
+) -> tuple[float, float]:
     """(avg@k, greedy accuracy) of a model as `rlkd.run.evaluation` computes them, with the same noise."""
     from rlkd.data.chat import completion_text, load_tokenizer
+    from rlkd.generation.sampler import Sampling
     from rlkd.rewards.exact_match import exact_match
 
-    tokenizer = load_tokenizer(config.model.path)
-    found = []
-    for samples, temperature in ((config.eval.samples, config.eval.temperature), (1, 0.0)):
-        rows = [(prompt.token_ids, prompt.id, i) for prompt in prompts for i in range(samples)]
-        answers = [prompt.answer for prompt in prompts for _ in range(samples)]
-        completions = draw(model, config, rows, temperature=temperature, training=False)
-        texts = [completion_text(tokenizer, one.token_ids, one.finish_reason) for one in completions]
-        right = (exact_match(t, answer=a, prompt="", meta={}) for t, a in zip(texts, answers, strict=True))
+    tokenizer, found = load_tokenizer(config.model.path), []
+    sampler.publish(model.state_dict(), 0)
+    for n, temperature in ((config.eval.samples, config.eval.temperature), (1, 0.0)):
+        seed = config.run.seed + 2**31
+        sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=seed)
+        rollouts = (one for group in sampler.sample(prompts, n=n, iteration=0, sampling=sampling) for one in group)
+        texts = ((one, completion_text(tokenizer, one.token_ids, one.finish_reason)) for one in rollouts)
+        right = (exact_match(text, answer=one.prompt.answer, prompt="", meta={}) for one, text in texts)
         found.append(statistics.fmean(right))
     return found[0], found[1]
 
@@ -196,7 +170,8 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
     from rlkd.data.heldout import heldout_prompts
     from rlkd.data.prompts import PromptStream
     from rlkd.data.sources import load_source
-    from rlkd.generation.sampler import eos_ids
+    from rlkd.generation.hf import HFSampler
+    from rlkd.generation.sampler import Sampling, eos_ids
     from rlkd.rewards.exact_match import exact_match
 
     group, count = 8, config.rollout.prompts
@@ -208,8 +183,10 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
     stream = PromptStream(load_source(config.data, tokenizer), config.run.seed)
     prompts = [prompt for i in range(config.run.iterations) for prompt in stream.take(i, count)]
     heldout = heldout_prompts(config, tokenizer)
+    sampler = HFSampler(config, ends)
+    sampler.open()
     distilled = arm.framework == "trl_distillation"
-    points: Points = [(0, *accuracies(model, config, heldout))]
+    points: Points = [(0, *accuracies(model, sampler, config, heldout))]
     clock: list[float] = []
     """Seconds at the end of each iteration, without evaluations."""
     cpu: list[float] = []
@@ -228,7 +205,7 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
             clock.append(now - self.started)
             cpu.append(time.process_time())
             if state.global_step % EVERY == 0 or state.global_step == config.run.iterations:
-                points.append((state.global_step, *accuracies(model, config, heldout)))
+                points.append((state.global_step, *accuracies(model, sampler, config, heldout)))
                 control.should_training_stop = control.should_training_stop or over(points)
                 self.started += time.perf_counter() - now
 
@@ -256,14 +233,7 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
         "max_steps": config.run.iterations,
         "seed": config.run.seed,
         "shuffle_dataset": False,
-        "temperature": 1.0,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
+        **TRL_PLAIN,
     }
     # DistillationTrainer samples once per prompt, so each prompt is there once for each completion.
     data = Dataset.from_list(
@@ -291,11 +261,15 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
     assert theirs == ours, (theirs[0], ours[0])
     assert tuple(trainer.eos_token_ids) == tuple(ends), (trainer.eos_token_ids, ends)
     if same_samples:
-        names = {prompt.token_ids: prompt.id for prompt in prompts}
+        by_ids = {prompt.token_ids: prompt for prompt in prompts}
+        sampling = Sampling(temperature=1.0, max_tokens=config.rollout.max_tokens, seed=config.run.seed)
 
         def drawn(asked: list[list[int]], *_: Any, **__: Any) -> Any:
-            rows = [(tuple(ids), names[tuple(ids)], i % group) for i, ids in enumerate(asked)]
-            found = [list(one.token_ids) for one in draw(model, config, rows, len(clock), training=True)]
+            assert asked == [ids for ids in asked[::group] for _ in range(group)]
+            sampler.publish(model.state_dict(), len(clock))
+            named = [by_ids[tuple(ids)] for ids in asked[::group]]
+            groups = sampler.sample(named, n=group, iteration=len(clock), sampling=sampling)
+            found = [list(one.token_ids) for rollouts in groups for one in rollouts]
             return found if distilled else (found, None)
 
         trainer._generate_single_turn = drawn

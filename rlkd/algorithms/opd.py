@@ -60,9 +60,14 @@ class OPD(Algorithm):
         return replace(super().sampling, top_k=self.options.divergence.sampler_top_k)
 
     @property
+    def blend(self) -> float | None:
+        """See `DivergenceSpec.blend`."""
+        return None
+
+    @property
     def needs(self) -> Needs:
-        options = self.options
-        comparison = options.divergence.comparison(self.teacher_temperature, ratio_cap=options.ratio_cap)
+        options, temperature = self.options, self.teacher_temperature
+        comparison = options.divergence.comparison(temperature, blend=self.blend, ratio_cap=options.ratio_cap)
         return Needs(
             temperature=self.config.rollout.temperature,
             entropy=True,

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from rlkd.algorithms.opd import OPD
 from rlkd.algorithms.taid_options import TAIDConfig
 from rlkd.config.schema import AlgorithmConfig, Config
-from rlkd.models.logprob_head import Needs
 
 
 class TAID(OPD):
@@ -37,15 +36,8 @@ class TAID(OPD):
         return self.config.algorithm
 
     @property
-    def needs(self) -> Needs:
-        options = self.options
-        comparison = options.divergence.comparison(self.teacher_temperature, blend=self.t, ratio_cap=options.ratio_cap)
-        return Needs(
-            temperature=self.config.rollout.temperature,
-            entropy=True,
-            comparison=comparison,
-            policy_gradient=comparison is None,
-        )
+    def blend(self) -> float | None:
+        return self.t
 
     def iteration_ended(self, iteration: int, row: Mapping[str, float]) -> dict[str, float]:
         used, loss, options = self.t, row["loss/kd"], self.options

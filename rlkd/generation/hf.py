@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,8 @@ from rlkd.models.output_check import BOUND
 from rlkd.models.student import load_causal_lm
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.types import Completion, Prompt, Rollout, VersionSpan
+
+T = TypeVar("T")
 
 DRAW_LOGITS = 2**21
 """Logits from which tokens are drawn at a time, 16 MiB in float64: new memory for more costs a CPU more time.
@@ -83,8 +87,7 @@ class HFSampler:
 
     def sample(self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling) -> list[list[Rollout]]:
         """See `Sampler.sample`."""
-        found = dict(self.groups(prompts, n=n, iteration=iteration, sampling=sampling))
-        return [found[index] for index in range(len(prompts))]
+        return _in_order(self.groups(prompts, n=n, iteration=iteration, sampling=sampling))
 
     def groups(
         self, prompts: Sequence[Prompt], *, n: int, iteration: int, sampling: Sampling
@@ -128,8 +131,7 @@ def decode(
     top_k: int = 0,
 ) -> list[Completion]:
     """The completions of `decode_each`, in the order of the prompts."""
-    found = dict(decode_each(hf, vocabulary, prompts, uniforms, temperature, ends, top_k))
-    return [found[row] for row in range(len(prompts))]
+    return _in_order(decode_each(hf, vocabulary, prompts, uniforms, temperature, ends, top_k))
 
 
 @torch.no_grad()
@@ -189,6 +191,11 @@ def decode_each(
         input_ids = tokens[:, None]
     for row in np.flatnonzero(~drawn.stopped).tolist():
         yield row, drawn.completion(row)
+
+
+def _in_order(found: Iterable[tuple[int, T]]) -> list[T]:
+    """What comes with its index, in the order of the indices."""
+    return [one for _, one in sorted(found, key=itemgetter(0))]
 
 
 def _draw_from(

@@ -21,8 +21,8 @@ from rlkd.models.divergence_sum import ByFormula, ChunkedSum, Measure, by_autogr
 from rlkd.types import Batch, BatchScores
 
 VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}
-"""By type of device: columns of logits that are in memory at a time, for up to 4,096 tokens. On a CPU fewer of them
-stay in the cache: for 1,024 tokens, forward and backward take half the time that they take with 8,192 columns."""
+"""On a GPU, and on any other device: columns of logits in memory at a time, for up to 4,096 tokens. On a CPU fewer of
+them stay in the cache: for 1,024 tokens, forward and backward take half the time that they take with 8,192 columns."""
 CHUNK_LOGITS = 2**24
 """Logits that are in memory at a time in a divergence: 64 MiB in fp32, in about eight tensors of that size."""
 
@@ -140,7 +140,7 @@ def token_logprobs(
         chosen = mask[:, 1:].nonzero(as_tuple=True)
         flat, targets = hidden[:, :-1][chosen], input_ids[:, 1:][chosen]
     outputs = ("entropy",) if entropy else ()
-    chunk = min(VOCABULARY_CHUNK[hidden.device.type], head.weight.shape[0])
+    chunk = min(VOCABULARY_CHUNK["cuda" if hidden.is_cuda else "cpu"], head.weight.shape[0])
     result = ChunkedLogProbFunction.apply(
         flat, head.weight, head.bias, targets, temperature, chunk, softcap, scale, outputs
     )

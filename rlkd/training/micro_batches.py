@@ -11,8 +11,8 @@ import torch
 from rlkd.types import Batch
 
 OVERHEAD = {"cpu": 256, "cuda": 1024}
-"""By type of device: what a further micro-batch costs, in tokens: its calls, and gathering the parameters of a sharded
-model. The one of the CPU was measured with 1M and 10M parameters, that of CUDA is an estimate."""
+"""On a GPU, and on any other device: what a further micro-batch costs, in tokens: its calls, and gathering a
+sharded model's parameters. The one of the CPU was measured with 1M and 10M parameters, that of CUDA is an estimate."""
 
 
 def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
@@ -73,7 +73,7 @@ def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[to
 
     Raises: ValueError if one row exceeds the budget.
     """
-    overhead = OVERHEAD[batch.input_ids.device.type]
+    overhead = OVERHEAD["cuda" if batch.input_ids.is_cuda else "cpu"]
     if width is None:
         return [(index, batch.rows(index)) for index in split_by_tokens(batch.lengths.tolist(), budget, overhead)]
     sequences = [rows for group in _groups(batch) for rows in _joined(batch, group, budget, width)]
