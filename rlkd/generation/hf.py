@@ -64,8 +64,15 @@ class HFSampler:
         check_decode(hf, model.path)
 
     def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Load `weights`, under the names in memory, as `version`."""
-        self._model.load_state_dict(dict(weights), strict=True)
+        """Use `weights`, under the names in memory, as `version`.
+
+        Where nothing is sampled while the student trains, the model reads the given tensors themselves: with one rank
+        those are the student's own, so that its weights are in memory once.
+        """
+        dtypes = {name: value.dtype for name, value in self._model.state_dict().items()}
+        same_dtypes = dtypes == {name: value.dtype for name, value in weights.items()}
+        in_step = self.config.rollout.max_staleness == 0
+        self._model.load_state_dict(dict(weights), strict=True, assign=in_step and same_dtypes)
         self.version = version
 
     def keep_loaded(self) -> None:

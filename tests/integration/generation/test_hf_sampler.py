@@ -139,6 +139,27 @@ def test_publishing_changes_what_is_sampled_and_refuses_partial_weights(sampler,
     sampler.publish(hf.state_dict(), 4)
 
 
+@pytest.mark.parametrize(
+    ("options", "dtype", "shared"),
+    [
+        ([], torch.float32, True),
+        (["rollout.max_staleness=1"], torch.float32, False),  # samples while the student's weights change
+        ([], torch.bfloat16, False),  # a sampler in fp32 needs its own copy
+    ],
+)
+def test_the_published_tensors_are_used_in_place_if_nothing_is_sampled_ahead(hf, options, dtype, shared):
+    settings = config(*options)
+    sampler = HFSampler(settings, eos_ids(settings.model.path, False))
+    sampler.open()
+    weights = {name: value.to(dtype, copy=True) for name, value in hf.state_dict().items()}
+    sampler.publish(weights, 0)
+    (before,) = sampler.sample(prompts(6), n=8, iteration=0, sampling=SAMPLING)
+    for value in weights.values():
+        value += 0.05 * torch.randn_like(value)
+    (after,) = sampler.sample(prompts(6), n=8, iteration=0, sampling=SAMPLING)
+    assert ([r.token_ids for r in before] != [r.token_ids for r in after]) == shared
+
+
 def test_draws_follow_the_distribution():
     """20,000 draws from 4 tokens: every frequency within 4 standard deviations of its probability."""
     logits = torch.tensor([0.1, 2.0, -1.0, 0.5], dtype=torch.float64)
