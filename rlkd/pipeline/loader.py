@@ -253,6 +253,13 @@ class RolloutLoader:
         for iteration in range(first, min(last + 1, self.config.run.iterations)):
             self._begin(iteration)
 
+    def _begin_again(self) -> None:
+        """Begin the iterations ahead again that ended when the servers were lost; otherwise each would report it."""
+        for iteration, walk in list(self._walks.items()):
+            if walk.done() and isinstance(walk.exception(), ServerLost):
+                del self._walks[iteration]
+                self._begin(iteration)
+
     def with_servers(self, act: Callable[[], T]) -> T:
         """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.
 
@@ -277,6 +284,7 @@ class RolloutLoader:
                 return result  # type: ignore[return-value]
             if tried < _MAX_ATTEMPTS:
                 self.line.policy.recover()
+                self._begin_again()
         raise RunStopped(
             f"the policy's servers were lost {_MAX_ATTEMPTS} times in the same iteration; the last error: "
             + (lost[0] if lost else "on another rank")
