@@ -19,6 +19,7 @@ from vllm_fixtures import EOS, KEY, SAMPLING, mismatch, opened, prompts, tiny_mo
 
 from rlkd.distributed import RunStopped
 from rlkd.models.loader_names import loader_names
+from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer
 from rlkd.teachers.served import PolicyServerTeacher
@@ -33,7 +34,7 @@ def test_published_weights_are_the_served_ones(policy_server: VLLMServer, policy
     sampler = opened(policy_path, policy_server)
     for version, seed in ((11, 21), (12, 22), (13, 0)):
         model = tiny_model(seed)
-        sampler.publish(model.state_dict(), version)
+        sampler.publish(Whole(model.state_dict()), version)
         assert mismatch(sampler, model, version) < 1e-4
         assert mismatch(sampler, tiny_model(seed + 100), version) > 1.0, "otherwise this test could not see old weights"
     sampler.close()
@@ -47,11 +48,11 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
     weights: Mapping[str, Tensor] = model.state_dict()
     partial = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
     with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights") as caught:
-        sampler.publish(partial, 14)
+        sampler.publish(Whole(partial), 14)
     assert "\n" not in str(caught.value)
     with pytest.raises(ServerLost, match="no policy server is in service: .*/update_weights"):
         sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
-    sampler.publish(weights, 15)
+    sampler.publish(Whole(weights), 15)
     assert mismatch(sampler, model, 15) < 1e-4
     # A third of a layer that vLLM fuses, and biases, which it treats as those of a quantised checkpoint: it skips both.
     third = {name: tensor for name, tensor in weights.items() if "layers.0.self_attn.k_proj" not in name}
@@ -62,9 +63,9 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
         ({**weights, **unknown}, "has 2 weights that the model does not know, e.g. model.layers.1.mlp.up_proj.bias"),
     ):
         with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights"):
-            sampler.publish(refused, 16)
+            sampler.publish(Whole(refused), 16)
         assert line in policy_server.log.read_text()
-        sampler.publish(weights, 17)
+        sampler.publish(Whole(weights), 17)
         assert mismatch(sampler, model, 17) < 1e-4
     sampler.close()
 
@@ -73,7 +74,7 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
 def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMServer, policy_path: str) -> None:
     """As after a restart: it reports "default". Scores do not name their version, so it is requested separately."""
     sampler, model = opened(policy_path, policy_server), tiny_model(32)
-    sampler.publish(model.state_dict(), 18)
+    sampler.publish(Whole(model.state_dict()), 18)
     teacher = PolicyServerTeacher(sampler, (EOS,))
     client = VLLMClient(policy_server.url, 60.0, KEY)
     client.order("/update_weight_version", {"new_version": "default"})
@@ -88,10 +89,10 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
     sampler.recover()
     client.order("/pause", query={"mode": "wait"})
     client.order("/start_weight_update")  # by a trainer that died during an update
-    sampler.publish(tiny_model(33).state_dict(), 19)
+    sampler.publish(Whole(tiny_model(33).state_dict()), 19)
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
     other = opened(policy_path, policy_server)  # another run, whose version 19 is not ours
-    other.publish(tiny_model(34).state_dict(), 19)
+    other.publish(Whole(tiny_model(34).state_dict()), 19)
     sampler._holds.clear()
     sampler.recover()
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
@@ -111,7 +112,7 @@ def test_the_engine_reads_only_inside_its_directory(
     outside = WeightFile(str(tmp_path / "outside"))
     secret = outside.directory / outside.write(weights, 1)
     sampler = opened(policy_path, policy_server)
-    sampler.publish(weights, 16)
+    sampler.publish(Whole(weights), 16)
     assert sampler._file is not None
     (sampler._file.directory / "link.safetensors").symlink_to(secret)
     client = VLLMClient(policy_server.url, 60.0, KEY)
@@ -121,7 +122,7 @@ def test_the_engine_reads_only_inside_its_directory(
             client.order("/update_weights", {"update_info": {"file": name}})
         assert "is not a file inside" in policy_server.log.read_text().rsplit(repr(name), 1)[1][:60]
     client.close()
-    sampler.publish(weights, 17)
+    sampler.publish(Whole(weights), 17)
     sampler.close()
 
 
