@@ -27,7 +27,7 @@ from rlkd.models.student import build_student
 from rlkd.servers.client import VLLMClient
 from rlkd.weight_sync import nccl
 
-rank, folder, kind, stub, path, how, others = int(sys.argv[1]), *sys.argv[2:7], int(sys.argv[7])
+rank, folder, stub, cases = int(sys.argv[1]), *sys.argv[2:4], json.loads(sys.argv[4])
 dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
 settings = config(f"model.path={folder}/model", "trainer.accelerator=cpu")
 student = build_student(settings.model, settings.trainer, init_device_mesh("cpu", (2,)), 0)
@@ -48,8 +48,6 @@ class Group:
     def destroy(self):
         self.aborted = True
         self.received.set()
-
-group = Group()
 
 class Stream:
     def synchronize(self):
@@ -76,55 +74,56 @@ packed_tensor.reduce_tensor = lambda tensor: (None, ("handle",) * 8)
 nccl_engine.open_trainer_endpoint = endpoint
 nccl.BUFFER = 4096  # many chunks, and tensors that are larger
 
-clients, servers = [], []
-if rank == 0:
-    for where, what in [("/nothing", "refuse")] * others + [(path, how)]:
-        server = subprocess.Popen([sys.executable, stub, where, what], stdout=subprocess.PIPE, text=True)
-        servers.append(server)
-        clients.append(VLLMClient(f"http://127.0.0.1:{int(server.stdout.readline())}", 3600.0, None))
-killed = []
+def case(where, what, kind, others):
+    global path, group
+    path, group = where, Group()
+    clients, servers, killed = [], [], []
+    if rank == 0:
+        for one, how in [("/nothing", "refuse")] * others + [(where, what)]:
+            server = subprocess.Popen([sys.executable, stub, one, how], stdout=subprocess.PIPE, text=True)
+            servers.append(server)
+            clients.append(VLLMClient(f"http://127.0.0.1:{int(server.stdout.readline())}", 3600.0, None))
 
-def kill():
-    servers[-1].stdout.readline()  # it has the request
-    time.sleep(0.3)
-    killed.append(time.monotonic())
-    servers[-1].kill()
+    def kill():
+        servers[-1].stdout.readline()  # it has the request
+        time.sleep(0.3)
+        killed.append(time.monotonic())
+        servers[-1].kill()
 
-if rank == 0 and how == "hang":
-    threading.Thread(target=kill, daemon=True).start()
-transfer = nccl.DirectTransfer(kind, clients)
-started, error = time.monotonic(), None
-try:
-    transfer.send(student.checkpoint_weights(torch.bfloat16), 1)
-except Exception as found:
-    error = f"{type(found).__name__}: {found}"
+    if rank == 0 and what == "hang":
+        threading.Thread(target=kill, daemon=True).start()
+    transfer = nccl.DirectTransfer(kind, clients)
+    started, error = time.monotonic(), None
+    try:
+        transfer.send(student.checkpoint_weights(torch.bfloat16), 1)
+    except Exception as found:
+        error = f"{type(found).__name__}: {found}"
+    distributed.barrier()
+    ended = time.monotonic()
+    for server in servers:
+        server.kill()
+    return {"error": error, "seconds": ended - (killed or [started])[0]}
+
 distributed.barrier()
-ended = time.monotonic()
-print(json.dumps({"error": error, "seconds": ended - (killed or [started])[0], "sent": group.sent}), flush=True)
-for server in servers:
-    server.kill()
+print(json.dumps([case(*one) for one in cases]), flush=True)
 """
 
+INIT, START, UPDATE = "/init_weight_transfer_engine", "/start_weight_update", "/update_weights"
+CASES = [
+    (path, how, kind, others)
+    for kind in ("nccl", "ipc")
+    for path, how in ((INIT, "refuse"), (INIT, "hang"), (START, "refuse"), (UPDATE, "refuse"), (UPDATE, "hang"))
+    for others in (0, 1)
+]
 
-@pytest.mark.parametrize("servers", [1, 2])
-@pytest.mark.parametrize(
-    ("kind", "path", "how", "error"),
-    [
-        ("nccl", "/init_weight_transfer_engine", "refuse", "no room for these weights"),
-        ("nccl", "/init_weight_transfer_engine", "hang", "ServerLost: "),
-        ("nccl", "/start_weight_update", "refuse", "no room for these weights"),
-        ("nccl", "/update_weights", "refuse", "no room for these weights"),
-        ("nccl", "/update_weights", "hang", "ServerLost: "),
-        ("nccl", "/finish_weight_update", "refuse", "no room for these weights"),
-        ("ipc", "/init_weight_transfer_engine", "refuse", "no room for these weights"),
-        ("ipc", "/update_weights", "refuse", "no room for these weights"),
-        ("ipc", "/update_weights", "hang", "ServerLost: "),
-    ],
-)
-def test_a_server_that_fails_in_a_transfer_is_an_error_on_every_rank(kind, path, how, error, servers, tmp_path):
+
+def test_a_server_that_fails_in_a_transfer_is_an_error_on_every_rank(tmp_path):
+    """Rank 0 raises it, and the other ranks, which gathered along, learn it from the sampler."""
     write("llama", tmp_path / "model")
-    printed = run_code(SCRIPT, tmp_path, tmp_path, kind, STUB, path, how, servers - 1)
+    printed = run_code(SCRIPT, tmp_path, tmp_path, STUB, json.dumps(CASES))
     first, second = (json.loads(output.splitlines()[-1]) for output in printed)
-    print(f"{kind} {path} {how}: {first['seconds']:.1f} s: {first['error']}")
-    assert error in first["error"] and second["error"] is None, "rank 0 raises; the others learn it from the sampler"
-    assert max(first["seconds"], second["seconds"]) < 10
+    for (path, how, kind, others), one, other in zip(CASES, first, second, strict=True):
+        print(f"{kind} {path} {how}, {others} other servers: {one['seconds']:.1f} s: {one['error']}")
+        assert ("no room for these weights" if how == "refuse" else "ServerLost: ") in one["error"]
+        assert other["error"] is None
+        assert max(one["seconds"], other["seconds"]) < 10

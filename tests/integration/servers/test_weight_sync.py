@@ -9,23 +9,23 @@ import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
 from vllm_fixtures import EOS, KEY, SAMPLING, mismatch, opened, prompts, tiny_model
 
 from rlkd.distributed import RunStopped
-from rlkd.models.loader_names import loader_names
 from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer
+from rlkd.servers.responses import WorldSize
 from rlkd.teachers.served import PolicyServerTeacher
 from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Signal
-from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
+from rlkd.weight_sync.nccl import Source, all_servers
 from rlkd.weight_sync.weight_file import WeightFile
 
 
@@ -110,7 +110,8 @@ def test_the_engine_reads_only_inside_its_directory(
 ) -> None:
     weights = tiny_model(41).state_dict()
     outside = WeightFile(str(tmp_path / "outside"))
-    secret = outside.directory / outside.write(weights, 1)
+    stream = Whole(weights).checkpoint_weights(torch.float32)
+    secret = outside.directory / outside.write(stream.infos, stream, 1)
     sampler = opened(policy_path, policy_server)
     sampler.publish(Whole(weights), 16)
     assert sampler._file is not None
@@ -129,9 +130,11 @@ def test_the_engine_reads_only_inside_its_directory(
 def test_a_weight_file_is_atomic_private_and_replaces_the_last() -> None:
     weights = tiny_model(0).state_dict()
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
-    files = WeightFile(None)
+    files, stream = WeightFile(None), Whole(weights).checkpoint_weights(torch.float32)
     assert files.directory.stat().st_mode & 0o777 == 0o700
-    first, second = files.write(weights, 1), files.write(weights, 2)
+    first, second = (files.write(stream.infos, stream, version) for version in (1, 2))
+    with pytest.raises(ValueError, match="expected 20 tensors"):
+        files.write(stream.infos, list(stream)[1:], 3)
     files.keep_only(second)
     assert [path.name for path in files.directory.iterdir()] == [second] != [first]
     with safe_open(files.directory / second, framework="pt") as file:
@@ -164,7 +167,7 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
     stub = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
     ours = VLLMClient(f"http://127.0.0.1:{stub.server_port}", 5.0, "secret")
-    client = versioned_client(ours)
+    client = all_servers([ours])
     client.version = 4
     client.start_weight_update()
     client.update_weights({"names": ["a"]})
@@ -179,13 +182,28 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
 
 
 def test_the_source_of_the_gpu_engines_describes_what_it_yields() -> None:
-    source = CurrentWeights()
-    torch.manual_seed(0)
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=8, num_hidden_layers=1, head_dim=4, **size))
-    named = loader_names(mixture, mixture.state_dict())
-    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in named
-    for weights in (tiny_model(0).state_dict(), tiny_model(1).state_dict(), named):
-        source.weights = weights
+    source = Source()
+    for seed in (0, 1):
+        weights = Whole(tiny_model(seed).state_dict()).checkpoint_weights(torch.float32)
+        source.take(weights)
         told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
         assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+
+
+def test_each_server_has_its_own_ranks_in_the_transfer_group() -> None:
+    """The trainer is rank 0, and every server begins where the one before it ends."""
+    calls: dict[str, object] = {}
+
+    class Server:
+        def __init__(self, name: str, ranks: int) -> None:
+            self.name, self.ranks = name, ranks
+
+        def get(self, path: str, kind: type[WorldSize]) -> WorldSize:
+            return WorldSize(world_size=self.ranks)
+
+        def order(self, path: str, body: dict[str, dict[str, object]]) -> None:
+            calls[self.name] = body["init_info"]
+
+    servers: Any = [Server("a", 2), Server("b", 1), Server("c", 4)]
+    all_servers(servers).init_weight_transfer_engine({"rank_offset": 1, "world_size": 8})
+    assert calls == {name: {"rank_offset": at, "world_size": 8} for name, at in (("a", 1), ("b", 3), ("c", 4))}
