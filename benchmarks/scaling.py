@@ -146,6 +146,7 @@ def fixed(lora: bool) -> dict[str, float]:
     from rlkd.generation.hf import decode
     from rlkd.models.logprob_head import Needs
     from rlkd.models.student import build_student, load_causal_lm
+    from rlkd.models.weights import copy_into
     from rlkd.teachers.local import LocalScorer
     from rlkd.teachers.teacher import ScoreRequest
     from rlkd.types import Batch, Signal
@@ -195,7 +196,7 @@ def fixed(lora: bool) -> dict[str, float]:
             optimizer.step()
 
         def publish(student=student, sampler=sampler) -> None:
-            sampler.load_state_dict(dict(student.full_weights()), strict=True)
+            copy_into(sampler, student.weights())
 
         def steps(sampler=sampler) -> None:
             decode(sampler, 64, [[2]], noise, 1.0, [-1])

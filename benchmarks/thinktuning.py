@@ -30,6 +30,7 @@ from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.rewards.exact_match import exact_match
 
 CONFIG = "configs/thinktuning_tiny.yaml"
@@ -54,7 +55,7 @@ def unaided(config: Config, folder: Path) -> tuple[float, float, float]:
     sampler = HFSampler(config, eos_ids(str(folder), False))
     sampler.open()
     model = load_causal_lm(str(folder), torch.float32, attention=None, trust_remote_code=False)
-    sampler.publish(model.state_dict(), 0)
+    sampler.publish(Whole(model.state_dict()), 0)
     sampling = Sampling(temperature=1.0, max_tokens=config.rollout.max_tokens, seed=10**6)
     groups = sampler.sample(heldout_prompts(config, tokenizer), n=SAMPLES, iteration=0, sampling=sampling)
     marked, right = [], []

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # these import torch, which the parent does not need
 
     from rlkd.config.schema import Config
     from rlkd.generation.hf import HFSampler
+    from rlkd.models.weights import Whole
     from rlkd.types import Prompt
 
 ROOT = Path(__file__).parent.parent
@@ -147,7 +148,7 @@ def accuracies(
     from rlkd.rewards.exact_match import exact_match
 
     tokenizer, found = load_tokenizer(config.model.path), []
-    sampler.publish(model.state_dict(), 0)
+    sampler.publish(Whole(model.state_dict()), 0)
     for n, temperature in ((config.eval.samples, config.eval.temperature), (1, 0.0)):
         seed = config.run.seed + 2**31
         sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=seed)
@@ -172,6 +173,7 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
     from rlkd.data.sources import load_source
     from rlkd.generation.hf import HFSampler
     from rlkd.generation.sampler import Sampling, eos_ids
+    from rlkd.models.weights import Whole
     from rlkd.rewards.exact_match import exact_match
 
     group, count = 8, config.rollout.prompts
@@ -266,7 +268,7 @@ def trl_run(arm: Arm, config: Config, folder: Path, same_samples: bool) -> dict[
 
         def drawn(asked: list[list[int]], *_: Any, **__: Any) -> Any:
             assert asked == [ids for ids in asked[::group] for _ in range(group)]
-            sampler.publish(model.state_dict(), len(clock))
+            sampler.publish(Whole(model.state_dict()), len(clock))
             named = [by_ids[tuple(ids)] for ids in asked[::group]]
             groups = sampler.sample(named, n=group, iteration=len(clock), sampling=sampling)
             found = [list(one.token_ids) for rollouts in groups for one in rollouts]

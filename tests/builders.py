@@ -11,6 +11,7 @@ from rlkd.config.schema import Config
 from rlkd.config_file import load
 from rlkd.data.chat import read_prompt
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.pipeline.stages import BatchedSampler, BatchedTeacher
@@ -132,7 +133,7 @@ def opened(settings: Config, weights=None) -> RolloutLoader:
     loader = RolloutLoader(settings, build_algorithm(settings))
     loader.open()
     hf = load_causal_lm(settings.model.path, torch.float32, attention=None, trust_remote_code=False)
-    loader.publish(hf.state_dict() if weights is None else weights, 0)
+    loader.publish(Whole(hf.state_dict() if weights is None else weights), 0)
     return loader
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from typing import TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped, local_device
 from rlkd.generation.row_cache import holds_rows, keep, spread
@@ -21,6 +22,7 @@ from rlkd.models.logprob_head import token_logprobs
 from rlkd.models.output_check import BOUND
 from rlkd.models.student import load_causal_lm
 from rlkd.models.vocabulary import vocabulary_size
+from rlkd.models.weights import Published, copy_into
 from rlkd.types import Completion, Prompt, Rollout, VersionSpan
 
 T = TypeVar("T")
@@ -63,16 +65,19 @@ class HFSampler:
         self._hf = hf.eval()
         check_decode(hf, model.path)
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Use `weights`, under the names in memory, as `version`.
+    def publish(self, student: Published, version: int) -> None:
+        """See `Sampler.publish`.
 
-        Where nothing is sampled while the student trains, the model reads the given tensors themselves: with one rank
-        those are the student's own, so that its weights are in memory once.
+        On one rank, where nothing is sampled while the student trains, the model takes over the student's own
+        tensors, so that they are in memory once. Otherwise it gets a copy.
         """
+        weights = student.weights()
         dtypes = {name: value.dtype for name, value in self._model.state_dict().items()}
-        same_dtypes = dtypes == {name: value.dtype for name, value in weights.items()}
-        in_step = self.config.rollout.max_staleness == 0
-        self._model.load_state_dict(dict(weights), strict=True, assign=in_step and same_dtypes)
+        same_dtypes = dtypes == {info.name: info.dtype for info in weights.infos}
+        if distributed.world_size() == 1 and self.config.rollout.max_staleness == 0 and same_dtypes:
+            self._model.load_state_dict(dict(weights), strict=True, assign=True)
+        else:
+            copy_into(self._model, weights)
         self.version = version
 
     def keep_loaded(self) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
+from rlkd.models.weights import Published
 from rlkd.types import Prompt, Rollout
 
 
@@ -50,10 +50,8 @@ class Sampler(Protocol):
         """Load the model or connect to the servers. Every rank calls it after the process group exists."""
         ...
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Use `weights` (full, unsharded, the same on every rank) as version `version`.
-
-        The names are those in memory for a sampler in this process, and those of checkpoint files for a server.
+    def publish(self, student: Published, version: int) -> None:
+        """Use the student's weights as version `version`. A collective.
 
         Raises: RunStopped if a server rejects the weights. A server that does not answer is not used until it is back.
         """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -19,6 +19,7 @@ from rlkd.distributed import RunStopped, on_rank_zero
 from rlkd.generation.sampler import Sampling
 from rlkd.models.lora import layer_names, skeleton
 from rlkd.models.vocabulary import padding, vocabulary_size
+from rlkd.models.weights import Published, TensorInfo, read_on_rank_zero
 from rlkd.servers.client import (
     ServerError,
     ServerLost,
@@ -121,6 +122,8 @@ class VLLMSampler:
         run."""
         self._as_started = False
         """Whether the servers keep the weights that they were started with, and nothing is published."""
+        self._dtype: torch.dtype | None = None
+        """In which the weights travel: that of the servers, or fp32 if they differ."""
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
@@ -142,24 +145,25 @@ class VLLMSampler:
         self.pool.open(server.urls, resolve(self._config.model.path))
         for client in self.pool.clients:
             client.weight_version()  # fails now, not after the first rollout, if a server lacks these routes
+        dtypes = on_rank_zero(lambda: {client.dtype() for client in self.pool.clients})
+        self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         if server.weight_sync == "file":
             if distributed.rank() == 0:
                 self._file = WeightFile(server.sync_dir)
         else:
             self._direct = DirectTransfer(server.weight_sync, self.pool.clients)
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def publish(self, student: Published, version: int) -> None:
         """See `Sampler.publish`. A server that cannot be reached is out of service until a later publish or `recover`.
-
-        Args:
-            weights: under the names of checkpoint files (`Student.loader_weights`).
 
         Raises: RunStopped on every rank if a server rejects the weights.
         """
+        assert self._dtype is not None, "call open() before publish()"
         self._version = version
+        weights = student.checkpoint_weights(self._dtype)
         if self._direct is None:
-            self._published, lost = on_rank_zero(lambda: self._publish_file(weights, version))
-            self.pool.agree(lost)
+            self._published = read_on_rank_zero(weights, lambda tensors: self._write(weights.infos, tensors, version))
+            self.pool.agree(on_rank_zero(self._send_file))
         else:
             on_rank_zero(lambda: self._everywhere(self._pause))
             failure: Exception | None = None
@@ -170,15 +174,19 @@ class VLLMSampler:
             failed = distributed.all_reduce([float(failure is not None)], "max")[0] > 0
             self.pool.agree(on_rank_zero(lambda: self._settle_direct(failed, failure, version)))
 
-    def _publish_file(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
-        """(the published file, the lost servers and why)."""
+    def _write(self, infos: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
+        """The name of the file in which the weights now are."""
         assert self._file is not None, "call open() before publish()"
         with writing(f"the weights, to {self._file.directory},"):
-            self._published = self._file.write(weights, version)
+            return self._file.write(infos, tensors, version)
+
+    def _send_file(self) -> Mapping[str, str]:
+        """Load the published file into all servers. Returns: the lost servers and why."""
+        assert self._file is not None, "call open() before publish()"
         self._everywhere(self._update)
         self.pool.revive(self._update)  # lost servers that are back
         self._file.keep_only(self._published)
-        return self._published, self.pool.lost
+        return self.pool.lost
 
     def _settle_direct(self, failed: bool, failure: Exception | None, version: int) -> Mapping[str, str]:
         if failed:

@@ -11,6 +11,7 @@ from rlkd.builtin import resolve
 from rlkd.config.schema import Config
 from rlkd.distributed import on_rank_zero
 from rlkd.generation.vllm import VLLMSampler
+from rlkd.models.weights import Published, read_on_rank_zero
 from rlkd.servers.client import ServerError, ServerLost, UnknownModel, VLLMClient
 from rlkd.servers.pool import Answer, Job
 from rlkd.servers.responses import Span
@@ -20,7 +21,7 @@ from rlkd.weight_sync.adapter_folder import AdapterFolder, version_of
 
 
 class LoraVLLMSampler(VLLMSampler):
-    """Implements `Sampler`, but `publish` takes only the adapter (`Student.adapter_weights`).
+    """Implements `Sampler`, but publishes only the adapter.
 
     Every request names the adapter of the published version, and the response must name the same model. The base never
     changes, so a restarted server lacks only the adapter and reports an unknown model.
@@ -40,22 +41,26 @@ class LoraVLLMSampler(VLLMSampler):
             assert model.lora is not None
             self._folder = AdapterFolder(settings.sync_dir, model.lora, base, self._config.rollout.max_staleness + 1)
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """See `VLLMSampler.publish`, but `weights` is the adapter under the names of PEFT's files."""
+    def publish(self, student: Published, version: int) -> None:
+        """See `VLLMSampler.publish`."""
         self._version = version
-        self._published, lost = on_rank_zero(lambda: self._publish_adapter(weights, version))
-        self.pool.agree(lost)
+        name = read_on_rank_zero(student.adapter_weights(), lambda tensors: self._write_adapter(dict(tensors), version))
+        self.pool.agree(on_rank_zero(lambda: self._load_everywhere(name)))
+        self._published = name  # not before, since requests that are made meanwhile name it
 
-    def _publish_adapter(self, weights: Mapping[str, Tensor], version: int) -> tuple[str, Mapping[str, str]]:
-        """(the adapter's name, the lost servers and why)."""
+    def _write_adapter(self, adapter: Mapping[str, Tensor], version: int) -> str:
+        """The name of the folder in which the adapter now is."""
         assert self._folder is not None, "call open() before publish()"
         with writing(f"the adapter, to {self._folder.directory},"):
-            name = self._folder.write(weights, version)
+            return self._folder.write(adapter, version)
+
+    def _load_everywhere(self, name: str) -> Mapping[str, str]:
+        """Load the adapter into all servers. Returns: the lost servers and why."""
+        assert self._folder is not None, "call open() before publish()"
         self._everywhere(lambda client: self._load(client, name))
         self.pool.revive(lambda client: self._load(client, name))
-        self._published = name  # not before, since requests that are made meanwhile name it
         self._folder.remove_old()
-        return name, self.pool.lost
+        return self.pool.lost
 
     def _restore(self, client: VLLMClient) -> None:
         self._load(client, self._published)

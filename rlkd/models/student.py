@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -21,13 +20,13 @@ from rlkd.config.schema import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.distributed import RunStopped
 from rlkd.losses import token_ratios
 from rlkd.losses.lm_head import OutputLayer
-from rlkd.models import lora
-from rlkd.models.loader_names import loader_names
+from rlkd.models import lora, weights
 from rlkd.models.loading import check_whole, loading
 from rlkd.models.logprob_head import ByProducts, Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
 from rlkd.models.shared_prompts import check_sharing, shared_hidden
 from rlkd.models.vocabulary import load_config, vocabulary_size
+from rlkd.models.weights import Weights
 from rlkd.types import Batch
 
 
@@ -85,19 +84,17 @@ class Student(nn.Module):
             total, per_token = teacher_divergence(hidden, head, batch, needs.comparison, self.hf.config, ratios)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, divergence=total, token_divergence=per_token)
 
-    def full_weights(self) -> Mapping[str, Tensor]:
-        """All weights, unsharded, on every rank, under the names in memory, adapters merged. A collective."""
-        weights = _gathered(self.hf)
-        return weights if self.adapters is None else lora.merged(weights, self.adapters)
+    def weights(self) -> Weights:
+        """See `Published.weights`."""
+        return weights.in_memory(self.hf, self.adapters)
 
-    def loader_weights(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """`full_weights`, renamed to the names in checkpoint files, which vLLM loads."""
-        return loader_names(self.hf, weights)
+    def checkpoint_weights(self, dtype: torch.dtype, vectors: bool = False) -> Weights:
+        """See `Published.checkpoint_weights`."""
+        return weights.as_checkpoint(self.hf, self.adapters, dtype, vectors)
 
-    def adapter_weights(self) -> Mapping[str, Tensor]:
-        """Only the adapters, unsharded, on every rank, under the names of PEFT's files. A collective."""
-        weights = _gathered(self)  # the state dict leaves out frozen weights, so they are not gathered
-        return lora.peft_names({name.removeprefix("hf."): value for name, value in weights.items()})
+    def adapter_weights(self) -> Weights:
+        """See `Published.adapter_weights`."""
+        return weights.adapter(self)
 
     @contextmanager
     def without_adapters(self) -> Iterator[None]:
@@ -107,16 +104,6 @@ class Student(nn.Module):
             yield
         finally:
             lora.set_scale(self.hf, 1.0)
-
-
-def _gathered(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded module, unsharded, on every rank. A collective.
-
-    It uses the state dict because `named_parameters()` are stale views after a forward without gradient, and it does
-    not use `cpu_offload`, which returns an empty dictionary on ranks other than 0.
-    """
-    weights = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=False))
-    return {name: value for name, value in weights.items() if isinstance(value, Tensor)}
 
 
 def _leave_out_frozen(student: nn.Module, weights: dict[str, Any], prefix: str, _: Any) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-
-from torch import Tensor
 
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
@@ -19,6 +17,7 @@ from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
+from rlkd.models.weights import Published
 from rlkd.pipeline import ahead
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
@@ -114,18 +113,14 @@ class RolloutLoader:
             scorer.close()
         self.line.policy.close()
 
-    def publish(self, weights: Mapping[str, Tensor], version: int, served: Mapping[str, Tensor] | None = None) -> None:
-        """Give the sampler, and a teacher that follows the student, the weights after `version` iterations.
+    def publish(self, student: Published, version: int) -> None:
+        """Give the sampler, and a teacher that follows the student, its weights after `version` iterations.
 
         A collective.
-
-        Args:
-            weights: full, unsharded, under their names in memory; empty if servers sample and no teacher follows.
-            served: the weights for servers (`weight_sync.publish`); None: the sampler in this process gets `weights`.
         """
-        self.line.policy.publish(weights if served is None else served, version)
+        self.line.policy.publish(student, version)
         for scorer in self.line.scorers.values():
-            scorer.publish(weights, version)
+            scorer.publish(student.weights(), version)
         self.line.stream.submit(self.line.published(version)).result()
         if self._probe is not None and version < self.config.run.iterations:
             self._probe.ask(version)
@@ -139,11 +134,6 @@ class RolloutLoader:
         """
         if self._walks and not self.config.publishes_in_flight:
             self.line.stream.submit(self.line.all_sampled()).result()
-
-    @property
-    def teacher_follows(self) -> bool:
-        """Whether a teacher in this process takes over the published weights."""
-        return any(scorer.follows for scorer in self.line.scorers.values())
 
     def save_rollouts(self, folder: Path) -> None:
         """Save this rank's completions that were sampled ahead into a checkpoint's folder."""

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
-from rlkd import distributed
 from rlkd.builtin import resolve
 from rlkd.config.schema import Config, ModelConfig
 from rlkd.models import lora
 from rlkd.models.student import Student
 from rlkd.models.vocabulary import load_config
+from rlkd.models.weights import TensorInfo, read_on_rank_zero
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import EXPORT_RECORD
+from rlkd.weight_sync.tensor_file import write_checkpoint
 
 
 def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
@@ -32,17 +34,22 @@ def export_student(student: Student, config: Config, tokenizer: PreTrainedTokeni
     A collective; rank 0 writes. `<run>/hf` is written last, so if it exists the adapter does too.
     """
     source, folder = config.model, Path(config.run_dir)
-    weights = student.full_weights()
-    adapter = None if source.lora is None else student.adapter_weights()
+    if source.lora is not None:
+        settings, base = source.lora, resolve(source.path)
 
-    def act() -> None:
+        def write_adapter(tensors: Iterable[tuple[str, Tensor]]) -> None:
+            with writing(f"the adapter, to {folder},"):
+                lora.write(dict(tensors), settings, base, folder / "adapter")
+
+        read_on_rank_zero(student.adapter_weights(), write_adapter)
+    dtype = export_dtype(config)
+    weights = student.checkpoint_weights(dtype, vectors=True)
+
+    def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
         with writing(f"the student, to {folder},"):
-            if adapter is not None and source.lora is not None:
-                lora.write(adapter, source.lora, resolve(source.path), folder / "adapter")
-            dtype = export_dtype(config)
-            export(weights, student.hf.config, tokenizer, source, folder / "hf", iteration, dtype)
+            export(weights.infos, tensors, student.hf, tokenizer, source, folder / "hf", iteration, dtype)
 
-    distributed.on_rank_zero(act)
+    read_on_rank_zero(weights, write)
 
 
 def export_dtype(config: Config) -> torch.dtype:
@@ -60,8 +67,9 @@ def export_dtype(config: Config) -> torch.dtype:
 
 
 def export(
-    weights: Mapping[str, Tensor],
-    config: PreTrainedConfig,
+    infos: Sequence[TensorInfo],
+    tensors: Iterable[tuple[str, Tensor]],
+    hf: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: ModelConfig,
     folder: Path,
@@ -71,20 +79,23 @@ def export(
     """Write model, tokenizer and generation config to `folder`, atomically.
 
     Args:
-        weights: full, unsharded, with names in memory (`Student.full_weights`). The files have checkpoint names.
-        config: the model's config.
+        infos, tensors: as checkpoint files have them (`Student.checkpoint_weights`).
+        hf: the model, of which only the settings are read.
         source: the model that the student started from, whose generation config is copied.
         folder: replaced if it exists.
         iteration: the number of iterations that the weights were trained for; `run_folder.exported` reads it.
-        dtype: the dtype of the files, except for weights that transformers always keeps in fp32.
+        dtype: of the weights, which the model config names.
     """
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
-    _keep_in_fp32(model, dtype)
-    model.load_state_dict(dict(weights), strict=True)
     partial = atomic.partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    _write_small_files(model.config, tokenizer, source, partial)
+    partial.mkdir(parents=True)
+    write_checkpoint(infos, tensors, partial)
+    config = copy.deepcopy(hf.config)
+    config.architectures, config.dtype = [type(hf).__name__], str(dtype).removeprefix("torch.")
+    if hf.is_remote_code():
+        custom_object_save(hf, partial, config=config)  # type: ignore[arg-type]
+    GenerationConfig.from_model_config(config).save_pretrained(partial)
+    _write_small_files(config, tokenizer, source, partial)
     (partial / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
     atomic.share(partial)
     atomic.remove(folder)
@@ -116,11 +127,3 @@ def _write_small_files(
     generation = cached_file(resolve(source.path), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
     if generation is not None:
         shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
-
-
-def _keep_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Convert the weights that transformers always loads in fp32 to fp32."""
-    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(dtype)]
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if any(re.search(pattern, name) for pattern in patterns):
-            tensor.data = tensor.data.float()

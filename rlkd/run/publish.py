@@ -50,19 +50,7 @@ class Publish(IterationCallback):
         module.seconds["dump"] += written - started
         module.seconds["join"] += joined - written
         module.seconds["publish"] -= joined - started
-        # Gathering and publishing are collectives, so every rank takes part.
-        student, loader = module.model, self.loader
-        config = loader.config
-        weights = {} if config.publishes_adapter and not loader.teacher_follows else student.full_weights()
-        served = None
-        if config.publishes_adapter:
-            served = student.adapter_weights()
-        elif config.rollout.backend == "vllm":
-            # Unfusing experts copies most of the model, so do it only on ranks that use it: with weight_sync file only
-            # rank 0 writes; otherwise every rank sends.
-            needed = distributed.rank() == 0 or config.rollout.server.weight_sync != "file"
-            served = distributed.on_every_rank(lambda: student.loader_weights(weights) if needed else {})
-        loader.publish(weights, version, served)
+        self.loader.publish(module.model, version)
         distributed.barrier()
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:

@@ -10,9 +10,10 @@ from typing import Any, TypeGuard
 
 import httpx
 import tenacity
+import torch
 
 from rlkd.distributed import RunStopped
-from rlkd.servers.responses import A, ModelList, WeightInfo, parse
+from rlkd.servers.responses import A, ModelList, ServerInfo, WeightInfo, parse
 
 IMPOSSIBLE_LOGPROB = -9999.0
 """vLLM's HTTP layer writes this for −inf, NaN and a missing log-prob; it is never a value."""
@@ -173,6 +174,14 @@ class VLLMClient:
         """
         version = self.get("/weight_info", WeightInfo).weight_version
         return None if version == "default" else parse_version(version, self.url)
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the model that the server runs."""
+        name = self.get("/server_info?config_format=json", ServerInfo).vllm_config.model_config_.dtype
+        dtype = getattr(torch, name.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ServerError(f"{self.url}: expected the model's dtype in /server_info, got {name[:40]!r}")
+        return dtype
 
     def close(self) -> None:
         self._http.close()

@@ -56,6 +56,20 @@ class WeightInfo(Answer):
     weight_version: str
 
 
+class _ModelSettings(Answer):
+    dtype: str
+
+
+class _Settings(Answer):
+    model_config_: _ModelSettings = Field(alias="model_config")
+
+
+class ServerInfo(Answer):
+    """GET /server_info?config_format=json."""
+
+    vllm_config: _Settings
+
+
 class CacheReset(Answer):
     """POST /reset_prefix_cache."""
 

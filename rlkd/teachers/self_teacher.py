@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from rlkd import distributed
 from rlkd.config.schema import Config, SelfTeacherConfig
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.vocabulary import vocabulary_size
+from rlkd.models.weights import Weights, copy_into
 from rlkd.teachers.local import LocalScorer
 
 FILE = "self_teacher.safetensors"
@@ -59,14 +59,15 @@ class SelfTeacher(LocalScorer):
         layers = super().layers()
         return tuple(layer.copy() for layer in layers) if self.follows else layers
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def publish(self, weights: Weights, version: int) -> None:
         """Follow the student to `version`. The current version (in a resumed run, the first) changes nothing."""
         if self.weights == "live":
-            self.hf.load_state_dict(dict(weights), strict=True)
+            copy_into(self.hf, weights)
         elif self.weights == "ema" and version != self.version:
             assert version == self.version + 1, f"the average is at version {self.version}, the student at {version}"
-            for name, value in self._average.items():
-                value.lerp_(weights[name].to(value), 1.0 - self.decay)
+            for name, value in weights:
+                average = self._average[name]
+                average.lerp_(value.to(average), 1.0 - self.decay)
             self.hf.load_state_dict(self._average, strict=True)
         self.version = version
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer
+from rlkd.models.weights import Weights
 from rlkd.types import Completion, Signal, TeacherScores
 
 
@@ -85,8 +86,11 @@ class Teacher(Protocol):
         """Whether its scores change with the weights that are published, by `publish` or at the policy's servers."""
         ...
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Follow the student, whose full `weights` are those after `version` iterations."""
+    def publish(self, weights: Weights, version: int) -> None:
+        """Follow the student, whose `weights`, under the names in memory, are those after `version` iterations.
+
+        A collective.
+        """
         ...
 
     def save(self, folder: Path) -> None:
@@ -121,7 +125,7 @@ class FixedTeacher:
     def moves(self) -> bool:
         return self.follows
 
-    def publish(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def publish(self, weights: Weights, version: int) -> None:
         """Nothing changes."""
 
     def save(self, folder: Path) -> None:

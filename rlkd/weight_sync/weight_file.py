@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
+from rlkd.models.weights import TensorInfo
 from rlkd.servers import supervisor
+from rlkd.weight_sync.tensor_file import write_tensors
 
 
 class SyncDirectory:
@@ -41,15 +42,15 @@ class SyncDirectory:
 class WeightFile(SyncDirectory):
     """The newest version of the weights, as one safetensors file."""
 
-    def write(self, weights: Mapping[str, Tensor], version: int) -> str:
-        """Write all weights and return the file's name, relative to the directory. It is complete or absent.
-
-        A tensor with two names (tied embeddings) is written once, under the first.
-        """
+    def write(self, infos: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
+        """Write all weights and return the file's name, relative to the directory. It is complete or absent."""
         name = f"weights-{version}.safetensors"
         unfinished = self.directory / f".{name}.{os.getpid()}"
-        save_file(each_once(weights), unfinished)
-        os.replace(unfinished, self.directory / name)
+        try:
+            write_tensors(infos, tensors, unfinished)
+            os.replace(unfinished, self.directory / name)
+        finally:
+            unfinished.unlink(missing_ok=True)
         return name
 
     def keep_only(self, name: str) -> None:
@@ -57,16 +58,3 @@ class WeightFile(SyncDirectory):
         for path in self.directory.glob("weights-*.safetensors"):
             if path.name != name:
                 path.unlink(missing_ok=True)
-
-
-def each_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`weights` without second names of the same memory, contiguous and on the CPU."""
-    seen: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
-    unique: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        place = (tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride()))
-        if place in seen:
-            continue
-        seen.add(place)
-        unique[name] = tensor.detach().cpu().contiguous()
-    return unique

@@ -19,6 +19,7 @@ from vllm_fixtures import VOCABULARY, mismatch, opened, save_model, start_server
 
 from rlkd.distributed import RunStopped
 from rlkd.models.student import Student, load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.servers.process import VLLMServer
 from rlkd.servers.supervisor import shared_memory
 
@@ -40,19 +41,19 @@ def test_three_updates_of_every_weight_are_served(family: str, tmp_path: Path) -
         for version in (1, 2, 3):
             before = mismatch(sampler, student.hf, version - 1) if version > 1 else 0.0
             trained(student.hf, version)
-            sampler.publish(student.loader_weights(student.full_weights()), version)
+            sampler.publish(student, version)
             after = mismatch(sampler, student.hf, version)
             print(f"{family}, update {version}: mismatch/max {after:.1e}", flush=True)
             assert after < 1e-4
             assert before < 1e-4
         assert mismatch(sampler, start, 3) > 1.0, "otherwise this test could not see old weights"
-        weights = student.loader_weights(student.full_weights())
+        weights = dict(student.checkpoint_weights(torch.float32))
         expert = next((name for name in weights if ".experts.1." in name), None)
         if expert is not None:
             with pytest.raises(RunStopped, match="a weight update failed"):
-                sampler.publish({name: value for name, value in weights.items() if name != expert}, 4)
+                sampler.publish(Whole({name: value for name, value in weights.items() if name != expert}), 4)
             assert "lacks some of the weights of 1 layers, e.g. model.layers.0." in server.log.read_text()
-            sampler.publish(weights, 5)
+            sampler.publish(Whole(weights), 5)
             assert mismatch(sampler, student.hf, 5) < 1e-4
         sampler.close()
         assert_its_death_is_whole_and_explained(server)

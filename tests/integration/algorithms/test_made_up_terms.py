@@ -14,6 +14,7 @@ from rlkd.algorithms.grpo import GRPO
 from rlkd.algorithms.kdrl import KDRL
 from rlkd.algorithms.registry import ALGORITHMS
 from rlkd.losses import weighted_sum
+from rlkd.models.weights import Whole
 from rlkd.pipeline.build import build_reference
 from rlkd.pipeline.line import Line
 from rlkd.training.loss_weights import with_loss_weights
@@ -152,7 +153,7 @@ def test_the_layers_of_a_teacher_that_follows_do_not_change_in_a_batch():
         (layer,) = batch.scores["teacher"].layers
         before = layer.weight.clone()
         state = loader.line.teacher.hf.state_dict()
-        loader.publish({name: value + 1.0 for name, value in state.items()}, 1)
+        loader.publish(Whole({name: value + 1.0 for name, value in state.items()}), 1)
         assert torch.equal(layer.weight, before)
         assert not torch.equal(loader.line.teacher.layers()[0].weight, before)
     finally:

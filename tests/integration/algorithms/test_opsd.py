@@ -17,6 +17,7 @@ from rlkd.config.load import ConfigError
 from rlkd.data.chat import filled, load_tokenizer
 from rlkd.distributed import RunStopped
 from rlkd.metrics import MetricAccumulator
+from rlkd.models.weights import Whole
 from rlkd.pipeline.collate import collate
 from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Signal, TeacherScores
@@ -239,7 +240,7 @@ def test_right_and_shuffled_hints_give_different_losses():
     figures = loader.batch(0).metrics.reduce()
     assert figures["context/share"] == 1.0
     assert figures["leakage/kl_right"] != pytest.approx(figures["leakage/kl_shuffled"], abs=1e-3)
-    loader.policy.publish(loader.line.teacher.hf.state_dict(), 1)
+    loader.policy.publish(Whole(loader.line.teacher.hf.state_dict()), 1)
     assert "leakage/kl_right" not in loader.batch(1).metrics.reduce()
     loader.close()
 
@@ -250,7 +251,7 @@ def test_the_live_teacher_follows_the_student_and_the_fixed_one_does_not():
         loader = opened(settings(teacher=f"teacher={{backend: self, weights: {weights}, decay: 0.5}}"))
         before = loader.line.teacher.score(question, Signal())[0].logprobs
         moved = {name: value + 0.01 for name, value in loader.line.teacher.hf.state_dict().items()}
-        loader.publish(moved, 1)
+        loader.publish(Whole(moved), 1)
         after = loader.line.teacher.score(question, Signal())[0].logprobs
         assert (after != pytest.approx(before, abs=1e-6)) is follows
         loader.close()

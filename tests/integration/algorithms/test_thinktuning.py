@@ -24,6 +24,7 @@ from rlkd.losses import importance_weights
 from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import PolicyOutput
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.types import Completion, Prompt, Rollout, ScoredRollout, Segment, VersionSpan
@@ -457,7 +458,7 @@ def loader():
     loader = RolloutLoader(settings, ThinkTuning(settings))
     loader.open()
     student = load_causal_lm("builtin:mentor", torch.float32, attention=None, trust_remote_code=False)
-    loader.publish(student.state_dict(), 0)
+    loader.publish(Whole(student.state_dict()), 0)
     yield loader
     loader.close()
 

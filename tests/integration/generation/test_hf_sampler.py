@@ -9,6 +9,7 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.generation.hf import HFSampler, draw, uniform
 from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.types import Prompt
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=12, seed=5)
@@ -35,7 +36,7 @@ def sampler(hf):
     settings = config()
     made = HFSampler(settings, eos_ids(settings.model.path, False))
     made.open()
-    made.publish(hf.state_dict(), 4)
+    made.publish(Whole(hf.state_dict()), 4)
     return made
 
 
@@ -131,12 +132,12 @@ def test_every_token_carries_the_published_version(sampler):
 def test_publishing_changes_what_is_sampled_and_refuses_partial_weights(sampler, hf):
     before = sampler.sample(prompts(6), n=8, iteration=0, sampling=SAMPLING)
     other = {name: value + 0.05 * torch.randn_like(value) for name, value in hf.state_dict().items()}
-    sampler.publish(other, 5)
+    sampler.publish(Whole(other), 5)
     after = sampler.sample(prompts(6), n=8, iteration=0, sampling=SAMPLING)
     assert [r.token_ids for r in before[0]] != [r.token_ids for r in after[0]]
-    with pytest.raises(RuntimeError, match="Missing key"):
-        sampler.publish({}, 6)
-    sampler.publish(hf.state_dict(), 4)
+    with pytest.raises(ValueError, match="expected the weights of Llama.*, got a difference in lm_head"):
+        sampler.publish(Whole({}), 6)
+    sampler.publish(Whole(hf.state_dict()), 4)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_the_published_tensors_are_used_in_place_if_nothing_is_sampled_ahead(hf,
     sampler = HFSampler(settings, eos_ids(settings.model.path, False))
     sampler.open()
     weights = {name: value.to(dtype, copy=True) for name, value in hf.state_dict().items()}
-    sampler.publish(weights, 0)
+    sampler.publish(Whole(weights), 0)
     (before,) = sampler.sample(prompts(6), n=8, iteration=0, sampling=SAMPLING)
     for value in weights.values():
         value += 0.05 * torch.randn_like(value)

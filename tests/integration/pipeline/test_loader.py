@@ -18,6 +18,7 @@ from rlkd.algorithms.sdpo import SDPO
 from rlkd.builtin import resolve
 from rlkd.data.chat import load_tokenizer
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.pipeline.line import check_versions
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.types import written
@@ -33,7 +34,7 @@ def opened(*overrides, version=0, algorithm=KDRL):
     loader = RolloutLoader(settings, algorithm(settings))
     loader.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
-    loader.policy.publish(hf.state_dict(), version)
+    loader.policy.publish(Whole(hf.state_dict()), version)
     return loader
 
 
@@ -211,7 +212,7 @@ def test_dynamic_sampling_trains_on_what_has_a_gradient_and_repeats_itself():
     """With real rewards. A second loader that starts at iteration 3 gives the same batches."""
     made, resumed = opened(*ROUNDS, algorithm=GRPO), opened(*ROUNDS, algorithm=GRPO, version=3)
     for iteration in range(4):
-        made.policy.publish({**made.policy._model.state_dict()}, iteration)
+        made.policy.publish(Whole({**made.policy._model.state_dict()}), iteration)
         batch = made.batch(iteration)
         row = batch.metrics.reduce()
         carrying = round(row["prompts/drawn"] * (1 - row["groups/no_gradient"]))

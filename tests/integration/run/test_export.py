@@ -44,13 +44,18 @@ def exported(path, folder, *overrides, change=True):
     return hf, folder / "r" / "hf"
 
 
-def stored(folder):
-    """name → (type, shape) of the tensors in its files."""
+def tensors(folder):
+    """name → tensor in the files of a folder."""
     found = {}
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    return {name: (value.dtype, tuple(value.shape)) for name, value in found.items()}
+    return found
+
+
+def stored(folder):
+    """name → (type, shape) of the tensors in its files."""
+    return {name: (value.dtype, tuple(value.shape)) for name, value in tensors(folder).items()}
 
 
 CHAT = {"do_sample": False, "temperature": 0.9, "top_p": 0.6}
@@ -119,10 +124,16 @@ def test_exported_and_published_names_are_those_of_the_source(tmp_path, family):
     again = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert all(torch.equal(again[name], value) for name, value in hf.state_dict().items())
     student = Student(hf, len(hf.get_output_embeddings().weight))
-    published = student.loader_weights(student.full_weights())
-    assert {name: tuple(value.shape) for name, value in published.items()} == {
+    weights = student.checkpoint_weights(torch.float32)
+    published = dict(weights)
+    assert {info.name: info.shape for info in weights.infos} == {
         name: shape for name, (_, shape) in stored(path).items()
     }
+    assert all(
+        info == (name, value.dtype, value.shape) for info, (name, value) in zip(weights.infos, weights, strict=True)
+    )
+    files = tensors(folder)
+    assert published.keys() == files.keys() and all(torch.equal(published[name], files[name]) for name in files)
     renamed = family not in ("llama", "qwen3_tied")
     assert renamed == bool(set(published) - set(hf.state_dict()))
 

@@ -15,6 +15,7 @@ from vllm_fixtures import prompts, run_config, tiny_model, true_logprobs
 
 from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler
+from rlkd.models.weights import Whole
 
 pytestmark = pytest.mark.server
 LONG = Sampling(temperature=1.0, max_tokens=60, seed=3)
@@ -34,7 +35,7 @@ def test_completions_go_on_under_the_new_weights_and_name_them(sampler):
     """The log-prob of each token is that of the model that its span names, given all tokens before it: so the keys and
     values of the tokens that older weights had processed were computed again."""
     models = {version: tiny_model(10 + version) for version in range(4)}
-    sampler.publish(models[0].state_dict(), 0)
+    sampler.publish(Whole(models[0].state_dict()), 0)
     groups = []
     thread = threading.Thread(
         target=lambda: groups.extend(sampler.sample(prompts(40), n=4, iteration=0, sampling=LONG))
@@ -42,7 +43,7 @@ def test_completions_go_on_under_the_new_weights_and_name_them(sampler):
     thread.start()
     for version in (1, 2, 3):
         time.sleep(0.15)
-        sampler.publish(models[version].state_dict(), version)
+        sampler.publish(Whole(models[version].state_dict()), version)
     thread.join()
     rollouts = [rollout for group in groups for rollout in group]
     assert len(rollouts) == 160

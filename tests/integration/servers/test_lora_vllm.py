@@ -20,6 +20,7 @@ from rlkd.generation.vllm import policy_role
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models import lora
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Whole
 from rlkd.run.fit import run_stages
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer, cpu_cores
@@ -98,7 +99,7 @@ def test_each_published_adapter_is_the_served_one_and_old_ones_are_gone(sampler,
     before = student()
     for version in (4, 5, 6):
         adapter, whole = adapted(version)
-        sampler.publish(adapter, version)
+        sampler.publish(Whole(adapter), version)
         assert largest_gap(sampler, whole, version) < 1e-4
         assert largest_gap(sampler, before, version) > 0.3, "otherwise this test could not see an old adapter"
         before = whole
@@ -117,14 +118,14 @@ def test_each_published_adapter_is_the_served_one_and_old_ones_are_gone(sampler,
 def test_a_request_keeps_the_adapter_with_which_it_began(sampler):
     """An adapter is published while completions are under way: they end with the one that they name."""
     (first, _), (second, _) = models = [adapted(version) for version in (20, 21)]
-    sampler.publish(first, 20)
+    sampler.publish(Whole(first), 20)
     long = Sampling(temperature=0.8, max_tokens=60, seed=0)
     many = [Prompt(id=f"m{i}", messages=(), token_ids=(5 + i % 9, 9, 14, 7)) for i in range(40)]
     groups = []
     thread = threading.Thread(target=lambda: groups.extend(sampler.sample(many, n=4, iteration=0, sampling=long)))
     thread.start()
     time.sleep(0.2)
-    sampler.publish(second, 21)
+    sampler.publish(Whole(second), 21)
     thread.join()
     rollouts = [rollout for group in groups for rollout in group]
     assert {rollout.oldest_version for rollout in rollouts} >= {20}
@@ -139,7 +140,7 @@ def test_a_request_keeps_the_adapter_with_which_it_began(sampler):
 def test_a_server_without_the_adapter_is_lost_until_it_has_it_again(sampler, client):
     """Like a restarted server. Nothing is ever sampled from the base without an error."""
     adapter, whole = adapted(7)
-    sampler.publish(adapter, 7)
+    sampler.publish(Whole(adapter), 7)
     (name,) = client.adapters()
     client.order("/v1/unload_lora_adapter", {"lora_name": name})
     with pytest.raises(ServerLost, match=f"no policy server is in service: .* has lost the adapter.*{name}"):
@@ -152,7 +153,7 @@ def test_a_server_without_the_adapter_is_lost_until_it_has_it_again(sampler, cli
 @pytest.mark.server
 def test_the_base_is_the_fixed_teacher_and_the_adapter_the_live_one(sampler):
     adapter, whole = adapted(8)
-    sampler.publish(adapter, 8)
+    sampler.publish(Whole(adapter), 8)
     for base, model in ((True, student()), (False, whole)):
         teacher = PolicyServerTeacher(sampler, (1,), base=base)
         for question, score in zip(QUESTIONS, teacher.score(QUESTIONS, Signal(tier="top_k", k=3)), strict=True):
@@ -165,7 +166,7 @@ def test_the_base_is_the_fixed_teacher_and_the_adapter_the_live_one(sampler):
 @pytest.mark.server
 def test_a_base_with_other_weights_than_it_was_started_with_is_refused(sampler, client):
     adapter, _ = adapted(9)
-    sampler.publish(adapter, 9)
+    sampler.publish(Whole(adapter), 9)
     client.order("/update_weight_version", {"new_version": "3"})
     try:
         with pytest.raises(ServerError, match="with model.lora, expected the weights .* got version '3'"):
@@ -180,7 +181,7 @@ def test_a_base_with_other_weights_than_it_was_started_with_is_refused(sampler, 
 def test_a_refused_adapter_stops_the_run_with_the_servers_message(sampler):
     wide = {name.replace("layers.0", "layers.0.nothing"): tensor for name, tensor in adapted(1)[0].items()}
     with pytest.raises(ServerError, match=r"/v1/load_lora_adapter answered \d+: "):
-        sampler.publish({name.replace("q_proj", "no_proj"): tensor for name, tensor in wide.items()}, 1)
+        sampler.publish(Whole({name.replace("q_proj", "no_proj"): tensor for name, tensor in wide.items()}), 1)
 
 
 @pytest.mark.server

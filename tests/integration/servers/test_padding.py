@@ -18,6 +18,7 @@ from rlkd.config.schema import ModelConfig, RolloutServerConfig
 from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.generation.vllm import VLLMSampler, policy_role
 from rlkd.models.vocabulary import padding, vocabulary_size
+from rlkd.models.weights import Whole
 from rlkd.planning.preflight import check
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.padding_probe import check_padding, padding_share
@@ -184,7 +185,7 @@ def test_a_padded_server_samples_and_scores_as_the_unpadded_model(server, paths)
     sampler = VLLMSampler(settings, eos_ids(paths[7], False))
     sampler.open()
     try:
-        sampler.publish(AutoModelForCausalLM.from_pretrained(paths[7], dtype=torch.float32).state_dict(), 0)
+        sampler.publish(Whole(AutoModelForCausalLM.from_pretrained(paths[7], dtype=torch.float32).state_dict()), 0)
         prompts = [Prompt(id=str(i), messages=(), token_ids=q.prompt) for i, q in enumerate(questions(8))]
         sampling = Sampling(temperature=0.8, max_tokens=20, seed=3, top_k=60)
         rollouts = [r for g in sampler.sample(prompts, n=8, iteration=0, sampling=sampling) for r in g]

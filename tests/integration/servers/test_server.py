@@ -17,6 +17,7 @@ from vllm_fixtures import EOS, prompts, run_config, save_model, start_server, ti
 from rlkd.config.schema import ServerConfig
 from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler
+from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError
 from rlkd.servers.command import LAUNCHER_VARIABLES, ServerRole, server_command, server_environment
 from rlkd.servers.process import VLLMServer, cpu_cores
@@ -66,7 +67,7 @@ def test_a_killed_trainer_leaves_no_server_process_and_the_other_server_does_the
         sampler = VLLMSampler(run_config(policy_path, url, policy_server.url), [EOS])
         sampler.open()
         model = tiny_model(61)
-        sampler.publish(model.state_dict(), 1)
+        sampler.publish(Whole(model.state_dict()), 1)
         logs = [tmp_path / "run" / "server" / "policy.log", policy_server.log]
         before = [log.read_text().count("POST /inference/v1/generate") for log in logs]
         for group in sampler.sample(prompts(4), n=2, iteration=0, sampling=SAMPLING):

@@ -21,6 +21,7 @@ from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny
 from rlkd.data.seeds import request_seed
 from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler, sampled_logprobs
+from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, VLLMClient, parse_version
 from rlkd.servers.process import VLLMServer
 from rlkd.servers.responses import Completed, Generated, parse
@@ -43,7 +44,7 @@ def sampler(policy_server: VLLMServer, policy_path: str, model: LlamaForCausalLM
     """A sampler whose server has tiny_model(1) as version 3."""
     made = VLLMSampler(run_config(policy_path, policy_server.url), eos_ids=[EOS])
     made.open()
-    made.publish(model.state_dict(), 3)
+    made.publish(Whole(model.state_dict()), 3)
     yield made
     made.close()
 

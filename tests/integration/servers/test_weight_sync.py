@@ -9,22 +9,23 @@ import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
 from vllm_fixtures import EOS, KEY, SAMPLING, mismatch, opened, prompts, tiny_model
 
 from rlkd.distributed import RunStopped
-from rlkd.models.loader_names import loader_names
+from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.process import VLLMServer
+from rlkd.servers.responses import WorldSize
 from rlkd.teachers.served import PolicyServerTeacher
 from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Signal
-from rlkd.weight_sync.nccl import CurrentWeights, versioned_client
+from rlkd.weight_sync.nccl import Source, all_servers
 from rlkd.weight_sync.weight_file import WeightFile
 
 
@@ -33,7 +34,7 @@ def test_published_weights_are_the_served_ones(policy_server: VLLMServer, policy
     sampler = opened(policy_path, policy_server)
     for version, seed in ((11, 21), (12, 22), (13, 0)):
         model = tiny_model(seed)
-        sampler.publish(model.state_dict(), version)
+        sampler.publish(Whole(model.state_dict()), version)
         assert mismatch(sampler, model, version) < 1e-4
         assert mismatch(sampler, tiny_model(seed + 100), version) > 1.0, "otherwise this test could not see old weights"
     sampler.close()
@@ -47,11 +48,11 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
     weights: Mapping[str, Tensor] = model.state_dict()
     partial = {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}
     with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights") as caught:
-        sampler.publish(partial, 14)
+        sampler.publish(Whole(partial), 14)
     assert "\n" not in str(caught.value)
     with pytest.raises(ServerLost, match="no policy server is in service: .*/update_weights"):
         sampler.sample(prompts(1), n=1, iteration=0, sampling=SAMPLING)
-    sampler.publish(weights, 15)
+    sampler.publish(Whole(weights), 15)
     assert mismatch(sampler, model, 15) < 1e-4
     # A third of a layer that vLLM fuses, and biases, which it treats as those of a quantised checkpoint: it skips both.
     third = {name: tensor for name, tensor in weights.items() if "layers.0.self_attn.k_proj" not in name}
@@ -62,9 +63,9 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
         ({**weights, **unknown}, "has 2 weights that the model does not know, e.g. model.layers.1.mlp.up_proj.bias"),
     ):
         with pytest.raises(RunStopped, match="a weight update failed, and .* lost: .*/update_weights"):
-            sampler.publish(refused, 16)
+            sampler.publish(Whole(refused), 16)
         assert line in policy_server.log.read_text()
-        sampler.publish(weights, 17)
+        sampler.publish(Whole(weights), 17)
         assert mismatch(sampler, model, 17) < 1e-4
     sampler.close()
 
@@ -73,7 +74,7 @@ def test_a_failed_update_loses_the_server_until_a_complete_one_succeeds(
 def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMServer, policy_path: str) -> None:
     """As after a restart: it reports "default". Scores do not name their version, so it is requested separately."""
     sampler, model = opened(policy_path, policy_server), tiny_model(32)
-    sampler.publish(model.state_dict(), 18)
+    sampler.publish(Whole(model.state_dict()), 18)
     teacher = PolicyServerTeacher(sampler, (EOS,))
     client = VLLMClient(policy_server.url, 60.0, KEY)
     client.order("/update_weight_version", {"new_version": "default"})
@@ -88,10 +89,10 @@ def test_a_server_that_lost_its_weights_is_given_them_again(policy_server: VLLMS
     sampler.recover()
     client.order("/pause", query={"mode": "wait"})
     client.order("/start_weight_update")  # by a trainer that died during an update
-    sampler.publish(tiny_model(33).state_dict(), 19)
+    sampler.publish(Whole(tiny_model(33).state_dict()), 19)
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
     other = opened(policy_path, policy_server)  # another run, whose version 19 is not ours
-    other.publish(tiny_model(34).state_dict(), 19)
+    other.publish(Whole(tiny_model(34).state_dict()), 19)
     sampler._holds.clear()
     sampler.recover()
     assert mismatch(sampler, tiny_model(33), 19) < 1e-4
@@ -109,9 +110,10 @@ def test_the_engine_reads_only_inside_its_directory(
 ) -> None:
     weights = tiny_model(41).state_dict()
     outside = WeightFile(str(tmp_path / "outside"))
-    secret = outside.directory / outside.write(weights, 1)
+    stream = Whole(weights).checkpoint_weights(torch.float32)
+    secret = outside.directory / outside.write(stream.infos, stream, 1)
     sampler = opened(policy_path, policy_server)
-    sampler.publish(weights, 16)
+    sampler.publish(Whole(weights), 16)
     assert sampler._file is not None
     (sampler._file.directory / "link.safetensors").symlink_to(secret)
     client = VLLMClient(policy_server.url, 60.0, KEY)
@@ -121,16 +123,18 @@ def test_the_engine_reads_only_inside_its_directory(
             client.order("/update_weights", {"update_info": {"file": name}})
         assert "is not a file inside" in policy_server.log.read_text().rsplit(repr(name), 1)[1][:60]
     client.close()
-    sampler.publish(weights, 17)
+    sampler.publish(Whole(weights), 17)
     sampler.close()
 
 
 def test_a_weight_file_is_atomic_private_and_replaces_the_last() -> None:
     weights = tiny_model(0).state_dict()
     assert weights["lm_head.weight"].data_ptr() == weights["model.embed_tokens.weight"].data_ptr()
-    files = WeightFile(None)
+    files, stream = WeightFile(None), Whole(weights).checkpoint_weights(torch.float32)
     assert files.directory.stat().st_mode & 0o777 == 0o700
-    first, second = files.write(weights, 1), files.write(weights, 2)
+    first, second = (files.write(stream.infos, stream, version) for version in (1, 2))
+    with pytest.raises(ValueError, match="expected 20 tensors"):
+        files.write(stream.infos, list(stream)[1:], 3)
     files.keep_only(second)
     assert [path.name for path in files.directory.iterdir()] == [second] != [first]
     with safe_open(files.directory / second, framework="pt") as file:
@@ -163,7 +167,7 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
     stub = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
     ours = VLLMClient(f"http://127.0.0.1:{stub.server_port}", 5.0, "secret")
-    client = versioned_client(ours)
+    client = all_servers([ours])
     client.version = 4
     client.start_weight_update()
     client.update_weights({"names": ["a"]})
@@ -178,13 +182,28 @@ def test_the_gpu_engines_http_calls_carry_the_version() -> None:
 
 
 def test_the_source_of_the_gpu_engines_describes_what_it_yields() -> None:
-    source = CurrentWeights()
-    torch.manual_seed(0)
-    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 2}
-    mixture = MixtralForCausalLM(MixtralConfig(vocab_size=8, num_hidden_layers=1, head_dim=4, **size))
-    named = loader_names(mixture, mixture.state_dict())
-    assert "model.layers.0.block_sparse_moe.experts.7.w1.weight" in named
-    for weights in (tiny_model(0).state_dict(), tiny_model(1).state_dict(), named):
-        source.weights = weights
+    source = Source()
+    for seed in (0, 1):
+        weights = Whole(tiny_model(seed).state_dict()).checkpoint_weights(torch.float32)
+        source.take(weights)
         told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
         assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+
+
+def test_each_server_has_its_own_ranks_in_the_transfer_group() -> None:
+    """The trainer is rank 0, and every server begins where the one before it ends."""
+    calls: dict[str, object] = {}
+
+    class Server:
+        def __init__(self, name: str, ranks: int) -> None:
+            self.name, self.ranks = name, ranks
+
+        def get(self, path: str, kind: type[WorldSize]) -> WorldSize:
+            return WorldSize(world_size=self.ranks)
+
+        def order(self, path: str, body: dict[str, dict[str, object]]) -> None:
+            calls[self.name] = body["init_info"]
+
+    servers: Any = [Server("a", 2), Server("b", 1), Server("c", 4)]
+    all_servers(servers).init_weight_transfer_engine({"rank_offset": 1, "world_size": 8})
+    assert calls == {name: {"rank_offset": at, "world_size": 8} for name, at in (("a", 1), ("b", 3), ("c", 4))}

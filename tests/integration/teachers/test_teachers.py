@@ -11,6 +11,7 @@ from rlkd.algorithms.kdrl import KDRL
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
 from rlkd.models.student import load_causal_lm
+from rlkd.models.weights import Weights, Whole
 from rlkd.pipeline.build import build_reference, build_sampler, build_teacher
 from rlkd.pipeline.collate import collate
 from rlkd.pipeline.loader import RolloutLoader
@@ -57,7 +58,7 @@ def line():
     loader = RolloutLoader(settings, KDRL(settings))  # rollout.backend is hf
     loader.policy.open()
     hf = load_causal_lm("builtin:student", torch.float32, attention=None, trust_remote_code=False)
-    loader.policy.publish(hf.state_dict(), 0)
+    loader.policy.publish(Whole(hf.state_dict()), 0)
     return loader, hf
 
 
@@ -71,7 +72,7 @@ def test_the_student_scores_its_own_samples_as_its_sampler_did(line):
 
 def test_parity_finds_a_sampler_with_other_weights(line):
     loader, hf = line
-    loader.policy.publish({n: v * 1.01 for n, v in hf.state_dict().items()}, 0)
+    loader.policy.publish(Whole({n: v * 1.01 for n, v in hf.state_dict().items()}), 0)
     start = build_reference(loader.config)
     start.open()
     with pytest.raises(RuntimeError, match=r"teacher.check_parity: student as teacher: "):
@@ -306,8 +307,8 @@ def test_a_fixed_self_teacher_stays_and_a_live_one_follows():
     fixed, live = self_teacher("fixed"), self_teacher("live")
     start, now = state(fixed), moved(state(fixed), 0.1)
     for teacher in (fixed, live):
-        teacher.publish(start, 0)
-        teacher.publish(now, 1)
+        teacher.publish(Weights.of(start), 0)
+        teacher.publish(Weights.of(now), 1)
     assert_weights(state(fixed), start)
     assert_weights(state(live), now)
     assert torch.equal(live.layers()[0].weight, now["lm_head.weight"]), "its layer follows too"
@@ -317,16 +318,16 @@ def test_the_average_follows_by_one_minus_its_decay():
     teacher = self_teacher("ema")
     start = state(teacher)
     now = moved(start, 0.1)
-    teacher.publish(start, 0)
+    teacher.publish(Weights.of(start), 0)
     assert_weights(state(teacher), start)
-    teacher.publish(now, 1)
+    teacher.publish(Weights.of(now), 1)
     wanted = {name: 0.75 * start[name] + 0.25 * now[name] for name in start}
     assert_weights(state(teacher), wanted, 1e-6)
     before = state(teacher)
-    teacher.publish(moved(start, 5.0), 1)
+    teacher.publish(Weights.of(moved(start, 5.0)), 1)
     assert_weights(state(teacher), before)  # the same version again changes nothing
     with pytest.raises(AssertionError, match="the average is at version 1, the student at 3"):
-        teacher.publish(now, 3)
+        teacher.publish(Weights.of(now), 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -335,15 +336,15 @@ def test_a_restored_average_continues_bit_for_bit(tmp_path, dtype):
     start = {name: value.float() for name, value in state(straight).items()}
     steps = [moved(start, 0.1 * i) for i in range(5)]
     for version, weights in enumerate(steps):
-        straight.publish(weights, version)
+        straight.publish(Weights.of(weights), version)
     for version in (0, 1, 2):
-        first.publish(steps[version], version)
+        first.publish(Weights.of(steps[version]), version)
     first.save(tmp_path)
     resumed = self_teacher("ema", dtype=dtype)
     resumed.restore(tmp_path, 2)
     assert_weights(state(resumed), state(first))
     for version in (2, 3, 4):  # a resumed run first publishes the weights it has restored
-        resumed.publish(steps[version], version)
+        resumed.publish(Weights.of(steps[version]), version)
     assert_weights(state(resumed), state(straight))
     scores = [t.score(QUESTIONS, Signal()) for t in (resumed, straight)]
     assert [s.logprobs for s in scores[0]] == [s.logprobs for s in scores[1]]
