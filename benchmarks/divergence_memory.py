@@ -98,7 +98,7 @@ def products(hidden: Tensor, head: torch.nn.Linear, batch: Batch) -> None:
     assert scores.hidden is not None
     ours, theirs = hidden.detach()[0, :-1], scores.hidden[0, 1:]
     of_weight, of_hidden = torch.zeros_like(weight), torch.empty_like(ours)
-    step = _tokens_at_a_time(len(weight))
+    step = _tokens_at_a_time(len(weight), weight.device)
     logits = [torch.empty(len(weight) * min(step, len(ours))) for _ in range(2)]
     for start in range(0, len(ours), step):
         h, t = ours[start : start + step], theirs[start : start + step]

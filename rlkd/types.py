@@ -263,6 +263,21 @@ class BatchScores:
             layers=tuple(layer.to(device) for layer in self.layers),
         )
 
+    def brought(self, device: torch.device) -> BatchScores:
+        """A copy with all tensors on `device`, for one micro-batch. To a GPU they are copied while it computes."""
+
+        def bring(value: Tensor | None) -> Tensor | None:
+            if value is None or value.device == device:
+                return value
+            return value.pin_memory().to(device, non_blocking=True)
+
+        return dataclasses.replace(
+            self,
+            top_ids=bring(self.top_ids),
+            top_logprobs=bring(self.top_logprobs),
+            hidden=bring(self.hidden),
+        )
+
     def rows(self, index: Tensor, length: int) -> BatchScores:
         """The rows `index` [b], cut to `length`."""
         picked: dict[str, Any] = {"index": None if self.index is None else self.index[index.to(self.index.device)]}

@@ -57,6 +57,19 @@ def projected(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.float()
 
 
+def add_product(total: Tensor, left: Tensor, right: Tensor, half: torch.dtype | None) -> None:
+    """total [A, B] += left [A, n] · right [n, B], in place, in the dtype of `total`.
+
+    Args:
+        half: on a GPU, a type to which the operands are rounded, so that tensor cores multiply them; the sums stay in
+            fp32. This is how autograd computes the gradient of a layer in bf16. None, and on a CPU: not rounded.
+    """
+    if half == torch.bfloat16 and total.is_cuda:
+        torch.addmm(total, left.to(half), right.to(half), out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(left, right)
+
+
 WEIGHT_TILE = 2**20
 """Numbers of a weight that `project_into` converts to the type of the logits at a time: 4 MiB in fp32."""
 

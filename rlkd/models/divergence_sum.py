@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlkd.losses import DivergenceKind
 from rlkd.losses.divergence_slopes import values_and_slopes
-from rlkd.losses.lm_head import OutputLayer, project_into, projected, shape_in_place
+from rlkd.losses.lm_head import OutputLayer, add_product, project_into, projected, shape_in_place
 
 
 class Measured(NamedTuple):
@@ -139,7 +139,7 @@ class ChunkedSum(torch.autograd.Function):
                 rates = (factor * weights[chunk]).to(at_least)[:, None]
                 of_hidden[chunk] = rates * (slopes.T.to(weight.dtype) @ weight)
                 if of_weight is not None:
-                    of_weight.addmm_(slopes, rates * hidden[chunk])
+                    add_product(of_weight, slopes, rates * hidden[chunk], weight.dtype)
                 if of_bias is not None:
                     of_bias += (slopes @ rates)[:, 0]
         ctx.save_for_backward(of_hidden, of_weight, of_bias)

@@ -25,6 +25,10 @@ VOCABULARY_CHUNK = {"cpu": 1024, "cuda": 8192}
 them stay in the cache: for 1,024 tokens, forward and backward take half the time that they take with 8,192 columns."""
 CHUNK_LOGITS = 2**24
 """Logits that are in memory at a time in a divergence: 64 MiB in fp32, in about eight tensors of that size."""
+GPU_CHUNK_LOGITS = 2**28
+"""The same on a GPU with room for them, where reading the output layer and its gradient for each chunk takes long."""
+BYTES_PER_LOGIT = 32
+"""Of the eight tensors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,16 +200,29 @@ def teacher_divergence(
         noted = by_products if width == head.weight.shape[0] else None
         measure = _measure(batch, comparison, teacher, row, column, bias, width, logit_transform(config), noted)
         part, found = ChunkedSum.apply(  # type: ignore[no-untyped-call]
-            hidden[row, column - 1], weight, bias, weights[row, column], measure, _tokens_at_a_time(width)
+            hidden[row, column - 1],
+            weight,
+            bias,
+            weights[row, column],
+            measure,
+            _tokens_at_a_time(width, hidden.device),
         )
         total = total + part
         per_token[row, column] = found
     return total, per_token
 
 
-def _tokens_at_a_time(width: int) -> int:
-    """Tokens in a chunk of about `CHUNK_LOGITS`; multiples of 32 are faster, because rows fill the vector registers."""
-    tokens = max(1, CHUNK_LOGITS // width)
+def _tokens_at_a_time(width: int, device: torch.device) -> int:
+    """Tokens in a chunk; multiples of 32 are faster, because rows fill the vector registers.
+
+    On a GPU a chunk takes up to a quarter of the memory that is free there.
+    """
+    logits = CHUNK_LOGITS
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps these for us
+        logits = min(max(logits, free // 4 // BYTES_PER_LOGIT), GPU_CHUNK_LOGITS)
+    tokens = max(1, logits // width)
     return tokens if tokens < 64 else math.ceil(tokens / 32) * 32
 
 

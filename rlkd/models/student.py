@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ class Student(nn.Module):
         real tokens never see padding and no mask is passed.
         """
         head = OutputLayer.of(self.hf, self.vocabulary)
+        if needs.comparison is not None:  # before the blocks, which compute meanwhile
+            name = needs.comparison.scores
+            scores = {**batch.scores, name: batch.scores[name].brought(batch.input_ids.device)}
+            batch = replace(batch, scores=scores)
         if batch.sequences:
             hidden = shared_hidden(self.hf, batch.input_ids, batch.prompt_lengths, batch.lengths, batch.sequences)
         else:

@@ -154,7 +154,7 @@ def test_the_length_of_a_chunk_does_not_matter(monkeypatch, tokens):
     at_once = sums()
     monkeypatch.setattr(logprob_head, "CHUNK_LOGITS", tokens * V)
     assert_same(sums(), at_once)
-    assert tokens <= logprob_head._tokens_at_a_time(V) <= 1.5 * tokens
+    assert tokens <= logprob_head._tokens_at_a_time(V, torch.device("cpu")) <= 1.5 * tokens
 
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
@@ -184,3 +184,12 @@ def test_gradients_can_be_taken_twice():
     once = output.weight.grad.clone()
     (2.0 * value).backward()
     torch.testing.assert_close(output.weight.grad, 2.0 * once)
+
+
+def test_on_a_gpu_a_chunk_takes_a_quarter_of_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2**30)
+    for free, logits in ((0, 2**24), (6 * 2**30, 2**26), (70 * 2**30, 2**28)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 80 * 2**30))
+        tokens = logprob_head._tokens_at_a_time(2**17, torch.device("cuda"))
+        assert tokens == logits // 2**17
