@@ -184,10 +184,11 @@ class VLLMSampler:
         assert self._dtype is not None, "call open() before publish()"
         self._version = version
         weights = student.checkpoint_weights(self._dtype)
+        if self._direct is None:
+            self._published = read_on_rank_zero(weights, lambda tensors: self._write(weights.infos, tensors, version))
         if self._asleep:
             sleep.make_room()
         if self._direct is None:
-            self._published = read_on_rank_zero(weights, lambda tensors: self._write(weights.infos, tensors, version))
             self.pool.agree(on_rank_zero(self._send_file))
         else:
             on_rank_zero(lambda: self._everywhere(self._pause))
