@@ -1,5 +1,7 @@
 """Plans for 8, 64 and 1,024 H100s by the cost model: what fits, which split is fastest, where the time goes.
 
+`python benchmarks/scaling_plan.py` prints which students fit on 8, 16 and 64 GPUs; scaling.py prints the rest.
+
 Nothing here is measured. Data sheet: NVIDIA H100 SXM5 (989e12 FLOP/s dense bf16, 3.35e12 B/s, 80 GB, NVLink 450e9 B/s
 each way); 400 Gb/s InfiniBand per GPU. The fractions of these that are achieved are assumed, and so are all disk rates.
 """
@@ -15,7 +17,7 @@ from pathlib import Path
 
 import cost_model as cost
 from cost_model import Machine, Model, dense
-from transformers import DeepseekV3Config, PreTrainedConfig, Qwen2Config
+from transformers import DeepseekV3Config, PreTrainedConfig, Qwen2Config, Qwen3MoeConfig
 
 from rlkd.config_file import load
 from rlkd.planning.memory import GIB, Shape, shape, trainer_place
@@ -36,6 +38,10 @@ ACROSS = replace(H100, link=0.8 * 8 * 50e9, network=0.8 * 50e9)
 over NVLink; a single trainer process sends over its own adapter."""
 CARD = 0.9 * 80 * GIB
 """Bytes of a card's memory that a plan may use."""
+USABLE = 77 * GIB
+"""Bytes of an 80 GB card (79 GiB) that are left by CUDA's context and NCCL's buffers, about."""
+FITTED = 16384
+"""Tokens of a micro-batch in the table of `fits`."""
 BOX = 8
 GROUP = 8
 SLACK = 1.05
@@ -150,28 +156,37 @@ class Memory:
 
     def peak(self, way: str) -> float:
         """Peak bytes; `way`: how weights are held and published, as in the table of `fastest`."""
-        if way == "experts split":
-            return self.always + WORKSPACE
-        return self.always + max(self.training, 0.0 if way == "tensor by tensor" else self.publishing)
+        return self.always + (WORKSPACE if way == "experts split" else max(self.training, self.publishing))
 
 
 @functools.cache
 def memory(student: Student, ranks: int, way: str) -> Memory:
     """Memory of each of `ranks` trainer GPUs that train `student`."""
+    adapters = (f"model.lora={{r: {ADAPTER_RANK}}}",) if way == "adapters" else ()
+    return needed(student.config, ranks, student.micro_tokens, *adapters, whole=way == "all weights")
+
+
+def needed(model: PreTrainedConfig, ranks: int, tokens: int, *overrides: str, whole: bool) -> Memory:
+    """Memory of each of `ranks` trainer GPUs, with micro-batches of `tokens`.
+
+    Args:
+        whole: whether every rank gathers all weights in fp32 to publish them, as rlkd did until it published by tensor.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        student.config.save_pretrained(folder)
-        overrides = [
-            *(f"model.path={folder}", "model.gradient_checkpointing=true", f"rollout.max_tokens={student.longest}"),
+        model.save_pretrained(folder)
+        settings = [
+            *(f"model.path={folder}", "model.gradient_checkpointing=true", f"rollout.max_tokens={tokens - PROMPT}"),
             *(f"data.path={folder}", f"data.max_prompt_tokens={PROMPT}", f"rollout.prompts={128 * ranks}"),
-            *(f"trainer.micro_batch_tokens={student.micro_tokens}", f"trainer.devices={ranks}"),
-            "rollout.server={launch: false, urls: [http://server:8000]}",  # on other machines
+            *(f"trainer.micro_batch_tokens={tokens}", f"trainer.devices={ranks}"),
+            "rollout.server={launch: false, urls: [http://server:8000], dtype: bfloat16}",  # on other machines
         ]
-        if way == "adapters":
-            overrides.append(f"model.lora={{r: {ADAPTER_RANK}}}")
-        place = trainer_place(load([str(Path("configs/grpo.yaml"))], overrides).config)
+        place = trainer_place(load([str(Path("configs/grpo.yaml"))], [*settings, *overrides]).config)
+        parameters = shape(model).parameters
     parts = {part.what: part.bytes for part in place.phases}
-    always = sum(part.bytes for part in place.resident)
-    return Memory(always=always, training=parts["training"], publishing=parts.get("publishing", 0.0))
+    publishing = parts.get("publishing", 0.0)
+    if whole and ranks > 1:
+        publishing = 4.0 * parameters
+    return Memory(always=place.always, training=parts["training"], publishing=publishing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,3 +362,45 @@ def steps(known: Sequence[Student]) -> None:
             one = cost.gpu_training(student.model, gpu, ranks * micro, student.longest / 2, ranks, micro)
             cells.append(f"{ranks} GPUs {micro * one.communication / one.compute:,.0f}")
         print(f"{student.name}: " + ", ".join(cells))
+
+
+def fits() -> None:
+    """Print which students fit into 80 GB cards, with all weights gathered to publish them and tensor by tensor."""
+    known = {
+        "7B": qwen(28, 3584, 18944, 28, 4),
+        "14B": qwen(48, 5120, 13824, 40, 8),
+        "32B": qwen(64, 5120, 27648, 40, 8),
+        "70B": qwen(80, 8192, 28672, 64, 8),
+        "30B-A3B": Qwen3MoeConfig(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=6144,
+            moe_intermediate_size=768,
+            num_hidden_layers=48,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            head_dim=128,
+            num_experts=128,
+            num_experts_per_tok=8,
+            dtype="bfloat16",
+        ),
+    }
+    print(
+        f"GiB at most on each of N trainer GPUs of 80 GB (of which {USABLE / GIB:.0f} GiB can be used), {FITTED} tokens"
+    )
+    print("published whole: all weights in fp32 on every rank, 4 P; by tensor: the largest one in fp32 and bf16")
+    print(f"{'student':<9}{'1e9':>6}{'GPUs':>6}{'always':>8}{'training':>10}{'whole':>12}{'by tensor':>12}")
+    for name, config in known.items():
+        for ranks in (8, 16, 64):
+            before, after = (needed(config, ranks, FITTED, whole=whole) for whole in (True, False))
+            cells = "".join(
+                f"{at.peak('all weights') / GIB:>8.0f}{' yes' if at.peak('all weights') <= USABLE else '  no'}"
+                for at in (before, after)
+            )
+            billions = shape(config).parameters / 1e9
+            training = (after.always + after.training) / GIB
+            print(f"{name:<9}{billions:>6.1f}{ranks:>6}{after.always / GIB:>8.0f}{training:>10.0f}{cells}")
+
+
+if __name__ == "__main__":
+    fits()

@@ -53,7 +53,10 @@ def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
             )
         from rlkd.generation.vllm import policy_role
 
-        return policy_role(config), config.rollout.server
+        # Trainers reach it by its address, so `weight_sync: auto` must mean here what it means there with urls.
+        server = config.rollout.server.model_copy(update={"launch": False})
+        rollout = config.rollout.model_copy(update={"server": server})
+        return policy_role(config.model_copy(update={"rollout": rollout})), server
     if not isinstance(config.teacher, ServedTeacherConfig):
         raise ValueError(
             f"teacher.backend: expected served, got {config.teacher.backend}; set served to serve the teacher"

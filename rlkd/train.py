@@ -1,6 +1,6 @@
 """python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit.
 
-`--estimate[=GIB]` prints the memory that the run needs instead (planning/memory.py).
+`--estimate[=[GPUSx]GIB]` prints the memory that the run needs instead (planning/memory.py, planning/gpu_plan.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> int:
         print("---\n".join(stage.loaded.text for stage in stages), end="")
         return 0
     if args.estimate is not None:
-        return print_estimate(stages, args.estimate)
+        return print_estimate(stages, args.estimate, args.estimate_gpus)
     from rlkd.planning.preflight import check
 
     problems = [
@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
     from rlkd.distributed import RunStopped
     from rlkd.run.fit import quiet, run_stages
 
+    if os.environ.get("RANK", "0") == "0":
+        print_plan(stages)
     quiet()
     try:
         return run_stages(stages)
@@ -70,18 +72,47 @@ def served_elsewhere(stage: Stage) -> list[str]:
     ]
 
 
-def print_estimate(stages: Sequence[Stage], device_gib: float) -> int:
-    """Print the memory that each stage needs. `device_gib`: 0 for this machine's GPU. Returns: the exit code."""
-    from rlkd.planning.memory import GIB, device_memory, report
+def print_plan(stages: Sequence[Stage]) -> None:
+    """Print which process of each stage is on which GPU of this machine; nothing where it has none."""
+    from rlkd.planning.gpu_plan import gpu_memory, gpu_plan
 
+    for stage in stages if gpu_memory() else ():
+        if stage.name is not None:
+            print(f"stage {stage.name}")
+        print(gpu_plan(stage.loaded.config, gpu_memory()).table(), flush=True)
+
+
+def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int:
+    """Print the memory that each stage needs, and the plan of its GPUs.
+
+    Args:
+        gib: memory of a GPU; 0: that of this machine's.
+        gpus: how many there are; None: as many as this machine has, or as the configuration uses.
+
+    Returns: the exit code.
+    """
+    from rlkd.planning.gpu_plan import gpu_memory, gpu_plan
+    from rlkd.planning.memory import GIB, report
+    from rlkd.servers.placement import seats, used
+
+    here = gpu_memory()
+    size = gib * GIB or max(here, default=0.0)
     for stage in stages:
         if stage.name is not None:
             print(f"stage {stage.name}")
+        config = stage.loaded.config
         try:
-            print(report(stage.loaded.config, device_gib * GIB or device_memory()))
+            print(report(config, size or None))
+            if not size:
+                continue
+            plan = gpu_plan(config, [size] * (gpus or len(here) or 1 + max(used(seats(config, gpus=1)), default=-1)))
+            print(plan.table())
+            problems = plan.problems() + plan.memory_problems()
         except ValueError as error:
             print(f"--estimate: {error}", file=sys.stderr)
             return 2
+        if problems:
+            print("\n".join(["a run on this machine would stop:", *problems]))
     return 0
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from rlkd.config.errors import ConfigError
 from rlkd.config.yaml_tree import COMMAND_LINE
 
-_GIB = re.compile(r"\d+(\.\d+)?")
+_GIB = re.compile(r"(?:([1-9]\d*)x)?(\d+(?:\.\d+)?)")
 _FLAGS = ("--config", "--print-config", "--estimate", "--profile", "--help")
 
 
@@ -23,17 +23,21 @@ class Args:
     print_config: bool
     help: bool
     estimate: float | None
-    """Device memory in GiB; 0: use this machine's; None: no estimate requested."""
+    """Memory of a GPU in GiB; 0: that of this machine's; None: no estimate requested."""
+    estimate_gpus: int | None = None
+    """GPUs of the machine to estimate for; None: this machine's, or those that the configuration names."""
 
 
 def parse_args(argv: Sequence[str]) -> Args:
-    """`--config A.yaml [--config B.yaml …] [key=value …] [--print-config] [--estimate[=GIB]] [--profile] [--help]`.
+    """`--config A.yaml [--config B.yaml …] [key=value …]`, with any of the flags
+    `--print-config --estimate[=[GPUSx]GIB] --profile --help`.
 
     Raises: ConfigError for an unknown flag, or if no --config is given.
     """
     files, overrides, lines = [], [], []
     print_config = help = False
     estimate: float | None = None
+    estimate_gpus: int | None = None
     rest = list(argv)
     while rest:
         argument = rest.pop(0)
@@ -50,11 +54,13 @@ def parse_args(argv: Sequence[str]) -> Args:
             help = True
         elif argument == "--estimate":
             estimate = 0.0
-        elif flag == "--estimate" and _GIB.fullmatch(value):
-            estimate = float(value)
+        elif flag == "--estimate" and (size := _GIB.fullmatch(value)) is not None:
+            estimate_gpus = int(size[1]) if size[1] else None
+            estimate = float(size[2])
         elif flag == "--estimate":
             lines.append(
-                f"{COMMAND_LINE}: --estimate: expected device memory in GiB, got {value!r}; e.g. --estimate=80"
+                f"{COMMAND_LINE}: --estimate: expected the memory of a GPU in GiB, got {value!r}; e.g. --estimate=80, "
+                "or --estimate=8x80 for 8 GPUs"
             )
         elif flag.startswith("-") and "." in flag and equals:
             lines.append(f"{COMMAND_LINE}: {flag}: unknown flag; did you mean {argument.lstrip('-')}?")
@@ -70,4 +76,4 @@ def parse_args(argv: Sequence[str]) -> Args:
         lines.append(f"{COMMAND_LINE}: --config: missing; {hint}")
     if lines:
         raise ConfigError(lines)
-    return Args(tuple(files), tuple(overrides), print_config, help, estimate)
+    return Args(tuple(files), tuple(overrides), print_config, help, estimate, estimate_gpus)

@@ -91,6 +91,8 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         assert config.model.lora is not None
         found.extend(_adapter_problems(config.model.lora, server))
     found.extend(_launch_problems(config))
+    if server.sleep:
+        found.extend(_sleep_problems(config))
     found.extend(config.algorithm.problems(config))
     return found
 
@@ -119,19 +121,41 @@ def _launch_problems(config: Config) -> list[tuple[str, str]]:
     found = []
     for key, server in launched.items():
         shared = {gpu for gpus in server.devices for gpu in gpus} & set(range(config.trainer.devices))
-        if shared and config.trainer.accelerator != "cpu":
+        sleeps = key == "rollout.server" and config.rollout.server.sleep > 0
+        if shared and config.trainer.accelerator != "cpu" and not sleeps:
             why = (
                 f"contains GPU {min(shared)}, which trainer.devices = {config.trainer.devices} also uses; choose "
                 f"other GPUs, or [[]] with a small {key}.memory to share one GPU on purpose"
             )
+            if key == "rollout.server":
+                why += ", or rollout.server.sleep: 2 to take turns"
             found.append((f"{key}.devices", why))
+    return found
+
+
+def _sleep_problems(config: Config) -> list[tuple[str, str]]:
+    """Settings under which the policy's servers cannot sleep while the student trains."""
+    key, level = "rollout.server.sleep", f"is {config.rollout.server.sleep}"
+    found = []
+    if config.rollout.backend != "vllm" or not config.rollout.server.launch:
+        why = f"{level}, but only servers that the run starts can sleep; set rollout.server.launch: true, or sleep: 0"
+        found.append((key, why))
+    if config.rollout.max_staleness:
+        why = (
+            f"{level}, but with rollout.max_staleness = {config.rollout.max_staleness} the servers sample while the "
+            "student trains; set one of the two to 0"
+        )
+        found.append((key, why))
+    if config.model.lora is not None:
+        why = f"{level}, but with model.lora only adapters are sent to a server that wakes up; set it to 0"
+        found.append((key, why))
     return found
 
 
 def _adapter_problems(lora: LoraConfig, server: RolloutServerConfig) -> list[tuple[str, str]]:
     """Settings under which vLLM servers cannot load the published adapter."""
     found = []
-    if server.weight_sync != "file":
+    if server.weight_sync not in ("auto", "file"):
         why = (
             f"is {server.weight_sync}, but model.lora publishes an adapter, which vLLM can only read from disk; set it "
             "to file"

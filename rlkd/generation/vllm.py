@@ -20,6 +20,7 @@ from rlkd.generation.sampler import Sampling
 from rlkd.models.lora import layer_names, skeleton
 from rlkd.models.vocabulary import padding, vocabulary_size
 from rlkd.models.weights import Published, TensorInfo, read_on_rank_zero
+from rlkd.servers import sleep
 from rlkd.servers.client import (
     ServerError,
     ServerLost,
@@ -31,9 +32,9 @@ from rlkd.servers.client import (
     possible,
 )
 from rlkd.servers.command import ServerRole
+from rlkd.servers.placement import weight_sync
 from rlkd.servers.plugin import ENGINE
 from rlkd.servers.pool import Answer, Job, ServerPool
-from rlkd.servers.process import server_counts
 from rlkd.servers.responses import CacheReset, GenerateAnswer, Generated, Span, in_order
 from rlkd.storage.disk_errors import writing
 from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
@@ -50,11 +51,11 @@ ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_SERVED_RANK)
 
 def policy_role(config: Config) -> ServerRole:
     """How the policy servers of `config` must be started."""
-    weight_sync, lora = config.rollout.server.weight_sync, config.model.lora
+    kind, lora = weight_sync(config), config.model.lora
     if lora is None:
         takes: tuple[str, ...] = (
             "--weight-transfer-config",
-            json.dumps({"backend": ENGINE if weight_sync == "file" else weight_sync}),
+            json.dumps({"backend": ENGINE if kind == "file" else kind}),
         )
     else:
         rank = min(rank for rank in ADAPTER_RANKS if rank >= lora.r)
@@ -68,7 +69,7 @@ def policy_role(config: Config) -> ServerRole:
     environment = {}
     if lora is not None:
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if weight_sync == "ipc":
+    if kind == "ipc":
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # handles are sent pickled; the server requires its key
     return ServerRole(
         name="policy",
@@ -77,6 +78,7 @@ def policy_role(config: Config) -> ServerRole:
         padding=padding(config.model, config.model.path),
         samples=True,
         arguments=(
+            *(sleep.ARGUMENTS if config.rollout.server.sleep and config.rollout.server.launch else ()),
             "--enable-scale-out",  # adds the route with token ids in and out and the weight version of each token
             *("--logprobs-mode", "processed_logprobs"),  # log-probs at the sampling temperature
             *("--max-logprobs", "-1"),
@@ -124,6 +126,8 @@ class VLLMSampler:
         """Whether the servers keep the weights that they were started with, and nothing is published."""
         self._dtype: torch.dtype | None = None
         """In which the weights travel: that of the servers, or fp32 if they differ."""
+        self._asleep = False
+        """Whether nothing may be sampled until the next `publish`."""
         self._file: WeightFile | None = None
         self._direct: DirectTransfer | None = None
 
@@ -134,7 +138,7 @@ class VLLMSampler:
     def start(self) -> None:
         """Start the servers if `rollout.server.launch` is set. Raises: RunStopped if one cannot be started."""
         if self._config.rollout.server.launch:
-            self.pool.start(self._config.run_dir, slots=(0, sum(server_counts(self._config))))
+            self.pool.start(self._config)
 
     def open(self) -> None:
         """Connect to the servers.
@@ -147,11 +151,30 @@ class VLLMSampler:
             client.weight_version()  # fails now, not after the first rollout, if a server lacks these routes
         dtypes = on_rank_zero(lambda: {client.dtype() for client in self.pool.clients})
         self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        if server.weight_sync == "file":
+        kind = weight_sync(self._config)
+        if kind == "file":
             if distributed.rank() == 0:
                 self._file = WeightFile(server.sync_dir)
         else:
-            self._direct = DirectTransfer(server.weight_sync, self.pool.clients)
+            self._direct = DirectTransfer(kind, self.pool.clients)
+        self.sleep()  # the student is loaded next
+
+    def sleep(self) -> None:
+        """With `rollout.server.sleep`, give the servers' memory back until the next `publish`. A collective, when no
+        rank samples any more.
+
+        Raises: RunStopped on every rank if a server refuses.
+        """
+        level = self._config.rollout.server.sleep
+        if level == 0:
+            return
+
+        def act() -> Mapping[str, str]:
+            sleep.fall_asleep(self.pool, level)
+            return self.pool.lost
+
+        self.pool.agree(on_rank_zero(act))
+        self._asleep = True
 
     def publish(self, student: Published, version: int) -> None:
         """See `Sampler.publish`. A server that cannot be reached is out of service until a later publish or `recover`.
@@ -163,6 +186,9 @@ class VLLMSampler:
         weights = student.checkpoint_weights(self._dtype)
         if self._direct is None:
             self._published = read_on_rank_zero(weights, lambda tensors: self._write(weights.infos, tensors, version))
+        if self._asleep:
+            sleep.make_room()
+        if self._direct is None:
             self.pool.agree(on_rank_zero(self._send_file))
         else:
             on_rank_zero(lambda: self._everywhere(self._pause))
@@ -173,6 +199,7 @@ class VLLMSampler:
                 failure = error
             failed = distributed.all_reduce([float(failure is not None)], "max")[0] > 0
             self.pool.agree(on_rank_zero(lambda: self._settle_direct(failed, failure, version)))
+        self._asleep = False
 
     def _write(self, infos: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
         """The name of the file in which the weights now are."""
@@ -235,12 +262,16 @@ class VLLMSampler:
     def _pause(self, client: VLLMClient) -> None:
         """Hold back new requests. Running ones finish, so that no completion mixes two versions; with
         `rollout.in_flight` they are frozen, and go on after `_resume`."""
+        if self._config.rollout.server.sleep:
+            sleep.wake(client, "weights")
         keeps = {"mode": "keep", "clear_cache": "false"}
         client.order("/pause", query=keeps if self._config.publishes_in_flight else {"mode": "wait"})
 
     def _resume(self, client: VLLMClient, version: int) -> None:
         """Go on with new weights. The cache's keys and values come from the old ones: those of frozen requests are
         computed again, so that no request, whether new or frozen, mixes two versions in its attention."""
+        if self._config.rollout.server.sleep:
+            sleep.wake(client, "kv_cache")
         again = {"reset_running_requests": "true"} if self._config.publishes_in_flight else None
         if not client.post("/reset_prefix_cache", None, CacheReset, again).success:
             raise ServerError(f"{client.url}: the cache still holds keys of the old weights after an update")
@@ -269,9 +300,8 @@ class VLLMSampler:
     def recover(self) -> None:
         """See `Sampler.recover`. Raises: RunStopped on every rank if no server comes back within `retry_s`."""
         if self._direct is not None:
-            weight_sync = self._config.rollout.server.weight_sync
             raise RunStopped(
-                f"a policy server was lost, and with it the connection over which weight_sync={weight_sync} sends "
+                f"a policy server was lost, and with it the connection over which {weight_sync(self._config)} sends "
                 "weights; start the run again with run.resume=auto"
             )
 
@@ -324,6 +354,7 @@ class VLLMSampler:
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         """Call `act(client, model name of the published weights, job)` for every job; see `ServerPool.run`."""
+        assert not self._asleep, "publish before you sample"
         return self.pool.run(jobs, act, at_once, reconnect=None)
 
     def _one_prompt(

@@ -17,6 +17,7 @@ from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
+from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.weights import Published
 from rlkd.pipeline import ahead
 from rlkd.pipeline.build import build_line, build_reference
@@ -85,7 +86,8 @@ class RolloutLoader:
         parts: list[Sampler | Teacher] = [self.line.policy, *self.line.scorers.values()]
         for part in parts:
             part.start()
-        for part in parts:
+        # Servers first: vLLM would count a model loaded here meanwhile, on the same GPU, as its own (`Seat.turn`).
+        for part in sorted(parts, key=lambda part: part.in_process):
             part.open()
         distributed.on_every_rank(self.line.rewards.open)  # a module may be missing on one node only
 
@@ -175,6 +177,8 @@ class RolloutLoader:
         self.line.forget(iteration)
         started = time.perf_counter()
         walked, probe, sampled, ready = self.with_servers(lambda: self._waited(iteration))
+        if isinstance(self.line.policy, VLLMSampler):
+            self.line.policy.sleep()  # all ranks have their completions
         together = time.perf_counter()
         if staleness == 0:
             self.line.forget(iteration + 1)  # if it is asked for again, the weights may be others

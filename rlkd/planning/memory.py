@@ -37,6 +37,8 @@ class Shape:
     parameters: int
     largest_block: int
     """Parameters of the largest of the repeated layers, the unit of sharding."""
+    largest_tensor: int
+    """Parameters of the largest tensor: an embedding, or the fused experts of a layer."""
     outside: int
     """Parameters outside the repeated layers: embeddings, last norm, output layer."""
     output_layer: int
@@ -75,9 +77,14 @@ class Place:
     """Share of the device that it may use."""
 
     @property
+    def always(self) -> float:
+        """Bytes."""
+        return sum(part.bytes for part in self.resident)
+
+    @property
     def peak(self) -> float:
         """Bytes."""
-        return sum(part.bytes for part in self.resident) + max((part.bytes for part in self.phases), default=0.0)
+        return self.always + max((part.bytes for part in self.phases), default=0.0)
 
 
 def shape_of(path: str, trust_remote_code: bool = False) -> Shape:
@@ -108,6 +115,7 @@ def shape(config: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
         name=type(hf).__name__,
         parameters=total,
         largest_block=max(per_block),
+        largest_tensor=max(p.numel() for p in hf.parameters()),
         outside=total - sum(per_block),
         output_layer=hf.get_output_embeddings().weight.numel(),
         vocabulary=text.vocab_size,
@@ -116,7 +124,7 @@ def shape(config: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
         intermediate=text.intermediate_size,
         queries=heads * head_width,
         keys=(known.get("num_key_value_heads") or heads) * head_width,
-        dtype=str(text.dtype or torch.float32).removeprefix("torch."),
+        dtype=_saved(config),
     )
 
 
@@ -163,14 +171,52 @@ def trainer_place(config: Config) -> Place:
         _training(config, model),
         Part(bytes=4 * trained / ranks, what="AdamW steps", why=f"4 B · {of_trained}, a temporary"),
         *_sampling(config, model),
+        *_publishing(config, model, trained),
     ]
-    published, what = model.parameters, "all weights"
-    if config.publishes_adapter:
-        published, what = trained, "the adapters"
-    if ranks > 1:  # one rank's shard is the whole already
-        phases.append(Part(bytes=4 * published, what="publishing", why=f"{what} in fp32, on every rank"))
     name = f"student: each of {ranks} trainer processes, {model.name}"
     return Place(name=name, resident=tuple(resident), phases=tuple(phases))
+
+
+def _publishing(config: Config, model: Shape, trained: int) -> list[Part]:
+    """What every rank holds on top of its shard while weights are published, and while the student is exported.
+
+    Weights are gathered one tensor at a time, so the largest one counts, in fp32 and in the dtype in which it leaves.
+    One rank alone gathers nothing.
+    """
+    largest = f"the largest tensor, {_billions(model.largest_tensor)} parameters"
+    parts = []
+    if config.world_size > 1 and config.publishes_adapter:
+        parts.append(Part(bytes=4 * trained, what="publishing", why="the adapters in fp32, on every rank"))
+    elif config.world_size > 1:
+        each = _width(model.dtype, config.rollout.server) if config.rollout.backend == "vllm" else 4
+        why = f"(4 + {each}) B · {largest}, on every rank"
+        parts.append(Part(bytes=(4 + each) * model.largest_tensor, what="publishing", why=why))
+    if config.checkpoint.export and (config.world_size > 1 or config.model.lora is not None):
+        each, how = (4, "gathered") if config.model.lora is None else (8, "gathered, and merged with its adapter")
+        why = f"{each} B · {largest}, {how}"
+        parts.append(Part(bytes=each * model.largest_tensor, what="exporting", why=why))
+    return parts
+
+
+def published_bytes(config: Config, on_cpu: bool) -> int:
+    """What `weight_sync: file` keeps in its directory: the published version, and the one that is being written.
+
+    Weights are written in the servers' dtype; of adapters, in fp32, all versions that requests may still name.
+    """
+    if config.publishes_adapter:
+        return 4 * adapter_parameters(config) * (config.rollout.max_staleness + 2)
+    hf = skeleton(config.model)
+    width = 4 if on_cpu and config.rollout.server.dtype == "auto" else _width(_saved(hf.config), config.rollout.server)
+    return 2 * width * sum(p.numel() for p in hf.parameters())
+
+
+def _width(saved: str, server: ServerConfig) -> int:
+    """Bytes of a weight at a server on a GPU. `saved`: the dtype of the model's files."""
+    return _BYTES[saved if server.dtype == "auto" else server.dtype]
+
+
+def _saved(config: PreTrainedConfig) -> str:
+    return str(config.get_text_config().dtype or torch.float32).removeprefix("torch.")
 
 
 def adapter_parameters(config: Config) -> int:
@@ -197,8 +243,8 @@ def _training(config: Config, model: Shape) -> Part:
     if config.teachers or isinstance(config.teacher, SelfTeacherConfig):
         logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see logprob_head.py
     why = (
-        f"gathered weights {_gib(gathered)}, their gradients {_gib(gradients)}, activations of {tokens} tokens "
-        f"{_gib(activations)}, output layer {_gib(logits)}"
+        f"gathered weights {gib(gathered)}, their gradients {gib(gradients)}, activations of {tokens} tokens "
+        f"{gib(activations)}, output layer {gib(logits)}"
     )
     return Part(bytes=gathered + gradients + activations + logits, what="training", why=why)
 
@@ -261,14 +307,14 @@ def _servers(role: str, model: Shape, server: ServerConfig, urls: Sequence[str],
     if urls:
         return [server_place(f"{role}: {url}, for one GPU a copy", model, server, 1, length) for url in urls]
     return [
-        server_place(f"{role}: GPU {', '.join(map(str, gpus)) or 'of the default'}", model, server, len(gpus), length)
+        server_place(f"{role}: GPU {', '.join(map(str, gpus)) or 'of trainer 0'}", model, server, len(gpus), length)
         for gpus in server.devices
     ]
 
 
 def server_place(name: str, model: Shape, server: ServerConfig, gpus: int, length: int) -> Place:
     """One of the GPUs that share a copy of the model: an equal part of the weights and of the key and value heads."""
-    gpus, each = max(gpus, 1), _BYTES[model.dtype if server.dtype == "auto" else server.dtype]
+    gpus, each = max(gpus, 1), _width(model.dtype, server)
     tokens = server.max_model_len or length
     weights = Part(
         bytes=each * model.parameters / gpus,
@@ -289,9 +335,9 @@ def report(config: Config, device_bytes: float | None) -> str:
     lines = []
     for place in [trainer_place(config), *server_places(config)]:
         lines.append(place.name)
-        lines += [f"  {_gib(part.bytes):>10}  {part.what}: {part.why}" for part in place.resident]
-        lines += [f"  {_gib(part.bytes):>10}  while {part.what}: {part.why}" for part in place.phases if part.bytes]
-        lines.append(f"  {_gib(place.peak):>10}  at most at a time{_verdict(place, device_bytes)}")
+        lines += [f"  {gib(part.bytes):>10}  {part.what}: {part.why}" for part in place.resident]
+        lines += [f"  {gib(part.bytes):>10}  while {part.what}: {part.why}" for part in place.phases if part.bytes]
+        lines.append(f"  {gib(place.peak):>10}  at most at a time{_verdict(place, device_bytes)}")
     return "\n".join(lines)
 
 
@@ -301,18 +347,14 @@ def _verdict(place: Place, device_bytes: float | None) -> str:
     room = place.budget * device_bytes
     answer = "fits" if place.peak <= room else "DOES NOT FIT"
     if place.budget == 1:
-        return f": {answer} in {_gib(room)}"
+        return f": {answer} in {gib(room)}"
     (weights,), (sequence,) = place.resident, place.phases
     many = max(0, int((room - weights.bytes) / sequence.bytes))
-    return f": {answer} in {place.budget:g} · {_gib(device_bytes)} = {_gib(room)}, {many} such sequences side by side"
+    return f": {answer} in {place.budget:g} · {gib(device_bytes)} = {gib(room)}, {many} such sequences side by side"
 
 
-def device_memory() -> float | None:
-    """Bytes of this machine's first GPU; None without one."""
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
-
-
-def _gib(count: float) -> str:
+def gib(count: float) -> str:
+    """Bytes for the console: 1.25 GiB."""
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"
 
 

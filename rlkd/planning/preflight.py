@@ -6,7 +6,7 @@ import importlib.util
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -28,6 +28,7 @@ from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
 from rlkd.models import lora
 from rlkd.models.vocabulary import embedding_rows, load_config, vocabulary_size
+from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, room_problems
 from rlkd.rewards import registry
 from rlkd.rewards.answers import check_answers
 from rlkd.run.export import rehearse
@@ -54,10 +55,12 @@ def check(config: Config) -> list[str]:
     lengths = config.algorithm.trained_lengths(config)
     trusted = config.model.trust_remote_code
     student = _model("model.path", config.model.path, trusted, lengths, problems)
+    found_all = student is not None
     lengths = config.algorithm.teacher_lengths(config)
     for key, settings in config.teachers:
         served = isinstance(settings, ServedTeacherConfig)
         teacher = _model(f"{key}.path", settings.path, trusted, lengths, problems, loaded_here=not served)
+        found_all = found_all and teacher is not None
         # A scorer on a server needs its end tokens too.
         if teacher is not None and (served or config.algorithm.teacher_writes):
             try:
@@ -72,17 +75,20 @@ def check(config: Config) -> list[str]:
             )
         elif student is not None and teacher is not None:
             problems += _fewer_rows(config, key, settings.path)
+    if found_all and _first_node(config):
+        problems += room_problems(config, torch.cuda.device_count()) + gpu_plan(config, gpu_memory()).memory_problems()
     if student is not None:
         problems += _generation(config) + _export(config, student) + _data(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
-    return problems + _servers(config)
+    return problems + _server_lengths(config) + _servers(config)
 
 
 def check_evaluation(config: Config) -> list[str]:
     """Problems that would stop `rlkd.evaluate`, one line each; empty if none is found."""
     if heldout(config) is None:
         return ["eval.path: expected held-out data, got nothing; set eval.path=FILE"]
-    problems = _server_devices(config, teacher=False)
+    plan = gpu_plan(config, gpu_memory(), roles=["policy"])
+    problems = _vllm(["rollout.server"] if config.rollout.server.launch else []) + plan.problems()
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     if student is not None:
@@ -170,11 +176,11 @@ def _devices(config: Config) -> list[str]:
             f"trainer.devices: torchrun started {started} processes, but trainer.devices × trainer.num_nodes is "
             f"{config.trainer.devices} × {config.trainer.num_nodes}; make them agree"
         )
-    gpus = torch.cuda.device_count()
-    if config.trainer.accelerator == "gpu" and config.trainer.devices > gpus:
+    gpus, accelerator = torch.cuda.device_count(), config.trainer.accelerator
+    if config.trainer.devices > gpus and (accelerator == "gpu" or (accelerator == "auto" and gpus)):
         problems.append(
-            f"trainer.devices: is {config.trainer.devices} with trainer.accelerator gpu, but this node has {gpus}; "
-            "lower it, or set trainer.accelerator: cpu"
+            f"trainer.devices: is {config.trainer.devices} with trainer.accelerator {accelerator}, but this node has "
+            f"{gpus}; lower it, or set trainer.accelerator: cpu"
         )
     for key, launch in _launched(config).items():
         if config.trainer.num_nodes > 1 and _is_loopback(launch.host):
@@ -183,8 +189,9 @@ def _devices(config: Config) -> list[str]:
                 f"{config.trainer.num_nodes} cannot reach; give an address of the first node, or start servers by "
                 "python -m rlkd.serve and give their urls"
             )
-    first_node = int(os.environ.get("RANK", "0")) < config.trainer.devices  # which starts the servers
-    return problems + (_server_devices(config) if first_node else [])
+    if _first_node(config):
+        problems += _vllm(_launched(config)) + gpu_plan(config, gpu_memory()).problems()
+    return problems
 
 
 def _launched(config: Config) -> dict[str, ServerConfig]:
@@ -195,34 +202,15 @@ def _launched(config: Config) -> dict[str, ServerConfig]:
     return {key: server for key, server in servers.items() if server.launch}
 
 
-def _server_devices(config: Config, teacher: bool = True) -> list[str]:
-    """Problems with the servers that this machine is to start."""
-    problems = []
-    gpus = torch.cuda.device_count()
-    have = f"this machine shows {gpus} of them" + (f", 0 to {gpus - 1}" if gpus else "")
-    memory: dict[int, float] = {}
-    """GPU → the share of its memory that servers use so far."""
-    for key, server in _launched(config).items():
-        if key == "teacher.server" and not teacher:
-            continue
-        if importlib.util.find_spec("vllm") is None:
-            problems.append(f"{key}.launch: vllm is not installed in this environment; pip install 'rlkd[vllm]'")
-        for devices in server.devices:
-            absent = [gpu for gpu in devices if not 0 <= gpu < gpus]
-            if absent:
-                hint = "[[]] is one server on the CPU" if gpus == 0 else "name others"
-                problems.append(f"{key}.devices: names GPU {absent[0]}, but {have}; {hint}")
-            if len(set(devices)) < len(devices):
-                problems.append(f"{key}.devices: {devices} names a GPU twice; name each GPU of a server once")
-            for gpu in set(devices) or ({0} if gpus else set()):
-                memory[gpu] = memory.get(gpu, 0.0) + server.memory
-    crowded = [gpu for gpu, share in memory.items() if share > 1 and gpu < gpus]
-    if crowded:
-        problems.append(
-            f"rollout.server.devices: the servers on GPU {crowded[0]} may take {memory[crowded[0]]:.3g} times its "
-            "memory together; lower rollout.server.memory or teacher.server.memory, or spread them over more GPUs"
-        )
-    return problems
+def _vllm(servers: Iterable[str]) -> list[str]:
+    if importlib.util.find_spec("vllm") is not None:
+        return []
+    return [f"{key}.launch: vllm is not installed in this environment; pip install 'rlkd[vllm]'" for key in servers]
+
+
+def _first_node(config: Config) -> bool:
+    """Whether this process is on the node that starts the servers."""
+    return int(os.environ.get("RANK", "0")) < config.trainer.devices
 
 
 def _model(
@@ -347,6 +335,21 @@ def _answers(config: Config, key: str, prompts: Sequence[Prompt]) -> list[str]:
         return []
     rows = ((prompt.id, prompt.answer) for prompt in prompts)
     return [f"{key}: {line}" for line in check_answers(config.reward.functions, rows)]
+
+
+def _server_lengths(config: Config) -> list[str]:
+    """Servers that would be started too short for what they are asked."""
+    lengths: dict[str, tuple[ServerConfig, int]] = {}
+    if config.rollout.server.launch:
+        lengths["rollout.server"] = (config.rollout.server, longest(config))
+    if isinstance(config.teacher, ServedTeacherConfig) and config.teacher.server.launch:
+        lengths["teacher.server"] = (config.teacher.server, teacher_longest(config))
+    return [
+        f"{key}.max_model_len: is {server.max_model_len}, but the longest sequence has {tokens} tokens; raise it, or "
+        "set it to null"
+        for key, (server, tokens) in lengths.items()
+        if server.max_model_len is not None and server.max_model_len < tokens
+    ]
 
 
 def _servers(config: Config) -> list[str]:

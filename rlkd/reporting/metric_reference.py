@@ -515,8 +515,8 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "time/wait",
                 "seconds",
                 "Waiting",
-                "Time that a rank with rollouts in hand waits for the others, and for servers that are brought back; "
-                "the longest of any rank. Large: ranks have unequal work.",
+                "Time that a rank with rollouts in hand waits for the others, and for servers that are brought back or "
+                "put to sleep; the longest of any rank. Large: ranks have unequal work.",
                 panel="Where the time goes",
             ),
             Metric(

@@ -35,7 +35,7 @@ def asked_for(argv: Sequence[str]) -> Config:
         if not Path(path).is_dir():
             raise ConfigError([_no_student(run_dir, config)])
     # The model has no separate adapter: model.path is the base or an export with merged adapter. No weights are sent.
-    server = config.rollout.server.model_copy(update={"weight_sync": "file"})
+    server = config.rollout.server.model_copy(update={"weight_sync": "file", "sleep": 0})
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": path, "lora": None}),

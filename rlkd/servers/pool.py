@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import tenacity
 
 from rlkd import distributed
-from rlkd.config.schema import ServerConfig
+from rlkd.config.schema import Config, ServerConfig
 from rlkd.distributed import on_every_rank, on_rank_zero
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.command import ServerRole
 from rlkd.servers.padding_probe import check_padding
+from rlkd.servers.placement import seats
 from rlkd.servers.process import VLLMServer, launch, new_key, server_key, wait_ready
 
 Job = TypeVar("Job")
@@ -45,6 +46,8 @@ class ServerPool:
         self.config = config
         self.servers: list[VLLMServer] = []
         """The servers that this process started."""
+        self._turns: dict[int, Callable[[], list[VLLMServer]]] = {}
+        """turn → starts the servers of that turn; those that have started are no longer here."""
         self.clients: list[VLLMClient] = []
         self._models: dict[str, str] = {}
         """url → the name of its model there."""
@@ -61,15 +64,29 @@ class ServerPool:
 
     # ---- starting and ending ------------------------------------------------------------------------------------
 
-    def start(self, run_dir: str | os.PathLike[str], slots: tuple[int, int]) -> None:
-        """Start the servers that rlkd launches; see `launch`. A collective.
+    def start(self, config: Config) -> None:
+        """Start the servers that rlkd launches, except those that wait for another one (`Seat.turn`): `open` starts
+        them. A collective.
 
         Raises: RunStopped when one cannot be started.
         """
+        servers = [seat for seat in seats(config) if seat.role != "trainer"]
+        mine = [seat for seat in servers if seat.role == self.role.name]
 
         def act() -> None:
             self._key = new_key(self.config)
-            self.servers = launch(self.role, self.config, run_dir=run_dir, slots=slots, key=self._key)
+            for turn in sorted({seat.turn for seat in mine}):
+                self._turns[turn] = partial(
+                    launch,
+                    self.role,
+                    self.config,
+                    run_dir=config.run_dir,
+                    entries=[i for i, seat in enumerate(mine) if seat.turn == turn],
+                    slots=(servers.index(mine[0]), len(servers)),
+                    key=self._key,
+                )
+            if 0 in self._turns:
+                self.servers = self._turns.pop(0)()
 
         on_rank_zero(act)
 
@@ -83,7 +100,7 @@ class ServerPool:
         """
         key = server_key(self.config)
         if self.config.launch:
-            urls, key = on_rank_zero(lambda: (wait_ready(self.servers), self._key))
+            urls, key = on_rank_zero(lambda: (self._all_ready(), self._key))
 
         def connect() -> None:
             for url in urls:
@@ -94,6 +111,15 @@ class ServerPool:
 
         on_every_rank(connect)  # if only one rank failed here, the others would hang in the next line
         on_rank_zero(self._check_padding)
+
+    def _all_ready(self) -> list[str]:
+        """The addresses of our servers, once all answer; those of a later turn start when the ones before them do."""
+        wait_ready(self.servers)
+        for turn in list(self._turns):
+            later = self._turns.pop(turn)()
+            self.servers += later
+            wait_ready(later)
+        return [server.url for server in self.servers]
 
     def _check_padding(self) -> None:
         for client in self.clients:

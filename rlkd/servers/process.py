@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from rlkd.config.schema import Config, ServedTeacherConfig, ServerConfig
+from rlkd.config.schema import ServerConfig
 from rlkd.servers import supervisor
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.command import ServerRole, server_command, server_environment
@@ -154,16 +154,6 @@ def cpu_cores(slot: int, slots: int) -> str:
     return ",".join(str(core) for core in sorted(mine))
 
 
-def server_counts(config: Config) -> tuple[int, int]:
-    """How many servers (of the policy, of the teacher) this run starts."""
-    policy, teacher = config.rollout.server, config.teacher
-    of_policy = len(policy.devices) if config.rollout.backend == "vllm" and policy.launch else 0
-    of_teacher = (
-        len(teacher.server.devices) if isinstance(teacher, ServedTeacherConfig) and teacher.server.launch else 0
-    )
-    return of_policy, of_teacher
-
-
 def server_key(config: ServerConfig) -> str | None:
     """The key of servers that run already: the value of the environment variable `key_env`; None: not set."""
     return os.environ.get(config.key_env) or None
@@ -175,12 +165,19 @@ def new_key(config: ServerConfig) -> str:
 
 
 def launch(
-    role: ServerRole, config: ServerConfig, *, run_dir: str | os.PathLike[str], slots: tuple[int, int], key: str
+    role: ServerRole,
+    config: ServerConfig,
+    *,
+    run_dir: str | os.PathLike[str],
+    entries: Sequence[int],
+    slots: tuple[int, int],
+    key: str,
 ) -> list[VLLMServer]:
     """Start one server per entry of `config.devices`, all at once; `wait_ready` comes later.
 
     Args:
-        slots: (first, all): the number of the first of them among all CPU servers of the run.
+        entries: which ones, by index.
+        slots: (first, all): the number of entry 0 among all CPU servers of the run.
         key: of all of them.
 
     They are called role.name, or role.name-0, role.name-1 …
@@ -189,14 +186,14 @@ def launch(
     """
     servers: list[VLLMServer] = []
     try:
-        for i, devices in enumerate(config.devices):
+        for i in entries:
             servers.append(
                 VLLMServer(
                     role if len(config.devices) == 1 else replace(role, name=f"{role.name}-{i}"),
                     config,
                     key=key,
                     log_dir=Path(run_dir) / "server",
-                    devices=devices,
+                    devices=config.devices[i],
                     cores=cpu_cores(slots[0] + i, slots[1]),
                 )
             )
@@ -207,8 +204,8 @@ def launch(
     return servers
 
 
-def wait_ready(servers: Sequence[VLLMServer]) -> list[str]:
-    """The addresses of `servers`, once every one answers.
+def wait_ready(servers: Sequence[VLLMServer]) -> None:
+    """Wait until every one of `servers` answers.
 
     Raises: RuntimeError for the first server that fails; all are then stopped.
     """
@@ -219,4 +216,3 @@ def wait_ready(servers: Sequence[VLLMServer]) -> list[str]:
         for server in servers:
             server.stop()
         raise
-    return [server.url for server in servers]

@@ -17,7 +17,6 @@ from rlkd.models.vocabulary import padding, vocabulary_size
 from rlkd.servers.client import ServerError, VLLMClient, check_ids, check_model, is_possible, possible
 from rlkd.servers.command import ServerRole
 from rlkd.servers.pool import Answer, Job, ServerPool
-from rlkd.servers.process import server_counts
 from rlkd.servers.responses import CompletionsAnswer, GivenAnswer, LogprobEntry, float_array, in_order
 from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
@@ -116,8 +115,7 @@ class ServedTeacher(_ServedScorer):
     def start(self) -> None:
         """Start the servers if `launch` is set. Raises: RunStopped if one cannot be started."""
         if self._settings.server.launch:
-            of_policy, of_teacher = server_counts(self._config)
-            self.pool.start(self._config.run_dir, slots=(of_policy, of_policy + of_teacher))
+            self.pool.start(self._config)
 
     def open(self) -> None:
         """Connect to the servers.

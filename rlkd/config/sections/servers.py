@@ -63,7 +63,18 @@ class RolloutServerConfig(ServerConfig):
     """The policy's vLLM servers."""
 
     urls: list[str] = Field([], description="running servers, e.g. http://host:8000; excludes launch")
-    weight_sync: Literal["file", "nccl", "ipc"] = Field("file", description="how new weights are sent to the servers")
+    weight_sync: Literal["auto", "file", "nccl", "ipc"] = Field(
+        "auto",
+        description="how new weights are sent to the servers; auto: nccl to launched servers on GPUs of their own, "
+        "ipc to one on the only trainer's GPU, otherwise file",
+    )
+    sleep: int = Field(
+        0,
+        ge=0,
+        le=2,
+        description="launched servers may use the trainers' GPUs, and give their memory back while the student trains: "
+        "1 keeps their weights in main memory, 2 nowhere; 0: they never sleep",
+    )
     sync_dir: str | None = Field(
         None,
         description="directory for weight_sync: file, on a disk shared by trainer and servers; null: in memory",

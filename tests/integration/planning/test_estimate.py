@@ -123,7 +123,8 @@ def test_a_report_says_what_fits_and_what_does_not(tmp_path, capsys):
     assert "28.37 GiB  master weights: 4 B · 7.62e9 parameters / 1" in one
     assert "DOES NOT FIT in 80.00 GiB" in one and "DOES NOT FIT" not in eight
     assert "7.09 GiB  AdamW's moments: 2 · 4 B · 7.62e9 parameters / 8" in eight
-    assert "28.37 GiB  while publishing: all weights in fp32, on every rank" in eight
+    # The embedding has 152,064 · 3,584 parameters; it is gathered in fp32 and leaves in bf16.
+    assert "3.05 GiB  while publishing: (4 + 2) B · the largest tensor, 0.545e9 parameters, on every rank" in eight
     # (0.85 · 80 − 14.19) GiB over 5,120 tokens of 56 KiB
     assert "14.19 GiB  weights" in eight and "= 68.00 GiB, 196 such sequences side by side" in eight
     assert "7.09 GiB  weights: 2 B · 7.62e9 parameters / 2" in eight and "28 KiB each" in eight

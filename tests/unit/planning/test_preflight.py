@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import threading
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -314,6 +315,7 @@ def test_gpus_of_servers(monkeypatch):
     teacher = "teacher={backend: served, path: 'builtin:teacher', server: {launch: true, devices: [[3]], memory: 0.5}}"
     assert_lines(check(config(teacher)), ("teacher.server.devices: ", "GPU 3", "shows 0", "[[]]"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: namedtuple("Properties", "total_memory")(2**36))
     assert_lines(
         check(config(*LAUNCHED, "rollout.server.devices=[[1, 4], [-1]]")),
         ("rollout.server.devices: ", "GPU 4", "0 to 3"),
