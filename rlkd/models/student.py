@@ -26,6 +26,7 @@ from rlkd.models.loader_names import loader_names
 from rlkd.models.loading import check_whole, loading
 from rlkd.models.logprob_head import ByProducts, Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
+from rlkd.models.sharded_loading import Unread, begin
 from rlkd.models.shared_prompts import check_sharing, shared_hidden
 from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.types import Batch
@@ -189,12 +190,11 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
 
     With `model.lora` it gets adapters, which are a function of `seed`, and everything else is frozen.
 
-    The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds the full
-    model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6 would be rounded away.
+    The weights are read when the model is sharded, each rank's own rows (sharded_loading.py), so neither a host nor a
+    device holds the full model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6
+    would be rounded away.
     """
-    hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
-    if trainer.share_prompts:
-        check_sharing(hf, model.path)
+    hf, unread = _begin(model, trainer.share_prompts)
     if model.lora is not None:
         frozen = lora.unadapted(hf, model.lora)
         if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
@@ -227,7 +227,39 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         ):  # Zamba's blocks share some: the root has them
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
+    if unread is not None:
+        unread.fill(mesh.device_type)
     return student
+
+
+def _begin(model: ModelConfig, share_prompts: bool) -> tuple[PreTrainedModel, Unread | None]:
+    """The student before it is sharded, checked, and what is not yet read of it; None: all is loaded. A collective."""
+
+    def begin_here() -> Unread | str:
+        with loading(model.path):
+            config = load_config(model.path, model.trust_remote_code)
+            _without_dropout(config)
+        return begin(model.path, config, model.attention, model.trust_remote_code)
+
+    def check(hf: PreTrainedModel) -> None:
+        check_output(hf, model.path)
+        if share_prompts:
+            check_sharing(hf, model.path)
+
+    def check_unread(unread: Unread) -> None:
+        with unread.readable(blocks(unread.hf)):
+            check(unread.hf)
+
+    unread = distributed.on_every_rank(begin_here)
+    if isinstance(unread, Unread):
+        distributed.on_rank_zero(lambda: check_unread(unread))  # before sharding, so that it does not add to its memory
+        return unread.hf, unread
+    if distributed.rank() == 0:
+        print(f"model.path: every rank loads the whole model {model.path}, since {unread}", flush=True)
+    hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
+    if share_prompts:
+        check_sharing(hf, model.path)
+    return hf, None
 
 
 def blocks(hf: PreTrainedModel) -> list[nn.Module]:
