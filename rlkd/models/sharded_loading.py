@@ -32,8 +32,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from rlkd import distributed
 from rlkd.builtin import resolve
@@ -108,6 +108,8 @@ class Unread:
         Args:
             blocks: modules that need their weights only during their forward. The other weights are held throughout.
         """
+        first = next(self.hf.parameters())  # its device is `hf.device`, so its block holds it throughout
+        blocks = [block for block in blocks if all(parameter is not first for parameter in block.parameters())]
         inside = {module for block in blocks for module in block.modules()}
         held = self._hold(module for module in self.hf.modules() if module not in inside)
         of_block: dict[nn.Module, Held] = {}
@@ -116,9 +118,7 @@ class Unread:
             hooks.append(
                 block.register_forward_pre_hook(lambda block, _: of_block.update({block: self._hold(block.modules())}))
             )
-            hooks.append(
-                block.register_forward_hook(lambda block, *_: _release(of_block.pop(block)), always_call=True)
-            )
+            hooks.append(block.register_forward_hook(lambda block, *_: _release(of_block.pop(block)), always_call=True))
         try:
             yield
         finally:
@@ -161,7 +161,7 @@ class Unread:
 
     def _hold(self, modules: Iterable[nn.Module]) -> Held:
         """Put the whole weights into `modules`, on the CPU. Returns: what `_release` undoes."""
-        unread = {getattr(*self._places[name]): (reading, name) for reading in self._readings for name in reading.targets}
+        unread = {getattr(*self._places[name]): reading for reading in self._readings for name in reading.targets}
         held = [
             (module, name, parameter)
             for module in modules
@@ -171,8 +171,7 @@ class Unread:
         values: dict[nn.Parameter, nn.Parameter] = {}
         for _, _, parameter in held:
             if parameter not in values:
-                reading, _ = unread[parameter]
-                for name, value in reading.whole(self.hf, self._files).items():
+                for name, value in unread[parameter].whole(self.hf, self._files).items():
                     original = getattr(*self._places[name])
                     values[original] = nn.Parameter(value, requires_grad=original.requires_grad)
         for module, name, parameter in held:
@@ -263,8 +262,9 @@ class _Reading:
             return {name: files.read(self.sources[0][0], part) for name, part in some.items()}
         part = some.get(self.key)
         if part is not None and self._stacks():
-            by_pattern = {pattern: [source for source in self.sources if source[1] == pattern] for _, pattern in self.sources}
-            return self._converted(hf, files, [source for of in by_pattern.values() for source in of[part]])
+            patterns = dict.fromkeys(pattern for _, pattern in self.sources)
+            lists = [[source for source in self.sources if source[1] == pattern] for pattern in patterns]
+            return self._converted(hf, files, [source for sources in lists for source in sources[part]])
         whole = self._converted(hf, files, self.sources)
         return {name: whole[name] if part is None else whole[name][part] for name, part in some.items()}
 
@@ -316,7 +316,7 @@ class _Files:
 
     def __init__(self, paths: Sequence[str]):
         self._handles: dict[str, Any] = {path: safe_open(path, framework="pt", device="cpu") for path in paths}
-        self._path = {name: path for path, handle in self._handles.items() for name in handle.keys()}
+        self._path = {name: path for path, handle in self._handles.items() for name in handle.keys()}  # noqa: SIM118
         self._read: dict[str, int] = dict.fromkeys(paths, 0)
 
     @property
