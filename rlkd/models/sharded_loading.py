@@ -126,6 +126,15 @@ class Unread:
                 hook.remove()
             _release(held)
 
+    def refuse_not_finite(self) -> None:
+        """Read all weights, one after the other. Raises: RunStopped if some are not finite."""
+        found = set()
+        for reading in self._readings:
+            for name, value in reading.whole(self.hf, self._files).items():
+                if value.numel() > 0 and not _finite(value):
+                    found.add(name)
+        refuse_not_finite(self._path, [name for name in self._names if name in found])
+
     def fill(self, device: str) -> None:
         """Read this rank's rows of all weights, after `fully_shard`, to `device`. A collective.
 
@@ -151,10 +160,10 @@ class Unread:
             for reading in self._readings:
                 parameters = {name: getattr(*self._places[name]) for name in reading.targets}
                 rows = {name: _rows(parameter) for name, parameter in parameters.items()}
-                for name, value in reading.rows(self.hf, self._files, rows).items():
-                    local = local_part(parameters[name])
+                for name, part, value in reading.rows(self.hf, self._files, rows):
+                    local = local_part(parameters[name])[part]
                     local.copy_(value)
-                    if not local.isfinite().all():
+                    if not _finite(local):
                         not_finite.append(name)
         self._files.close()
         return not_finite
@@ -202,9 +211,8 @@ class Unread:
         step = max(1, _COMPARED * rows // max(1, getattr(*_place(self.hf, a_name)).numel()))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            one = a.rows(self.hf, self._files, {a_name: part})[a_name]
-            other = b.rows(self.hf, self._files, {b_name: part})[b_name]
-            if not torch.equal(one, other):
+            pieces = (a.rows(self.hf, self._files, {a_name: part}), b.rows(self.hf, self._files, {b_name: part}))
+            if not all(torch.equal(one, other) for (_, _, one), (_, _, other) in zip(*pieces, strict=True)):
                 return False
         return True
 
@@ -250,23 +258,27 @@ class _Reading:
             return {self.key: files.read(self.sources[0][0]).to(self.dtype, copy=True)}
         return self._converted(hf, files, self.sources)
 
-    def rows(self, hf: PreTrainedModel, files: _Files, rows: Mapping[str, slice | None]) -> dict[str, Tensor]:
-        """These rows of each weight; None: all. Weights without rows are left out.
+    def rows(
+        self, hf: PreTrainedModel, files: _Files, rows: Mapping[str, slice]
+    ) -> Iterator[tuple[str, slice, Tensor]]:
+        """These rows of each weight, in pieces: the name, which of these rows they are, and their values.
 
-        The experts of a mixture are stacked, so that each is a row of one weight; only theirs are read then.
+        The experts of a mixture are stacked, so that each is a row of one weight. They are read one at a time, and
+        only those that are asked for.
         """
-        some = {name: part for name, part in rows.items() if part is None or part.stop > part.start}
-        if not some:
-            return {}
-        if self.converter is None:
-            return {name: files.read(self.sources[0][0], part) for name, part in some.items()}
-        part = some.get(self.key)
-        if part is not None and self._stacks():
+        some = {name: part for name, part in rows.items() if part.stop > part.start}
+        if some and self.converter is not None and self._stacks():
             patterns = dict.fromkeys(pattern for _, pattern in self.sources)
             lists = [[source for source in self.sources if source[1] == pattern] for pattern in patterns]
-            return self._converted(hf, files, [source for sources in lists for source in sources[part]])
-        whole = self._converted(hf, files, self.sources)
-        return {name: whole[name] if part is None else whole[name][part] for name, part in some.items()}
+            part = some[self.key]
+            for row in range(part.start, part.stop):
+                one = self._converted(hf, files, [sources[row] for sources in lists])
+                yield self.key, slice(row - part.start, row - part.start + 1), one[self.key]
+        elif some and self.converter is not None:
+            whole = self._converted(hf, files, self.sources)
+            yield from ((name, slice(None), whole[name][part]) for name, part in some.items())
+        elif some:
+            yield self.key, slice(None), files.read(self.sources[0][0], some[self.key])
 
     def _stacks(self) -> bool:
         """Whether each row of the one weight is made of the tensors of one number, in order."""
@@ -370,11 +382,15 @@ def _is_buffer(hf: PreTrainedModel, name: str) -> bool:
     return attribute in module._buffers
 
 
-def _rows(parameter: Tensor) -> slice | None:
+def _rows(parameter: Tensor) -> slice:
     """This rank's rows of a parameter that `fully_shard` has sharded."""
-    if not isinstance(parameter, DTensor):
-        return None
+    assert isinstance(parameter, DTensor)
     (placement,), mesh = parameter.placements, parameter.device_mesh
     assert isinstance(placement, Shard) and placement.dim == 0
     size, start = Shard.local_shard_size_and_offset(parameter.shape[0], mesh.size(), mesh.get_local_rank())
     return slice(start, start + size)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Without a copy of the tensor, which may not be empty."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # of NaN and a number, each is NaN

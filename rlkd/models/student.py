@@ -247,8 +247,12 @@ def _begin(model: ModelConfig, share_prompts: bool) -> tuple[PreTrainedModel, Un
             check_sharing(hf, model.path)
 
     def check_unread(unread: Unread) -> None:
-        with unread.readable(blocks(unread.hf)):
-            check(unread.hf)
+        try:
+            with unread.readable(blocks(unread.hf)):
+                check(unread.hf)
+        except RunStopped:
+            unread.refuse_not_finite()  # the reason for all else
+            raise
 
     unread = distributed.on_every_rank(begin_here)
     if isinstance(unread, Unread):
