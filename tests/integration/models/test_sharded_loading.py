@@ -115,7 +115,8 @@ def test_every_weight_and_buffer_is_that_of_the_whole_model(ranks, soak, familie
     assert {case: what for case, what in found.items() if what not in ([], "refused")} == {}
     if not soak:
         refused = {Path(case).name for case, what in found.items() if what == "refused"}
-        assert refused <= {"bert", "bert with adapters", "gpt2 with adapters", "mamba2 with adapters"}
+        names = "bert falcon_h1 gpt2 mamba2"  # the last three have layers that PEFT cannot adapt, or none that it can
+        assert refused <= {"bert", *(f"{name} with adapters" for name in names.split())}
 
 
 def test_files_of_every_form(tmp_path):
