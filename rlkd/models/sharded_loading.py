@@ -46,8 +46,10 @@ _COMPARED = 2**22
 """Numbers of two weights that are compared at once."""
 
 
-def begin(path: str, config: PreTrainedConfig, attention: str | None, trust_remote_code: bool) -> Unread | str:
-    """The model at `path` (folder, hub id, builtin:…) in fp32 and evaluation mode, its weights not yet read.
+def begin(
+    path: str, config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, trust_remote_code: bool
+) -> Unread | str:
+    """The model at `path` (folder, hub id, builtin:…) in evaluation mode, its weights not yet read.
 
     Returns: the reason, if only `load_causal_lm` can load the model.
 
@@ -67,7 +69,7 @@ def begin(path: str, config: PreTrainedConfig, attention: str | None, trust_remo
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             device_map={"": "meta"},
@@ -136,7 +138,9 @@ class Unread:
         refuse_not_finite(self._path, [name for name in self._names if name in found])
 
     def fill(self, device: str) -> None:
-        """Read this rank's rows of all weights, after `fully_shard`, to `device`. A collective.
+        """Read this rank's rows of the weights that `fully_shard` has sharded, and all of others, to `device`.
+
+        A collective.
 
         Raises: RunStopped on all ranks if weights are not finite.
         """
@@ -259,26 +263,26 @@ class _Reading:
         return self._converted(hf, files, self.sources)
 
     def rows(
-        self, hf: PreTrainedModel, files: _Files, rows: Mapping[str, slice]
-    ) -> Iterator[tuple[str, slice, Tensor]]:
-        """These rows of each weight, in pieces: the name, which of these rows they are, and their values.
+        self, hf: PreTrainedModel, files: _Files, rows: Mapping[str, slice | None]
+    ) -> Iterator[tuple[str, Any, Tensor]]:
+        """These rows of each weight (None: all) in pieces: the name, the index of the piece in them, and its values.
 
         The experts of a mixture are stacked, so that each is a row of one weight. They are read one at a time, and
         only those that are asked for.
         """
-        some = {name: part for name, part in rows.items() if part.stop > part.start}
+        some = {name: part for name, part in rows.items() if part is None or part.stop > part.start}
         if some and self.converter is not None and self._stacks():
             patterns = dict.fromkeys(pattern for _, pattern in self.sources)
             lists = [[source for source in self.sources if source[1] == pattern] for pattern in patterns]
-            part = some[self.key]
+            part = some[self.key] or slice(0, len(lists[0]))
             for row in range(part.start, part.stop):
                 one = self._converted(hf, files, [sources[row] for sources in lists])
                 yield self.key, slice(row - part.start, row - part.start + 1), one[self.key]
         elif some and self.converter is not None:
             whole = self._converted(hf, files, self.sources)
-            yield from ((name, slice(None), whole[name][part]) for name, part in some.items())
+            yield from ((name, ..., whole[name][... if part is None else part]) for name, part in some.items())
         elif some:
-            yield self.key, slice(None), files.read(self.sources[0][0], some[self.key])
+            yield self.key, ..., files.read(self.sources[0][0], some[self.key])
 
     def _stacks(self) -> bool:
         """Whether each row of the one weight is made of the tensors of one number, in order."""
@@ -382,9 +386,10 @@ def _is_buffer(hf: PreTrainedModel, name: str) -> bool:
     return attribute in module._buffers
 
 
-def _rows(parameter: Tensor) -> slice:
-    """This rank's rows of a parameter that `fully_shard` has sharded."""
-    assert isinstance(parameter, DTensor)
+def _rows(parameter: Tensor) -> slice | None:
+    """This rank's rows of a parameter that `fully_shard` has sharded; None: it is not sharded."""
+    if not isinstance(parameter, DTensor):
+        return None
     (placement,), mesh = parameter.placements, parameter.device_mesh
     assert isinstance(placement, Shard) and placement.dim == 0
     size, start = Shard.local_shard_size_and_offset(parameter.shape[0], mesh.size(), mesh.get_local_rank())

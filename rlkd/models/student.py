@@ -194,7 +194,16 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
     device holds the full model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6
     would be rounded away.
     """
-    hf, unread = _begin(model, trainer.share_prompts)
+    attention, trusted = model.attention, model.trust_remote_code
+    unread = _begin(model.path, torch.float32, attention, trusted, trainer.share_prompts)
+    if isinstance(unread, Unread):
+        hf = unread.hf
+    else:
+        if distributed.rank() == 0:
+            print(f"model.path: every rank loads the whole model {model.path}, since {unread}", flush=True)
+        hf = load_causal_lm(model.path, torch.float32, attention=attention, trust_remote_code=trusted)
+        if trainer.share_prompts:
+            check_sharing(hf, model.path)
     if model.lora is not None:
         frozen = lora.unadapted(hf, model.lora)
         if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
@@ -220,50 +229,59 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         # Otherwise the root would cast the batch's log-probs and advantages to bf16.
         cast_forward_inputs=False,
     )
-    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
-    for module in blocks(hf):
-        if all(
-            uses[parameter] == 1 for parameter in module.parameters()
-        ):  # Zamba's blocks share some: the root has them
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in _owners(hf):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
-    if unread is not None:
+    if isinstance(unread, Unread):
         unread.fill(mesh.device_type)
     return student
 
 
-def _begin(model: ModelConfig, share_prompts: bool) -> tuple[PreTrainedModel, Unread | None]:
-    """The student before it is sharded, checked, and what is not yet read of it; None: all is loaded. A collective."""
+def load_frozen(
+    path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool, mesh: DeviceMesh
+) -> PreTrainedModel:
+    """As `load_causal_lm`, with the repeated layers sharded over `mesh`. A collective, and so is each forward.
+
+    The rest (embeddings, output layer) is whole on every rank, so that there is no root whose forward it needs.
+    """
+    unread = _begin(path, dtype, attention, trust_remote_code, False)
+    if isinstance(unread, str):
+        raise RunStopped(f"trainer.shard_frozen: {path} cannot be loaded in shards, since {unread}; set it to false")
+    hf = unread.hf.requires_grad_(False)
+    for module in _owners(hf):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    unread.fill(mesh.device_type)
+    for module in hf.modules():  # `Module.to` would touch the shards too
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(mesh.device_type))
+    return hf
+
+
+def _begin(
+    path: str, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, share_prompts: bool
+) -> Unread | str:
+    """A model before it is sharded, checked; or why it must be loaded whole. A collective."""
 
     def begin_here() -> Unread | str:
-        with loading(model.path):
-            config = load_config(model.path, model.trust_remote_code)
+        with loading(path):
+            config = load_config(path, trust_remote_code)
             _without_dropout(config)
-        return begin(model.path, config, model.attention, model.trust_remote_code)
+        return begin(path, config, dtype, attention, trust_remote_code)
 
-    def check(hf: PreTrainedModel) -> None:
-        check_output(hf, model.path)
-        if share_prompts:
-            check_sharing(hf, model.path)
-
-    def check_unread(unread: Unread) -> None:
+    def check(unread: Unread) -> None:
         try:
             with unread.readable(blocks(unread.hf)):
-                check(unread.hf)
+                check_output(unread.hf, path)
+                if share_prompts:
+                    check_sharing(unread.hf, path)
         except RunStopped:
             unread.refuse_not_finite()  # the reason for all else
             raise
 
     unread = distributed.on_every_rank(begin_here)
     if isinstance(unread, Unread):
-        distributed.on_rank_zero(lambda: check_unread(unread))  # before sharding, so that it does not add to its memory
-        return unread.hf, unread
-    if distributed.rank() == 0:
-        print(f"model.path: every rank loads the whole model {model.path}, since {unread}", flush=True)
-    hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
-    if share_prompts:
-        check_sharing(hf, model.path)
-    return hf, None
+        distributed.on_rank_zero(lambda: check(unread))  # before sharding, so that it does not add to its memory
+    return unread
 
 
 def blocks(hf: PreTrainedModel) -> list[nn.Module]:
@@ -272,6 +290,12 @@ def blocks(hf: PreTrainedModel) -> list[nn.Module]:
     names = set(hf._no_split_modules or ())
     declared = _outermost(hf, lambda module: type(module).__name__ in names)
     return declared or _outermost(hf, lambda module: isinstance(module, GradientCheckpointingLayer))
+
+
+def _owners(hf: PreTrainedModel) -> list[nn.Module]:
+    """The blocks whose parameters are theirs alone. Zamba's blocks share some: the root has them."""
+    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
+    return [module for module in blocks(hf) if all(uses[parameter] == 1 for parameter in module.parameters())]
 
 
 def _outermost(module: nn.Module, matches: Callable[[nn.Module], bool]) -> list[nn.Module]:
