@@ -34,6 +34,9 @@ Place = tuple[int, ...]
 _THREADS = 1024
 """The largest number of requests to servers at a time. Each stage has a limit of its own, which is lower."""
 
+_MOMENT = 0.02
+"""Seconds between two turns in which this process has nothing to compute."""
+
 _place: contextvars.ContextVar[Place] = contextvars.ContextVar("place")
 
 
@@ -75,10 +78,20 @@ class Stream:
             self._thread.start()
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
-    def result(self, future: concurrent.futures.Future[T]) -> T:
-        """Wait for the result of a coroutine that `submit` was given."""
+    def result(self, future: concurrent.futures.Future[T], turn: Callable[[bool], bool] | None = None) -> T:
+        """Wait for the result of a coroutine that `submit` was given.
+
+        Args:
+            turn: where models of several processes compute together, called again and again while no model of this one
+                is asked for anything, with whether `future` is still open, until it returns False: no process waits.
+                Only without `ahead`, since two threads would call collectives in any order.
+        """
         if isinstance(self._models, _WaitingThread):
+            while turn is not None and turn(not future.done()):
+                self._models.work_once()
             self._models.work_until(future)
+        else:
+            assert turn is None, "the configuration was checked"
         return future.result()
 
     def run(self, coroutines: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
@@ -173,13 +186,20 @@ class _WaitingThread(concurrent.futures.Executor):
         """Do what is submitted, until `end` is done."""
         end.add_done_callback(lambda _: self._asked.put(None))
         while not end.done():
-            asked = self._asked.get()
-            if asked is not None and asked[0].set_running_or_notify_cancel():
-                future, act = asked
-                try:
-                    future.set_result(act())
-                except Exception as error:  # it belongs to who submitted it
-                    future.set_exception(error)
+            self._do(self._asked.get())
+
+    def work_once(self) -> None:
+        """Do what is submitted next, or wait a moment for it."""
+        with contextlib.suppress(queue.Empty):
+            self._do(self._asked.get(timeout=_MOMENT))
+
+    def _do(self, asked: tuple[concurrent.futures.Future[Any], Callable[[], Any]] | None) -> None:
+        if asked is not None and asked[0].set_running_or_notify_cancel():
+            future, act = asked
+            try:
+                future.set_result(act())
+            except Exception as error:  # it belongs to who submitted it
+                future.set_exception(error)
 
 
 class Station(Generic[Request, Answer]):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlkd.config.sections.model import LoraConfig
 from rlkd.config.sections.servers import RolloutServerConfig, ServerConfig
-from rlkd.config.sections.teacher import SelfTeacherConfig, ServedTeacherConfig
+from rlkd.config.sections.teacher import RoutedTeacherConfig, SelfTeacherConfig, ServedTeacherConfig
 
 if TYPE_CHECKING:
     from rlkd.config.schema import Config
@@ -90,11 +90,30 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
     if config.publishes_adapter:
         assert config.model.lora is not None
         found.extend(_adapter_problems(config.model.lora, server))
+    if config.trainer.shard_frozen:
+        found.extend(_sharding_problems(config))
     found.extend(_launch_problems(config))
     if server.sleep:
         found.extend(_sleep_problems(config))
     found.extend(config.algorithm.problems(config))
     return found
+
+
+def _sharding_problems(config: Config) -> list[tuple[str, str]]:
+    """What keeps ranks from running the forwards of frozen models together."""
+    teacher, whys = config.teacher, []
+    if config.rollout.max_staleness > 0:
+        whys.append(
+            f"rollout.max_staleness is {config.rollout.max_staleness}, and scoring beside training would gather "
+            "weights in another order on each rank; set rollout.max_staleness: 0"
+        )
+    teachers = teacher.teachers if isinstance(teacher, RoutedTeacherConfig) else [teacher]
+    local = any(one.backend == "local" or getattr(one, "scorer", None) == "local" for one in teachers)
+    if local and config.algorithm.teacher_writes:
+        whys.append("the teacher writes, for which ranks need different numbers of forwards; serve it")
+    if isinstance(teacher, SelfTeacherConfig) and teacher.scorer == "local" and teacher.weights != "fixed":
+        whys.append(f"teacher.weights is {teacher.weights}, and whole weights are copied into such a teacher")
+    return [("trainer.shard_frozen", f"is true, but {why}; or set it to false") for why in whys]
 
 
 def _scorer_problems(config: Config, teacher: SelfTeacherConfig) -> list[tuple[str, str]]:

@@ -39,6 +39,14 @@ def check_whole(hf: PreTrainedModel, path: str, report: Mapping[str, Any]) -> No
 
     Raises: RunStopped if weights are missing, have other shapes than config.json implies, or are not finite.
     """
+    check_report(path, report)
+    # torch cannot check every 8-bit float; the integers of a quantised model are always finite.
+    values = {n: p.half() if p.element_size() == 1 else p for n, p in hf.named_parameters()}
+    refuse_not_finite(path, [name for name, value in values.items() if not value.isfinite().all()])
+
+
+def check_report(path: str, report: Mapping[str, Any]) -> None:
+    """The part of `check_whole` that needs no values. Raises: RunStopped, see there."""
     missing = sorted(report["missing_keys"])
     other = sorted(report["mismatched_keys"])
     if other:
@@ -52,13 +60,12 @@ def check_whole(hf: PreTrainedModel, path: str, report: Mapping[str, Any]) -> No
             f"the model {path}: {_count(missing)} missing that its config.json requires: {', '.join(missing[:3])}; "
             "copy the complete folder again, or use the config.json that belongs to these weights"
         )
-    # torch cannot check every 8-bit float; the integers of a quantised model are always finite.
-    values = {n: p.half() if p.element_size() == 1 else p for n, p in hf.named_parameters()}
-    not_finite = [name for name, value in values.items() if not value.isfinite().all()]
-    if not_finite:
-        raise RunStopped(
-            f"the model {path}: {_count(not_finite)} not finite: {', '.join(not_finite[:3])}; use another model"
-        )
+
+
+def refuse_not_finite(path: str, names: list[str]) -> None:
+    """Raises: RunStopped if there are any `names`: those of weights that are not finite."""
+    if names:
+        raise RunStopped(f"the model {path}: {_count(names)} not finite: {', '.join(names[:3])}; use another model")
 
 
 def _count(names: list[Any]) -> str:

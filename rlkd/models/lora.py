@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,28 @@ def inject(hf: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     """
     import peft  # imported here because it is slow to import and most runs do not need it
 
-    settings = _settings(lora, layers(hf, lora), None)
-    with torch.random.fork_rng(devices=[]):
+    targets = layers(hf, lora)
+    with torch.random.fork_rng(devices=[]), _adapters_on_the_cpu(hf, targets):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(settings, hf, NAME)
+        peft.inject_adapter_in_model(_settings(lora, targets, None), hf, NAME)
+
+
+@contextmanager
+def _adapters_on_the_cpu(hf: PreTrainedModel, targets: list[str]) -> Iterator[None]:
+    """Let PEFT initialise the adapters of layers whose weights are still on the meta device.
+
+    PEFT moves an adapter to the device of its layer's weight, which must therefore be on the CPU. A single number there
+    stands for each weight meanwhile, expanded to its shape.
+    """
+    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    for layer in map(hf.get_submodule, targets):
+        weight: Any = layer.weight
+        if weight.is_meta:
+            kept.append((layer, weight))
+            layer.weight = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape))
+    yield
+    for layer, weight in kept:
+        layer.weight = weight.requires_grad_(False)
 
 
 def _settings(lora: LoraConfig, targets: list[str], base: str | None) -> Any:

@@ -25,6 +25,7 @@ from rlkd.models import lora, weights
 from rlkd.models.loading import check_whole, loading
 from rlkd.models.logprob_head import ByProducts, Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
+from rlkd.models.sharded_loading import Unread, begin
 from rlkd.models.shared_prompts import check_sharing, shared_hidden
 from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.models.weights import Weights
@@ -181,12 +182,20 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
 
     With `model.lora` it gets adapters, which are a function of `seed`, and everything else is frozen.
 
-    The model is loaded on the CPU; sharding moves each part to the mesh's device, so no device ever holds the full
-    model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6 would be rounded away.
+    The weights are read when the model is sharded, each rank's own rows (sharded_loading.py), so neither a host nor a
+    device holds the full model. Master weights are fp32 for any `trainer.precision`: in bf16 a learning rate of 1e-6
+    would be rounded away.
     """
-    hf = load_causal_lm(model.path, torch.float32, attention=model.attention, trust_remote_code=model.trust_remote_code)
-    if trainer.share_prompts:
-        check_sharing(hf, model.path)
+    attention, trusted = model.attention, model.trust_remote_code
+    unread = _begin(model.path, torch.float32, attention, trusted, trainer.share_prompts)
+    if isinstance(unread, Unread):
+        hf = unread.hf
+    else:
+        if distributed.rank() == 0:
+            print(f"model.path: every rank loads the whole model {model.path}, since {unread}", flush=True)
+        hf = load_causal_lm(model.path, torch.float32, attention=attention, trust_remote_code=trusted)
+        if trainer.share_prompts:
+            check_sharing(hf, model.path)
     if model.lora is not None:
         frozen = lora.unadapted(hf, model.lora)
         if frozen and model.lora.target_modules == "all-linear" and distributed.rank() == 0:
@@ -212,14 +221,59 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         # Otherwise the root would cast the batch's log-probs and advantages to bf16.
         cast_forward_inputs=False,
     )
-    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
-    for module in blocks(hf):
-        if all(
-            uses[parameter] == 1 for parameter in module.parameters()
-        ):  # Zamba's blocks share some: the root has them
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+    for module in _owners(hf):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(student, mesh=mesh, mp_policy=policy)
+    if isinstance(unread, Unread):
+        unread.fill(mesh.device_type)
     return student
+
+
+def load_frozen(
+    path: str, dtype: torch.dtype, *, attention: str | None, trust_remote_code: bool, mesh: DeviceMesh
+) -> PreTrainedModel:
+    """As `load_causal_lm`, with the repeated layers sharded over `mesh`. A collective, and so is each forward.
+
+    The rest (embeddings, output layer) is whole on every rank, so that there is no root whose forward it needs.
+    """
+    unread = _begin(path, dtype, attention, trust_remote_code, False)
+    if isinstance(unread, str):
+        raise RunStopped(f"trainer.shard_frozen: {path} cannot be loaded in shards, since {unread}; set it to false")
+    hf = unread.hf.requires_grad_(False)
+    for module in _owners(hf):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    unread.fill(mesh.device_type)
+    for module in hf.modules():  # `Module.to` would touch the shards too
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(mesh.device_type))
+    return hf
+
+
+def _begin(
+    path: str, dtype: torch.dtype, attention: str | None, trust_remote_code: bool, share_prompts: bool
+) -> Unread | str:
+    """A model before it is sharded, checked; or why it must be loaded whole. A collective."""
+
+    def begin_here() -> Unread | str:
+        with loading(path):
+            config = load_config(path, trust_remote_code)
+            _without_dropout(config)
+        return begin(path, config, dtype, attention, trust_remote_code)
+
+    def check(unread: Unread) -> None:
+        try:
+            with unread.readable(blocks(unread.hf)):
+                check_output(unread.hf, path)
+                if share_prompts:
+                    check_sharing(unread.hf, path)
+        except RunStopped:
+            unread.refuse_not_finite()  # the reason for all else
+            raise
+
+    unread = distributed.on_every_rank(begin_here)
+    if isinstance(unread, Unread):
+        distributed.on_rank_zero(lambda: check(unread))  # before sharding, so that it does not add to its memory
+    return unread
 
 
 def blocks(hf: PreTrainedModel) -> list[nn.Module]:
@@ -228,6 +282,12 @@ def blocks(hf: PreTrainedModel) -> list[nn.Module]:
     names = set(hf._no_split_modules or ())
     declared = _outermost(hf, lambda module: type(module).__name__ in names)
     return declared or _outermost(hf, lambda module: isinstance(module, GradientCheckpointingLayer))
+
+
+def _owners(hf: PreTrainedModel) -> list[nn.Module]:
+    """The blocks whose parameters are theirs alone. Zamba's blocks share some: the root has them."""
+    uses = Counter(parameter for module in blocks(hf) for parameter in module.parameters())
+    return [module for module in blocks(hf) if all(uses[parameter] == 1 for parameter in module.parameters())]
 
 
 def _outermost(module: nn.Module, matches: Callable[[nn.Module], bool]) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from rlkd.models.vocabulary import vocabulary_size
 from rlkd.pipeline.line import Line
 from rlkd.rewards.pool import RewardPool
 from rlkd.teachers.local import LocalScorer
+from rlkd.teachers.lockstep import Lockstep
 from rlkd.teachers.routed import RoutedTeacher
 from rlkd.teachers.self_teacher import SelfTeacher
 from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher
@@ -33,9 +34,10 @@ def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> L
     policy = build_sampler(config)
     # With LoRA the reference is the student with its adapters off, so the trainer computes its scores.
     apart = algorithm.needs_reference and config.model.lora is None
-    scorers: dict[str, Teacher] = {"teacher": build_teacher(config, policy)} if algorithm.uses_teacher else {}
+    lockstep = Lockstep() if config.trainer.shard_frozen else None
+    scorers: dict[str, Teacher] = {"teacher": build_teacher(config, policy, lockstep)} if algorithm.uses_teacher else {}
     if apart:
-        scorers["reference"] = build_reference(config)
+        scorers["reference"] = build_reference(config, lockstep)
     scorers |= algorithm.scorers()
     return Line(
         config=config,
@@ -44,6 +46,7 @@ def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> L
         policy=policy,
         scorers=scorers,
         rewards=RewardPool(config.reward),
+        lockstep=lockstep,
     )
 
 
@@ -56,22 +59,24 @@ def build_sampler(config: Config) -> Sampler:
     return kind(config, ends)
 
 
-def build_teacher(config: Config, policy: Sampler) -> Teacher:
+def build_teacher(config: Config, policy: Sampler, lockstep: Lockstep | None = None) -> Teacher:
     """The teacher that `teacher.backend` names, not yet opened."""
     teacher = config.teacher
     if isinstance(teacher, RoutedTeacherConfig):
-        return RoutedTeacher(teacher.column, {t.name: _one_teacher(config, t) for t in teacher.teachers})
+        return RoutedTeacher(teacher.column, {t.name: _one_teacher(config, t, lockstep) for t in teacher.teachers})
     if isinstance(teacher, SelfTeacherConfig):
         if teacher.scorer == "local":
-            return SelfTeacher(config)
+            return SelfTeacher(config, lockstep)
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
         return PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
     assert not isinstance(teacher, NoTeacherConfig), "an algorithm with a teacher refuses backend none"
-    return _one_teacher(config, teacher)
+    return _one_teacher(config, teacher, lockstep)
 
 
-def _one_teacher(config: Config, teacher: LocalTeacherConfig | ServedTeacherConfig) -> Teacher:
+def _one_teacher(
+    config: Config, teacher: LocalTeacherConfig | ServedTeacherConfig, lockstep: Lockstep | None
+) -> Teacher:
     if isinstance(teacher, LocalTeacherConfig):
         return LocalScorer(
             teacher.path,
@@ -82,11 +87,12 @@ def _one_teacher(config: Config, teacher: LocalTeacherConfig | ServedTeacherConf
             accelerator=config.trainer.accelerator,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
+            lockstep=lockstep,
         )
     return ServedTeacher(config, teacher)
 
 
-def build_reference(config: Config) -> LocalScorer:
+def build_reference(config: Config, lockstep: Lockstep | None = None) -> LocalScorer:
     """A frozen copy of the initial policy, which scores at the rollout temperature."""
     return LocalScorer(
         config.model.path,
@@ -97,4 +103,5 @@ def build_reference(config: Config) -> LocalScorer:
         accelerator=config.trainer.accelerator,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
+        lockstep=lockstep,
     )

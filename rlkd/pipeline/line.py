@@ -1,6 +1,7 @@
 """The left half of the line: prompt → rollout → reward → teacher scores → advantages, one coroutine a prompt.
 
-It calls no collective and knows nothing of the trainer.
+It calls no collective, but for the turns of sharded frozen models (`rlkd/teachers/lockstep.py`), which are taken in the
+thread that waits for an iteration. It knows nothing of the trainer.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from rlkd.pipeline.selection import Selection
 from rlkd.pipeline.stages import sampler_stage, teacher_stages
 from rlkd.rewards.pool import RewardItem, RewardPool
 from rlkd.stream import Pause, Stream, first_error
+from rlkd.teachers.lockstep import Lockstep
 from rlkd.teachers.teacher import AsyncTeacher, ScoreRequest, Teacher
 from rlkd.types import Prompt, Rollout, ScoredRollout
 
@@ -55,10 +57,12 @@ class Line:
         policy: Sampler,
         scorers: Mapping[str, Teacher],
         rewards: RewardPool,
+        lockstep: Lockstep | None = None,
     ) -> None:
         """
         Args:
             scorers: by name: `teacher`, `reference` where the loss has a KL to it, and what the algorithm adds.
+            lockstep: the turns in which those of them that are sharded score.
         """
         self.config = config
         self.algorithm = algorithm
@@ -66,6 +70,7 @@ class Line:
         self.policy = policy
         self.scorers = scorers
         self.rewards = rewards
+        self.lockstep = lockstep
         self.rollouts: dict[ahead.Key, list[Rollout]] = {}
         """By (iteration, index of the prompt): what was sampled for iterations that are not yet handed out. A walk that
         is repeated, because a server was lost or the run resumed, samples only what is missing."""

@@ -28,6 +28,7 @@ from rlkd.pipeline.rollout_files import write_rollouts
 from rlkd.servers.client import ServerLost
 from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import save_data
+from rlkd.teachers.lockstep import Lockstep
 from rlkd.teachers.parity import check_parity
 from rlkd.teachers.teacher import Teacher
 from rlkd.types import Batch
@@ -97,7 +98,7 @@ class RolloutLoader:
         if isinstance(teacher, NoTeacherConfig) or not teacher.check_parity or self.iteration > 0:
             return
         prompts = self.line.prompts.take(0, self.config.rollout.prompts, distributed.rank(), distributed.world_size())
-        start = build_reference(self.config)
+        start = build_reference(self.config, Lockstep() if self.config.trainer.shard_frozen else None)
         start.open()
         gaps = check_parity(self.config, prompts, self.line.policy, start, self.line.teacher)
         start.close()
@@ -230,10 +231,11 @@ class RolloutLoader:
         return walked, probe, sampled, time.perf_counter()
 
     def walk(self, iteration: int) -> Walked:
-        """What the left half gives for one iteration on this rank. Calls no collective."""
+        """What the left half gives for one iteration on this rank. Calls no collective, but for turns of `lockstep`."""
         self._begin(iteration)
+        turn = None if self.line.lockstep is None else self.line.lockstep.turn
         try:
-            return self.line.stream.result(self._walks[iteration])
+            return self.line.stream.result(self._walks[iteration], turn)
         finally:
             del self._walks[iteration]  # after an error, the iteration may be tried again
 

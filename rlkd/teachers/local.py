@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel
 
+from rlkd import distributed
 from rlkd.distributed import local_device
 from rlkd.generation.hf import check_decode, decode, uniform
 from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.logprob_head import CHUNK_LOGITS, token_logprobs
-from rlkd.models.student import load_causal_lm
+from rlkd.models.student import load_causal_lm, load_frozen
+from rlkd.teachers.lockstep import Lockstep
 from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
@@ -23,7 +27,7 @@ from rlkd.types import Completion, Signal, TeacherScores
 class LocalScorer(FixedTeacher):
     """Scores in batches of similar length. See `Teacher` for the protocol.
 
-    Every rank holds a full copy. Serve a model that is too large for that.
+    Every rank holds a full copy, or, with `lockstep`, a part of its layers. Serve a model that is too large for that.
     """
 
     in_process = True
@@ -39,12 +43,14 @@ class LocalScorer(FixedTeacher):
         accelerator: Literal["auto", "cpu", "gpu"],
         attention: str | None,
         trust_remote_code: bool,
+        lockstep: Lockstep | None = None,
     ):
         """
         Args:
             vocabulary: the number of tokens that student and teacher share (vocabulary.py); all scores are over them.
             temperature: used for all scores.
             batch_tokens: maximal number of tokens in one forward pass, including padding.
+            lockstep: the model is sharded over the ranks, and scores in its turns. None: it is not.
         """
         self.path = path
         self.vocabulary = vocabulary
@@ -54,6 +60,8 @@ class LocalScorer(FixedTeacher):
         self.accelerator = accelerator
         self.attention = attention
         self.trust_remote_code = trust_remote_code
+        self.lockstep = lockstep
+        self._number = 0  # in `lockstep`
         self._hf: PreTrainedModel | None = None
         self._writes = False  # whether check_decode has passed; it is not needed for scoring
 
@@ -61,14 +69,17 @@ class LocalScorer(FixedTeacher):
         """Nothing to start."""
 
     def open(self) -> None:
-        """Load the model. Raises: RunStopped, see `load_causal_lm`."""
-        hf = load_causal_lm(
-            self.path,
-            self.dtype,
-            attention=self.attention,
-            trust_remote_code=self.trust_remote_code,
-            device=local_device(self.accelerator),
-        )
+        """Load the model. With `lockstep`, a collective. Raises: RunStopped, see `load_causal_lm`."""
+        device, trusted = local_device(self.accelerator), self.trust_remote_code
+        if self.lockstep is not None and distributed.world_size() > 1:
+            mesh = init_device_mesh(device.type, (distributed.world_size(),))
+            hf = load_frozen(self.path, self.dtype, attention=self.attention, trust_remote_code=trusted, mesh=mesh)
+        else:
+            hf = load_causal_lm(
+                self.path, self.dtype, attention=self.attention, trust_remote_code=trusted, device=device
+            )
+        if self.lockstep is not None:
+            self._number = self.lockstep.add(self._filler)
         self._hf = hf.eval().requires_grad_(False)
 
     def close(self) -> None:
@@ -87,15 +98,17 @@ class LocalScorer(FixedTeacher):
 
     @torch.no_grad()
     def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
-        """See `Teacher.score`. Sorts by length, so that a forward pass has little padding."""
+        """See `Teacher.score`. Sorts by length, so that a forward pass has little padding.
+
+        With `lockstep`, a collective: other ranks score at the same time, or take a turn without a request.
+        """
         check_scorable(questions)
         lengths = [len(q.prompt) + len(q.completion) for q in questions]
         layer = OutputLayer.of(self.hf, self.vocabulary)
         order = sorted(range(len(questions)), key=lambda i: -lengths[i])
         scores: list[TeacherScores | None] = [None] * len(questions)
-        while order:
-            rows = max(1, self.batch_tokens // lengths[order[0]])
-            part, order = order[:rows], order[rows:]
+
+        def forward(part: Sequence[int]) -> None:
             ids = torch.zeros(len(part), lengths[part[0]], dtype=torch.int64)
             completions = torch.zeros_like(ids, dtype=torch.bool)
             for row, i in enumerate(part):
@@ -111,7 +124,23 @@ class LocalScorer(FixedTeacher):
                 # A token is predicted from the state of the token before it.
                 states = hidden[row, start - 1 : end - 1]
                 scores[i] = self._scores(logprobs[row, start:end], states, signal, questions[i].ids)
+
+        forwards: list[Callable[[], None]] = []
+        while order:
+            rows = max(1, self.batch_tokens // lengths[order[0]])
+            part, order = order[:rows], order[rows:]
+            forwards.append(functools.partial(forward, part))
+        if self.lockstep is not None:
+            self.lockstep.turn(True, self._number, forwards)
+        else:
+            for act in forwards:
+                act()
         return [score for score in scores if score is not None]
+
+    @torch.no_grad()
+    def _filler(self) -> None:
+        """A forward without results."""
+        self.hf.base_model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.hf.device), use_cache=False)
 
     def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
         """See `Teacher.write`. Raises: RunStopped if `decode` cannot sample from this model."""

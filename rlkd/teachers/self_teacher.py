@@ -14,6 +14,7 @@ from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.models.weights import Weights, copy_into
 from rlkd.teachers.local import LocalScorer
+from rlkd.teachers.lockstep import Lockstep
 
 FILE = "self_teacher.safetensors"
 
@@ -25,7 +26,8 @@ class SelfTeacher(LocalScorer):
     w ← decay · w + (1 − decay) · published, in fp32.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, lockstep: Lockstep | None = None) -> None:
+        """`lockstep`: see `LocalScorer`; only for fixed weights."""
         teacher = config.teacher
         assert isinstance(teacher, SelfTeacherConfig)
         super().__init__(
@@ -37,6 +39,7 @@ class SelfTeacher(LocalScorer):
             accelerator=config.trainer.accelerator,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
+            lockstep=lockstep,
         )
         self.weights = teacher.weights
         self.decay = teacher.decay

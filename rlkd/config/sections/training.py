@@ -45,4 +45,9 @@ class TrainerConfig(Section):
         description="compute the completions of a prompt as one sequence, the prompt once: much less work where "
         "prompts are long",
     )
+    shard_frozen: bool = Field(
+        False,
+        description="shard the layers of a local teacher, a self-teacher with fixed weights and the reference over "
+        "the ranks, instead of a copy on each",
+    )
     updates_per_iteration: int = Field(1, ge=1, description="optimizer steps per rollout batch; 1: strictly on-policy")
