@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rlkd.config.schema import Config
-from rlkd.distributed import RunStopped, local_device
+from rlkd.distributed import RunStopped, compute_dtype, local_device
 from rlkd.generation.row_cache import holds_rows, keep, spread
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer, shaped
@@ -52,13 +52,13 @@ class HFSampler:
     def open(self) -> None:
         """Load the student and check that `decode` samples correctly from it. Raises: RunStopped."""
         model = self.config.model
-        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
+        trainer = self.config.trainer
         hf = load_causal_lm(
             model.path,
-            dtype,
+            compute_dtype(trainer.precision, trainer.accelerator),
             attention=model.attention,
             trust_remote_code=model.trust_remote_code,
-            device=local_device(self.config.trainer.accelerator),
+            device=local_device(trainer.accelerator),
         )
         self._hf = hf.eval()
         check_decode(hf, model.path)

@@ -214,8 +214,9 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
         for module in blocks(hf):  # before sharding, and for any length, since those of micro-batches differ
             module.compile(dynamic=True)
     student = Student(hf, vocabulary_size(model), model.lora)
+    dtype = distributed.compute_dtype(trainer.precision, trainer.accelerator)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
+        param_dtype=dtype if dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
         # Otherwise the root would cast the batch's log-probs and advantages to bf16.
         cast_forward_inputs=False,
