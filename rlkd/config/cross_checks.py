@@ -90,6 +90,13 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
     if config.publishes_adapter:
         assert config.model.lora is not None
         found.extend(_adapter_problems(config.model.lora, server))
+    overrides = [word for word in server.extra_args if word.replace("_", "-").startswith("--hf-overrides")]
+    if config.model.fp32_head and overrides:
+        why = (
+            f"contains {overrides[0]}, which would replace the one of model.fp32_head: true; set that to false, and "
+            'add "head_dtype": "float32" to yours'
+        )
+        found.append(("rollout.server.extra_args", why))
     found.extend(_launch_problems(config))
     found.extend(config.algorithm.problems(config))
     return found

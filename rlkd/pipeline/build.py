@@ -98,4 +98,5 @@ def build_reference(config: Config) -> LocalScorer:
         accelerator=config.trainer.accelerator,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
+        fp32_head=config.model.fp32_head,
     )

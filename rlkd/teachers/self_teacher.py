@@ -37,6 +37,7 @@ class SelfTeacher(LocalScorer):
             accelerator=config.trainer.accelerator,
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
+            fp32_head=config.model.fp32_head,
         )
         self.weights = teacher.weights
         self.decay = teacher.decay

@@ -363,6 +363,7 @@ def check_mismatch(
         raise RunStopped(
             f"iteration {iteration + 1}: sampler and trainer disagree by {found:.3g} nats a token on average{over}, "
             f"more than {which}; nothing was trained on these samples. The sampler has different weights (was the "
-            "publish complete? is the output layer tied?) or computes differently; check dtype, chat template and temperature"
+            "publish complete? is the output layer tied?) or computes differently; check dtype, chat template and "
+            "temperature"
         )
     return gap
