@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -139,7 +139,7 @@ class PolicyModule(lightning.LightningModule):
             if self._on_policy:
                 self._compare_on(batch, meter)
             else:
-                measure_gap(batch, meter, "staleness/gap")
+                measure_gap([gaps(batch)], meter, "staleness/gap")
         for part in updates(batch, per_iteration, seed):
             self._update(part, optimizer, meter)
         meter.total("tokens/trained", float(batch.completion_mask.sum()))
@@ -158,8 +158,8 @@ class PolicyModule(lightning.LightningModule):
         """One optimizer step on `batch`, this rank's share of the update."""
         batch = with_loss_weights(batch, self.algorithm)
         first = batch.old_logprobs is None
-        sums: dict[str, float] = {}
-        mismatch = MetricAccumulator()
+        measured: list[dict[str, Tensor]] = []
+        differences: list[Tensor] = []
         optimizer.zero_grad()
         for micro in self._micro_batches(batch):
             output: PolicyOutput = self.model(micro, self.algorithm.needs)
@@ -167,13 +167,14 @@ class PolicyModule(lightning.LightningModule):
                 # With one update the policy has not changed since it sampled: the old log-probs are those of this
                 # forward.
                 micro = replace(micro, old_logprobs=output.logprobs.detach())
-                measure_gap(micro, mismatch, "mismatch" if self._on_policy else "staleness/gap")
+                differences.append(gaps(micro))
             loss = self.algorithm.loss(output, micro, micro.iteration)
             # FSDP2 averages gradients over the ranks, but the weights are shares of a global sum.
             self.manual_backward(loss.total * distributed.world_size())
-            for name, value in {"loss": loss.total.detach(), **loss.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+            measured.append({"loss": loss.total.detach(), **loss.metrics})
         if first:
+            mismatch = MetricAccumulator()
+            measure_gap(differences, mismatch, "mismatch" if self._on_policy else "staleness/gap")
             if self._on_policy:
                 self._check_gap(mismatch, batch.iteration)
             meter.merge(mismatch)
@@ -188,6 +189,9 @@ class PolicyModule(lightning.LightningModule):
         per_iteration = self.config.trainer.updates_per_iteration
         meter.mean("grad_norm", norm if finite else 0.0, float(finite))
         meter.maximum("updates/skipped", float(sum(self.skipped)))
+        sums: dict[str, float] = {}
+        for name, value in read(measured):
+            sums[name] = sums.get(name, 0.0) + value
         for name, total in sums.items():
             meter.total(name, total / per_iteration)
 
@@ -263,7 +267,7 @@ class PolicyModule(lightning.LightningModule):
     def _compare_on(self, batch: Batch, meter: MetricAccumulator) -> None:
         """Compare trainer and sampler on a batch by the newest weights, and stop the run if they disagree."""
         mismatch = MetricAccumulator()
-        measure_gap(batch, mismatch, "mismatch")
+        measure_gap([gaps(batch)], mismatch, "mismatch")
         self._check_gap(mismatch, batch.iteration)
         meter.merge(mismatch)
 
@@ -302,7 +306,9 @@ def check_finite(student: Student, iteration: int) -> None:
 
     Raises: RunStopped with the name of such a tensor.
     """
-    broken = [name for name, p in student.hf.named_parameters() if not distributed.local_part(p).isfinite().all()]
+    named = dict(student.hf.named_parameters())
+    finite = torch.stack([distributed.local_part(p).isfinite().all() for p in named.values()]).tolist()
+    broken = [name for name, whole in zip(named, finite, strict=True) if not whole]
     if distributed.all_reduce([float(len(broken))])[0]:
         which = broken[0] if broken else "on another rank"
         raise RunStopped(
@@ -311,19 +317,33 @@ def check_finite(student: Student, iteration: int) -> None:
         )
 
 
-def measure_gap(batch: Batch, meter: MetricAccumulator, name: Literal["mismatch", "staleness/gap"]) -> None:
-    """Add |sampler log-prob − trainer log-prob| of the tokens that the student sampled to `meter`.
+def read(measured: Sequence[Mapping[str, Tensor]]) -> list[tuple[str, float]]:
+    """The names and numbers of all of them in order. They are read from the device together, since the host waits for
+    each read."""
+    named = [(name, value.detach()) for each in measured for name, value in each.items()]
+    values = torch.stack([value.double() for _, value in named]).tolist()
+    return [(name, value) for (name, _), value in zip(named, values, strict=True)]
+
+
+def gaps(batch: Batch) -> Tensor:
+    """[B · T] |sampler log-prob − trainer log-prob|, and −1 for tokens that the student did not sample."""
+    assert batch.old_logprobs is not None
+    return (batch.old_logprobs - batch.sampler_logprobs).abs().masked_fill(~batch.student_mask, -1.0).flatten()
+
+
+def measure_gap(parts: Sequence[Tensor], meter: MetricAccumulator, name: Literal["mismatch", "staleness/gap"]) -> None:
+    """Add the `gaps` of batches to `meter`. All are read from the device together.
 
     Args:
         name: `mismatch` where both have the same weights: its mean and maximum. `staleness/gap` where the sampler had
             older ones: its mean.
     """
-    assert batch.old_logprobs is not None
-    gap = (batch.old_logprobs - batch.sampler_logprobs).abs()[batch.student_mask].double()
     mean = "mismatch/mean" if name == "mismatch" else name
-    meter.mean(mean, float(gap.sum()), float(gap.numel()))
-    if name == "mismatch":
-        meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
+    for part in torch.cat(list(parts)).cpu().split([len(part) for part in parts]):
+        gap = part[part != -1.0].double()
+        meter.mean(mean, float(gap.sum()), float(gap.numel()))
+        if name == "mismatch":
+            meter.maximum("mismatch/max", float(gap.max()) if gap.numel() else 0.0)
 
 
 def check_mismatch(
