@@ -13,7 +13,7 @@ from rlkd.config.kinds import Reduction
 
 
 def counts(mask: Tensor) -> Tensor:
-    """[2] int64: tokens, and sequences with at least one token, in `mask` [B, T]; the caller sums them over the ranks."""
+    """[2] int64: tokens, and sequences with at least one token, in `mask` [B, T]; the caller sums over the ranks."""
     return torch.stack([mask.sum(), mask.any(dim=1).sum()])
 
 

@@ -1,7 +1,7 @@
 """How often an update makes the host wait for the device: each time, a GPU runs out of work.
 
-Nothing waits on a CPU, so the operations that would wait on a GPU are counted: those whose result is a number or a shape
-that Python needs. What was copied by `Tensor.cpu`, and what is computed from that, is on the host already.
+Nothing waits on a CPU, so the operations that would wait on a GPU are counted: those whose result is a number or a
+shape that Python needs. What was copied by `Tensor.cpu`, and what is computed from that, is on the host already.
 """
 
 from collections import Counter
@@ -90,8 +90,8 @@ def waits(monkeypatch):
     ],
 )
 def test_a_micro_batch_makes_the_host_wait_only_a_few_times(waits, overrides, each, once):
-    """Ceilings: of a micro-batch, and of all else in an update. In a micro-batch these are transformers' look for packed
-    sequences, and the positions of the tokens that are projected, and of those with a divergence."""
+    """Ceilings: of a micro-batch, and of all else in an update. In a micro-batch these are transformers' look for
+    packed sequences, and the positions of the tokens that are projected, and of those with a divergence."""
     few, many = (waits(f"trainer.micro_batch_tokens={tokens}", *overrides) for tokens in (512, 64))
     assert many[1] > few[1] + 4
     slope = (many[0].total() - few[0].total()) / (many[1] - few[1])
