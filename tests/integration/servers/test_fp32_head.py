@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from builders import Captured, config, real_batch
 from vllm_fixtures import KEY, save_model, tiny_model
 
 from rlkd.config_file import load
@@ -36,6 +37,16 @@ def test_the_sampler_in_this_process_agrees_better_with_an_fp32_head(path):
         sampler.keep_loaded()
         reference.open()
         gaps.append(sampler_gap(settings, PROMPTS, sampler, reference)[1])
+    print(f"mismatch/mean in bf16: {gaps[0]:.5f} without model.fp32_head, {gaps[1]:.5f} with it")
+    assert 0 < gaps[1] < 0.6 * gaps[0]
+
+
+def test_the_trainer_agrees_better_with_the_sampler_with_an_fp32_head(path):
+    gaps = []
+    for flag in ("false", "true"):
+        plain = ("data.chat_template=false", f"model.path={path}", f"model.fp32_head={flag}")
+        settings = config(*plain, *SETTINGS, group_size=None)
+        gaps.append(Captured(settings, real_batch(settings)).row["mismatch/mean"])
     print(f"mismatch/mean in bf16: {gaps[0]:.5f} without model.fp32_head, {gaps[1]:.5f} with it")
     assert 0 < gaps[1] < 0.6 * gaps[0]
 
