@@ -172,6 +172,7 @@ def cuda(monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **({n: v for n, v in k.items() if n != "device"})))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Device)
     for name in ("ipc_collect", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
