@@ -8,7 +8,7 @@ STAMP := .venv/.rlkd-installed
 # One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup quickstart quickstart-vllm test test-fast soak lint bench clean
+.PHONY: setup setup-gpu quickstart quickstart-vllm test test-fast soak lint bench clean
 
 setup: $(STAMP)
 
@@ -17,6 +17,14 @@ setup: $(STAMP)
 $(STAMP): requirements/cpu.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+# For NVIDIA GPUs: CUDA 13, so driver 580 or newer. It begins with an empty .venv, because the CPU build of torch would count
+# as the pinned version. What both lock files name has the same version, except apache-tvm-ffi.
+setup-gpu:
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/gpu.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 

@@ -6,12 +6,11 @@
 set -euo pipefail
 role=${1:?expected policy or teacher, then --config X.yaml}
 here=$(dirname "$0")
-if [[ -z ${HOST:-} ]]; then
-    : "${HEAD:?expected the address of a trainer machine, e.g. HEAD=10.0.0.1; or set HOST, the address of this machine}"
-    found=$("${PYTHON:-python}" "$here/address.py" "$HEAD")
-    read -r HOST _ <<<"$found"
-fi
+network=${HOST:-${HEAD:?expected the address of a trainer machine, e.g. HEAD=10.0.0.1; or set HOST, the address of this machine}}
+found=$("${PYTHON:-python}" "$here/address.py" "$network")
+read -r address interface _ <<<"$found"
 
-exec "$here/print_and_run.sh" \
-    "${PYTHON:-python}" -m rlkd.serve --role "$role" --host "$HOST" --port "${PORT:-8000}" \
+# As in nodes.sh: weights sent by NCCL must take the same network at both ends.
+exec "$here/print_and_run.sh" env "NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$interface}" \
+    "${PYTHON:-python}" -m rlkd.serve --role "$role" --host "${HOST:-$address}" --port "${PORT:-8000}" \
     --tensor-parallel "${TENSOR_PARALLEL:-1}" --data-parallel "${DATA_PARALLEL:-1}" "${@:2}"

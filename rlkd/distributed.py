@@ -152,3 +152,13 @@ def local_device(accelerator: Literal["auto", "cpu", "gpu"]) -> torch.device:
     if accelerator == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def compute_dtype(
+    precision: Literal["auto", "fp32", "bf16"], accelerator: Literal["auto", "cpu", "gpu"]
+) -> torch.dtype:
+    """What `trainer.precision` stands for in this process. auto: bf16 where the student is trained on a GPU, which is
+    slow in fp32, and fp32 on a CPU, which is slow in bf16."""
+    if precision == "auto":
+        precision = "bf16" if local_device(accelerator).type == "cuda" else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32

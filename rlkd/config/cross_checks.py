@@ -92,6 +92,13 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
         found.extend(_adapter_problems(config.model.lora, server))
     if config.trainer.shard_frozen:
         found.extend(_sharding_problems(config))
+    overrides = [word for word in server.extra_args if word.replace("_", "-").startswith("--hf-overrides")]
+    if config.model.fp32_head and overrides:
+        why = (
+            f"contains {overrides[0]}, which would replace the one of model.fp32_head: true; set that to false, and "
+            'add "head_dtype": "float32" to yours'
+        )
+        found.append(("rollout.server.extra_args", why))
     found.extend(_launch_problems(config))
     if server.sleep:
         found.extend(_sleep_problems(config))

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rlkd import distributed
 from rlkd.config.schema import Config
-from rlkd.distributed import RunStopped, local_device
+from rlkd.distributed import RunStopped, compute_dtype, local_device
 from rlkd.generation.row_cache import holds_rows, keep, spread
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer, shaped
@@ -54,13 +54,13 @@ class HFSampler:
     def open(self) -> None:
         """Load the student and check that `decode` samples correctly from it. Raises: RunStopped."""
         model = self.config.model
-        dtype = torch.bfloat16 if self.config.trainer.precision == "bf16" else torch.float32
+        trainer = self.config.trainer
         hf = load_causal_lm(
             model.path,
-            dtype,
+            compute_dtype(trainer.precision, trainer.accelerator),
             attention=model.attention,
             trust_remote_code=model.trust_remote_code,
-            device=local_device(self.config.trainer.accelerator),
+            device=local_device(trainer.accelerator),
         )
         self._hf = hf.eval()
         check_decode(hf, model.path)
@@ -113,7 +113,14 @@ class HFSampler:
             noise = np.stack([uniform(sampling, iteration, prompts[index].id, i) for index, i in part])
             ids = [prompts[index].token_ids for index, _ in part]
             completions = decode_each(
-                self._model, self.vocabulary, ids, noise, sampling.temperature, self.eos_ids, sampling.top_k
+                self._model,
+                self.vocabulary,
+                ids,
+                noise,
+                sampling.temperature,
+                self.eos_ids,
+                sampling.top_k,
+                self.config.model.fp32_head,
             )
             for row, completion in completions:
                 index, i = part[row]
@@ -141,9 +148,10 @@ def decode(
     temperature: float,
     ends: Sequence[int],
     top_k: int = 0,
+    fp32_head: bool = False,
 ) -> list[Completion]:
     """The completions of `decode_each`, in the order of the prompts."""
-    return _in_order(decode_each(hf, vocabulary, prompts, uniforms, temperature, ends, top_k))
+    return _in_order(decode_each(hf, vocabulary, prompts, uniforms, temperature, ends, top_k, fp32_head))
 
 
 @torch.no_grad()
@@ -155,6 +163,7 @@ def decode_each(
     temperature: float,
     ends: Sequence[int],
     top_k: int = 0,
+    fp32_head: bool = False,
 ) -> Iterator[tuple[int, Completion]]:
     """Generate completions of all prompts together, and give each with the index of its prompt once it has ended.
 
@@ -166,9 +175,10 @@ def decode_each(
         temperature: 0 is greedy.
         ends: token ids that end a completion.
         top_k: how many of the most likely tokens to return at each position.
+        fp32_head: see `OutputLayer.fp32`.
     """
     device, longest = hf.device, uniforms.shape[1]
-    layer = OutputLayer.of(hf, vocabulary)
+    layer = OutputLayer.of(hf, vocabulary, fp32_head)
     cache = DynamicCache(config=hf.config)
     by_row = holds_rows(cache)
     distinct, copies = _distinct(prompts) if by_row else (prompts, range(len(prompts)))
@@ -181,8 +191,7 @@ def decode_each(
     drawn = _Drawn(len(prompts))
     for position in range(longest):
         hidden = _states(hf, input_ids, mask[:, : columns + position], position_ids, cache)
-        # Rounded to the model's dtype, like the kernel that computes the trainer's log-probs.
-        raw = torch.nn.functional.linear(hidden, layer.weight, layer.bias)
+        raw = layer.sampled_from(hidden)
         if position == 0:
             raw, mask, position_ids = raw[rows], mask[rows], position_ids[rows, -1:]
             mask = torch.nn.functional.pad(mask, (0, longest), value=1)  # with all tokens to come

@@ -87,6 +87,7 @@ def policy_role(config: Config) -> ServerRole:
             # prefilled in two parts, which happens when many requests arrive at the same time.
             *(() if torch.cuda.is_available() else ("--no-enable-chunked-prefill",)),
             *(("--trust-remote-code",) if config.model.trust_remote_code else ()),
+            *(("--hf-overrides", json.dumps({"head_dtype": "float32"})) if config.model.fp32_head else ()),
         ),
         environment=environment,
     )

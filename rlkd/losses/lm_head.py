@@ -108,9 +108,11 @@ class OutputLayer:
     bias: Tensor | None  # [V]
     scale: float = 1.0
     softcap: float | None = None
+    fp32: bool = False
+    """Whether log-probs and samples come from logits in fp32 even if the model computes in half precision."""
 
     @classmethod
-    def of(cls, hf: PreTrainedModel, vocabulary: int) -> OutputLayer:
+    def of(cls, hf: PreTrainedModel, vocabulary: int, fp32: bool = False) -> OutputLayer:
         """The layer of `hf`, of which only the first `vocabulary` rows belong to tokens (vocabulary.py).
 
         The tensors share the model's memory and carry its gradient. If the model has padding rows they are slices, and
@@ -123,7 +125,12 @@ class OutputLayer:
         assert vocabulary <= len(weight), f"{vocabulary} tokens, but the output layer has {len(weight)} rows"
         if vocabulary < len(weight):
             weight, bias = weight[:vocabulary], None if bias is None else bias[:vocabulary]
-        return cls(weight=weight, bias=bias, scale=scale, softcap=softcap)
+        return cls(weight=weight, bias=bias, scale=scale, softcap=softcap, fp32=fp32)
+
+    def sampled_from(self, hidden: Tensor) -> Tensor:
+        """[N, H] → [N, V] raw logits, rounded as those of the trainer's log-probs: to the model's dtype, or fp32."""
+        make = projected if self.fp32 else F.linear
+        return make(hidden, self.weight, self.bias)
 
     def logits(self, hidden: Tensor, vocabulary: int) -> Tensor:
         """[N, ≥ H] → [N, `vocabulary`]: the logits of the first tokens, in at least fp32.

@@ -12,9 +12,9 @@ from torch import Tensor
 from rlkd.config.kinds import Reduction
 
 
-def counts(mask: Tensor) -> tuple[int, int]:
-    """(tokens, sequences with at least one token) in `mask` [B, T]; the caller sums them over the ranks."""
-    return int(mask.sum()), int(mask.any(dim=1).sum())
+def counts(mask: Tensor) -> Tensor:
+    """[2] int64: tokens, and sequences with at least one token, in `mask` [B, T]; the caller sums over the ranks."""
+    return torch.stack([mask.sum(), mask.any(dim=1).sum()])
 
 
 def reduction_weights(mask: Tensor, reduction: Reduction, tokens: float, sequences: float, max_tokens: int) -> Tensor:

@@ -143,6 +143,8 @@ def token_logprobs(
     else:
         chosen = mask[:, 1:].nonzero(as_tuple=True)
         flat, targets = hidden[:, :-1][chosen], input_ids[:, 1:][chosen]
+    if isinstance(head, OutputLayer) and head.fp32:
+        flat = flat.float()  # the kernel computes in the dtype of the states, and converts the weight tile by tile
     outputs = ("entropy",) if entropy else ()
     chunk = min(VOCABULARY_CHUNK["cuda" if hidden.is_cuda else "cpu"], head.weight.shape[0])
     result = ChunkedLogProbFunction.apply(

@@ -35,16 +35,20 @@ from rlkd.types import Batch
 class Student(nn.Module):
     """The root of the sharding. Everything that needs the output layer runs inside its forward."""
 
-    def __init__(self, hf: PreTrainedModel, vocabulary: int, adapters: LoraConfig | None = None):
+    def __init__(
+        self, hf: PreTrainedModel, vocabulary: int, adapters: LoraConfig | None = None, fp32_head: bool = False
+    ):
         """
         Args:
             vocabulary: how many rows of the output layer belong to tokens (vocabulary.py).
             adapters: the settings with which `lora.inject` added adapters to `hf`; None without adapters.
+            fp32_head: see `OutputLayer.fp32`.
         """
         super().__init__()
         self.hf = hf
         self.vocabulary = vocabulary
         self.adapters = adapters
+        self.fp32_head = fp32_head
         if adapters is not None:
             self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
             self.register_load_state_dict_post_hook(_miss_no_frozen)  # type: ignore[no-untyped-call]
@@ -55,7 +59,7 @@ class Student(nn.Module):
         Only the tokens under the completion mask get log-probs. Padding is on the right and attention is causal, so
         real tokens never see padding and no mask is passed.
         """
-        head = OutputLayer.of(self.hf, self.vocabulary)
+        head = OutputLayer.of(self.hf, self.vocabulary, self.fp32_head)
         if needs.comparison is not None:  # before the blocks, which compute meanwhile
             name = needs.comparison.scores
             scores = {**batch.scores, name: batch.scores[name].brought(batch.input_ids.device)}
@@ -214,9 +218,10 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
     if trainer.compile:
         for module in blocks(hf):  # before sharding, and for any length, since those of micro-batches differ
             module.compile(dynamic=True)
-    student = Student(hf, vocabulary_size(model), model.lora)
+    student = Student(hf, vocabulary_size(model), model.lora, model.fp32_head)
+    dtype = distributed.compute_dtype(trainer.precision, trainer.accelerator)
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if trainer.precision == "bf16" else None,
+        param_dtype=dtype if dtype != torch.float32 else None,
         reduce_dtype=torch.float32,
         # Otherwise the root would cast the batch's log-probs and advantages to bf16.
         cast_forward_inputs=False,

@@ -14,6 +14,7 @@ from rlkd.config.schema import (
     ServedTeacherConfig,
 )
 from rlkd.data.prompts import PromptStream
+from rlkd.distributed import compute_dtype
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.generation.vllm import VLLMSampler
@@ -99,9 +100,10 @@ def build_reference(config: Config, lockstep: Lockstep | None = None) -> LocalSc
         vocabulary=vocabulary_size(config.model),
         temperature=config.rollout.temperature,
         batch_tokens=config.trainer.micro_batch_tokens,
-        dtype=torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32,
+        dtype=compute_dtype(config.trainer.precision, config.trainer.accelerator),
         accelerator=config.trainer.accelerator,
         attention=config.model.attention,
         trust_remote_code=config.model.trust_remote_code,
         lockstep=lockstep,
+        fp32_head=config.model.fp32_head,
     )

@@ -84,7 +84,7 @@ def collate(
         scores={name: _scores(rows, name, shape, layers.get(name, ())) for name in scored_by},
         probe=probe,
         metrics=MetricAccumulator() if metrics is None else metrics,
-    )
+    ).checked()
 
 
 def _names(rows: Sequence[ScoredRollout], which: str) -> list[str]:

@@ -228,9 +228,17 @@ def adapter_parameters(config: Config) -> int:
     return sum(lora.r * (outputs + inputs) for outputs, inputs in (weight.shape for weight in weights))
 
 
+def _trainer_bytes(config: Config) -> int:
+    """Of a number in `trainer.precision`. The estimate is of a GPU, unless `trainer.accelerator` is cpu."""
+    trainer = config.trainer
+    if trainer.precision == "auto":
+        return 4 if trainer.accelerator == "cpu" else 2
+    return _BYTES[trainer.precision]
+
+
 def _training(config: Config, model: Shape) -> Part:
     """Forward and backward of one micro-batch."""
-    each = _BYTES[config.trainer.precision]
+    each = _trainer_bytes(config)
     tokens = config.trainer.micro_batch_tokens
     gathered = each * (model.outside + 2 * model.largest_block)
     gradients = each * (model.outside + model.largest_block) + 4 * max(model.outside, model.largest_block)
@@ -254,7 +262,7 @@ def _beside(config: Config, model: Shape) -> list[Part]:
     parts = []
     algorithm = build_algorithm(config)
     if algorithm.needs_reference and config.model.lora is None:
-        parts.append(_copy(model, _BYTES[config.trainer.precision], "reference"))
+        parts.append(_copy(model, _trainer_bytes(config), "reference"))
     for key, teacher in config.teachers:
         if isinstance(teacher, LocalTeacherConfig):
             theirs = shape_of(teacher.path, config.model.trust_remote_code)
@@ -268,7 +276,7 @@ def _beside(config: Config, model: Shape) -> list[Part]:
             why = f"{each} B · {_billions(model.output_layer)} parameters, copied since the teacher follows the student"
             parts.append(Part(bytes=each * model.output_layer, what="output layer of a batch", why=why))
     if config.rollout.backend == "hf":
-        parts.append(_copy(model, _BYTES[config.trainer.precision], "hf sampler"))
+        parts.append(_copy(model, _trainer_bytes(config), "hf sampler"))
     return parts
 
 
@@ -283,7 +291,7 @@ def _sampling(config: Config, model: Shape) -> list[Part]:
         return []
     rows = min(config.rollout.batch_rows, config.rollout.prompts * config.algorithm.group_size // config.world_size)
     tokens = rows * (config.data.max_prompt_tokens + config.rollout.max_tokens)
-    cache = tokens * kv_bytes(model, _BYTES[config.trainer.precision])
+    cache = tokens * kv_bytes(model, _trainer_bytes(config))
     return [Part(bytes=cache, what="sampling", why=f"key-value cache of {tokens} tokens")]
 
 

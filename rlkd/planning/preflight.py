@@ -116,6 +116,11 @@ def _generation(config: Config) -> list[str]:
         eos_ids(model.path, model.trust_remote_code)
         known = load_config(model.path, model.trust_remote_code)
         logit_transform(known)
+        if model.fp32_head and config.rollout.backend == "vllm" and hasattr(known, "quantization_config"):
+            raise ValueError(
+                "model.fp32_head: vLLM computes logits in fp32 only if the output layer is not quantised, got the "
+                f"quantised model {model.path}; set it to false"
+            )
         if config.model.lora is not None:
             frozen = lora.unadapted(lora.skeleton(config.model), config.model.lora)
             launched = config.publishes_adapter and config.rollout.server.launch and not torch.cuda.is_available()

@@ -331,8 +331,9 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "mismatch/mean",
                 "nats per token",
                 "Sampler against trainer, mean",
-                "|log π of the sampler − log π of the trainer|, averaged over freshly sampled tokens. Above "
-                "`rollout.max_mismatch` the run stops: the sampler holds other weights or computes otherwise.",
+                "|log π of the sampler − log π of the trainer|, averaged over freshly sampled tokens. If "
+                "its mean over 10 iterations is above `rollout.max_mismatch`, or one value above 4 times that, the run "
+                "stops: the sampler holds other weights or computes otherwise.",
                 smooth=True,
             ),
             Metric(

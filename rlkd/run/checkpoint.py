@@ -18,6 +18,7 @@ from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.run.export import export_student
+from rlkd.run.resume import as_run
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import checkpoints, iteration_of, save_config
@@ -162,7 +163,7 @@ class Checkpoint(IterationCallback):
         """Add the small files, rename the folder, and remove checkpoints beyond `checkpoint.keep`."""
         with writing(what):
             self.loader.save(partial)
-            save_config(self.config, partial)
+            save_config(as_run(self.config), partial)
             partial.rename(final)
             for old in checkpoints(self.config.run_dir)[: -self.config.checkpoint.keep]:
                 atomic.remove(old)

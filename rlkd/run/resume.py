@@ -9,8 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rlkd.config.schema import Config, Section
 from rlkd.data.sources import identity
+from rlkd.distributed import compute_dtype
 from rlkd.storage.run_folder import DATA_FILE, FILE, checkpoints
 
 FREE = re.compile(
@@ -40,6 +43,14 @@ def resume_path(config: Config) -> Path | None:
     return Path(config.run.resume)
 
 
+def as_run(config: Config) -> Config:
+    """`config` with the type that `trainer.precision: auto` stands for on this machine. A checkpoint records this, so
+    that a run which is resumed on another kind of hardware does not change its precision in silence."""
+    trainer = config.trainer
+    half = compute_dtype(trainer.precision, trainer.accelerator) == torch.bfloat16
+    return config.model_copy(update={"trainer": trainer.model_copy(update={"precision": "bf16" if half else "fp32"})})
+
+
 def changes(config: Config) -> list[str]:
     """The changes that prevent resuming, one line per key; empty if there are none or there is no checkpoint yet.
 
@@ -61,7 +72,7 @@ def changes(config: Config) -> list[str]:
             f"run.resume: expected never, auto or <run>/checkpoints/iteration-…, got {checkpoint}, which is not a "
             "checkpoint of a run; choose another"
         ]
-    before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
+    before, now = dict(_leaves(saved)), dict(_leaves(as_run(config).model_dump(mode="json")))
     before = _formerly(now) | before
     defaults = tuple(_default_keys(config))
     lines, changed = [], []

@@ -44,6 +44,7 @@ class LocalScorer(FixedTeacher):
         attention: str | None,
         trust_remote_code: bool,
         lockstep: Lockstep | None = None,
+        fp32_head: bool = False,
     ):
         """
         Args:
@@ -51,6 +52,7 @@ class LocalScorer(FixedTeacher):
             temperature: used for all scores.
             batch_tokens: maximal number of tokens in one forward pass, including padding.
             lockstep: the model is sharded over the ranks, and scores in its turns. None: it is not.
+            fp32_head: see `OutputLayer.fp32`.
         """
         self.path = path
         self.vocabulary = vocabulary
@@ -62,6 +64,7 @@ class LocalScorer(FixedTeacher):
         self.trust_remote_code = trust_remote_code
         self.lockstep = lockstep
         self._number = 0  # in `lockstep`
+        self.fp32_head = fp32_head
         self._hf: PreTrainedModel | None = None
         self._writes = False  # whether check_decode has passed; it is not needed for scoring
 
@@ -94,7 +97,7 @@ class LocalScorer(FixedTeacher):
 
     def layers(self) -> tuple[OutputLayer, ...]:
         """See `Teacher.layers`."""
-        return (OutputLayer.of(self.hf, self.vocabulary),)
+        return (OutputLayer.of(self.hf, self.vocabulary, self.fp32_head),)
 
     @torch.no_grad()
     def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
@@ -104,7 +107,7 @@ class LocalScorer(FixedTeacher):
         """
         check_scorable(questions)
         lengths = [len(q.prompt) + len(q.completion) for q in questions]
-        layer = OutputLayer.of(self.hf, self.vocabulary)
+        layer = OutputLayer.of(self.hf, self.vocabulary, self.fp32_head)
         order = sorted(range(len(questions)), key=lambda i: -lengths[i])
         scores: list[TeacherScores | None] = [None] * len(questions)
 
@@ -155,7 +158,9 @@ class LocalScorer(FixedTeacher):
             part = questions[start : start + rows]
             noise = np.stack([uniform(sampling, iteration, f"teacher/{q.name}", 0) for q in part])
             ids = [q.prompt for q in part]
-            completions += decode(self.hf, self.vocabulary, ids, noise, sampling.temperature, ends)
+            completions += decode(
+                self.hf, self.vocabulary, ids, noise, sampling.temperature, ends, fp32_head=self.fp32_head
+            )
         return completions
 
     def _scores(self, logprobs: Tensor, hidden: Tensor, signal: Signal, given: Tensor | None) -> TeacherScores:
@@ -166,7 +171,7 @@ class LocalScorer(FixedTeacher):
             return TeacherScores(logprobs=values)
         if signal.tier == "hidden":
             return TeacherScores(logprobs=values, hidden=hidden.to("cpu", copy=True))
-        layer, vocabulary = OutputLayer.of(self.hf, self.vocabulary), self.vocabulary
+        layer, vocabulary = OutputLayer.of(self.hf, self.vocabulary, self.fp32_head), self.vocabulary
         step = max(1, CHUNK_LOGITS // vocabulary)
         assert signal.tier != "given" or given is not None, "the question has no ids"
         ids, top_logprobs = [], []

@@ -40,6 +40,7 @@ class SelfTeacher(LocalScorer):
             attention=config.model.attention,
             trust_remote_code=config.model.trust_remote_code,
             lockstep=lockstep,
+            fp32_head=config.model.fp32_head,
         )
         self.weights = teacher.weights
         self.decay = teacher.decay

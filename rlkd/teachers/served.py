@@ -25,10 +25,12 @@ _PER_REQUEST = 16
 _AT_ONCE = 16
 """Requests in progress at one server."""
 
-_ARGUMENTS = ("--enable-scale-out", "--max-num-batched-tokens", "2048", "--max-logprobs", "-1")
-"""vLLM needs --enable-scale-out for the route that scores given tokens. It keeps the log-probs of all scheduled prompt
-tokens over the full vocabulary in memory, 4 bytes each, so few tokens are scheduled at a time. By default it returns at
-most the top 20."""
+_ARGUMENTS = ("--enable-scale-out", "--max-logprobs", "-1")
+"""vLLM needs --enable-scale-out for the route that scores given tokens. By default it returns at most the top 20."""
+
+_ON_A_CPU = ("--max-num-batched-tokens", "2048")
+"""vLLM's old runner, which a CPU has, keeps the log-probs of all scheduled prompt tokens over the full vocabulary in
+memory, 4 bytes each, so few tokens are scheduled at a time. The one of GPUs takes 1,024 tokens at a time itself."""
 
 
 def teacher_role(config: Config, teacher: ServedTeacherConfig) -> ServerRole:
@@ -38,7 +40,11 @@ def teacher_role(config: Config, teacher: ServedTeacherConfig) -> ServerRole:
         model=resolve(teacher.path),
         max_model_len=teacher_longest(config),
         padding=padding(config.model, teacher.path),
-        arguments=_ARGUMENTS,
+        arguments=(
+            *_ARGUMENTS,
+            *(() if torch.cuda.is_available() else _ON_A_CPU),
+            *(("--trust-remote-code",) if config.model.trust_remote_code else ()),
+        ),
     )
 
 

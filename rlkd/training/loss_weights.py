@@ -23,7 +23,7 @@ def with_loss_weights(batch: Batch, algorithm: Algorithm) -> Batch:
     terms = algorithm.terms
     masks = sorted({term.counted for term in terms.values()})
     distributed.require_same_names(sorted({*terms, *masks}), "the terms of the loss")
-    summed = distributed.all_reduce([float(count) for name in masks for count in counts(batch.mask(name))])
+    summed = distributed.all_reduce(torch.cat([counts(batch.mask(name)) for name in masks]).tolist())
     weights = {}
     for name, term in terms.items():
         tokens, sequences = summed[2 * masks.index(term.counted) :][:2]

@@ -33,7 +33,7 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
         yield batch.rows(torch.as_tensor(part, device=batch.input_ids.device))
 
 
-def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[torch.Tensor]:
+def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch, longest first, each with sequences × longest ≤ budget tokens.
 
     Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with the fewest
@@ -59,7 +59,7 @@ def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[torc
         costs[end] = total[starts[end]]
     parts, end = [], len(order)
     while end > 0:
-        parts.append(torch.tensor(order[starts[end] : end]))
+        parts.append(order[starts[end] : end])
         end = int(starts[end])
     return parts[::-1]
 
@@ -74,18 +74,21 @@ def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[to
     Raises: ValueError if one row exceeds the budget.
     """
     overhead = OVERHEAD["cuda" if batch.input_ids.is_cuda else "cpu"]
+    lengths: list[int] = batch.lengths.tolist()
     if width is None:
-        return [(index, batch.rows(index)) for index in split_by_tokens(batch.lengths.tolist(), budget, overhead)]
+        parts = split_by_tokens(lengths, budget, overhead)  # longest first
+        indices = [torch.tensor(part, device=batch.input_ids.device) for part in parts]
+        return [(index, batch.rows(index, lengths[part[0]])) for index, part in zip(indices, parts, strict=True)]
     sequences = [rows for group in _groups(batch) for rows in _joined(batch, group, budget, width)]
-    prompts, lengths = batch.prompt_lengths.tolist(), batch.lengths.tolist()
+    prompts = batch.prompt_lengths.tolist()
     tokens = [prompts[rows[0]] + sum(lengths[row] - prompts[row] for row in rows) for rows in sequences]
     found = []
     for part in split_by_tokens(tokens, budget, overhead):
-        index = [row for i in part.tolist() for row in sequences[i]]
-        ends = np.cumsum([len(sequences[i]) for i in part.tolist()]).tolist()
+        index = [row for i in part for row in sequences[i]]
+        ends = np.cumsum([len(sequences[i]) for i in part]).tolist()
         local = tuple(tuple(range(a, b)) for a, b in zip([0, *ends], ends, strict=False))
         rows = torch.tensor(index, device=batch.input_ids.device)
-        found.append((rows, replace(batch.rows(rows), sequences=local)))
+        found.append((rows, replace(batch.rows(rows, max(lengths[row] for row in index)), sequences=local)))
     return found
 
 

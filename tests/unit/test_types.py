@@ -78,7 +78,7 @@ def test_a_failed_reward_masks_its_row_and_is_counted():
 def test_a_batch_refuses_masks_on_padding_and_shapes_that_differ():
     batch = collate(groups(KDRL(config())), 0)
     with pytest.raises(AssertionError, match="covers padding"):
-        dataclasses.replace(batch, completion_mask=torch.ones_like(batch.completion_mask))
+        dataclasses.replace(batch, completion_mask=torch.ones_like(batch.completion_mask)).checked()
     with pytest.raises(AssertionError, match="advantages: expected"):
         dataclasses.replace(batch, advantages=batch.advantages[:, :-1])
 

@@ -27,6 +27,11 @@ class ModelConfig(Section):
         None, description="attention implementation in transformers, e.g. sdpa, flash_attention_2"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    fp32_head: bool = Field(
+        False,
+        description="in bf16 runs, compute the output layer's logits in fp32, at trainer and servers: less mismatch "
+        "between them, but a slower output layer",
+    )
     lora: LoraConfig | None = Field(None, description="train LoRA adapters instead of all weights; null: all weights")
     trust_remote_code: bool = Field(
         False, description="allow Python code that comes with the model to run; enable only for models you trust"

@@ -100,7 +100,10 @@ class RolloutConfig(Section):
         "published; false: a publish waits for them, so that each is by one version",
     )
     max_mismatch: float = Field(
-        0.05, gt=0, description="the run stops if mean |sampler log-prob − trainer log-prob| exceeds this"
+        0.05,
+        gt=0,
+        description="the run stops if mean |sampler log-prob − trainer log-prob| exceeds this over 10 iterations, or "
+        "4 times this in one",
     )
     batch_rows: int = Field(
         256, ge=1, description="rows that the hf sampler decodes at a time; rewards of the first begin meanwhile"

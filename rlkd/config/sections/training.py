@@ -33,8 +33,9 @@ class TrainerConfig(Section):
     accelerator: Literal["auto", "cpu", "gpu"] = Field("auto", description="what to train on")
     devices: int = Field(1, ge=1, description="processes per node; torchrun's --nproc-per-node must agree")
     num_nodes: int = Field(1, ge=1, description="nodes; torchrun's --nnodes must agree")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="compute type; master weights and reductions are always fp32"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="compute type; master weights and reductions are always fp32; auto: bf16 on a GPU, fp32 on a CPU",
     )
     micro_batch_tokens: int = Field(16384, ge=1, description="tokens per forward pass and device, padding included")
     compile: bool = Field(

@@ -44,10 +44,22 @@ def test_servers(environment, monkeypatch):
     sizes = {"PORT": "8001", "TENSOR_PARALLEL": "2", "DATA_PARALLEL": "4"}
     lines = [rendered(environment, "launch/server.sh", r, *CONFIG, *OVERRIDES, **sizes) for r in ("policy", "teacher")]
     assert_snapshot("server", "".join(lines))
-    commands = [plan(shlex.split(line)[3:]) for line in lines]
+    commands = [plan(shlex.split(line.partition(" rlkd.serve ")[2])) for line in lines]
     shown = "".join(shlex.join(command) + "\n" for command, _ in commands)
     assert_snapshot("vllm", shown.replace(sys.executable, "python").replace(str(Path.cwd()), "."))
     assert all(variables["RLKD_SERVER_KEY"] == "secret" for _, variables in commands) and "secret" not in shown
+
+
+def test_trainers_and_servers_choose_the_network_in_the_same_way(environment):
+    """NCCL takes the interface that is named, not any other whose name begins like it (hence the second =)."""
+    scripts = {"nodes.sh": {"NODES": "2", "PROCESSES": "8"}, "server.sh": {}}
+    for script, sizes in scripts.items():
+        role = ("policy",) if script == "server.sh" else ()
+        for more, chosen in (({}, "=lo"), ({"NCCL_SOCKET_IFNAME": "ib0"}, "ib0")):
+            line = rendered(environment, f"launch/{script}", *role, *CONFIG, **sizes, **more)
+            assert f" NCCL_SOCKET_IFNAME={chosen} " in line
+    by_host = {name: value for name, value in environment.items() if name != "HEAD"} | {"HOST": "127.0.0.1"}
+    assert " NCCL_SOCKET_IFNAME==lo " in rendered(by_host, "launch/server.sh", "policy", *CONFIG)
 
 
 def test_a_missing_setting_is_one_line(environment):

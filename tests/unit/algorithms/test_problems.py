@@ -28,6 +28,10 @@ LAUNCHED = (
         (("trainer.updates_per_iteration=3",), ("trainer.updates_per_iteration: ", 3, 128)),
         (("rollout.backend=vllm",), ("rollout.server: ", "rollout.backend", "vllm", "rollout.server.urls", "launch")),
         (("rollout.server.launch=true",), ("rollout.backend: ", "hf", "rollout.server")),
+        (
+            (*LAUNCHED, "model.fp32_head=true", "rollout.server.extra_args=[--hf_overrides, '{}']"),
+            ("rollout.server.extra_args: ", "--hf_overrides", "model.fp32_head", "head_dtype"),
+        ),
         (("trainer.micro_batch_tokens=20",), ("trainer.micro_batch_tokens: ", 20, 48)),
         (
             ("algorithm.baseline=leave_one_out",),

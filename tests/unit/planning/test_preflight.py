@@ -147,6 +147,16 @@ def test_completions_that_never_end_are_refused(value):
     assert_lines([line for line in found if line.startswith("teacher.path")], ("teacher.path: ", *parts))
 
 
+def test_an_fp32_head_of_a_quantised_model_is_refused_where_vllm_would():
+    with_ends("quantised", {"eos_token_id": 1}, quantization_config={"quant_method": "fp8"})
+    settings = ("model.path=quantised", "model.fp32_head=true")
+    served = ("rollout.backend=vllm", "rollout.server.launch=true")
+    found = [line for line in check(config(*settings, *served)) if line.startswith("model.")]
+    assert_lines(found, ("model.fp32_head: ", "quantised model quantised", "false"))
+    others = (settings, (*settings, *served, "model.fp32_head=false"), ("model.fp32_head=true", *served))
+    assert not [line for other in others for line in check(config(*other)) if line.startswith("model.fp32_head")]
+
+
 LOCAL = "teacher={backend: local, path: endless}"
 OTHERS = "algorithm={name: opd, group_size: 1, student_share: 0.5, others: teacher, divergence: {tier: full}}"
 GUIDED = "algorithm={name: thinktuning, group_size: 4, feedback: {max_tokens: 40, max_prompt_tokens: 80}}"

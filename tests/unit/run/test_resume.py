@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, make_dataclass
 
 import pytest
+import torch
 from builders import config
 from lines import assert_lines
 
@@ -14,7 +15,7 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.data.rows import Row
 from rlkd.data.sources import load_source
 from rlkd.pipeline.loader import RolloutLoader
-from rlkd.run.resume import FREE, changes
+from rlkd.run.resume import FREE, as_run, changes
 from rlkd.storage.run_folder import FILE, save_config, save_data
 
 SCHEDULE = "optim.lr={kind: linear, start: 1.0e-3, end: 0.0, over: 9}"
@@ -28,7 +29,7 @@ def resumed(tmp_path):
         where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
         folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
         folder.mkdir(parents=True, exist_ok=True)
-        save_config(config(*where, *before), folder)
+        save_config(as_run(config(*where, *before)), folder)
         return changes(config(*where, *now))
 
     return lines
@@ -77,7 +78,7 @@ def test_a_key_that_the_checkpoint_does_not_know_is_a_change_only_when_it_is_set
     context = "context: {template: '{prompt}{context}', sibling: ' seen {text}'}"
     plain = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "teacher={backend: self}")
     plain = (*plain, f"algorithm={{name: sdpo, {context}}}")
-    save_config(config(*plain), folder)
+    save_config(as_run(config(*plain)), folder)
     saved = json.loads((folder / FILE).read_text())
     newer = ("algorithm.ratio_cap", "algorithm.mask_eos", "algorithm.context.feedback_beside_sibling")
     for key in newer:
@@ -100,7 +101,7 @@ def test_the_ratio_cap_of_grpo_is_no_weight_of_a_divergence(tmp_path):
     where = (f"run.dir={tmp_path}", "run.name=r", "run.resume=auto", "algorithm={name: grpo}", "teacher=null")
     folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
     folder.mkdir(parents=True)
-    save_config(config(*where), folder)
+    save_config(as_run(config(*where)), folder)
     saved = json.loads((folder / FILE).read_text())
     del saved["algorithm"]["ratio_cap"]
     (folder / FILE).write_text(json.dumps(saved))
@@ -125,7 +126,7 @@ def with_data(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
         old = config(*where[:4])
-        save_config(old, folder)
+        save_config(as_run(old), folder)
         save_data(asdict(load_source(old.data, load_tokenizer("builtin:student")).identity), folder)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return changes(config(*where))
@@ -214,7 +215,7 @@ def test_a_checkpoint_of_a_run_knows_its_data(tmp_path):
     folder = tmp_path / "r" / "checkpoints" / "iteration-000001"
     folder.mkdir(parents=True)
     loader.save(folder)
-    save_config(settings, folder)
+    save_config(as_run(settings), folder)
     assert json.loads((folder / "data.json").read_text())["rows"] == 64
     assert changes(settings) == []
 
@@ -268,3 +269,28 @@ def test_the_keys_that_may_change_exist():
     assert {"teacher.url", "teacher.server.launch"} <= {
         key for key in leaves(config(f"teacher={{{alone}}}").model_dump(mode="json")) if FREE.fullmatch(key)
     }
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that gives this machine a GPU, or takes it away."""
+    return lambda there: monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+
+
+def test_another_kind_of_hardware_does_not_change_the_precision_in_silence(gpus, tmp_path):
+    """A checkpoint records what `auto` was. Both directions, and back on the same kind of hardware."""
+    auto = ("trainer.accelerator=auto",)
+    for there, was, now in ((False, "fp32", "bf16"), (True, "bf16", "fp32")):
+        gpus(there)
+        folder = tmp_path / "r" / "checkpoints" / "iteration-000003"
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = config(*auto, f"run.dir={tmp_path}", "run.name=r", "run.resume=auto")
+        save_config(as_run(settings), folder)
+        assert changes(settings) == []
+        gpus(not there)
+        (line,) = changes(settings)
+        assert_lines([line], ("trainer.precision: ", f"expected {was}", "iteration-000003", f"got {now}"))
+        with_key = settings.model_copy(update={"trainer": settings.trainer.model_copy(update={"precision": was})})
+        assert changes(with_key) == []
+        accepted = settings.run.model_copy(update={"accept_changes": ["trainer.precision"]})
+        assert changes(settings.model_copy(update={"run": accepted})) == []

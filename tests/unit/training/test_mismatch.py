@@ -15,11 +15,13 @@ def measured(gap):
     return meter
 
 
+NOISE = 1e-6
+"""The gap of the iterations before; with changed weights, it does not count."""
+
+
 @pytest.mark.parametrize(
     ("at_start", "gap", "bound"),
     [
-        (None, 0.02, None),  # not the first change: only max_mismatch
-        (None, 0.06, "rollout.max_mismatch = 0.05"),
         (1e-6, 0.004, None),  # fp32: a tenth of max_mismatch
         (1e-6, 0.01, "0.005, the bound for the first changed weights (it was 1e-06 before)"),
         (0.006, 0.02, None),  # bf16: four times the previous mismatch
@@ -32,10 +34,10 @@ def measured(gap):
 def test_the_bound_when_weights_have_first_changed(at_start, gap, bound):
     settings = config("rollout.max_mismatch=0.05")
     if bound is None:
-        assert check_mismatch(measured(gap), settings, 1, at_start) == gap
+        assert check_mismatch(measured(gap), settings, 1, [NOISE] * 9, at_start) == gap
     else:
         with pytest.raises(RunStopped) as caught:
-            check_mismatch(measured(gap), settings, 1, at_start)
+            check_mismatch(measured(gap), settings, 1, [NOISE] * 9, at_start)
         assert f"more than {bound}" in str(caught.value)
 
 
@@ -43,6 +45,32 @@ START, BETWEEN, MAX = 1e-6, 0.01, 0.05
 """Gaps: of the start weights; above the bound for changed weights (0.005) and below max_mismatch; max_mismatch."""
 STEP, NO_STEP, NO_RATE = ({"lr": lr, "grad_norm": norm} for lr, norm in ((1e-3, 0.5), (1e-3, 0.0), (0.0, 0.5)))
 """Figures of the iteration before: weights moved; the only update was skipped or had no gradient; a warm-up's start."""
+
+
+@pytest.mark.parametrize(
+    ("recent", "gap", "why"),
+    [
+        ([], 0.049, None),
+        ([], 0.051, "by 0.051 nats a token on average, more than rollout.max_mismatch = 0.05;"),  # alone: at once
+        ([], 0.9, "by 0.9 nats a token on average, more than rollout.max_mismatch = 0.05;"),
+        ([], float("nan"), "by nan nats a token on average, more than rollout.max_mismatch = 0.05;"),
+        ([0.035] * 9, 0.18, None),  # a bf16 run: one noisy batch, mean 0.0495
+        ([0.04] * 9, 0.15, "by 0.051 nats a token on average over the last 10 iterations, more than rollout.max_"),
+        ([0.04], 0.061, "by 0.0505 nats a token on average over the last 2 iterations, more than rollout.max_"),
+        ([0.035] * 9, 0.21, "by 0.21 nats a token on average, more than 0.2, the bound for one iteration (4 times "),
+        ([1e-6] * 9, 0.21, "by 0.21 nats a token on average, more than 0.2, the bound for one iteration (4 times "),
+        ([1e-6] * 9, float("nan"), "by nan nats"),
+        ([0.9] * 5 + [0.03] * 9, 0.03, None),  # only the last 10 count
+    ],
+)
+def test_a_noisy_batch_is_forgiven_and_a_trend_is_not(recent, gap, why):
+    settings = config("rollout.max_mismatch=0.05")
+    if why is None:
+        assert check_mismatch(measured(gap), settings, 1, recent) == gap
+    else:
+        with pytest.raises(RunStopped, match="^iteration 2: sampler and trainer disagree ") as caught:
+            check_mismatch(measured(gap), settings, 1, recent)
+        assert why in str(caught.value)
 
 
 def module(backend="vllm"):
@@ -104,6 +132,30 @@ def test_a_resumed_run_remembers_which_bound_is_due(gaps, narrow):
     algorithm.on_save_checkpoint(checkpoint)
     resumed.on_load_checkpoint(checkpoint)
     assert passes(resumed, BETWEEN, STEP) != narrow
+
+
+def test_a_resumed_run_stops_where_the_straight_one_does():
+    """A mismatch that rises until its mean is above the bound, and a stop after each iteration."""
+
+    def stops_at(first, algorithm):
+        for iteration in range(first, 30):
+            algorithm.row = STEP
+            try:
+                algorithm._check_gap(measured(0.008 * (iteration + 1) if iteration > 1 else 0.008), iteration)
+            except RunStopped as stopped:
+                assert "over the last 10 iterations" in str(stopped)
+                return iteration
+            checkpoint = {}
+            algorithm.on_save_checkpoint(checkpoint)
+            checkpoints.append(checkpoint)
+
+    checkpoints = []
+    straight = stops_at(0, module())
+    assert straight == len(checkpoints) > 9
+    for iteration, checkpoint in enumerate(list(checkpoints)):
+        resumed = module()
+        resumed.on_load_checkpoint(checkpoint)
+        assert stops_at(iteration + 1, resumed) == straight
 
 
 def test_a_checkpoint_from_before_there_were_gaps_is_read():
