@@ -41,9 +41,9 @@ from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
 from rlkd.weight_sync.nccl import DirectTransfer
 from rlkd.weight_sync.weight_file import WeightFile
 
-_AT_ONCE = 256
-"""Completions in progress at one server, the number that vLLM batches by default; more would wait in the server's
-queue. One request is a prompt with all its samples."""
+QUEUED = 2
+"""How many completions a server is given for each one that it batches. A request is a prompt with all its samples and
+counts until the longest has ended; what waits in the server's queue takes the places of those that end before."""
 
 ADAPTER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, LARGEST_SERVED_RANK)
 """The values of --max-lora-rank that vLLM 0.32 accepts; it pads an adapter of a smaller rank."""
@@ -127,6 +127,8 @@ class VLLMSampler:
         """Whether the servers keep the weights that they were started with, and nothing is published."""
         self._dtype: torch.dtype | None = None
         """In which the weights travel: that of the servers, or fp32 if they differ."""
+        self._batched = 0
+        """Completions that a server batches."""
         self._asleep = False
         """Whether nothing may be sampled until the next `publish`."""
         self._file: WeightFile | None = None
@@ -134,7 +136,11 @@ class VLLMSampler:
 
     def at_once(self, n: int) -> int:
         """How many prompts with n samples each all servers together take at a time. Call after `open`."""
-        return _prompts_at_once(n) * len(self.pool.clients)
+        return self._prompts_at_once(n) * len(self.pool.clients)
+
+    def _prompts_at_once(self, n: int) -> int:
+        """How many prompts with n samples each one server gets from this rank at a time."""
+        return max(1, QUEUED * self._batched // distributed.world_size() // n)
 
     def start(self) -> None:
         """Start the servers if `rollout.server.launch` is set. Raises: RunStopped if one cannot be started."""
@@ -150,8 +156,7 @@ class VLLMSampler:
         self.pool.open(server.urls, resolve(self._config.model.path))
         for client in self.pool.clients:
             client.weight_version()  # fails now, not after the first rollout, if a server lacks these routes
-        dtypes = on_rank_zero(lambda: {client.dtype() for client in self.pool.clients})
-        self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self._ask_settings()
         kind = weight_sync(self._config)
         if kind == "file":
             if distributed.rank() == 0:
@@ -159,6 +164,13 @@ class VLLMSampler:
         else:
             self._direct = DirectTransfer(kind, self.pool.clients)
         self.sleep()  # the student is loaded next
+
+    def _ask_settings(self) -> None:
+        """Learn from the servers what they run. A collective."""
+        found = on_rank_zero(lambda: [client.settings() for client in self.pool.clients])
+        dtypes = {dtype for dtype, _ in found}
+        self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        self._batched = min(sequences for _, sequences in found)
 
     def sleep(self) -> None:
         """With `rollout.server.sleep`, give the servers' memory back until the next `publish`. A collective, when no
@@ -351,7 +363,7 @@ class VLLMSampler:
         def one(client: VLLMClient, model: str, prompt: Prompt) -> list[Rollout]:
             return self._one_prompt(client, model, prompt, n, iteration, sampling)
 
-        return self.run(prompts, one, at_once=_prompts_at_once(n))
+        return self.run(prompts, one, at_once=self._prompts_at_once(n))
 
     def run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         """Call `act(client, model name of the published weights, job)` for every job; see `ServerPool.run`."""
@@ -437,11 +449,6 @@ class VLLMSampler:
         if self._direct is not None:
             self._direct.close()
         self._file, self._direct = None, None
-
-
-def _prompts_at_once(n: int) -> int:
-    """How many prompts with n samples each one server takes at a time."""
-    return max(1, _AT_ONCE // n)
 
 
 def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:

@@ -36,6 +36,7 @@ class LoraVLLMSampler(VLLMSampler):
         settings, model = self._config.rollout.server, self._config.model
         base = resolve(model.path)
         self.pool.open(settings.urls, base)
+        self._ask_settings()
         self.check_version()
         if distributed.rank() == 0:
             assert model.lora is not None

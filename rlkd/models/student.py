@@ -213,8 +213,8 @@ def build_student(model: ModelConfig, trainer: TrainerConfig, mesh: DeviceMesh, 
                 "false"
             )
         hf.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in blocks(hf):  # a block checks only its own flag; the modules inside stay in evaluation mode
-            module.training = True
+        for module in blocks(hf)[:: model.recompute_every]:
+            module.training = True  # a block checks only its own flag; the modules inside stay in evaluation mode
     if trainer.compile:
         for module in blocks(hf):  # before sharding, and for any length, since those of micro-batches differ
             module.compile(dynamic=True)

@@ -6,6 +6,7 @@ small buffers; activations and temporaries are an estimate, and so is what a lib
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -243,10 +244,10 @@ def _training(config: Config, model: Shape) -> Part:
     gathered = each * (model.outside + 2 * model.largest_block)
     gradients = each * (model.outside + model.largest_block) + 4 * max(model.outside, model.largest_block)
     inner = block_activations(model, each)
-    if config.model.gradient_checkpointing:
-        activations = tokens * (each * model.hidden * model.layers + inner)
-    else:
-        activations = tokens * inner * model.layers
+    recomputed = math.ceil(model.layers / config.model.recompute_every) if config.model.gradient_checkpointing else 0
+    activations = tokens * inner * (model.layers - recomputed)
+    if recomputed:
+        activations += tokens * (each * model.hidden * recomputed + inner)
     logits = 4 * model.output_layer + 4 * max(VOCABULARY_CHUNK.values()) * min(tokens, _TOKEN_CHUNK)
     if config.teachers or isinstance(config.teacher, SelfTeacherConfig):
         logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see logprob_head.py

@@ -175,13 +175,13 @@ class VLLMClient:
         version = self.get("/weight_info", WeightInfo).weight_version
         return None if version == "default" else parse_version(version, self.url)
 
-    def dtype(self) -> torch.dtype:
-        """The dtype of the model that the server runs."""
-        name = self.get("/server_info?config_format=json", ServerInfo).vllm_config.model_config_.dtype
-        dtype = getattr(torch, name.removeprefix("torch."), None)
+    def settings(self) -> tuple[torch.dtype, int]:
+        """(the dtype of the model that the server runs, how many sequences it batches)."""
+        info = self.get("/server_info?config_format=json", ServerInfo)
+        dtype = getattr(torch, info.dtype.removeprefix("torch."), None)
         if not isinstance(dtype, torch.dtype):
-            raise ServerError(f"{self.url}: expected the model's dtype in /server_info, got {name[:40]!r}")
-        return dtype
+            raise ServerError(f"{self.url}: expected the model's dtype in /server_info, got {info.dtype[:40]!r}")
+        return dtype, info.sequences
 
     def close(self) -> None:
         self._http.close()

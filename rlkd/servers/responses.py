@@ -60,14 +60,29 @@ class _ModelSettings(Answer):
     dtype: str
 
 
+class _SchedulerSettings(Answer):
+    max_num_seqs: int = Field(gt=0)
+
+
 class _Settings(Answer):
     model_config_: _ModelSettings = Field(alias="model_config")
+    scheduler_config: _SchedulerSettings
 
 
 class ServerInfo(Answer):
     """GET /server_info?config_format=json."""
 
     vllm_config: _Settings
+
+    @property
+    def dtype(self) -> str:
+        """That of the model, e.g. torch.bfloat16."""
+        return self.vllm_config.model_config_.dtype
+
+    @property
+    def sequences(self) -> int:
+        """How many it batches."""
+        return self.vllm_config.scheduler_config.max_num_seqs
 
 
 class CacheReset(Answer):

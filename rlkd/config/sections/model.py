@@ -27,6 +27,11 @@ class ModelConfig(Section):
         None, description="attention implementation in transformers, e.g. sdpa, flash_attention_2"
     )
     gradient_checkpointing: bool = Field(False, description="recompute activations in the backward pass to save memory")
+    recompute_every: int = Field(
+        1,
+        ge=1,
+        description="with gradient_checkpointing: recompute those of every n-th block only; 1: of all",
+    )
     fp32_head: bool = Field(
         False,
         description="in bf16 runs, compute the output layer's logits in fp32, at trainer and servers: less mismatch "

@@ -21,7 +21,7 @@ from families import write
 
 from rlkd.algorithms.grpo import GRPO as GRPOModule
 from rlkd.algorithms.kdrl import KDRL
-from rlkd.models.student import load_causal_lm
+from rlkd.models.student import blocks, load_causal_lm
 from rlkd.pipeline.collate import collate
 
 
@@ -226,8 +226,11 @@ def test_a_prompt_token_that_the_student_finds_impossible_does_no_harm(estimator
     assert all(g.isfinite().all() for g in captured.gradients.values())
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    assert_same(Captured(config()).gradients, Captured(config("model.gradient_checkpointing=true")).gradients, 1e-7)
+@pytest.mark.parametrize(("every", "recomputed"), [(1, 2), (2, 1), (9, 1)])
+def test_gradient_checkpointing_changes_no_gradient(every, recomputed):
+    again = Captured(config("model.gradient_checkpointing=true", f"model.recompute_every={every}"))
+    assert_same(Captured(config()).gradients, again.gradients, 1e-7)
+    assert sum(block.training for block in blocks(again.student.hf)) == recomputed
 
 
 def test_bf16_computes_in_half_and_keeps_fp32_masters():
