@@ -218,15 +218,9 @@ def scoring(
     model: Model, machine: Machine, tokens: float, projected: float, length: float, passes: int, each: int = 4
 ) -> float:
     """Seconds that a teacher in this process takes to score `tokens` tokens of sequences of `length`, in `passes`
-    forwards. On average a token attends to half of its sequence.
-
-    Args:
-        projected: tokens that are projected onto the vocabulary: those of completions, or 0 if the teacher returns
-            hidden states.
+    forwards. On average a token attends to half of its sequence. `projected`: as in `Update`.
     """
-    work = trunk(model, tokens, length / 2, each)
-    if projected > 0:
-        work = work.plus(logprobs(model, projected, each))
+    work = trunk(model, tokens, length / 2, each).plus(logprobs(model, projected, each))
     return passes * (machine.forward + machine.forward_layer * model.layers) + machine.seconds(work)
 
 

@@ -355,8 +355,7 @@ def predicted(case: Case, machine: Machine, models: dict[str, Model], prompt: fl
         train += cost.scoring(student, machine, tokens, projected, length, 1)
     teacher = 0.0
     if case.teacher:
-        scored = 0.0 if full else projected  # a divergence over the full vocabulary needs hidden states only
-        teacher = cost.scoring(models[case.teacher], machine, tokens, scored, length, 1)
+        teacher = cost.scoring(models[case.teacher], machine, tokens, projected, length, 1)
     return {
         "rollout": cost.rollout(student, machine, rows, prompt, case.length, group=8),
         "teacher": teacher,

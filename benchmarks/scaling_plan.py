@@ -293,21 +293,19 @@ def plan() -> None:
 def memories(known: Sequence[Student]) -> None:
     """Print the memory that each student needs, by number of trainers."""
     print("Memory of a trainer GPU, GiB; a plan may use 72 of 80")
-    print("host: main memory of a machine while its processes load the student; whole: if each read all of it")
-    head = f"{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host':>8}{'host, whole':>13}"
+    print("host: main memory of a machine while its processes load the student")
+    head = f"{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host':>8}"
     print(f"{'student':<10}{'GPUs':>6}{head}")
     for student in known:
         for ranks in (1, 4, 8, 16, 64, 512):
             full = memory(student, ranks, "all weights")
             adapted = memory(student, ranks, "adapters").peak("adapters") / GIB
             checked = student.shape.outside + student.shape.largest_block
-            here = min(ranks, BOX)
-            host = cost.loading_bytes(student.model.parameters, here / ranks, checked) / GIB
-            whole = 4 * student.model.parameters * here / GIB
+            host = cost.loading_bytes(student.model.parameters, min(ranks, BOX) / ranks, checked) / GIB
             peaks = (full.always, full.always + full.training, full.always + full.publishing)
             cells = "".join(f"{value / GIB:>{width}.0f}" for value, width in zip(peaks, (9, 12, 14), strict=True))
             last = "–" if student.model.routed else f"{adapted:.0f}"
-            print(f"{student.name:<10}{ranks:>6}{cells}{last:>10}{host:>8.0f}{whole:>13.0f}")
+            print(f"{student.name:<10}{ranks:>6}{cells}{last:>10}{host:>8.0f}")
 
 
 def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
