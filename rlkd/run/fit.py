@@ -12,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning
+import torch
 from transformers.utils import logging as transformers_logging
 
 from rlkd import distributed
@@ -27,6 +28,7 @@ from rlkd.run.resume import changes, resume_path
 from rlkd.run.safe_loading import SafeModelParallelStrategy
 from rlkd.run.trace import Trace
 from rlkd.run.wandb_logger import Samples, finish, loggers
+from rlkd.servers.placement import weight_sync
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
 from rlkd.training.module import PolicyModule
@@ -79,6 +81,17 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
     )
 
 
+def use_expandable_segments(config: Config) -> None:
+    """Let torch join pieces of free GPU memory, since the shapes of micro-batches differ.
+
+    It does not where the user has settings of their own, nor with `weight_sync: ipc`, which cannot share such memory.
+    """
+    asked = any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    shared = config.rollout.backend == "vllm" and weight_sync(config) == "ipc"
+    if distributed.local_device(config.trainer.accelerator).type == "cuda" and not asked and not shared:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+
+
 def run(config: Config, text: str) -> None:
     """Train with `config`. `text` is the merged YAML, which is saved as `<run>/config.yaml`."""
     checkpoint = resume_path(config)
@@ -86,6 +99,7 @@ def run(config: Config, text: str) -> None:
         with writing(f"run.dir: {config.run_dir}/config.yaml"):
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             atomic.write(Path(config.run_dir, "config.yaml"), text.encode())
+    use_expandable_segments(config)
     module = PolicyModule(config)
     loader = RolloutLoader(config, module.algorithm)
     try:

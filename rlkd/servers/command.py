@@ -45,7 +45,11 @@ def server_command(
         tensor_parallel, data_parallel: GPUs of one copy of the model, and copies behind the one address.
     """
     on_cpu = not torch.cuda.is_available()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", role.model]
+    adapters = "--enable-lora" in role.arguments  # each API process has its own list of them
+    if data_parallel > 1 and not adapters:
+        command = [sys.executable, "-m", "rlkd.servers.data_parallel", role.model]
+    else:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", role.model]
     command += ["--served-model-name", role.name, "--host", host, "--port", str(port)]
     command += ["--middleware", "rlkd.servers.auth.KeyGuard"]
     command += ["--dtype", "float32" if on_cpu and config.dtype == "auto" else config.dtype]

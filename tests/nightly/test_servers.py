@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from run_results import rows_so_far, wait_for_rows
-from runs import start
+from runs import start, start_ranks
 
 pytestmark = [pytest.mark.server, pytest.mark.process]
 
@@ -119,3 +119,35 @@ def test_killed_once_too_often(scene):
     with pytest.raises(AssertionError, match="no server"):
         server_group(folder)
     assert not list(Path(folder.parent, "sync").iterdir())
+
+
+@pytest.mark.soak
+def test_killed_in_a_publish_and_not_started_again(tmp_path):
+    """Both ranks end within seconds, and the run can be resumed."""
+    folder, sync = tmp_path / "run", tmp_path / "sync"
+    options = [
+        *("--config", "configs/quickstart_vllm.yaml", f"run.dir={tmp_path}", "run.name=run", "trainer.devices=2"),
+        *("run.iterations=1000", "eval.every=0", "checkpoint.every=0", "rollout.prompts=4", "teacher=null"),
+        *("algorithm={name: grpo, group_size: 4}", "rollout.server.restarts=0", "rollout.server.retry_s=0"),
+        f"rollout.server.sync_dir={sync}",
+    ]
+    runs = start_ranks(2, options, tmp_path)
+    try:
+        wait_for_rows(runs[0], folder, 3, seconds=300)
+        group, seen = server_group(folder), {path.name for path in sync.glob("*/weights-*")}
+        while not {path.name for path in sync.glob("*/weights-*")} - seen:
+            time.sleep(0.001)
+        os.killpg(group, signal.SIGKILL)
+        killed = time.monotonic()
+        codes = [run.wait(60) for run in runs]
+        seconds = time.monotonic() - killed
+    finally:
+        for run in runs:
+            run.kill()
+    done = rows_so_far(folder)[-1]["iteration"]
+    print(f"both ranks ended {seconds:.1f} s after the server was killed, with {done} iterations saved")
+    assert codes == [1, 1] and seconds < 30
+    assert f"stopped: saved iteration {done}; continue with run.resume=auto" in runs[0].out.read_text()
+    resumed = start_ranks(2, [*options, "run.resume=auto", f"run.iterations={done + 2}"], tmp_path)
+    assert [run.wait(300) for run in resumed] == [0, 0], resumed[0].err.read_text()[-3000:]
+    assert [row["iteration"] for row in rows_so_far(folder)] == list(range(1, done + 3))

@@ -41,7 +41,9 @@ TEACHER = "teacher={backend: served, path: 'builtin:teacher', server: {launch: t
 def parsed(settings, role, server):
     """What vLLM's own parser makes of a server's command line, with two GPUs a copy and two copies."""
     command = server_command(role, server, host="10.0.0.1", port=8000, tensor_parallel=2, data_parallel=2)
-    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    adapters = "--enable-lora" in command
+    module = "vllm.entrypoints.openai.api_server" if adapters else "rlkd.servers.data_parallel"
+    assert command[1:3] == ["-m", module], "an API process for each copy, except that each has its own adapters"
     args = make_arg_parser(FlexibleArgumentParser()).parse_args(command[3:])
     validate_parsed_serve_args(args)
     engine = AsyncEngineArgs.from_cli_args(args)
