@@ -120,3 +120,11 @@ def test_in_process_one_rank_publishes_nothing_and_adapters_are_merged():
 def test_a_machine_loads_its_shards_once():
     assert cost.loading_bytes(1e9, 1 / 2, 0) == pytest.approx(1.1 * 4e9 / 2)
     assert cost.loading_bytes(1e9, 1 / 64, 1e8) == 4e8  # what rank 0 checks is more than its shards
+
+
+def test_only_completions_are_projected_and_prompts_are_read_once_a_group():
+    machine, none = Machine(flops=1.0, memory=float("inf")), replace(TINY, attention=0.0)
+    trained = cost.gpu_training(none, machine, 40, 28, 10, 4, 1024)
+    assert trained.compute == 10 * 8 * TINY.blocks + 7 * 8 * TINY.output_layer  # blocks run forward twice
+    assert cost.scoring(none, machine, 10, 7, 10, 1) == 10 * 2 * TINY.blocks + 7 * 2 * TINY.output_layer
+    assert cost.rollout(none, machine, 8, 5, 1, group=4) == 2 * 5 * 2 * TINY.blocks
