@@ -197,27 +197,30 @@ def divergence(model: Model, teacher: Model, tokens: float) -> Work:
 
 
 def decode_step(model: Model, machine: Machine, rows: float, context: float, each: int) -> float:
-    """Seconds to generate one token for each of `rows` rows with `context` tokens, in process. The cache grows by
-    concatenation, which reads and writes it once; attention then reads it again."""
+    """Seconds to generate one token for each of `rows` rows with `context` tokens, in process. Keys and values are
+    written in place; attention reads them all. That buffers are copied when they are full is left out."""
     work = trunk(model, rows, context, each)
     work = work.plus(Work(flops=2 * rows * model.output_layer, weights=each * model.output_layer))
-    work = work.plus(Work(stream=3 * each * rows * context * model.cache))
+    work = work.plus(Work(stream=each * rows * context * model.cache))
     fixed = machine.step + machine.step_layer * model.layers
     return fixed + machine.seconds(work) + machine.draw * rows * model.vocabulary
 
 
-def rollout(model: Model, machine: Machine, rows: int, prompt: float, length: int, each: int = 4) -> float:
-    """Seconds of `rows` completions of `length` tokens each, in process: one pass over the prompts, which gives the
-    first token, then one step for each further token."""
-    first = machine.seconds(trunk(model, rows * prompt, prompt, each)) + machine.draw * rows * model.vocabulary
+def rollout(model: Model, machine: Machine, rows: int, prompt: float, length: int, group: int, each: int = 4) -> float:
+    """Seconds of `rows` completions of `length` tokens each, in process: one pass over the prompts, each once for the
+    `group` completions that it gets, which gives the first token, then one step for each further token."""
+    first = machine.seconds(trunk(model, rows / group * prompt, prompt, each)) + machine.draw * rows * model.vocabulary
     first += machine.step + machine.step_layer * model.layers
     return first + sum(decode_step(model, machine, rows, prompt + t, each) for t in range(1, length))
 
 
-def scoring(model: Model, machine: Machine, tokens: float, length: float, passes: int, each: int = 4) -> float:
+def scoring(
+    model: Model, machine: Machine, tokens: float, projected: float, length: float, passes: int, each: int = 4
+) -> float:
     """Seconds that a teacher in this process takes to score `tokens` tokens of sequences of `length`, in `passes`
-    forwards. On average a token attends to half of its sequence."""
-    work = trunk(model, tokens, length / 2, each).plus(logprobs(model, tokens, each))
+    forwards. On average a token attends to half of its sequence. `projected`: as in `Update`.
+    """
+    work = trunk(model, tokens, length / 2, each).plus(logprobs(model, projected, each))
     return passes * (machine.forward + machine.forward_layer * model.layers) + machine.seconds(work)
 
 
@@ -226,6 +229,8 @@ class Update(NamedTuple):
 
     tokens: float
     """Tokens of this rank, padding included."""
+    projected: float
+    """Those of completions, the only ones that are projected onto the vocabulary."""
     length: float
     micro_batches: int
     ranks: int = 1
@@ -238,7 +243,8 @@ def training(model: Model, machine: Machine, update: Update, teacher: Model | No
     and transfers for each micro-batch, and AdamW.
 
     The backward is assumed to need twice the forward's element-wise passes, as it does for products. `teacher`: the
-    model compared by a divergence over the full vocabulary, or None.
+    model compared by a divergence over the full vocabulary, of which log-probs are a by-product (a loss without a
+    policy gradient), or None.
     """
     tokens, ranks = update.tokens, update.ranks
     forward = trunk(model, tokens, update.length / 2, each)
@@ -249,9 +255,11 @@ def training(model: Model, machine: Machine, update: Update, teacher: Model | No
         outputs = 2 * model.hidden + model.queries + 2 * model.keys + 2 * model.intermediate
         # An adapter's result is scaled and added: 5 passes over its layer's outputs, and twice that backward.
         backward = backward.plus(Work(passes=3 * 5 * each * tokens * outputs * model.layers))
-    work = forward.plus(backward).plus(logprobs(model, tokens, each)).plus(logprobs_backward(model, tokens, each))
+    work, projected = forward.plus(backward), update.projected
     if teacher is not None:
-        work = work.plus(divergence(model, teacher, tokens))
+        work = work.plus(divergence(model, teacher, projected))
+    else:
+        work = work.plus(logprobs(model, projected, each)).plus(logprobs_backward(model, projected, each))
     trained = update.adapters if frozen else model.parameters
     work = work.plus(fsdp_copies(model.parameters, trained).times(update.micro_batches))
     work = work.plus(Work(stream=ADAMW * trained / ranks))
@@ -278,12 +286,17 @@ def exchanged(parameters: float, trained: float, ranks: int, each: int) -> float
     return (ranks - 1) / ranks * (2 * each * parameters + 4 * trained)
 
 
-def publishing(model: Model, machine: Machine, ranks: int = 1) -> float:
-    """Seconds to gather all fp32 weights on every rank and copy them into the sampler: 16 bytes read or written per
-    parameter."""
+def publishing(model: Model, machine: Machine, ranks: int, merged: bool) -> float:
+    """Seconds to gather the weights, one fp32 tensor at a time, and copy them into the sampler: 16 bytes read or
+    written per parameter. One rank does neither, since its sampler reads the student's own tensors.
+
+    Args:
+        merged: whether adapters are merged first: a product, scaled and added, 24 bytes per parameter.
+    """
     fixed = machine.publish + machine.publish_layer * model.layers
     gathered = (ranks - 1) / ranks * 4 * model.parameters / machine.link
-    return fixed + gathered + machine.seconds(Work(stream=16 * model.parameters))
+    moved = (16 if ranks > 1 else 0) + (24 if merged else 0)
+    return fixed + gathered + machine.seconds(Work(stream=moved * model.parameters))
 
 
 # ---- the phases on GPUs: servers that batch continuously, trainers that overlap communication -----------------------
@@ -347,14 +360,21 @@ class Trained(NamedTuple):
 
 
 def gpu_training(
-    model: Model, gpu: Machine, tokens: float, length: float, ranks: int, micro_tokens: int, adapters: float = 0.0
+    model: Model,
+    gpu: Machine,
+    tokens: float,
+    projected: float,
+    length: float,
+    ranks: int,
+    micro_tokens: int,
+    adapters: float = 0.0,
 ) -> Trained:
     """One update on all `tokens` over `ranks` GPUs, bf16, with gradient checkpointing: each block runs forward twice
-    and backward once, so 8 FLOPs per parameter and token, 6 where weights are frozen."""
+    and backward once, so 8 FLOPs per parameter and token, 6 where weights are frozen. `projected`: as in `Update`."""
     share = tokens / ranks
     forward = trunk(model, share, length / 2, 2).flops
     frozen = adapters > 0
-    flops = forward * (3 if frozen else 4) + 8 * share * model.output_layer + 8 * share * adapters
+    flops = forward * (3 if frozen else 4) + 8 * projected / ranks * model.output_layer + 8 * share * adapters
     trained = adapters if frozen else model.parameters
     micro_batches = math.ceil(share / micro_tokens)
     waits = 3 * (model.layers + 1) * (ranks - 1) * gpu.hop
@@ -364,20 +384,44 @@ def gpu_training(
     )
 
 
+def published_bytes(model: Model, each: int = 2) -> float:
+    """Bytes of all weights in the servers' dtype. A shard is cast before it is gathered (rlkd.models.weights), so this
+    is what is gathered, sent and written. Norms and biases, which stay in fp32, are too small to count."""
+    return each * model.parameters
+
+
 def gather_seconds(count: float, gpu: Machine, ranks: int) -> float:
-    """Seconds to gather `count` sharded bytes on every rank."""
+    """Seconds to gather `count` sharded bytes on every rank, one tensor after another."""
     return (ranks - 1) / ranks * count / gpu.link
 
 
-def nccl_seconds(count: float, gpu: Machine, servers: int) -> float:
-    """Seconds to send `count` bytes from rank 0 to the workers of each server, one server at a time
-    (rlkd.weight_sync.nccl)."""
-    return servers * count / gpu.network
+def nccl_seconds(count: float, gpu: Machine) -> float:
+    """Seconds to broadcast `count` bytes from rank 0 to all workers of all servers, which are one group
+    (rlkd.weight_sync.nccl): in a ring that passes buffers on, each link carries each byte once. The hops of the first
+    buffer are left out."""
+    return count / gpu.network
 
 
 def disk_seconds(count: float, gpu: Machine, servers: int) -> float:
-    """Seconds for rank 0 to write `count` bytes and then for all servers to read them at the same time."""
+    """Seconds for rank 0 to write `count` bytes and then for `servers` machines to read them at the same time."""
     return count / gpu.disk_write + max(count / gpu.disk_read, servers * count / gpu.disk_total)
+
+
+LOADING = 1.1
+"""Peak host memory of two ranks that load in shards, by the model's size in fp32, measured on a CPU (CHANGELOG.md)."""
+
+
+def loading_bytes(parameters: float, shard_share: float, checked: float) -> float:
+    """Bytes of host memory that all processes of a machine need together to load the student in shards
+    (rlkd.models.sharded_loading): their fp32 shards, times what two ranks on a CPU were measured to need. On a GPU
+    machine shards go to the cards, so this is too high rather than too low.
+
+    Args:
+        shard_share: the machine's share of all ranks.
+        checked: parameters that rank 0 holds in fp32 while it runs a few tokens through the model on its CPU: those
+            outside the blocks, and one block.
+    """
+    return max(LOADING * 4 * parameters * shard_share, 4 * checked)
 
 
 def adapter_numbers(model: Model, rank: int) -> float:

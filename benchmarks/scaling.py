@@ -340,19 +340,27 @@ def predicted(case: Case, machine: Machine, models: dict[str, Model], prompt: fl
     student, rows, length = models[case.student], case.rows, prompt + case.length
     tokens = rows * length
     adapters = cost.adapter_numbers(student, RANK) if case.lora else 0.0
-    one = Update(tokens=tokens / case.updates, length=length, micro_batches=1, ranks=case.ranks, adapters=adapters)
+    projected = float(rows * case.length)
+    one = Update(
+        tokens=tokens / case.updates,
+        projected=projected / case.updates,
+        length=length,
+        micro_batches=1,
+        ranks=case.ranks,
+        adapters=adapters,
+    )
     full = models[case.teacher] if case.teacher and case.algorithm == "opd" else None
     train = case.updates * cost.training(student, machine, one, full)
     if case.updates > 1:  # the log-probs before the first update
-        train += cost.scoring(student, machine, tokens, length, 1)
+        train += cost.scoring(student, machine, tokens, projected, length, 1)
     teacher = 0.0
     if case.teacher:
-        teacher = cost.scoring(models[case.teacher], machine, tokens, length, 1)
+        teacher = cost.scoring(models[case.teacher], machine, tokens, projected, length, 1)
     return {
-        "rollout": cost.rollout(student, machine, rows, prompt, case.length),
+        "rollout": cost.rollout(student, machine, rows, prompt, case.length, group=8),
         "teacher": teacher,
         "train": train,
-        "publish": cost.publishing(student, machine, case.ranks),
+        "publish": cost.publishing(student, machine, case.ranks, case.lora),
     }
 
 

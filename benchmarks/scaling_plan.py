@@ -49,6 +49,8 @@ SLACK = 1.05
 WORKSPACE = 10 * GIB
 """Assumed for a trainer with expert parallelism, which rlkd does not have: experts stay in place and tokens are sent to
 them, so little is gathered."""
+BATCHED = 1024
+"""Sequences that a copy runs at once: the default of vLLM 0.32's API server on GPUs of 70 GiB or more, but A100s."""
 PROMPT = 512
 ADAPTER_RANK = 32
 
@@ -155,7 +157,7 @@ class Memory:
     publishing: float
 
     def peak(self, way: str) -> float:
-        """Peak bytes; `way`: how weights are held and published, as in the table of `fastest`."""
+        """Peak bytes; `way`: what is trained, as in the table of `fastest`."""
         return self.always + (WORKSPACE if way == "experts split" else max(self.training, self.publishing))
 
 
@@ -163,7 +165,7 @@ class Memory:
 def memory(student: Student, ranks: int, way: str) -> Memory:
     """Memory of each of `ranks` trainer GPUs that train `student`."""
     adapters = (f"model.lora={{r: {ADAPTER_RANK}}}",) if way == "adapters" else ()
-    return needed(student.config, ranks, student.micro_tokens, *adapters, whole=way == "all weights")
+    return needed(student.config, ranks, student.micro_tokens, *adapters, whole=False)
 
 
 def needed(model: PreTrainedConfig, ranks: int, tokens: int, *overrides: str, whole: bool) -> Memory:
@@ -220,18 +222,18 @@ class Split:
 
 
 def room(student: Student, per_copy: int) -> float:
-    """Number of sequences of the mean length that fit into the memory of a model copy on a server."""
+    """Number of sequences of the mean length that a model copy on a server runs at once: those that fit into its
+    memory, at most those that vLLM batches."""
     free = per_copy * CARD - 2 * student.model.parameters
-    return free / (2 * student.model.cache * (PROMPT + student.longest / 2))
+    return min(free / (2 * student.model.cache * (PROMPT + student.longest / 2)), BATCHED)
 
 
 def publish_seconds(student: Student, trainers: int, boxes: int, way: str, gpu: Machine) -> float:
-    """Seconds to publish: all weights by the faster of NCCL and disk, in fp32 as rlkd sends them; adapters by disk."""
+    """Seconds to publish: all weights by NCCL, adapters in fp32 by disk."""
     if way == "adapters":
         return cost.disk_seconds(4 * cost.adapter_numbers(student.model, ADAPTER_RANK), gpu, boxes)
-    count = 4 * student.model.parameters
-    sent = min(cost.nccl_seconds(count, gpu, boxes), cost.disk_seconds(count, gpu, boxes))
-    return cost.gather_seconds(count, gpu, trainers) + sent
+    count = cost.published_bytes(student.model)
+    return cost.gather_seconds(count, gpu, trainers) + cost.nccl_seconds(count, gpu)
 
 
 def counts(most: int, of: int) -> list[int]:
@@ -249,7 +251,8 @@ def splits(student: Student, teacher: Student, gpus: int, completions: int, way:
     for trainers in range(1, gpus):
         if (completions // GROUP) % trainers or memory(student, trainers, way).peak(way) > CARD:
             continue
-        train = cost.gpu_training(student.model, gpu, tokens, mean, trainers, student.micro_tokens, adapters)
+        projected = completions * student.longest / 2
+        train = cost.gpu_training(student.model, gpu, tokens, projected, mean, trainers, student.micro_tokens, adapters)
         for teachers in counts(gpus - trainers, teacher.per_copy[0]):
             scored = cost.served_scoring(teacher.model, gpu, tokens, mean, teachers)
             left = gpus - trainers - teachers
@@ -290,29 +293,29 @@ def plan() -> None:
 def memories(known: Sequence[Student]) -> None:
     """Print the memory that each student needs, by number of trainers."""
     print("Memory of a trainer GPU, GiB; a plan may use 72 of 80")
-    head = f"{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host, a box':>13}"
+    print("host: main memory of a machine while its processes load the student")
+    head = f"{'always':>9}{'+ training':>12}{'+ publishing':>14}{'adapters':>10}{'host':>8}"
     print(f"{'student':<10}{'GPUs':>6}{head}")
     for student in known:
         for ranks in (1, 4, 8, 16, 64, 512):
             full = memory(student, ranks, "all weights")
             adapted = memory(student, ranks, "adapters").peak("adapters") / GIB
-            host = 4 * student.model.parameters * min(ranks, BOX)
+            checked = student.shape.outside + student.shape.largest_block
+            host = cost.loading_bytes(student.model.parameters, min(ranks, BOX) / ranks, checked) / GIB
             peaks = (full.always, full.always + full.training, full.always + full.publishing)
             cells = "".join(f"{value / GIB:>{width}.0f}" for value, width in zip(peaks, (9, 12, 14), strict=True))
             last = "–" if student.model.routed else f"{adapted:.0f}"
-            print(f"{student.name:<10}{ranks:>6}{cells}{last:>10}{host / GIB:>13.0f}")
+            print(f"{student.name:<10}{ranks:>6}{cells}{last:>10}{host:>8.0f}")
 
 
 def fastest(pairs: Sequence[tuple[Student, Student]]) -> None:
     """Print the best split of each (student, teacher) on 8, 64 and 1,024 GPUs."""
     print(f"\nThe smallest split within {SLACK - 1:.0%} of the fastest; teacher: 32B, of 671B itself; seconds")
     head = ("trainers", "servers", "a copy", "teachers", "rollout", "teacher", "train", "publish", "step", "idle")
-    print(
-        f"{'student':<10}{'GPUs':>5}{'samples':>8}  {'published':<17}" + "".join(f"{h:>9}" for h in head) + "  slowest"
-    )
+    print(f"{'student':<10}{'GPUs':>5}{'samples':>8}  {'trained':<17}" + "".join(f"{h:>9}" for h in head) + "  slowest")
     for student, teacher in pairs:
         for gpus, completions in ((8, 1024), (64, 1024), (1024, 1024), (1024, 16384)):
-            for way in ("all weights", "tensor by tensor", "experts split" if student.model.routed else "adapters"):
+            for way in ("all weights", "experts split" if student.model.routed else "adapters"):
                 line = f"{student.name:<10}{gpus:>5}{completions:>8}  {way:<17}"
                 best = best_split(student, teacher, gpus, completions, way)
                 if best is None:
@@ -328,15 +331,12 @@ def published(known: Sequence[Student]) -> None:
     """Print the seconds of publishing, by number of server machines."""
     print("\nPublishing to servers on separate machines, 64 trainers, seconds")
     for student in known:
-        count = 4 * student.model.parameters
+        count = cost.published_bytes(student.model)
         adapters = 4 * cost.adapter_numbers(student.model, ADAPTER_RANK)
-        print(f"{student.name}: {count / 1e9:.0f} GB, gathered in {cost.gather_seconds(count, ACROSS, 64):.2f}")
+        gathered, sent = cost.gather_seconds(count, ACROSS, 64), cost.nccl_seconds(count, ACROSS)
+        print(f"{student.name}: {count / 1e9:.0f} GB, gathered in {gathered:.2f}, by NCCL {sent:.2f} to any number")
         for boxes in (1, 4, 16, 32, 64, 128):
-            ways = {
-                "NCCL in turn": cost.nccl_seconds(count, ACROSS, boxes),
-                "NCCL at once": cost.nccl_seconds(count, ACROSS, 1),
-                "disk": cost.disk_seconds(count, ACROSS, boxes),
-            }
+            ways = {"disk": cost.disk_seconds(count, ACROSS, boxes)}
             if not student.model.routed:
                 ways[f"adapters ({adapters / 1e9:.2f} GB) by disk"] = cost.disk_seconds(adapters, ACROSS, boxes)
             print(f"{boxes:>6} machines: " + ", ".join(f"{name} {seconds:.2f}" for name, seconds in ways.items()))
@@ -359,7 +359,9 @@ def steps(known: Sequence[Student]) -> None:
         cells = []
         for ranks, gpu in ((8, H100), (64, ACROSS), (512, ACROSS)):
             micro = student.micro_tokens
-            one = cost.gpu_training(student.model, gpu, ranks * micro, student.longest / 2, ranks, micro)
+            tokens, length = ranks * micro, student.longest / 2
+            projected = tokens * student.longest / student.micro_tokens
+            one = cost.gpu_training(student.model, gpu, tokens, projected, length, ranks, micro)
             cells.append(f"{ranks} GPUs {micro * one.communication / one.compute:,.0f}")
         print(f"{student.name}: " + ", ".join(cells))
 

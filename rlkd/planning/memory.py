@@ -182,7 +182,8 @@ def _publishing(config: Config, model: Shape, trained: int) -> list[Part]:
     """What every rank holds on top of its shard while weights are published, and while the student is exported.
 
     Weights are gathered one tensor at a time, so the largest one counts, in fp32 and in the dtype in which it leaves.
-    One rank alone gathers nothing.
+    That is too high for publishing without adapters, where a shard is cast before it is gathered. One rank alone
+    gathers nothing.
     """
     largest = f"the largest tensor, {_billions(model.largest_tensor)} parameters"
     parts = []

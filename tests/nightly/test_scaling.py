@@ -55,10 +55,10 @@ def test_flops_of_forward_and_backward_are_those_that_torch_counts(tokens):
 def test_an_update_is_six_flops_a_parameter_and_token_and_four_where_weights_are_frozen():
     machine = Machine(flops=1.0, memory=float("inf"))
     none = replace(TINY, attention=0.0)
-    whole = cost.training(none, machine, Update(tokens=10, length=1, micro_batches=1))
-    assert whole == 10 * (6 * TINY.blocks + 8 * TINY.output_layer)  # the kernel computes its logits twice
-    adapted = cost.training(none, machine, Update(tokens=10, length=1, micro_batches=1, adapters=5))
-    assert adapted == 10 * (4 * TINY.blocks + 8 * TINY.output_layer + 6 * 5)
+    whole = cost.training(none, machine, Update(tokens=10, projected=7, length=1, micro_batches=1))
+    assert whole == 10 * 6 * TINY.blocks + 7 * 8 * TINY.output_layer  # the kernel computes its logits twice
+    adapted = cost.training(none, machine, Update(tokens=10, projected=7, length=1, micro_batches=1, adapters=5))
+    assert adapted == 10 * (4 * TINY.blocks + 6 * 5) + 7 * 8 * TINY.output_layer
 
 
 def test_a_decode_step_is_bound_by_memory_with_few_rows_and_by_arithmetic_with_many():
@@ -93,8 +93,38 @@ def test_a_rollout_with_room_for_all_takes_the_steps_of_the_longest():
 
 def test_arithmetic_hides_communication_above_some_batch_size():
     machine = replace(GPU, flops=1e12)
-    small = cost.gpu_training(TINY, machine, 8, 4, 8, 1024)
-    large = cost.gpu_training(TINY, machine, 8 * 1024, 4, 8, 1024)
+    small = cost.gpu_training(TINY, machine, 8, 4, 4, 8, 1024)
+    large = cost.gpu_training(TINY, machine, 8 * 1024, 4 * 1024, 4, 8, 1024)
     assert small.communication == large.communication > small.compute
     assert large.compute == pytest.approx(1024 * small.compute)
     assert large.total == large.compute + large.optimizer
+
+
+def test_publishing_sends_the_servers_dtype_once_to_any_number_of_servers():
+    count = cost.published_bytes(TINY)
+    assert count == 2 * TINY.parameters
+    assert cost.gather_seconds(count, GPU, 4) == pytest.approx(3 / 4 * 2 * TINY.parameters / 3e11)
+    assert cost.nccl_seconds(count, GPU) == pytest.approx(2 * TINY.parameters / 4e10)
+    # one writer at 2e9; one reader at 4e9; 20 readers share 4e10
+    assert cost.disk_seconds(4e9, GPU, 1) == 2 + 1
+    assert cost.disk_seconds(4e9, GPU, 20) == 2 + 2
+
+
+def test_in_process_one_rank_publishes_nothing_and_adapters_are_merged():
+    machine = Machine(flops=1.0, memory=1.0, link=1.0, publish=5.0)
+    assert cost.publishing(TINY, machine, 1, merged=False) == 5
+    assert cost.publishing(TINY, machine, 1, merged=True) == 5 + 24 * TINY.parameters
+    assert cost.publishing(TINY, machine, 2, merged=False) == 5 + (16 + 4 / 2) * TINY.parameters
+
+
+def test_a_machine_loads_its_shards_once():
+    assert cost.loading_bytes(1e9, 1 / 2, 0) == pytest.approx(1.1 * 4e9 / 2)
+    assert cost.loading_bytes(1e9, 1 / 64, 1e8) == 4e8  # what rank 0 checks is more than its shards
+
+
+def test_only_completions_are_projected_and_prompts_are_read_once_a_group():
+    machine, none = Machine(flops=1.0, memory=float("inf")), replace(TINY, attention=0.0)
+    trained = cost.gpu_training(none, machine, 40, 28, 10, 4, 1024)
+    assert trained.compute == 10 * 8 * TINY.blocks + 7 * 8 * TINY.output_layer  # blocks run forward twice
+    assert cost.scoring(none, machine, 10, 7, 10, 1) == 10 * 2 * TINY.blocks + 7 * 2 * TINY.output_layer
+    assert cost.rollout(none, machine, 8, 5, 1, group=4) == 2 * 5 * 2 * TINY.blocks
