@@ -34,6 +34,7 @@ from rlkd.rewards.answers import check_answers
 from rlkd.run.export import rehearse
 from rlkd.run.wandb_logger import tracking_problems
 from rlkd.servers.client import ServerError, VLLMClient
+from rlkd.servers.placement import weight_sync
 from rlkd.servers.process import server_key
 from rlkd.storage.run_folder import checkpoints
 from rlkd.teachers.served import teacher_longest
@@ -378,6 +379,8 @@ def _servers(config: Config) -> list[str]:
             _ask(VLLMClient(url, _ANSWER_S, server_key(server)), path, tokens, trains=key.startswith("rollout"))
             if not server.allow_open and not _is_loopback(urlsplit(url).hostname or ""):
                 _refuse_open(url)
+            if key.startswith("rollout") and policy.sync_dir is None and weight_sync(config) == "file":
+                _refuse_elsewhere(url)
         except (ServerError, httpx.InvalidURL) as error:
             problems.append(f"{key}: {' '.join(str(error).split())}")
     return problems
@@ -390,6 +393,20 @@ def _is_loopback(host: str) -> bool:
     except OSError:
         return False
     return all(ipaddress.ip_address(address).is_loopback for address in addresses)
+
+
+def _refuse_elsewhere(url: str) -> None:
+    """Raises: ServerError if the server is on another machine, which cannot read the memory of this one."""
+    address = socket.getaddrinfo(urlsplit(url).hostname, None)[0][4][0]
+    family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            raise ServerError(
+                f"{url} is on another machine, but weights are written to this one's memory; set "
+                "rollout.server.sync_dir to a folder on a disk that both share"
+            ) from None
 
 
 def _refuse_open(url: str) -> None:

@@ -74,9 +74,20 @@ def test_what_a_training_step_keeps_is_what_is_estimated(tmp_path):
     assert part(resident, "master weights") == sum(t.nbytes for t in trained.parameters.values())
     moments = [t for state in trained.optimizer.state.values() for t in state.values() if t.ndim > 0]
     assert part(resident, "AdamW's moments") == sum(t.full_tensor().nbytes for t in moments)
-    assert part(resident, "hf sampler") == part(resident, "master weights")
+    assert not [p for p in resident if p.what == "hf sampler"], "it reads the student's own tensors"
     halves = trainer_place(config("trainer.devices=2")).resident
     assert part(halves, "AdamW's moments") == part(resident, "AdamW's moments") / 2
+    ahead = trainer_place(config("trainer.accelerator=cpu", "rollout.max_staleness=1")).resident
+    assert part(ahead, "hf sampler") == part(halves, "hf sampler") == part(resident, "master weights")
+
+
+def test_a_sharded_teacher_takes_its_outside_and_a_share_of_its_blocks():
+    local, known = "teacher={backend: local, path: 'builtin:teacher'}", shape_of("builtin:teacher")
+    for ranks, sharded in ((4, False), (4, True), (2, True)):
+        options = (local, f"trainer.devices={ranks}", f"trainer.shard_frozen={str(sharded).lower()}")
+        blocks_held = (known.parameters - known.outside) // ranks + 2 * known.largest_block
+        expected = 4 * (known.outside + blocks_held if sharded else known.parameters)
+        assert part(trainer_place(config(*options)).resident, "teacher") == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lines import assert_lines
 from transformers import AutoConfig, AutoTokenizer
+from vllm_fixtures import own_address
 
 from rlkd.builtin import resolve
 from rlkd.config.schema import Config
@@ -24,7 +25,8 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.generation.sampler import eos_ids
 from rlkd.models.vocabulary import load_config, vocabulary_size
 from rlkd.pipeline.build import build_sampler
-from rlkd.planning.preflight import check, check_evaluation
+from rlkd.planning.preflight import _refuse_elsewhere, check, check_evaluation
+from rlkd.servers.client import ServerError
 from rlkd.train import main
 
 QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
@@ -403,6 +405,15 @@ def test_a_server_of_another_model_or_kind_is_refused():
             assert_lines(check(with_servers(url)), ("rollout.server.urls: ", f"GET {url}/v1/models", 200))
     with server("teacher", routes={"/weight_info": None}) as url:  # a teacher never takes new weights
         assert check(config(f"teacher={{backend: served, path: 'builtin:teacher', url: '{url}'}}")) == []
+
+
+def test_a_server_on_another_machine_cannot_read_weights_from_memory():
+    for here in ("127.0.0.1", "localhost", own_address()):
+        _refuse_elsewhere(f"http://{here}:8000")
+    with pytest.raises(
+        ServerError, match=r"^http://192.0.2.7:8000 is on another machine, .*; set rollout.server.sync_"
+    ):
+        _refuse_elsewhere("http://192.0.2.7:8000")
 
 
 def test_all_problems_are_reported_together():
