@@ -46,7 +46,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(PYTEST) $(WORKERS) tests/unit
 
-# What the GPUs of this machine suffice for (after `make setup-gpu`): half an hour on one. The table is written in any case.
+# The tests for which this machine has GPUs (after `make setup-gpu`): half an hour on one. The table is written in any case.
 test-gpu: $(STAMP)
 	$(PYTEST) -m gpu --gpu-table=runs/gpu_tests.md tests/gpu
 

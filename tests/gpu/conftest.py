@@ -64,7 +64,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 def _enter(item: pytest.Item, figure: str, seconds: str, passed: str) -> None:
     rows = item.config.stash.setdefault(ROWS, {})
-    rows[item.name] = (figure, seconds, passed[:200].replace("|", "/"))
+    rows[item.name] = (figure.replace("|", "\\|"), seconds, passed[:200].replace("|", "\\|"))
     path = item.config.getoption("--gpu-table", default=None)
     if path is None:
         return
