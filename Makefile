@@ -48,7 +48,7 @@ test-fast: $(STAMP)
 
 # The tests for which this machine has GPUs (after `make setup-gpu`): half an hour on one. The table is written in any case.
 test-gpu: $(STAMP)
-	$(PYTEST) -m gpu --gpu-table=runs/gpu_tests.md tests/gpu
+	$(PYTEST) -m gpu --gpu-table=runs/gpu_tests.md -o tmp_path_retention_policy=failed tests/gpu
 
 # All that `make test` only begins, at its full length: 200 kills, fuzz, all families of models, a server killed while it
 # takes weights; and tests/nightly: two machines, Slurm, the learning of every method. An hour or more.

@@ -7,6 +7,7 @@ checks that.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import re
 from collections.abc import Callable, Iterator
@@ -28,13 +29,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """G1 to G12 in this order, then those that need several GPUs."""
+    """G1 to G12 in this order, then those that need several GPUs; each fails after three minutes."""
 
     def place(item: pytest.Item) -> int:
         found = re.match(r"test_g(\d+)_", item.name)
         return int(found[1]) if found else 100 * _needed(item)
 
     items.sort(key=place)
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.timeout(180))
 
 
 def _needed(item: pytest.Item) -> int:
@@ -97,8 +101,13 @@ def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
 
 @pytest.fixture(autouse=True)
 def clean() -> Iterator[None]:
-    """Each test begins without a process group and without memory that torch keeps for later."""
+    """Each test begins without a process group and without memory that torch keeps for later.
+
+    One that hangs in a CUDA call, where no Python code can stop it, ends pytest; the table has the tests before it.
+    """
+    faulthandler.dump_traceback_later(300, exit=True)
     yield
+    faulthandler.cancel_dump_traceback_later()
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()
