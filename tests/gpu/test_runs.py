@@ -69,7 +69,7 @@ def test_g11_the_quickstart_learns(overrides, tmp_path, figure):
     before, after = rows[0]["eval/greedy"], rows[-1]["eval/greedy"]
     each = sum(row.get("time/total", 0.0) for row in rows[1:]) / 100
     figure(f"accuracy {before:.2f} → {after:.2f} in 100 iterations of {each:.2f} s")
-    assert after > before + 0.2
+    assert after > before + 0.4
 
 
 @pytest.mark.parametrize("moment", ["rollout", "training", "twice"])
