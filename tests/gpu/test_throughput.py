@@ -33,7 +33,7 @@ def test_g10_tokens_per_second(batched, queued, qwen, tmp_path, figure, monkeypa
     tokens = sum(len(one.token_ids) for group in groups for one in group)
     busy = (after.user + after.system - before.user - before.system) / seconds
     figure(
-        f"{batched} batched, {batched * queued} in flight: {tokens / seconds:.0f} tokens/s ({tokens} in {seconds:.0f} s); the server's API "
-        f"process used {100 * busy:.0f} % of a core, {1e6 * busy * seconds / tokens:.0f} µs a token"
+        f"{batched} batched, {batched * queued} in flight: {tokens / seconds:.0f} tokens/s ({tokens} in "
+        f"{seconds:.0f} s); the server's API process used {100 * busy:.0f} % of a core, {1e6 * busy * seconds / tokens:.0f} µs a token"
     )
     assert tokens > 100_000
