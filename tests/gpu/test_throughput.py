@@ -34,6 +34,7 @@ def test_g10_tokens_per_second(batched, queued, qwen, tmp_path, figure, monkeypa
     busy = (after.user + after.system - before.user - before.system) / seconds
     figure(
         f"{batched} batched, {batched * queued} in flight: {tokens / seconds:.0f} tokens/s ({tokens} in "
-        f"{seconds:.0f} s); the server's API process used {100 * busy:.0f} % of a core, {1e6 * busy * seconds / tokens:.0f} µs a token"
+        f"{seconds:.0f} s); the server's API process used {100 * busy:.0f} % of a core, "
+        f"{1e6 * busy * seconds / tokens:.0f} µs a token"
     )
     assert tokens > 100_000
