@@ -8,7 +8,7 @@ STAMP := .venv/.rlkd-installed
 # One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup setup-gpu quickstart quickstart-vllm test test-fast soak lint bench clean
+.PHONY: setup setup-gpu quickstart quickstart-vllm test test-fast test-gpu soak lint bench clean
 
 setup: $(STAMP)
 
@@ -45,6 +45,11 @@ test: $(STAMP)
 
 test-fast: $(STAMP)
 	$(PYTEST) $(WORKERS) tests/unit
+
+# After `make setup-gpu`, the tests for which this machine has GPUs, each of which may take three minutes. The table is
+# written even if tests fail. It must not depend on the stamp, which would install the lock file for CPUs.
+test-gpu:
+	$(PYTEST) -m gpu --gpu-table=runs/gpu_tests.md -o tmp_path_retention_policy=failed tests/gpu
 
 # All that `make test` only begins, at its full length: 200 kills, fuzz, all families of models, a server killed while it
 # takes weights; and tests/nightly: two machines, Slurm, the learning of every method. An hour or more.

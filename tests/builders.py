@@ -92,16 +92,31 @@ def assert_same(a, b, tolerance):
 
 
 class OneBatch:
-    """A loader of one batch (Lightning takes a bare list for a collection of loaders)."""
+    """A loader of one batch, or of the same one several times (Lightning takes a bare list for several loaders)."""
 
-    def __init__(self, batch):
-        self.batch = batch
+    def __init__(self, batch, times=1):
+        self.batches = [batch] * times
 
     def __len__(self):
-        return 1
+        return len(self.batches)
 
     def __iter__(self):
-        return iter([self.batch])
+        return iter(self.batches)
+
+
+def bare_trainer(settings: Config, *callbacks) -> lightning.Trainer:
+    """A Trainer of one rank that only trains."""
+    return lightning.Trainer(
+        accelerator=settings.trainer.accelerator,
+        devices=1,
+        strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
+        max_epochs=1,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 class Captured:
@@ -109,16 +124,7 @@ class Captured:
 
     def __init__(self, settings: Config, batch=None):
         module = PolicyModule(settings)
-        trainer = lightning.Trainer(
-            accelerator="cpu",
-            devices=1,
-            strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1),
-            max_epochs=1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = bare_trainer(settings)
         trainer.fit(module, OneBatch(batch if batch is not None else collate(groups(module.algorithm), 0)))
         self.student = module.model
         named = dict(module.model.hf.named_parameters())

@@ -60,22 +60,27 @@ def tiny_model(seed: int, tied: bool = True) -> LlamaForCausalLM:
 
 def save_model(model: PreTrainedModel, directory: Path) -> str:
     """Save the model with a tokenizer that has one character per token."""
-    words = {"<pad>": 0, "<eos>": EOS} | {chr(48 + i): i for i in range(2, VOCABULARY)}
+    model.save_pretrained(directory)
+    save_tokenizer(model.config.vocab_size, directory)
+    return str(directory)
+
+
+def save_tokenizer(vocabulary: int, directory: Path) -> None:
+    """Save a tokenizer of `vocabulary` tokens, of which the first are one character each; no text has the others."""
+    words = {"<pad>": 0, "<eos>": EOS} | {chr(48 + i) if i < 1000 else f"<{i}>": i for i in range(2, vocabulary)}
     inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    model.save_pretrained(directory)
     PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>").save_pretrained(directory)
-    return str(directory)
 
 
 def true_logprobs(
     model: PreTrainedModel, prompt: Sequence[int], completion: Sequence[int], temperature: float = 1.0
 ) -> Tensor:
-    """[len(completion)] by a plain transformers forward."""
-    ids = torch.tensor([[*prompt, *completion]])
+    """[len(completion)] fp32, on the CPU, by a plain transformers forward where the model is."""
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
     with torch.no_grad():
-        logits = model(ids).logits[0, len(prompt) - 1 : -1] / temperature
-    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        logits = model(ids).logits[0, len(prompt) - 1 : -1].float() / temperature
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].cpu()
 
 
 def own_address() -> str:
