@@ -142,7 +142,7 @@ class Plan:
                 continue
             absent = [gpu for gpu in seat.gpus if not 0 <= gpu < count]
             if absent:
-                have = f"this machine shows {count} of them" + (f", 0 to {count - 1}" if count else "")
+                have = f"this machine shows {count} of them" + (f", {_ranges(range(count))}" if count else "")
                 problems.append(f"{seat.key}: names GPU {absent[0]}, but {have}; {self._other_place(seat)}")
             if len(set(seat.gpus)) < len(seat.gpus):
                 problems.append(f"{seat.key}: {list(seat.gpus)} names a GPU twice; name each GPU of a server once")

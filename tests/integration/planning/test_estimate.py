@@ -154,7 +154,11 @@ def test_without_a_known_device_the_report_does_not_mention_it():
     assert server_places(config()) == []
     with pytest.raises(ConfigError, match="--estimate: .*'big'.*--estimate=80"):
         parse_args(["--config", "x.yaml", "--estimate=big"])
+    for nothing in ("0", "0.0", "8x0", "0x80", "1000000000x80"):
+        with pytest.raises(ConfigError, match=f"--estimate: .*'{nothing}'"):
+            parse_args(["--config", "x.yaml", f"--estimate={nothing}"])
     assert parse_args(["--config", "x.yaml", "--estimate=80.5"]).estimate == 80.5
+    assert parse_args(["--config", "x.yaml", "--estimate=8x0.5"]).estimate_gpus == 8
 
 
 def test_adapters_are_counted_as_they_are():
