@@ -74,8 +74,9 @@ def test_what_a_training_step_keeps_is_what_is_estimated(tmp_path):
     assert part(resident, "master weights") == sum(t.nbytes for t in trained.parameters.values())
     moments = [t for state in trained.optimizer.state.values() for t in state.values() if t.ndim > 0]
     assert part(resident, "AdamW's moments") == sum(t.full_tensor().nbytes for t in moments)
-    assert part(resident, "hf sampler") == part(resident, "master weights")
-    halves = trainer_place(config("trainer.devices=2")).resident
+    assert "hf sampler" not in {p.what for p in resident}  # it reads the master weights
+    halves = trainer_place(config("trainer.devices=2", "trainer.precision=fp32")).resident
+    assert part(halves, "hf sampler") == part(resident, "master weights")
     assert part(halves, "AdamW's moments") == part(resident, "AdamW's moments") / 2
 
 
@@ -146,6 +147,11 @@ def test_every_model_of_a_trainer_is_counted():
     settings = config("algorithm.reference_coef=0.1")
     assert ALGORITHMS["kdrl"](settings).needs_reference
     assert part(trainer_place(settings).resident, "reference") == 4 * student
+    sharded = config("algorithm.reference_coef=0.1", "trainer.devices=2", "trainer.shard_frozen=true")
+    for what, path in (("reference", "builtin:student"), ("teacher", "builtin:teacher")):
+        known = shape_of(path)
+        found = part(trainer_place(sharded).resident, what)
+        assert found == 4 * (known.outside + (known.parameters - known.outside) / 2)
     assert part(trainer_place(settings).resident, "teacher") == 4 * shape_of("builtin:teacher").parameters
 
 

@@ -117,6 +117,16 @@ def test_the_gpu_of_the_first_trainer_is_counted_with_all_that_is_on_it(box):
     assert check(kdrl(*SHARED, *thirds)) == []
 
 
+def test_a_local_teacher_that_fits_only_in_shards_is_not_refused():
+    """14.8e9 parameters: 27.5 GiB in bf16 on each rank, or 6 GiB with an eighth of its layers."""
+    local = ("teacher={backend: local, path: 14b, dtype: bfloat16}", "trainer.devices=8", "rollout.server.devices=[[8]]")
+    machine = [24 * GIB] * 9
+    (line,) = gpu_plan(large(*local, teacher="14b"), machine).memory_problems()
+    assert_lines([line], ("trainer.devices: ", "24.00 GiB"))
+    sharded = large(*local, "trainer.shard_frozen=true", teacher="14b")
+    assert gpu_plan(sharded, machine).memory_problems() == []
+
+
 def test_what_a_shared_gpu_holds_is_added_up():
     """1.54e9 parameters: 16 bytes each in AdamW and fp32, and what is gathered and kept while it trains."""
     config = large(*SHARED, "rollout.server.memory=0.3", "teacher.server.memory=0.3", student="1.5b")
