@@ -91,7 +91,7 @@ def test_kdrl_on_two_gpus_is_one_line_with_a_setting_that_works(box):
 def test_a_server_without_a_gpu_is_shown_the_free_ones(box):
     box(8)
     found = check(kdrl("teacher.server.devices=[[8]]", "trainer.devices=2", "rollout.server.devices=[[3]]"))
-    assert_lines(found, ("teacher.server.devices: ", "GPU 8", "GPU 2, 4 to 7 has no process"))
+    assert_lines(found, ("teacher.server.devices: ", "GPU 8", "no process uses GPU 2, 4 to 7"))
     box(2)
     found = check(kdrl("trainer.devices=2", "rollout.server.devices=[[]]", "rollout.server.memory=0.3"))
     assert_lines(found, ("teacher.server.devices: ", "GPU 2", "teacher.server.devices=[[]]", "teacher.server.memory"))
@@ -119,7 +119,11 @@ def test_the_gpu_of_the_first_trainer_is_counted_with_all_that_is_on_it(box):
 
 def test_a_local_teacher_that_fits_only_in_shards_is_not_refused():
     """14.8e9 parameters: 27.5 GiB in bf16 on each rank, or 6 GiB with an eighth of its layers."""
-    local = ("teacher={backend: local, path: 14b, dtype: bfloat16}", "trainer.devices=8", "rollout.server.devices=[[8]]")
+    local = (
+        "teacher={backend: local, path: 14b, dtype: bfloat16}",
+        "trainer.devices=8",
+        "rollout.server.devices=[[8]]",
+    )
     machine = [24 * GIB] * 9
     (line,) = gpu_plan(large(*local, teacher="14b"), machine).memory_problems()
     assert_lines([line], ("trainer.devices: ", "24.00 GiB"))
@@ -340,3 +344,8 @@ def test_the_estimate_of_an_imagined_machine(capsys):
     *_, before, line = capsys.readouterr().out.splitlines()
     assert "would stop" in before
     assert_lines([line], ("teacher.server.devices: ", "GPU 2"))
+    nine = ["--config", str(CONFIGS / "quickstart.yaml"), "trainer.accelerator=auto", "trainer.devices=9"]
+    assert main([*nine, "--estimate=8x80"]) == 0
+    *_, before, line = capsys.readouterr().out.splitlines()
+    assert "would stop" in before
+    assert_lines([line], ("trainer.devices: ", "is 9", "has 8"))
