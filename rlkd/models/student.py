@@ -277,9 +277,9 @@ def _begin(
 
     unread = distributed.on_every_rank(begin_here)
     # Nodes may have different files of one model, but what follows is a collective only where it is loaded in shards.
-    whole = [why for why in distributed.gather(unread if isinstance(unread, str) else "") if why]
-    if isinstance(unread, str) or whole:
-        return whole[0]
+    reasons: list[str] = distributed.gather(unread if isinstance(unread, str) else "")
+    if isinstance(unread, str) or any(reasons):
+        return next(filter(None, reasons))
     distributed.on_rank_zero(lambda: check(unread))  # before sharding, so that it does not add to its memory
     return unread
 
