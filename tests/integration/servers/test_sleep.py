@@ -109,7 +109,7 @@ def served(policy_path: str) -> Iterator[tuple[Engine, str]]:
 
     @app.get("/server_info")
     def info() -> dict[str, Any]:
-        return {"vllm_config": {"model_config": {"dtype": "torch.float32"}}}
+        return {"vllm_config": {"model_config": {"dtype": "torch.float32"}, "scheduler_config": {"max_num_seqs": 8}}}
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
