@@ -91,7 +91,7 @@ def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int
 
     Returns: the exit code.
     """
-    from rlkd.planning.gpu_plan import gpu_memory, gpu_plan
+    from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, too_many_trainers
     from rlkd.planning.memory import GIB, report
     from rlkd.servers.placement import seats, used
 
@@ -107,7 +107,7 @@ def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int
                 continue
             plan = gpu_plan(config, [size] * (gpus or len(here) or 1 + max(used(seats(config, gpus=1)), default=-1)))
             print(plan.table())
-            problems = plan.problems() + plan.memory_problems()
+            problems = too_many_trainers(config, len(plan.memory)) + plan.problems() + plan.memory_problems()
         except ValueError as error:
             print(f"--estimate: {error}", file=sys.stderr)
             return 2

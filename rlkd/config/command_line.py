@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from rlkd.config.errors import ConfigError
 from rlkd.config.yaml_tree import COMMAND_LINE
 
-_GIB = re.compile(r"(?:([1-9]\d*)x)?(\d+(?:\.\d+)?)")
+_GIB = re.compile(r"(?:([1-9]\d{0,2})x)?(?=.*[1-9])(\d+(?:\.\d+)?)")
+"""[GPUSx]GIB, neither of which is 0."""
 _FLAGS = ("--config", "--print-config", "--estimate", "--profile", "--help")
 
 

@@ -90,6 +90,12 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
     if config.publishes_adapter:
         assert config.model.lora is not None
         found.extend(_adapter_problems(config.model.lora, server))
+    if config.model.recompute_every > 1 and not config.model.gradient_checkpointing:
+        why = (
+            f"is {config.model.recompute_every}, but model.gradient_checkpointing is false, so nothing is recomputed; "
+            "set that to true, or this to 1"
+        )
+        found.append(("model.recompute_every", why))
     if config.trainer.shard_frozen:
         found.extend(_sharding_problems(config))
     overrides = [word for word in server.extra_args if word.replace("_", "-").startswith("--hf-overrides")]

@@ -160,7 +160,7 @@ class Schema:
 
 
 _USAGE = (
-    "usage: python -m rlkd.train --config A.yaml [--config B.yaml ...] [key=value ...] [--print-config]",
+    "usage: python -m rlkd.train --config A.yaml [--config B.yaml ...] [key=value ...] [flags]",
     "",
     "Later files override earlier ones, and key=value overrides all files. A different algorithm.name",
     "or teacher.backend replaces that section entirely. ${oc.env:NAME} reads an environment variable;",
@@ -170,6 +170,8 @@ _USAGE = (
     "key=value         e.g. optim.lr=1e-5 or rollout.server.urls='[\"http://localhost:8000\"]'",
     "--profile         trace the second iteration: <run>/trace-rank0.json.gz, for ui.perfetto.dev",
     "--print-config    print the merged YAML with every default, and exit",
+    "--estimate        print the memory that each process needs and what is on which GPU, and exit;",
+    "                  --estimate=8x80 imagines 8 GPUs of 80 GiB, --estimate=80 as many as are used",
     "--help            print this page",
 )
 

@@ -205,13 +205,13 @@ class VLLMSampler:
             self.pool.agree(on_rank_zero(self._send_file))
         else:
             on_rank_zero(lambda: self._everywhere(self._pause))
-            failure: Exception | None = None
+            failure = ""
             try:
                 self._direct.send(weights, version)
             except Exception as error:  # every rank must reach the collective below
-                failure = error
-            failed = distributed.all_reduce([float(failure is not None)], "max")[0] > 0
-            self.pool.agree(on_rank_zero(lambda: self._settle_direct(failed, failure, version)))
+                failure = str(error) or repr(error)
+            failures = [one for one in distributed.gather(failure) if one]
+            self.pool.agree(on_rank_zero(lambda: self._settle_direct(failures, version)))
         self._asleep = False
 
     def _write(self, infos: Sequence[TensorInfo], tensors: Iterable[tuple[str, Tensor]], version: int) -> str:
@@ -228,12 +228,12 @@ class VLLMSampler:
         self._file.keep_only(self._published)
         return self.pool.lost
 
-    def _settle_direct(self, failed: bool, failure: Exception | None, version: int) -> Mapping[str, str]:
-        if failed:
-            why = str(failure or "another rank failed; its error is in its own log")
+    def _settle_direct(self, failures: Sequence[str], version: int) -> Mapping[str, str]:
+        """Go on with the weights that were sent, unless the transfer failed on a rank."""
+        if failures:
             for client in self.pool.clients:
-                self.pool.lose(client, why)
-            raise RunStopped(f"the weights did not reach the servers: {why}") from failure
+                self.pool.lose(client, failures[0])
+            raise RunStopped(f"the weights did not reach the servers: {failures[0]}")
         self._everywhere(lambda client: self._resume(client, version))
         return self.pool.lost
 

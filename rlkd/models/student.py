@@ -276,8 +276,11 @@ def _begin(
             raise
 
     unread = distributed.on_every_rank(begin_here)
-    if isinstance(unread, Unread):
-        distributed.on_rank_zero(lambda: check(unread))  # before sharding, so that it does not add to its memory
+    # Nodes may have different files of one model, but what follows is a collective only where it is loaded in shards.
+    reasons: list[str] = distributed.gather(unread if isinstance(unread, str) else "")
+    if isinstance(unread, str) or any(reasons):
+        return next(filter(None, reasons))
+    distributed.on_rank_zero(lambda: check(unread))  # before sharding, so that it does not add to its memory
     return unread
 
 

@@ -7,7 +7,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import NamedTuple, Protocol, TypeVar
 
 import torch
@@ -85,14 +85,15 @@ class Weights:
         """These tensors, as they are."""
         return cls([Part({name: tensor}, {name: tensor.dtype}) for name, tensor in tensors.items()])
 
-    @property
+    @cached_property
     def infos(self) -> list[TensorInfo]:
         """Name, dtype and shape of every tensor, in the order of iteration."""
         return [info for part in self._parts for info in part.infos]
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        for part in self._parts:
-            made = dict(self._complete(partial(_made, part)))
+        parts = iter(self._parts)
+        for part in parts:
+            made = dict(self._complete(partial(_made, part, parts)))
             while made:
                 name = next(iter(made))
                 yield name, made.pop(name)  # kept by the reader alone, and only until it asks for the next
@@ -236,8 +237,15 @@ def _state(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in get_model_state_dict(module).items() if isinstance(value, Tensor)}
 
 
-def _made(part: Part) -> Mapping[str, Tensor]:
-    return part.convert(part.gathered())
+def _made(part: Part, left: Iterator[Part]) -> Mapping[str, Tensor]:
+    """The tensors of `part`. If it cannot be converted, the parts that are `left` are gathered before this raises."""
+    whole = part.gathered()
+    try:
+        return part.convert(whole)
+    except Exception:  # perhaps on this rank alone: the others wait in the gathers that are left
+        for other in left:
+            other.gathered()
+        raise
 
 
 def _alone(name: str, tensor: Tensor, dtype: torch.dtype) -> Part:

@@ -257,7 +257,9 @@ class RolloutLoader:
                 self._begin(iteration)
 
     def with_servers(self, act: Callable[[], T]) -> T:
-        """Call `act`, which samples but calls no collective, and return its result on this rank. A collective.
+        """Call `act`, which samples and, but for what `walk` does, calls no collective. A collective.
+
+        Returns: its result on this rank.
 
         If any rank loses the policy's servers meanwhile, they are restarted and given the weights again, and all ranks
         call `act` again. What it draws is a function of the seed and the iteration, so the result is the same; the

@@ -142,7 +142,7 @@ class Plan:
                 continue
             absent = [gpu for gpu in seat.gpus if not 0 <= gpu < count]
             if absent:
-                have = f"this machine shows {count} of them" + (f", 0 to {count - 1}" if count else "")
+                have = f"this machine shows {count} of them" + (f", {_ranges(range(count))}" if count else "")
                 problems.append(f"{seat.key}: names GPU {absent[0]}, but {have}; {self._other_place(seat)}")
             if len(set(seat.gpus)) < len(seat.gpus):
                 problems.append(f"{seat.key}: {list(seat.gpus)} names a GPU twice; name each GPU of a server once")
@@ -168,7 +168,7 @@ class Plan:
             return "[[]] is one server on the CPU"
         free = [gpu for gpu in range(count) if not self.on(gpu)]
         if free:
-            return f"GPU {_ranges(free)} has no process yet"
+            return f"no process uses GPU {_ranges(free)}"
         trainers = used([one for one in self.seats if one.role == "trainer"])
         shared = next((gpu for gpu in range(count) if gpu not in trainers), None)
         if shared is None:
@@ -283,6 +283,17 @@ def gpu_plan(config: Config, memory: Sequence[float], roles: Collection[Role] = 
 def gpu_memory() -> tuple[float, ...]:
     """Bytes of each GPU that this process sees."""
     return tuple(float(torch.cuda.get_device_properties(i).total_memory) for i in range(torch.cuda.device_count()))
+
+
+def too_many_trainers(config: Config, gpus: int) -> list[str]:
+    """A line if a node with so many GPUs has fewer than it has trainers. Without GPUs, `auto` trains on the CPU."""
+    devices, accelerator = config.trainer.devices, config.trainer.accelerator
+    if devices <= gpus or accelerator == "cpu" or (accelerator == "auto" and gpus == 0):
+        return []
+    return [
+        f"trainer.devices: is {devices} with trainer.accelerator {accelerator}, but this node has {gpus}; lower it, or "
+        "set trainer.accelerator: cpu"
+    ]
 
 
 def room_problems(config: Config, gpus: int, free: float | None = None) -> list[str]:

@@ -260,45 +260,37 @@ def _training(config: Config, model: Shape) -> Part:
 
 
 def _beside(config: Config, model: Shape) -> list[Part]:
-    """Models other than the student in every trainer process."""
+    """Further models in every trainer process."""
     parts = []
     algorithm = build_algorithm(config)
+    ranks = config.world_size if config.trainer.shard_frozen else 1
     if algorithm.needs_reference and config.model.lora is None:
-        parts.append(_frozen(config, model, _trainer_bytes(config), "reference"))
+        parts.append(_copy(model, _trainer_bytes(config), "reference", ranks))
     for key, teacher in config.teachers:
         if isinstance(teacher, LocalTeacherConfig):
             theirs = shape_of(teacher.path, config.model.trust_remote_code)
-            parts.append(_frozen(config, theirs, _BYTES[teacher.dtype], key))
+            parts.append(_copy(theirs, _BYTES[teacher.dtype], key, ranks))
     if isinstance(config.teacher, SelfTeacherConfig) and config.teacher.scorer == "local":
-        parts.append(_frozen(config, model, _BYTES[config.teacher.dtype], "teacher (self)"))
+        parts.append(_copy(model, _BYTES[config.teacher.dtype], "teacher (self)", ranks))
         if config.teacher.weights == "ema":
             parts.append(_copy(model, 4, "teacher's moving average"))
         if config.teacher.weights != "fixed" and algorithm.scorer_signal("teacher").tier == "hidden":
             each = _BYTES[config.teacher.dtype]
             why = f"{each} B · {_billions(model.output_layer)} parameters, copied since the teacher follows the student"
             parts.append(Part(bytes=each * model.output_layer, what="output layer of a batch", why=why))
-    # On one rank in fp32 the sampler reads the student's own tensors, unless it samples ahead.
-    shared = config.world_size == 1 and config.rollout.max_staleness == 0 and _trainer_bytes(config) == 4
-    if config.rollout.backend == "hf" and not shared:
+    reads_the_students = config.world_size == 1 and config.rollout.max_staleness == 0 and config.model.lora is None
+    if config.rollout.backend == "hf" and not (reads_the_students and _trainer_bytes(config) == 4):
         parts.append(_copy(model, _trainer_bytes(config), "hf sampler"))
     return parts
 
 
-def _frozen(config: Config, model: Shape, each: int, whose: str) -> Part:
-    """A model that never changes: whole, or with `trainer.shard_frozen` its blocks sharded, two of them gathered."""
-    if not config.trainer.shard_frozen:
-        return _copy(model, each, whose)
-    blocks = (model.parameters - model.outside) / config.world_size
-    why = (
-        f"{each} B · {_billions(model.parameters)} parameters, blocks sharded over {config.world_size} ranks, two whole"
-    )
-    return Part(bytes=int(each * (model.outside + blocks + 2 * model.largest_block)), what=whose, why=why)
-
-
-def _copy(model: Shape, each: int, whose: str) -> Part:
-    return Part(
-        bytes=each * model.parameters, what=whose, why=f"{each} B · {_billions(model.parameters)} parameters, whole"
-    )
+def _copy(model: Shape, each: int, whose: str, ranks: int = 1) -> Part:
+    """A model of `each` bytes a parameter, of which every rank has an equal part of the repeated layers."""
+    layers = model.parameters - model.outside
+    why = f"{each} B · {_billions(model.parameters)} parameters, whole"
+    if ranks > 1:
+        why = f"{each} B · ({_billions(model.outside)} + {_billions(layers)} / {ranks} parameters)"
+    return Part(bytes=each * (model.outside + layers / ranks), what=whose, why=why)
 
 
 def _sampling(config: Config, model: Shape) -> list[Part]:

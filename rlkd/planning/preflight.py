@@ -28,7 +28,7 @@ from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
 from rlkd.models import lora
 from rlkd.models.vocabulary import embedding_rows, load_config, vocabulary_size
-from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, room_problems
+from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, room_problems, too_many_trainers
 from rlkd.rewards import registry
 from rlkd.rewards.answers import check_answers
 from rlkd.run.export import rehearse
@@ -182,12 +182,7 @@ def _devices(config: Config) -> list[str]:
             f"trainer.devices: torchrun started {started} processes, but trainer.devices × trainer.num_nodes is "
             f"{config.trainer.devices} × {config.trainer.num_nodes}; make them agree"
         )
-    gpus, accelerator = torch.cuda.device_count(), config.trainer.accelerator
-    if config.trainer.devices > gpus and (accelerator == "gpu" or (accelerator == "auto" and gpus)):
-        problems.append(
-            f"trainer.devices: is {config.trainer.devices} with trainer.accelerator {accelerator}, but this node has "
-            f"{gpus}; lower it, or set trainer.accelerator: cpu"
-        )
+    problems += too_many_trainers(config, torch.cuda.device_count())
     for key, launch in _launched(config).items():
         if config.trainer.num_nodes > 1 and _is_loopback(launch.host):
             problems.append(

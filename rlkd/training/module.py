@@ -319,9 +319,18 @@ def check_finite(student: Student, iteration: int) -> None:
 
 def read(measured: Sequence[Mapping[str, Tensor]]) -> list[tuple[str, float]]:
     """The names and numbers of all of them in order. They are read from the device together, since the host waits for
-    each read."""
-    named = [(name, value.detach()) for each in measured for name, value in each.items()]
-    values = torch.stack([value.double() for _, value in named]).tolist()
+    each read.
+
+    Raises: ValueError for a metric that is not one number.
+    """
+    named = [(name, torch.as_tensor(value).detach()) for each in measured for name, value in each.items()]
+    for name, value in named:
+        if value.numel() != 1:
+            raise ValueError(
+                f"metric {name} of the loss: expected one number, got a tensor of shape {list(value.shape)}"
+            )
+    device = named[0][1].device if named else None
+    values = torch.stack([value.double().reshape(()).to(device) for _, value in named]).tolist() if named else []
     return [(name, value) for (name, _), value in zip(named, values, strict=True)]
 
 

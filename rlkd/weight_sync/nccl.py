@@ -152,18 +152,19 @@ class DirectTransfer:
         Raises: on rank 0, the first error of a server, when every rank has passed through all weights.
         """
         self._source.take(weights)
+        failure: Exception | None = None
         try:
-            if self._engine is None:
+            if self._client is None:
                 self._client = all_servers(self._servers)
                 self._engine = self._connected(max(info.bytes for info in weights.infos))
             self._client.version = version
             self._engine.send_weights()
-        except Exception:
+        except Exception as error:
             self._source.pass_through()
-            if self._client.failure is None:
-                raise
-        if self._client.failure is not None:
-            raise self._client.failure
+            failure = error
+        refused = None if self._client is None else self._client.failure  # what a server gave as its reason
+        if refused is not None or failure is not None:
+            raise refused or failure  # type: ignore[misc]
 
     def _connected(self, largest: int) -> Any:
         """vLLM's engine for this rank; on rank 0 of `nccl`, once all servers have joined its group.

@@ -196,6 +196,24 @@ def test_damaged_weights_stop_every_rank_with_the_same_line(tmp_path):
     assert "cannot be loaded: SafetensorError: " in first[3]
 
 
+OTHER_FILES = """
+assert students.build_student(ModelConfig(path=folders[int(rank)]), TrainerConfig(), mesh, 3) is not None
+dist.barrier()  # both are here, having called the same collectives
+tell(True)
+"""
+
+
+def test_a_rank_whose_files_cannot_be_read_in_shards_decides_for_all(tmp_path):
+    """As when nodes have downloaded different files of one model."""
+    folders = [tmp_path / "safetensors", tmp_path / "pickled"]
+    for folder in folders:
+        write("llama", folder)
+    torch.save(load_file(folders[1] / "model.safetensors"), folders[1] / "pytorch_model.bin")
+    (folders[1] / "model.safetensors").unlink()
+    told, _ = on_ranks(2, OTHER_FILES, tmp_path / "meet", *folders)
+    assert told == [True, True]
+
+
 MEMORY = """
 def memory(key):
     with open("/proc/self/status") as file:

@@ -101,6 +101,31 @@ def test_a_reader_that_fails_halfway_ends_both_ranks(tmp_path):
     assert second.splitlines()[-1] == "RuntimeError: on rank 0: the disk is full"
 
 
+UNCONVERTED = """
+from rlkd.models.weights import Weights
+
+def refuse(tensors):
+    if rank == 0:
+        raise MemoryError("no room for the merged weights")
+    return dict(tensors)
+
+parts = student.weights()._parts
+weights = Weights([*parts[:2], parts[2].then(refuse), *parts[3:]])
+try:
+    read_on_rank_zero(weights, dict)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+@pytest.mark.process
+def test_a_conversion_that_fails_on_one_rank_ends_both(tmp_path):
+    write("llama", tmp_path / "model")
+    first, second = run_code(BEGIN + UNCONVERTED, tmp_path, tmp_path, 2)
+    assert first.splitlines()[-1] == "MemoryError: no room for the merged weights"
+    assert second.splitlines()[-1] == "RuntimeError: on rank 0: no room for the merged weights"
+
+
 SOME = [
     *("bloom", "deepseek_v3", "falcon_h1", "gemma2", "gpt2", "gpt_oss", "granitemoe", "llama", "mixtral", "phi3"),
     *("qwen2", "qwen3_moe", "zamba2"),

@@ -74,8 +74,9 @@ def test_what_a_training_step_keeps_is_what_is_estimated(tmp_path):
     assert part(resident, "master weights") == sum(t.nbytes for t in trained.parameters.values())
     moments = [t for state in trained.optimizer.state.values() for t in state.values() if t.ndim > 0]
     assert part(resident, "AdamW's moments") == sum(t.full_tensor().nbytes for t in moments)
-    assert not [p for p in resident if p.what == "hf sampler"], "it reads the student's own tensors"
-    halves = trainer_place(config("trainer.devices=2")).resident
+    assert "hf sampler" not in {p.what for p in resident}  # it reads the master weights
+    halves = trainer_place(config("trainer.devices=2", "trainer.precision=fp32")).resident
+    assert part(halves, "hf sampler") == part(resident, "master weights")
     assert part(halves, "AdamW's moments") == part(resident, "AdamW's moments") / 2
     ahead = trainer_place(config("trainer.accelerator=cpu", "rollout.max_staleness=1")).resident
     assert part(ahead, "hf sampler") == part(halves, "hf sampler") == part(resident, "master weights")
@@ -85,7 +86,7 @@ def test_a_sharded_teacher_takes_its_outside_and_a_share_of_its_blocks():
     local, known = "teacher={backend: local, path: 'builtin:teacher'}", shape_of("builtin:teacher")
     for ranks, sharded in ((4, False), (4, True), (2, True)):
         options = (local, f"trainer.devices={ranks}", f"trainer.shard_frozen={str(sharded).lower()}")
-        blocks_held = (known.parameters - known.outside) // ranks + 2 * known.largest_block
+        blocks_held = (known.parameters - known.outside) / ranks
         expected = 4 * (known.outside + blocks_held if sharded else known.parameters)
         assert part(trainer_place(config(*options)).resident, "teacher") == expected
 
@@ -157,6 +158,11 @@ def test_every_model_of_a_trainer_is_counted():
     settings = config("algorithm.reference_coef=0.1")
     assert ALGORITHMS["kdrl"](settings).needs_reference
     assert part(trainer_place(settings).resident, "reference") == 4 * student
+    sharded = config("algorithm.reference_coef=0.1", "trainer.devices=2", "trainer.shard_frozen=true")
+    for what, path in (("reference", "builtin:student"), ("teacher", "builtin:teacher")):
+        known = shape_of(path)
+        found = part(trainer_place(sharded).resident, what)
+        assert found == 4 * (known.outside + (known.parameters - known.outside) / 2)
     assert part(trainer_place(settings).resident, "teacher") == 4 * shape_of("builtin:teacher").parameters
 
 
@@ -165,7 +171,11 @@ def test_without_a_known_device_the_report_does_not_mention_it():
     assert server_places(config()) == []
     with pytest.raises(ConfigError, match="--estimate: .*'big'.*--estimate=80"):
         parse_args(["--config", "x.yaml", "--estimate=big"])
+    for nothing in ("0", "0.0", "8x0", "0x80", "1000000000x80"):
+        with pytest.raises(ConfigError, match=f"--estimate: .*'{nothing}'"):
+            parse_args(["--config", "x.yaml", f"--estimate={nothing}"])
     assert parse_args(["--config", "x.yaml", "--estimate=80.5"]).estimate == 80.5
+    assert parse_args(["--config", "x.yaml", "--estimate=8x0.5"]).estimate_gpus == 8
 
 
 def test_adapters_are_counted_as_they_are():

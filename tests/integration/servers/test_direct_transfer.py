@@ -127,3 +127,41 @@ def test_a_server_that_fails_in_a_transfer_is_an_error_on_every_rank(tmp_path):
         assert ("no room for these weights" if how == "refuse" else "ServerLost: ") in one["error"]
         assert other["error"] is None
         assert max(one["seconds"], other["seconds"]) < 10
+
+
+ON_ANOTHER_RANK = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from builders import config
+from rlkd.generation.vllm import VLLMSampler
+from rlkd.models.student import build_student
+
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+vllm = ("rollout.backend=vllm", "rollout.server.launch=false", "rollout.server.urls=[http://127.0.0.1:1]")
+settings = config(f"model.path={folder}/model", "trainer.accelerator=cpu", *vllm)
+student = build_student(settings.model, settings.trainer, init_device_mesh("cpu", (2,)), 0)
+
+class Device:
+    def send(self, weights, version):
+        weights.gather_along()
+        if rank == 1:
+            raise RuntimeError("CUDA out of memory")
+
+sampler = VLLMSampler(settings, [0])
+sampler._dtype, sampler._direct = torch.bfloat16, Device()
+try:
+    sampler.publish(student, 1)
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_what_fails_on_another_rank_is_named(tmp_path):
+    """Only rank 0 speaks to the servers, and no other rank would print its own error."""
+    write("llama", tmp_path / "model")
+    for output in run_code(ON_ANOTHER_RANK, tmp_path, tmp_path):
+        last = output.splitlines()[-1]
+        assert last.startswith("RunStopped: ") and last.endswith("CUDA out of memory")

@@ -29,6 +29,10 @@ LAUNCHED = (
         (("rollout.backend=vllm",), ("rollout.server: ", "rollout.backend", "vllm", "rollout.server.urls", "launch")),
         (("rollout.server.launch=true",), ("rollout.backend: ", "hf", "rollout.server")),
         (
+            ("model.recompute_every=3",),
+            ("model.recompute_every: ", "is 3", "model.gradient_checkpointing"),
+        ),
+        (
             (*LAUNCHED, "model.fp32_head=true", "rollout.server.extra_args=[--hf_overrides, '{}']"),
             ("rollout.server.extra_args: ", "--hf_overrides", "model.fp32_head", "head_dtype"),
         ),

@@ -421,6 +421,13 @@ def test_command_line():
         assert caught.value.lines == [line]
 
 
+def test_help_lists_every_flag():
+    described = set(re.findall(r"^--[a-z-]+", help_text(ALGORITHMS), re.MULTILINE))
+    with pytest.raises(ConfigError) as caught:
+        parse_args(["-x"])
+    assert described == set(re.findall(r"--[a-z-]+", caught.value.lines[0]))
+
+
 def test_help_lists_every_key_of_every_kind_of_section():
     text = help_text(ALGORITHMS)
     listed = set(re.findall(r"^  ([\w.\[\]]+):", text, flags=re.MULTILINE))

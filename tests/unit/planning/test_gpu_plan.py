@@ -91,7 +91,7 @@ def test_kdrl_on_two_gpus_is_one_line_with_a_setting_that_works(box):
 def test_a_server_without_a_gpu_is_shown_the_free_ones(box):
     box(8)
     found = check(kdrl("teacher.server.devices=[[8]]", "trainer.devices=2", "rollout.server.devices=[[3]]"))
-    assert_lines(found, ("teacher.server.devices: ", "GPU 8", "GPU 2, 4 to 7 has no process"))
+    assert_lines(found, ("teacher.server.devices: ", "GPU 8", "no process uses GPU 2, 4 to 7"))
     box(2)
     found = check(kdrl("trainer.devices=2", "rollout.server.devices=[[]]", "rollout.server.memory=0.3"))
     assert_lines(found, ("teacher.server.devices: ", "GPU 2", "teacher.server.devices=[[]]", "teacher.server.memory"))
@@ -115,6 +115,20 @@ def test_the_gpu_of_the_first_trainer_is_counted_with_all_that_is_on_it(box):
     assert_lines([line], ("rollout.server.memory: ", "GPU 0", "trainer 0", "teacher server", "at most 0.49"))
     thirds = [f"{key}.server.memory=0.3" for key in ("rollout", "teacher")]
     assert check(kdrl(*SHARED, *thirds)) == []
+
+
+def test_a_local_teacher_that_fits_only_in_shards_is_not_refused():
+    """14.8e9 parameters: 27.5 GiB in bf16 on each rank, or 6 GiB with an eighth of its layers."""
+    local = (
+        "teacher={backend: local, path: 14b, dtype: bfloat16}",
+        "trainer.devices=8",
+        "rollout.server.devices=[[8]]",
+    )
+    machine = [24 * GIB] * 9
+    (line,) = gpu_plan(large(*local, teacher="14b"), machine).memory_problems()
+    assert_lines([line], ("trainer.devices: ", "24.00 GiB"))
+    sharded = large(*local, "trainer.shard_frozen=true", teacher="14b")
+    assert gpu_plan(sharded, machine).memory_problems() == []
 
 
 def test_what_a_shared_gpu_holds_is_added_up():
@@ -330,3 +344,8 @@ def test_the_estimate_of_an_imagined_machine(capsys):
     *_, before, line = capsys.readouterr().out.splitlines()
     assert "would stop" in before
     assert_lines([line], ("teacher.server.devices: ", "GPU 2"))
+    many = ["--config", str(CONFIGS / "quickstart.yaml"), "trainer.accelerator=auto", "trainer.devices=16"]
+    assert main([*many, "--estimate=8x80"]) == 0
+    *_, before, line = capsys.readouterr().out.splitlines()
+    assert "would stop" in before
+    assert_lines([line], ("trainer.devices: ", "is 16", "has 8"))

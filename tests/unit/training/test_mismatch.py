@@ -1,12 +1,13 @@
 """Sampler and trainer are compared in every iteration, with the tightest bound after the first weight change."""
 
 import pytest
+import torch
 from builders import GRPO, config
 
 from rlkd.algorithms import GRPO as GRPOModule
 from rlkd.distributed import RunStopped
 from rlkd.metrics import MetricAccumulator
-from rlkd.training.module import check_mismatch
+from rlkd.training.module import check_mismatch, read
 
 
 def measured(gap):
@@ -162,3 +163,11 @@ def test_a_checkpoint_from_before_there_were_gaps_is_read():
     algorithm = module()
     algorithm.on_load_checkpoint({"skipped": []})
     assert passes(algorithm, BETWEEN, STEP)
+
+
+def test_a_metric_of_the_loss_is_one_number():
+    """Also a plain number, or a tensor with one element: algorithms of users have both."""
+    loss = torch.tensor(0.5)
+    assert read([{"loss": loss, "a": 2.0, "b": torch.tensor([3.0])}]) == [("loss", 0.5), ("a", 2.0), ("b", 3.0)]
+    with pytest.raises(ValueError, match=r"^metric c of the loss: expected one number, got a tensor of shape \[2\]$"):
+        read([{"loss": loss, "c": torch.zeros(2)}])
