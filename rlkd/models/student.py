@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from rlkd.models.output_check import check_output
 from rlkd.models.sharded_loading import Unread, begin
 from rlkd.models.shared_prompts import check_sharing, shared_hidden
 from rlkd.models.vocabulary import load_config, vocabulary_size
-from rlkd.models.weights import Weights
+from rlkd.models.weights import Group, Weights
 from rlkd.types import Batch
 
 
@@ -100,7 +101,11 @@ class Student(nn.Module):
 
     def checkpoint_weights(self, dtype: torch.dtype, vectors: bool = False) -> Weights:
         """See `Published.checkpoint_weights`."""
-        return weights.as_checkpoint(self.hf, self.adapters, dtype, vectors)
+        return weights.as_checkpoint(self.hf, self.adapters, dtype, vectors, self._grouping)
+
+    @cached_property
+    def _grouping(self) -> Group:
+        return weights.grouping(self.hf, self.adapters)  # once, and not in each publish
 
     def adapter_weights(self) -> Weights:
         """See `Published.adapter_weights`."""

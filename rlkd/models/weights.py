@@ -48,7 +48,7 @@ class Part:
     convert: Convert = dict
     """From whole tensors to those that are handed on."""
 
-    @property
+    @cached_property
     def infos(self) -> list[TensorInfo]:
         """What `convert` gives, without any data."""
         shapes = {
@@ -204,10 +204,17 @@ def _with_ties(tensors: Mapping[str, Tensor], seconds: Mapping[str, Sequence[str
     return {name: value for first, value in tensors.items() for name in (first, *seconds.get(first, ()))}
 
 
-def as_checkpoint(hf: PreTrainedModel, adapters: LoraConfig | None, dtype: torch.dtype, vectors: bool) -> Weights:
+Group = Callable[[str], str]
+"""From the name of a tensor in memory to that of the part in which it is gathered."""
+
+
+def as_checkpoint(
+    hf: PreTrainedModel, adapters: LoraConfig | None, dtype: torch.dtype, vectors: bool, group: Group
+) -> Weights:
     """All weights under the names and in the shapes of checkpoint files, adapters merged; a tied tensor once.
 
     Args:
+        group: see `grouping`.
         dtype: of all floating-point weights but those that transformers always keeps in fp32.
         vectors: whether it is that of norms and biases, too. A server may keep those in fp32, and they are small.
     """
@@ -217,10 +224,31 @@ def as_checkpoint(hf: PreTrainedModel, adapters: LoraConfig | None, dtype: torch
         cast = tensor.is_floating_point() and (vectors or tensor.dim() > 1)
         return dtype if cast and not any(re.search(pattern, name) for pattern in kept) else tensor.dtype
 
-    ties, parts = hf.all_tied_weights_keys, _parts(hf, adapters, sent)
+    return Weights(_converted(hf, _stored(hf, _parts(hf, adapters, sent)), group))
+
+
+def grouping(hf: PreTrainedModel, adapters: LoraConfig | None) -> Group:
+    """Which weights must be gathered together, since a conversion to the files' names and shapes joins them.
+
+    It is found by trying: the smallest groups that together give what the whole model does. Nearly always that is each
+    tensor alone, since files have more tensors than the model in memory, not fewer.
+    """
+    parts = _stored(hf, _parts(hf, adapters, lambda _, tensor: tensor.dtype))
+    expected = sorted(_joined(parts).then(partial(loader_names, hf)).infos)
+    groups: tuple[Group, ...] = (str, _layer, lambda name: "")
+    return next(
+        group
+        for group in groups
+        if sorted(info for part in _converted(hf, parts, group) for info in part.infos) == expected
+    )
+
+
+def _stored(hf: PreTrainedModel, parts: Sequence[Part]) -> list[Part]:
+    """The parts that checkpoint files have: a tied tensor under its first name only, and none that is never saved."""
     there = {name for part in parts for name in part.tensors}
+    ties = hf.all_tied_weights_keys
     left_out = {second for second, first in ties.items() if first in there} | set(hf._keys_to_ignore_on_save or ())
-    return Weights(_converted(hf, [part for part in parts if not left_out & part.tensors.keys()]))
+    return [part for part in parts if not left_out & part.tensors.keys()]
 
 
 def adapter(student: nn.Module) -> Weights:
@@ -284,22 +312,12 @@ def _renamed(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {name: value}
 
 
-def _converted(hf: PreTrainedModel, parts: Sequence[Part]) -> list[Part]:
-    """The parts with the names and shapes of checkpoint files; parts that a conversion joins become one.
-
-    Which those are is found by trying: the smallest groups that together give what the whole model does. Nearly always
-    that is each part alone, since files have more tensors than the model in memory, not fewer.
-    """
-    convert = partial(loader_names, hf)
-    expected = sorted(_joined(parts).then(convert).infos)
-    for group in (str, _layer, lambda name: ""):
-        groups: dict[str, list[Part]] = {}
-        for part in parts:
-            groups.setdefault(group(part.infos[0].name), []).append(part)
-        found = [_joined(members).then(convert) for members in groups.values()]
-        if sorted(info for part in found for info in part.infos) == expected:
-            return found
-    raise AssertionError("the last group is the whole model")
+def _converted(hf: PreTrainedModel, parts: Sequence[Part], group: Group) -> list[Part]:
+    """The parts with the names and shapes of checkpoint files, those of a group as one."""
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(group(part.infos[0].name), []).append(part)
+    return [_joined(members).then(partial(loader_names, hf)) for members in groups.values()]
 
 
 def _joined(parts: Sequence[Part]) -> Part:

@@ -123,7 +123,8 @@ class RolloutLoader:
         """
         self.line.policy.publish(student, version)
         for scorer in self.line.scorers.values():
-            scorer.publish(student.weights(), version)
+            if scorer.follows:
+                scorer.publish(student.weights(), version)
         self.line.stream.submit(self.line.published(version)).result()
         if self._probe is not None and version < self.config.run.iterations:
             self._probe.ask(version)
