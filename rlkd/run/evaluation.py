@@ -10,24 +10,10 @@ from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.sampler import Sampling
 from rlkd.metrics import MetricAccumulator
 from rlkd.pipeline.loader import RolloutLoader, check_errors
+from rlkd.run.statistics import pass_at_k
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch, Prompt, ScoredRollout
-
-
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """1 − C(n−c, k) / C(n, k): the probability that k of n samples, c of them correct, include a correct one.
-
-    The unbiased estimator of arXiv 2107.03374, Eq. 1. Raises: ValueError unless 1 ≤ k ≤ n.
-    """
-    if not 1 <= k <= samples:
-        raise ValueError(f"pass@k: expected 1 ≤ k ≤ {samples} samples, got k = {k}; sample more, or lower k")
-    if samples - correct < k:
-        return 1.0
-    wrong = 1.0
-    for i in range(samples - correct + 1, samples + 1):
-        wrong *= 1.0 - k / i
-    return 1.0 - wrong
 
 
 def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, strict: bool = True) -> dict[str, float]:

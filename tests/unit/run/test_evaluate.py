@@ -1,4 +1,3 @@
-import itertools
 import shutil
 from pathlib import Path
 
@@ -10,20 +9,6 @@ from rlkd.data.chat import load_tokenizer
 from rlkd.data.heldout import heldout, heldout_prompts
 from rlkd.evaluate import main
 from rlkd.run.asked_for import asked_for
-from rlkd.run.evaluation import pass_at_k
-
-
-@pytest.mark.parametrize("correct", range(6))
-@pytest.mark.parametrize("k", range(1, 6))
-def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(correct, k):
-    subsets = list(itertools.combinations([True] * correct + [False] * (5 - correct), k))
-    assert pass_at_k(5, correct, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
-
-
-@pytest.mark.parametrize(("samples", "correct", "k"), [(2, 0, 4), (2, 2, 4), (3, 1, 0)])
-def test_pass_at_k_of_fewer_samples_is_refused(samples, correct, k):
-    with pytest.raises(ValueError, match=f"pass@k: expected 1 ≤ k ≤ {samples} samples, got k = {k}"):
-        pass_at_k(samples, correct, k)
 
 
 def test_the_built_in_task_holds_out_its_own_words():
