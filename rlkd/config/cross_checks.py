@@ -67,6 +67,9 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
             "than one iteration ahead; set it to 1 or 0, or set rollout.backend: vllm and rollout.in_flight: true"
         )
         found.append(("rollout.max_staleness", why))
+    if config.eval.fraction is not None and config.eval.path is not None:
+        why = f"is {config.eval.fraction:g}, a share of data.path, but eval.path is {config.eval.path}; drop one"
+        found.append(("eval.fraction", why))
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     trained = config.algorithm.trained_lengths(config)
     if config.trainer.micro_batch_tokens < sum(trained.values()):

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config, NoTeacherConfig
+from rlkd.data.heldout import part_of
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
@@ -65,7 +66,7 @@ class RolloutLoader:
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
-        source = load_source(config.data, self.tokenizer, ends=ends)
+        source = load_source(config.data, self.tokenizer, ends=ends, part=part_of(config, held_out=False))
         self.data = source.identity
         if distributed.rank() == 0:
             for note in source.notes:

@@ -20,9 +20,10 @@ from rlkd.builtin import resolve
 from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
-from rlkd.data.heldout import heldout
+from rlkd.data.heldout import heldout, part_of
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
+from rlkd.data.split import Part
 from rlkd.generation.sampler import eos_ids
 from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
@@ -272,19 +273,22 @@ def _positions(model: Any) -> int | None:
 
 def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     problems = _template(config, tokenizer)
-    sources: list[tuple[str, DataConfig]] = [("data.path", config.data)]
+    sources: list[tuple[str, DataConfig, Part | None]] = [("data.path", config.data, part_of(config, held_out=False))]
     held_out = heldout(config)
     if held_out is not None and config.eval.every > 0:
-        sources.append(("eval.path", held_out))
+        key = "eval.path" if config.eval.fraction is None else "eval.fraction"
+        sources.append((key, held_out, part_of(config, held_out=True)))
     try:
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
     except (ValueError, OSError):
         ends = ()  # reported by _generation
-    for key, source in sources:
+    for key, source, rows in sources:
         try:
-            prompts = load_source(source, tokenizer, ends=ends)
+            prompts = load_source(source, tokenizer, ends=ends, part=rows)
         except DataError as error:
             problems += [f"{key}: {line}" for line in error.lines]
+            if rows is not None:
+                break  # the other part of the same data has the same faults
             continue
         problems += _answers(config, key, prompts)
         try:

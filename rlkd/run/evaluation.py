@@ -73,7 +73,7 @@ class Evaluate(IterationCallback):
         if self.config.eval.every and not self.prompts and distributed.rank() == 0:
             print(
                 "eval.path: not set, so this run has no held-out accuracy; set it to your own held-out data (in the "
-                "form of data.path), or set eval.every to 0",
+                "form of data.path), hold out a share of data.path by eval.fraction=0.1, or set eval.every to 0",
                 flush=True,
             )
         if self.prompts and self.loader.iteration == 0:

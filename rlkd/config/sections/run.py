@@ -39,6 +39,10 @@ class EvalConfig(Section):
         None, description="held-out data, read like data.path; null: none (builtin tasks have their own)"
     )
     split: str = Field("test", description="split of the Hugging Face dataset at eval.path")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="hold out about this share of data.path, which is not trained on; null: nothing"
+    )
+    fraction_seed: int = Field(0, ge=0, description="seed that chooses the held-out share; run.seed does not")
     prompts: int = Field(128, ge=1, description="number of held-out prompts")
     samples: int = Field(4, ge=1, description="k of avg@k and pass@k")
     temperature: float = Field(1.0, gt=0, description="temperature of avg@k and pass@k")
