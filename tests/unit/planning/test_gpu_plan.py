@@ -12,12 +12,14 @@ import torch
 from lines import assert_lines, one_line
 from transformers import Qwen2Config
 
+from rlkd.command_line import parse
 from rlkd.config.load import ConfigError
 from rlkd.config.schema import Config
 from rlkd.config_file import load, load_stages
 from rlkd.planning.gpu_plan import ASLEEP, gpu_plan, room_problems
 from rlkd.planning.memory import GIB, published_bytes
 from rlkd.planning.preflight import check
+from rlkd.serve import command as serve
 from rlkd.serve import plan as serve_plan
 from rlkd.servers.placement import seats, weight_sync
 from rlkd.train import main, print_plan
@@ -236,7 +238,7 @@ def test_a_server_started_by_hand_agrees_with_the_trainers_that_are_given_its_ad
     monkeypatch.setenv("RLKD_SERVER_KEY", "k")
     line = ["--config", str(CONFIGS / "kdrl.yaml"), "--role", "policy", "--host", "10.0.0.1", "--port", "8000", *TINY]
     for setting, trainers in (((), "file"), (("rollout.server.weight_sync=nccl",), "nccl")):
-        command, _ = serve_plan([*line, *setting])
+        command, _ = serve_plan(**parse(serve, [*line, *setting]))
         sent = command[command.index("--weight-transfer-config") + 1]
         urls = ("rollout.server.launch=false", "rollout.server.urls=[http://10.0.0.1:8000]")
         assert weight_sync(kdrl(*setting, *urls)) == trainers
