@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -173,17 +172,13 @@ class VLLMSampler:
         self._batched = min(sequences for _, sequences in found)
 
     def sleep(self) -> None:
-        """With `rollout.server.sleep`, give the servers' memory back until the next `publish`. A collective, when no
-        rank samples any more.
-
-        Raises: RunStopped on every rank if a server refuses.
-        """
+        """See `Sampler.sleep`."""
         level = self._config.rollout.server.sleep
         if level == 0:
             return
 
         def act() -> Mapping[str, str]:
-            sleep.fall_asleep(self.pool, level)
+            self.pool.everywhere(lambda client: sleep.fall_asleep(client, level), "falling asleep")
             return self.pool.lost
 
         self.pool.agree(on_rank_zero(act))
@@ -251,26 +246,8 @@ class VLLMSampler:
         self._holds[client.url] = self._version
 
     def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
-        """Run `act` on all servers in service in parallel. Servers that cannot be reached are taken out of service.
-
-        Raises: ServerError of the first server that rejects the weights. Such a server may have any mixture of weights
-            and is taken out of service too.
-        """
-
-        def attempt(client: VLLMClient) -> ServerError | None:
-            try:
-                act(client)
-            except ServerError as error:
-                self.pool.lose(client, str(error))
-                return error
-            return None
-
-        serving = self.pool.serving
-        with ThreadPoolExecutor(max(1, len(serving))) as threads:
-            failures = list(threads.map(attempt, serving))
-        for failure in failures:
-            if failure is not None and not isinstance(failure, ServerLost):
-                raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
+        """See `ServerPool.everywhere`. A server that refuses weights may have any mixture of them."""
+        self.pool.everywhere(act, "a weight update")
 
     def _pause(self, client: VLLMClient) -> None:
         """Hold back new requests. Running ones finish, so that no completion mixes two versions; with
