@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 def main(argv: list[str]) -> int:
     """Run the command line.
 
-    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run stopped.
+    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run stopped, or
+    would stop on the GPUs of `--estimate`.
     """
     from rlkd.config_file import ConfigError, help_text, load_stages, parse_args
 
@@ -89,7 +90,7 @@ def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int
         gib: memory of a GPU; 0: that of this machine's.
         gpus: how many there are; None: as many as this machine has, or as the configuration uses.
 
-    Returns: the exit code.
+    Returns: the exit code: 1 if a run of any stage would be refused on these GPUs.
     """
     from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, too_many_trainers
     from rlkd.planning.memory import GIB, report
@@ -97,6 +98,7 @@ def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int
 
     here = gpu_memory()
     size = gib * GIB or max(here, default=0.0)
+    code = 0
     for stage in stages:
         if stage.name is not None:
             print(f"stage {stage.name}")
@@ -112,8 +114,9 @@ def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int
             print(f"--estimate: {error}", file=sys.stderr)
             return 2
         if problems:
-            print("\n".join(["a run on this machine would stop:", *problems]))
-    return 0
+            print("\n".join(["a run on these GPUs would stop:", *problems]))
+            code = 1
+    return code
 
 
 if __name__ == "__main__":
