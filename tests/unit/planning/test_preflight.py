@@ -1,6 +1,7 @@
 """What is found out before any model is loaded: one line for each thing that is wrong."""
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -471,14 +472,14 @@ def test_each_model_is_read_once(monkeypatch):
     assert vocabulary_size(settings.model) == 50
 
 
-def test_a_hub_that_refuses_a_model_is_one_line(monkeypatch, capfd):
-    """It is asked again after a second, since the first answer is that it is busy."""
+def test_a_hub_that_refuses_a_model_is_one_line(monkeypatch, capfd, caplog):
+    """It answers twice that it is busy: huggingface_hub asks again at once, and then warns and waits a second."""
     asked = []
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
             asked.append(self.path)
-            self.send_response(429 if len(asked) == 1 else 404)
+            self.send_response(429 if len(asked) < 3 else 404)
             self.send_header("Retry-After", "0")
             self.end_headers()
 
@@ -489,6 +490,7 @@ def test_a_hub_that_refuses_a_model_is_one_line(monkeypatch, capfd):
     threading.Thread(target=hub.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{hub.server_port}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [caplog.handler])
     template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
     try:
@@ -496,5 +498,5 @@ def test_a_hub_that_refuses_a_model_is_one_line(monkeypatch, capfd):
     finally:
         hub.shutdown()
         hub.server_close()
-    assert len(asked) > 1
+    assert len(asked) == 3 and caplog.messages == []
     assert_lines(capfd.readouterr().err.splitlines(), ("--estimate: nowhere/at-all: ",))
