@@ -157,6 +157,30 @@ class ServerPool:
             self._lost[client.url] = why
             self._changed.notify_all()
 
+    def everywhere(self, act: Callable[[VLLMClient], None], what: str) -> None:
+        """Call `act` on all servers in service in parallel. Those on which it fails are taken out of service.
+
+        Args:
+            what: the act, for the message.
+
+        Raises: ServerError, of the first that refuses. One that is gone raises nothing.
+        """
+
+        def attempt(client: VLLMClient) -> ServerError | None:
+            try:
+                act(client)
+            except ServerError as error:
+                self.lose(client, str(error))
+                return error
+            return None
+
+        serving = self.serving
+        with ThreadPoolExecutor(max(1, len(serving))) as threads:
+            failures = list(threads.map(attempt, serving))
+        for failure in failures:
+            if failure is not None and not isinstance(failure, ServerLost):
+                raise ServerError(f"{what} failed, and that server is lost: {failure}") from failure
+
     def revive(self, act: Callable[[VLLMClient], None]) -> None:
         """Put every lost server on which `act` raises no ServerLost back into service. One attempt each."""
         for client in self.clients:

@@ -19,8 +19,9 @@ from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
 from rlkd.data.seeds import request_seed
+from rlkd.generation.rollout_answers import sampled_logprobs
 from rlkd.generation.sampler import Sampling
-from rlkd.generation.vllm import VLLMSampler, sampled_logprobs
+from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, VLLMClient, parse_version
 from rlkd.servers.process import VLLMServer
