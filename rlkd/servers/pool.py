@@ -140,15 +140,14 @@ class ServerPool:
         def act() -> bool:
             refusals = [refusal(client, self._models[client.url]) for client in self.clients]
             for why in filter(None, refusals if needed else ()):
-                raise ServerError(_lacking(self.role.name, why))
+                raise ServerError(
+                    f"expected a {self.role.name} server that scores given tokens, got one that does not: {why}; use "
+                    "vLLM on a GPU with --enable-scale-out (python -m rlkd.serve), or set "
+                    "algorithm.divergence.support to teacher"
+                )
             return not any(refusals)
 
         self.scores_given = on_rank_zero(act)
-
-    def check_route(self, client: VLLMClient) -> None:
-        """Check a server that is back. Raises: ServerError if it no longer offers the route that the pool uses."""
-        if self.scores_given and (why := refusal(client, self._models[client.url])):
-            raise ServerError(_lacking(self.role.name, why))
 
     def close(self) -> None:
         """Stop the servers that we started and close all connections."""
@@ -293,10 +292,3 @@ class ServerPool:
         with self._changed:
             self._load[client.url] -= 1
             self._changed.notify_all()
-
-
-def _lacking(role: str, why: str) -> str:
-    return (
-        f"expected a {role} server that scores given tokens, got one that does not: {why}; use vLLM on a GPU with "
-        "--enable-scale-out (python -m rlkd.serve), or set algorithm.divergence.support to teacher"
-    )

@@ -142,7 +142,6 @@ class ServedTeacher(_ServedScorer):
     def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         def is_the_teacher(client: VLLMClient) -> None:
             client.model_card(self._model_path, self._longest)
-            self.pool.check_route(client)
 
         return self.pool.run(jobs, act, at_once, reconnect=is_the_teacher)
 

@@ -16,12 +16,12 @@ import torch
 from builders import config
 from lines import one_line
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse, CompletionResponseChoice
-from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import (
     GenerateRequest,
     GenerateTokensChoice,
     GenerateTokensResponse,
 )
+from vllm.entrypoints.serve.engine.protocol import UsageInfo
 from vllm.logprobs import Logprob
 from vllm.utils.serial_utils import numpy2base64
 from vllm.v1.worker.gpu.sample import prompt_logprob
