@@ -148,6 +148,7 @@ class VLLMSampler:
         for client in self.pool.clients:
             client.weight_version()  # fails now, not after the first rollout, if a server lacks these routes
         self._ask_settings()
+        self._find_route()
         kind = weight_sync(self._config)
         if kind == "file":
             if distributed.rank() == 0:
@@ -162,6 +163,21 @@ class VLLMSampler:
         dtypes = {dtype for dtype, _ in found}
         self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         self._batched = min(sequences for _, sequences in found)
+
+    def _find_route(self) -> None:
+        """Learn how the servers return scores, if they are the teacher's too. A collective."""
+        teacher, server = self._config.teacher, self._config.rollout.server
+        if not isinstance(teacher, SelfTeacherConfig) or teacher.scorer != "policy_server":
+            return
+        if server.sleep:  # a run that was killed may have left them asleep, and then they would not answer
+
+            def wake() -> None:
+                for client in self.pool.clients:
+                    sleep.wake(client, "weights")
+                    sleep.wake(client, "kv_cache")
+
+            on_rank_zero(wake)
+        self.pool.find_route(self._config.algorithm.scores_given)
 
     def sleep(self) -> None:
         """See `Sampler.sleep`."""

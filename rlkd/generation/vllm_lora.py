@@ -35,6 +35,7 @@ class LoraVLLMSampler(VLLMSampler):
         base = resolve(model.path)
         self.pool.open(settings.urls, base)
         self._ask_settings()
+        self._find_route()
         self.check_version()
         if distributed.rank() == 0:
             assert model.lora is not None

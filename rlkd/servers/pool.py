@@ -18,6 +18,7 @@ from rlkd.config.schema import Config, ServerConfig
 from rlkd.distributed import on_every_rank, on_rank_zero
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.command import ServerRole
+from rlkd.servers.given import refusal
 from rlkd.servers.padding_probe import check_padding
 from rlkd.servers.placement import seats
 from rlkd.servers.process import VLLMServer, launch, new_key, server_key, wait_ready
@@ -61,6 +62,8 @@ class ServerPool:
         self._tried = -math.inf
         """When `run` last tried to revive servers."""
         self._key: str | None = None
+        self.scores_given = False
+        """Whether all servers return the log-probs of given tokens (given.py); `find_route` asks them."""
 
     # ---- starting and ending ------------------------------------------------------------------------------------
 
@@ -124,6 +127,27 @@ class ServerPool:
     def _check_padding(self) -> None:
         for client in self.clients:
             check_padding(client, self._models[client.url], self.role.padding, self.role.samples)
+
+    def find_route(self, needed: bool) -> None:
+        """Ask each server once whether it scores given tokens; after this, `scores_given` is known. A collective.
+
+        Args:
+            needed: whether scores can be had in no other way.
+
+        Raises: RunStopped on every rank if `needed` and a server does not.
+        """
+
+        def act() -> bool:
+            refusals = [refusal(client, self._models[client.url]) for client in self.clients]
+            for why in filter(None, refusals if needed else ()):
+                raise ServerError(
+                    f"expected a {self.role.name} server that scores given tokens, got one that does not: {why}; use "
+                    "vLLM on a GPU with --enable-scale-out (python -m rlkd.serve), or set "
+                    "algorithm.divergence.support to teacher"
+                )
+            return not any(refusals)
+
+        self.scores_given = on_rank_zero(act)
 
     def close(self) -> None:
         """Stop the servers that we started and close all connections."""
