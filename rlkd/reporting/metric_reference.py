@@ -465,8 +465,8 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "balance/tokens",
                 "",
                 "Heaviest rank",
-                "With several ranks: tokens, prompts included, of the rank that trains on the most, divided by the mean "
-                "over ranks, after they have exchanged groups. Well above 1, single groups are so long that no exchange "
+                "With several ranks: tokens, prompts included, of the rank that trains on the most, by the mean over "
+                "ranks, after they have exchanged groups. Well above 1, single groups are so long that no exchange "
                 "helps, and the other ranks wait in training.",
             ),
         ),
