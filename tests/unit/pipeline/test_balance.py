@@ -95,7 +95,7 @@ def test_the_size_of_a_group_has_its_prompt_once_where_it_is_computed_once():
 
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_what_it_gains(ranks):
-    """16 groups a rank of 8 completions: log-normal lengths, median 700, σ 0.8, at most 4,096. `-s` prints the figure."""
+    """16 groups a rank of 8 completions: log-normal lengths, median 700, σ 0.8, at most 4,096. `-s` prints it."""
     chance, before, after, moved = np.random.default_rng(0), [], [], []
     for _ in range(20):
         lengths = np.minimum(4096, np.exp(np.log(700) + 0.8 * chance.standard_normal((ranks, 16, 8)))).astype(int)
