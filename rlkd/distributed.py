@@ -175,7 +175,9 @@ def exchange(outgoing: Mapping[int, Any]) -> dict[int, Any]:
         dist.all_to_all_single(got, torch.cat(out).to(device), lengths, [len(part) for part in out])
         for part, whole in zip(into, got.cpu().split(lengths), strict=True):
             part.copy_(whole)
-    return on_every_rank(lambda: {rank: pickle.loads(part.numpy()) for rank, part in enumerate(received) if len(part)})
+    return on_every_rank(
+        lambda: {rank: pickle.loads(part.numpy().data) for rank, part in enumerate(received) if len(part)}
+    )
 
 
 def local_part(tensor: Tensor) -> Tensor:
