@@ -18,9 +18,9 @@ from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
-from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.weights import Published
 from rlkd.pipeline import ahead
+from rlkd.pipeline.balance import balanced
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
 from rlkd.pipeline.line import Group, Walked
@@ -174,14 +174,14 @@ class RolloutLoader:
     def batch(self, iteration: int) -> Batch:
         """This rank's share of iteration `iteration` (0 is the first), with its metrics in `metrics`.
 
-        The metrics of rewards, lengths and errors cover everything sampled, even if only part of it is trained on.
+        Its rows may be of groups that another rank sampled (`balanced`). The metrics of rewards, lengths and errors
+        cover everything that this rank sampled, even if only part of it is trained on.
         """
         staleness = self.config.rollout.max_staleness
         self.line.forget(iteration)
         started = time.perf_counter()
         walked, probe, sampled, ready = self.with_servers(lambda: self._waited(iteration))
-        if isinstance(self.line.policy, VLLMSampler):
-            self.line.policy.sleep()  # all ranks have their completions
+        self.line.policy.sleep()  # all ranks have their completions
         together = time.perf_counter()
         if staleness == 0:
             self.line.forget(iteration + 1)  # if it is asked for again, the weights may be others
@@ -198,7 +198,7 @@ class RolloutLoader:
             if self.algorithm.scorer_signal(name).tier == "hidden"
         }
         batch = collate(
-            walked.trained,
+            balanced(walked.trained, self.config.trainer.share_prompts, metrics),
             iteration,
             layers,
             scorers=tuple(self.line.scorers),

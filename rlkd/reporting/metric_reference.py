@@ -461,6 +461,14 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "is sampled is not used.",
                 panel="Tokens",
             ),
+            Metric(
+                "balance/tokens",
+                "",
+                "Heaviest rank",
+                "With several ranks: tokens, prompts included, of the rank that trains on the most, by the mean over "
+                "ranks, after they have exchanged groups. Well above 1, single groups are so long that no exchange "
+                "helps, and the other ranks wait in training.",
+            ),
         ),
     ),
     (
@@ -538,7 +546,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "time/collate",
                 "seconds",
                 "Collating",
-                "Time to make tensors of the rollouts; the slowest rank's.",
+                "Time to exchange groups between ranks and make tensors of the rollouts; the slowest rank's.",
             ),
             Metric(
                 "time/evaluate",
