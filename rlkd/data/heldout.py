@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlkd import distributed
 from rlkd.builtin import BUILTIN
 from rlkd.config.schema import Config, DataConfig
-from rlkd.data.sources import load_source
+from rlkd.data.sources import PromptList, load_source
 from rlkd.data.split import Part
 from rlkd.types import Prompt
 
@@ -37,12 +37,17 @@ def part_of(config: Config, *, held_out: bool) -> Part | None:
     return Part(fraction=config.eval.fraction, seed=config.eval.fraction_seed, held_out=held_out)
 
 
+def heldout_source(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptList | None:
+    """All held-out prompts; None when the run has no held-out data. Raises: DataError."""
+    data = heldout(config)
+    return None if data is None else load_source(data, tokenizer, part=part_of(config, held_out=True))
+
+
 def heldout_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The first `eval.prompts` held-out prompts; none when the run has no held-out data."""
-    data = heldout(config)
-    if data is None:
+    source = heldout_source(config, tokenizer)
+    if source is None:
         return []
-    source = load_source(data, tokenizer, part=part_of(config, held_out=True))
     if distributed.rank() == 0:
         for note in source.notes:
             print(f"eval: {note}", file=sys.stderr, flush=True)
