@@ -37,8 +37,8 @@ def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[list
     """Indices of the sequences of each micro-batch, longest first, each with sequences × longest ≤ budget tokens.
 
     The micro-batches with the most tokens come first: ranks wait for each other in every one, so those of one size
-    should meet. Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with the fewest
-    tokens, padding included, where a further micro-batch counts as `overhead` tokens.
+    should meet. Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with
+    the fewest tokens, padding included, where a further micro-batch counts as `overhead` tokens.
 
     Raises: ValueError if one sequence exceeds the budget.
     """
@@ -62,7 +62,7 @@ def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[list
     while end > 0:
         parts.append(order[starts[end] : end])
         end = int(starts[end])
-    return sorted(parts[::-1], key=lambda part: -len(part) * lengths[part[0]])
+    return sorted(parts, key=lambda part: (-len(part) * lengths[part[0]], part))
 
 
 def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[torch.Tensor, Batch]]:
