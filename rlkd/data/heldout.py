@@ -7,7 +7,6 @@ import sys
 from transformers import PreTrainedTokenizerBase
 
 from rlkd import distributed
-from rlkd.builtin import BUILTIN
 from rlkd.config.schema import Config, DataConfig
 from rlkd.data.sources import PromptList, load_source
 from rlkd.data.split import Part
@@ -16,15 +15,15 @@ from rlkd.types import Prompt
 
 def heldout(config: Config) -> DataConfig | None:
     """The data with held-out prompts: eval.path, or data.path for a part of it, or the built-in task's; None: none."""
+    if not config.holds_out:
+        return None
     limit: int | None = config.eval.prompts
     if config.eval.path is not None:
         path, split = config.eval.path, config.eval.split
     elif config.eval.fraction is not None:
         path, split, limit = config.data.path, config.data.split, config.data.limit
-    elif config.data.path.startswith(BUILTIN):
-        path, split = config.data.path, "heldout"
     else:
-        return None
+        path, split = config.data.path, "heldout"
     # What is only trained on need not be there.
     columns = dict.fromkeys(("privileged_column", "completion_column", "rejected_column"))
     return config.data.model_copy(update={"path": path, "split": split, "limit": limit, **columns})

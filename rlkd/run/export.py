@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,19 +27,35 @@ from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import EXPORT_RECORD
 from rlkd.weight_sync.tensor_file import write_checkpoint
 
+LAST, BEST = "hf", "best"
+"""The folders of a run with the student of its last iteration, and that of its best evaluation."""
 
-def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
-    """Write the student to `<run>/hf`, with adapters merged, and its adapter, if it has one, to `<run>/adapter`.
 
-    A collective; rank 0 writes. `<run>/hf` is written last, so if it exists the adapter does too.
+def export_student(
+    student: Student,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    iteration: int,
+    known: Mapping[str, float],
+    name: str = LAST,
+) -> None:
+    """Write the student to `<run>/NAME`, with adapters merged, and its adapter, if it has one, beside it.
+
+    The adapter's folder is `<run>/adapter`, or `<run>/best-adapter` for the best student. A collective; rank 0 writes.
+    The student is written last, so if it exists the adapter does too.
+
+    Args:
+        iteration: the number of iterations that it was trained for.
+        known: what else to record about it (`run_folder.export_record`).
     """
     source, folder = config.model, Path(config.run_dir)
+    adapter = folder / ("adapter" if name == LAST else f"{name}-adapter")
     if source.lora is not None:
         settings, base = source.lora, resolve(source.path)
 
         def write_adapter(tensors: Iterable[tuple[str, Tensor]]) -> None:
             with writing(f"the adapter, to {folder},"):
-                lora.write(dict(tensors), settings, base, folder / "adapter")
+                lora.write(dict(tensors), settings, base, adapter)
 
         read_on_rank_zero(student.adapter_weights(), write_adapter)
     dtype = export_dtype(config)
@@ -47,7 +63,8 @@ def export_student(student: Student, config: Config, tokenizer: PreTrainedTokeni
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
         with writing(f"the student, to {folder},"):
-            export(weights.infos, tensors, student.hf, tokenizer, source, folder / "hf", iteration, dtype)
+            record = {"iteration": iteration, **known}
+            export(weights.infos, tensors, student.hf, tokenizer, source, folder / name, record, dtype)
 
     read_on_rank_zero(weights, write)
 
@@ -73,7 +90,7 @@ def export(
     tokenizer: PreTrainedTokenizerBase,
     source: ModelConfig,
     folder: Path,
-    iteration: int,
+    record: Mapping[str, float],
     dtype: torch.dtype,
 ) -> None:
     """Write model, tokenizer and generation config to `folder`, atomically.
@@ -83,7 +100,8 @@ def export(
         hf: the model, of which only the settings are read.
         source: the model that the student started from, whose generation config is copied.
         folder: replaced if it exists.
-        iteration: the number of iterations that the weights were trained for; `run_folder.exported` reads it.
+        record: the number of iterations that the weights were trained for, and what else `run_folder.export_record`
+            should return.
         dtype: of the weights, which the model config names.
     """
     partial = atomic.partial(folder)
@@ -96,7 +114,7 @@ def export(
         custom_object_save(hf, partial, config=config)  # type: ignore[arg-type]
     GenerationConfig.from_model_config(config).save_pretrained(partial)
     _write_small_files(config, tokenizer, source, partial)
-    (partial / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
+    (partial / EXPORT_RECORD).write_text(json.dumps(record), encoding="utf-8")
     atomic.share(partial)
     atomic.remove(folder)
     partial.rename(folder)

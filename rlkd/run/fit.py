@@ -20,6 +20,7 @@ from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.reporting.report_page import write_report
+from rlkd.run.best import Best
 from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
 from rlkd.run.metrics_log import RunLog, progress
@@ -47,16 +48,17 @@ def longest_wait(config: Config) -> timedelta:
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
     """The callbacks that turn a plain `lightning.Trainer` into a run, in the order in which they must be called."""
-    signals = Signals()
+    signals, best = Signals(), Best(config, loader)
     return [
         signals,
         Publish(loader),
         Evaluate(config, loader),
+        best,
         RunLog(config, loader),
         *([Trace(config, loader)] if config.log.profile else []),
         *progress(config),
         *([] if config.log.wandb == "off" else [Samples(config)]),
-        Checkpoint(config, loader, signals),
+        Checkpoint(config, loader, signals, best),
     ]
 
 
@@ -129,7 +131,7 @@ def summary(config: Config, report: Path) -> str:
             label = name.replace("@k", f"@{config.eval.samples}")
             lines.append(f"{label:<12} {values[0]:6.1%} before  {values[-1]:6.1%} after")
     lines.append(f"report:      {report}")
-    for label, folder in (("student:", "hf"), ("adapter:", "adapter")):
+    for label, folder in (("student:", "hf"), ("best:", "best"), ("adapter:", "adapter")):
         if Path(config.run_dir, folder).exists():
             lines.append(f"{label:<12} {Path(config.run_dir, folder)}")
     return "\n".join(lines)

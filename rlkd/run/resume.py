@@ -18,7 +18,7 @@ from rlkd.distributed import compute_dtype
 from rlkd.storage.run_folder import DATA_FILE, FILE, checkpoints
 
 FREE = re.compile(
-    r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|checkpoint)\..*"
+    r"(run\.(dir|name|iterations|stop_after|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|checkpoint)\..*"
     r"|eval\.(?!fraction).*"
     r"|reward\.(workers|timeout_s)|rollout\.server\..*|teacher\.(teachers\.[^.]+\.)?(urls?|server\..*))"
 )

@@ -84,7 +84,7 @@ def test_adapters_are_a_function_of_the_seed():
 
 def test_both_exports_compute_what_the_student_does(trained):
     settings, captured = trained
-    export_student(captured.student, settings, load_tokenizer("builtin:student", False), 1)
+    export_student(captured.student, settings, load_tokenizer("builtin:student", False), 1, {})
     folder = Path(settings.run_dir)
     batch = collate(groups(KDRL(settings)), 0)
     with torch.no_grad():
@@ -219,7 +219,7 @@ def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_pa
         if lora.is_adapter(name):
             torch.nn.init.normal_(parameter, std=0.3)
     student, folder = Student(hf, len(hf.get_output_embeddings().weight), model.lora), tmp_path / "r"
-    export_student(student, settings, load_tokenizer("builtin:student", False), 1)
+    export_student(student, settings, load_tokenizer("builtin:student", False), 1, {})
     merged = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     base = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
     adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")

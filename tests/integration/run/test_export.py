@@ -40,7 +40,7 @@ def exported(path, folder, *overrides, change=True):
     hf = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
     if change:
         trained(hf, 0)
-    export_student(Student(hf, 56), settings, load_tokenizer("builtin:student", False), 3)
+    export_student(Student(hf, 56), settings, load_tokenizer("builtin:student", False), 3, {})
     return hf, folder / "r" / "hf"
 
 
