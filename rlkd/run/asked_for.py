@@ -48,6 +48,14 @@ def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] =
     root = on_top(_unasked(on_top(under, over), data), on_top(under, over))
     settings = checked(root, problems, known_options(), learn_options).config
     run_dir = run_directory(set_by(under, over, ("model", "path")), settings)
+    students = run_dir is not None or any(_is_students(Path(model)) for model in models)
+    if students and not data and {"fraction", "fraction_seed"} & _set_in(over, "eval"):
+        raise ConfigError(
+            [
+                "eval.fraction: decides what a run was trained on, so its student is evaluated as its config.yaml has it; "
+                "leave it out, or use other data with --data"
+            ]
+        )
     path = settings.model.path
     if run_dir is not None:
         path = str(run_dir / "hf")
@@ -65,6 +73,12 @@ def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] =
         }
     )
     return _benchmarks(settings, data)
+
+
+def _set_in(over: Node, section: str) -> set[str]:
+    """The keys of a section that the command line sets."""
+    node, exact = at(over, (section,))
+    return set(node.value) if exact and isinstance(node.value, dict) else set()
 
 
 def _is_model(folder: Path) -> bool:

@@ -137,8 +137,18 @@ def test_each_file_is_a_benchmark_with_a_name_of_its_own(finished_run):
 
 
 def test_another_file_is_whole_even_if_the_run_held_out_a_share_of_its_data(finished_run):
-    assert asked(["runs/x", "eval.fraction=0.5"]).eval.fraction == 0.5
-    assert asked(["runs/x", "eval.fraction=0.5", "--data", "own.jsonl"]).eval.fraction is None
+    Path("share.yaml").write_text("eval: {fraction: 0.5}")
+    share = ["runs/x", "--config", "share.yaml"]
+    assert asked(share).eval.fraction == 0.5
+    assert asked([*share, "--data", "own.jsonl"]).eval.fraction is None
+
+
+def test_a_student_is_not_evaluated_on_what_it_was_trained_on_by_another_share(finished_run):
+    for words in (["eval.fraction=0.5"], ["eval={fraction_seed: 3}"], ["eval.fraction=null"]):
+        for student in ("runs/x", "runs/x/hf"):
+            with pytest.raises(ConfigError, match="^eval.fraction: decides what a run was trained on"):
+                asked([student, *words])
+    assert asked(["runs/x", "eval.fraction=0.5", "model.path=builtin:student"]).eval.fraction == 0.5
 
 
 def test_a_folder_is_a_run_or_a_model(finished_run):
