@@ -40,6 +40,7 @@ LEVELS = (
     "planning",
     "report",
     "evaluate",
+    "generate",
     "serve",
     "estimate",
     "train",
