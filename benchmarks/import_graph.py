@@ -41,6 +41,7 @@ LEVELS = (
     "planning",
     "report",
     "evaluate",
+    "generate",
     "serve",
     "estimate",
     "train",

@@ -49,16 +49,16 @@ def longest_wait(config: Config) -> timedelta:
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
     """The callbacks that turn a plain `lightning.Trainer` into a run, in the order in which they must be called."""
-    signals = Signals()
+    signals, evaluation = Signals(), Evaluate(config, loader)
     return [
         signals,
         Publish(loader),
-        Evaluate(config, loader),
+        evaluation,
         RunLog(config, loader),
         *([Trace(config, loader)] if config.log.profile else []),
         *([Progress(config)] if config.log.progress else []),
         *([] if config.log.wandb == "off" else [Samples(config)]),
-        Checkpoint(config, loader, signals),
+        Checkpoint(config, loader, signals, len(evaluation.prompts)),
     ]
 
 
