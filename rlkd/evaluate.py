@@ -30,10 +30,10 @@ def evaluate(
     """Print one JSON object, and on stderr what was measured and a table. Returns: see `main`. Raises: ConfigError."""
     if compare is not None:
         return _compare(compare, config + words + data)
-    from rlkd.run.asked_for import asked_for, out_folder
+    from rlkd.run.asked_for import asked_for, benchmarks, out_folder
 
-    benchmarks = asked_for(config, words, data)
-    settings = next(iter(benchmarks.values()))
+    settings = asked_for(config, words, data)
+    tests = benchmarks(settings, data)
     ks = _ks(k, settings.eval.samples)
     from rlkd.distributed import RunStopped
     from rlkd.planning.preflight import check_evaluation
@@ -41,13 +41,13 @@ def evaluate(
     from rlkd.run.fit import quiet
     from rlkd.run.measure import measured
 
-    problems = check_evaluation(benchmarks)
+    problems = check_evaluation(tests)
     if problems:
         print("\n".join(problems), file=sys.stderr)
         return 2
     quiet()
     try:
-        summary = measured(benchmarks, out_folder(settings.model.path) if out is None else Path(out), ks)
+        summary = measured(tests, out_folder(settings.model.path) if out is None else Path(out), ks)
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1

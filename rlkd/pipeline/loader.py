@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config, NoTeacherConfig
+from rlkd.console import phase
 from rlkd.data.heldout import part_of
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import PromptList, load_source
@@ -90,12 +91,14 @@ class RolloutLoader:
 
     def open(self) -> None:
         """Load models, connect to or start servers, start reward workers. Every rank calls it, once."""
-        parts: list[Sampler | Teacher] = [self.line.policy, *self.line.scorers.values()]
-        for part in parts:
+        parts: dict[str, Sampler | Teacher] = {"policy": self.line.policy, **self.line.scorers}
+        for part in parts.values():
             part.start()
         # Servers first: vLLM would count a model loaded here meanwhile, on the same GPU, as its own (`Seat.turn`).
-        for part in sorted(parts, key=lambda part: part.in_process):
-            part.open()
+        for name, part in sorted(parts.items(), key=lambda item: item[1].in_process):
+            what = f"loading the {name}" if part.in_process else f"waiting for servers: {name}"
+            with phase(what, self.config.log.progress):
+                part.open()
         distributed.on_every_rank(self.line.rewards.open)  # a module may be missing on one node only
 
     def check_parity(self) -> None:

@@ -87,7 +87,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Share of the held-out prompts whose greedy completion is correct. A fall while `accuracy` rises means "
                 "overfitting to the training prompts.",
                 panel="Held-out evaluation",
-                console=6,
+                console=7,
                 share=True,
             ),
             Metric(
@@ -195,7 +195,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "KL to the teacher",
                 "KL(π‖teacher), estimated (k3) on tokens that the student sampled and averaged over them. It should "
                 "fall; a rise means that the student moves away from the teacher.",
-                console=4,
+                console=5,
                 smooth=True,
             ),
             Metric(
@@ -406,6 +406,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Length of the completions of all authors, averaged over all that were drawn. A sudden change in "
                 "either direction often comes before a collapse.",
                 smooth=True,
+                console=4,
             ),
             Metric(
                 "completion/truncated",
@@ -588,7 +589,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Throughput",
                 "`tokens/generated` (`tokens/trained` where nothing is generated) by `time/total`, over all ranks. It "
                 "falls where an evaluation or a checkpoint is part of the iteration.",
-                console=5,
+                console=6,
             ),
             Metric(
                 "memory/peak_gb",

@@ -19,13 +19,13 @@ MATHEMATICAL = ("gsm8k:", "math-500:")
 """Formats whose answers only the reward `math` can judge; it is used where no reward is configured."""
 
 
-def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] = ()) -> dict[str, Config]:
-    """The benchmarks to evaluate, by name; their configurations differ only in the held-out data.
+def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] = ()) -> Config:
+    """The configuration to evaluate.
 
     Args:
         config: configuration files, or folders of runs.
         words: `key=value`, or folders of runs or models.
-        data: held-out data to use instead of the configuration's, each as eval.path.
+        data: what is held out instead of the configuration's (`benchmarks`); then it need not name any data.
 
     A run's folder means its `config.yaml`, on top of which come the other files. It names the model that the run
     started from. The run's exported student is evaluated instead, unless another file or the command line sets
@@ -52,8 +52,8 @@ def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] =
     if students and not data and {"fraction", "fraction_seed"} & _set_in(over, "eval"):
         raise ConfigError(
             [
-                "eval.fraction: decides what a run was trained on, so its student is evaluated as its config.yaml has it; "
-                "leave it out, or use other data with --data"
+                "eval.fraction: decides what a run was trained on, so it must be as in its config.yaml; leave it out, "
+                "or use other data with --data"
             ]
         )
     path = settings.model.path
@@ -63,7 +63,7 @@ def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] =
             raise ConfigError([_no_student(run_dir, settings)])
     # The model has no separate adapter: model.path is the base or an export with merged adapter. No weights are sent.
     server = settings.rollout.server.model_copy(update={"weight_sync": "file", "sleep": 0})
-    settings = settings.model_copy(
+    return settings.model_copy(
         update={
             "model": settings.model.model_copy(update={"path": path, "lora": None}),
             "teacher": NoTeacherConfig(),
@@ -72,7 +72,6 @@ def asked_for(config: Sequence[str], words: Sequence[str], data: Sequence[str] =
             "eval": settings.eval.model_copy(update={"every": max(1, settings.eval.every)}),
         }
     )
-    return _benchmarks(settings, data)
 
 
 def _set_in(over: Node, section: str) -> set[str]:
@@ -101,8 +100,12 @@ def _unasked(root: Node, data: Sequence[str]) -> Node:
     return read([], keys)[1]
 
 
-def _benchmarks(config: Config, data: Sequence[str]) -> dict[str, Config]:
-    """The configuration of each benchmark, by the name of its file; names that repeat are numbered."""
+def benchmarks(config: Config, data: Sequence[str]) -> dict[str, Config]:
+    """The configuration of each benchmark, by the name of its file. They differ only in their held-out data.
+
+    `data`: held-out data, each as eval.path; if there is none, that of `config` is the only benchmark. Names that
+    repeat are numbered.
+    """
     found: dict[str, Config] = {}
     for path in data or [config.eval.path or config.data.path]:
         plain = _name(path)

@@ -26,9 +26,11 @@ class Best(IterationCallback):
 
     phase = "checkpoint"
 
-    def __init__(self, config: Config, loader: RolloutLoader):
+    def __init__(self, config: Config, loader: RolloutLoader, heldout: int):
+        """`heldout`: the number of prompts that evaluations measure, for the model card."""
         self.config = config
         self.loader = loader
+        self.heldout = heldout
         self.metric = config.checkpoint.best
         self.highest: float | None = None
         self.at = 0
@@ -79,7 +81,8 @@ class Best(IterationCallback):
             self.waited += 1
         if self._on_disk is None or value > self._on_disk:
             self._on_disk = value
-            export_student(module.model, self.config, self.loader.tokenizer, done, {self.metric: value}, BEST)
+            known: dict[str, float] = {self.metric: value}
+            export_student(module.model, self.config, self.loader.tokenizer, done, self.heldout, known, BEST)
         if self.gives_up and distributed.rank() == 0:
             print(
                 f"run.stop_after: {self.metric} was not above its {self.highest:.4g} of iteration {self.at} in the "

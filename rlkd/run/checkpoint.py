@@ -69,11 +69,13 @@ class Checkpoint(IterationCallback):
 
     phase = "checkpoint"
 
-    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals, best: Best):
+    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals, best: Best, heldout: int):
+        """`heldout`: the number of prompts that evaluations measure, for the model card."""
         self.config = config
         self.loader = loader
         self.signals = signals
         self.best = best
+        self.heldout = heldout
         self._saved: int | None = None
         """Iterations in the newest checkpoint. A checkpoint that could not be written counts too, and is not retried.
         None before the run has started."""
@@ -122,7 +124,7 @@ class Checkpoint(IterationCallback):
         """Export the student if `checkpoint.export` is set. A collective."""
         if self.config.checkpoint.export:
             known = {"waited": self.best.waited}
-            export_student(module.model, self.config, self.loader.tokenizer, done, known)
+            export_student(module.model, self.config, self.loader.tokenizer, done, self.heldout, known)
 
     def _remove_later_checkpoints(self) -> None:
         """Remove checkpoints newer than the one that the run resumes from, as `RunLog` does with their rows.

@@ -13,17 +13,20 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.loggers import Logger
 from transformers.utils import logging as transformers_logging
 
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
+from rlkd.console import leads, phase
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.reporting.report_page import write_report
 from rlkd.run.best import Best
 from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
-from rlkd.run.metrics_log import RunLog, progress
+from rlkd.run.metrics_log import RunLog
+from rlkd.run.progress import Progress
 from rlkd.run.publish import Publish
 from rlkd.run.resume import changes, resume_path
 from rlkd.run.safe_loading import SafeModelParallelStrategy
@@ -48,26 +51,27 @@ def longest_wait(config: Config) -> timedelta:
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
     """The callbacks that turn a plain `lightning.Trainer` into a run, in the order in which they must be called."""
-    signals, best = Signals(), Best(config, loader)
+    signals, evaluation = Signals(), Evaluate(config, loader)
+    best = Best(config, loader, len(evaluation.prompts))
     return [
         signals,
         Publish(loader),
-        Evaluate(config, loader),
-        best,
+        evaluation,
         RunLog(config, loader),
         *([Trace(config, loader)] if config.log.profile else []),
-        *progress(config),
+        *([Progress(config)] if config.log.progress else []),
         *([] if config.log.wandb == "off" else [Samples(config)]),
-        Checkpoint(config, loader, signals, best),
+        best,
+        Checkpoint(config, loader, signals, best, len(evaluation.prompts)),
     ]
 
 
-def build_trainer(config: Config, hooks: list[lightning.Callback], logged: bool = True) -> lightning.Trainer:
+def build_trainer(config: Config, hooks: list[lightning.Callback], loggers: Sequence[Logger] = ()) -> lightning.Trainer:
     """The Trainer of a run, without Lightning's own checkpoints, model summary and distributed sampler.
 
     Args:
         hooks: its callbacks.
-        logged: whether the loggers of the configuration are used.
+        loggers: where metrics go beside metrics.jsonl.
     """
     strategy = SafeModelParallelStrategy(
         data_parallel_size=config.world_size, tensor_parallel_size=1, timeout=longest_wait(config)
@@ -79,10 +83,10 @@ def build_trainer(config: Config, hooks: list[lightning.Callback], logged: bool 
         strategy=strategy,
         precision="32-true",
         max_epochs=-1,
-        logger=loggers(config) if logged else False,
+        logger=list(loggers),
         callbacks=hooks,
         enable_checkpointing=False,
-        enable_progress_bar=config.log.progress and sys.stdout.isatty(),
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
@@ -99,8 +103,13 @@ def use_expandable_segments(config: Config) -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def run(config: Config, text: str) -> None:
-    """Train with `config`. `text` is the merged YAML, which is saved as `<run>/config.yaml`."""
+def run(config: Config, text: str, recipe: str | None = None) -> None:
+    """Train with `config`.
+
+    Args:
+        text: the merged YAML, which is saved as `<run>/config.yaml`.
+        recipe: the name of the whole run, if this is one of its stages.
+    """
     checkpoint = resume_path(config)
     if int(os.environ.get("RANK", "0")) == 0:
         with writing(f"run.dir: {config.run_dir}/config.yaml"):
@@ -108,9 +117,10 @@ def run(config: Config, text: str) -> None:
             atomic.write(Path(config.run_dir, "config.yaml"), text.encode())
     use_expandable_segments(config)
     module = PolicyModule(config)
-    loader = RolloutLoader(config, module.algorithm)
+    with phase("reading the data", config.log.progress):
+        loader = RolloutLoader(config, module.algorithm)
     try:
-        trainer = build_trainer(config, callbacks(config, loader))
+        trainer = build_trainer(config, callbacks(config, loader), loggers(config, recipe, checkpoint))
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     finally:
         loader.close()
@@ -145,7 +155,11 @@ def run_stages(stages: Sequence[Stage]) -> int:
     for stage in stages:
         loaded = stage.loaded
         if stage.name is not None and finished(loaded.config):
+            if leads():
+                print(f"stage {stage.name} has already finished: {loaded.config.run_dir}", flush=True)
             continue
+        if stage.name is not None and leads():
+            print(f"stage {stage.name}", flush=True)
         if stage.starts_from is not None:
             loaded = with_values(loaded, {"model.path": stage.starts_from})
         changed = changes(loaded.config)
@@ -153,7 +167,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node, since the data of nodes may differ
                 print("\n".join(changed), file=sys.stderr)
             return 2
-        run(loaded.config, loaded.text)
+        run(loaded.config, loaded.text, None if stage.name is None else Path(loaded.config.run.dir).name)
         # Rank 0 decides, since it writes the report last, and another rank may look for the report before that.
         if stage.name is not None and not distributed.broadcast(finished(loaded.config)):
             return 0  # after a signal; run.resume=auto continues with this stage

@@ -84,7 +84,7 @@ def test_adapters_are_a_function_of_the_seed():
 
 def test_both_exports_compute_what_the_student_does(trained):
     settings, captured = trained
-    export_student(captured.student, settings, load_tokenizer("builtin:student", False), 1, {})
+    export_student(captured.student, settings, load_tokenizer("builtin:student", False), 1)
     folder = Path(settings.run_dir)
     batch = collate(groups(KDRL(settings)), 0)
     with torch.no_grad():
@@ -103,6 +103,12 @@ def test_both_exports_compute_what_the_student_does(trained):
     assert (of(start()) - ours).abs().max() > 1, "otherwise a lost adapter would not show"
     told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (4, 8, resolve("builtin:student"))
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert {(folder / part / name).read_text() for part in ("hf", "adapter")} == {
+            Path(resolve("builtin:student"), name).read_text()
+        }
+    assert {path.stat().st_mode & 0o777 for path in (folder / "adapter").iterdir()} == {0o644}
+    assert "library_name: peft" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_without_adapters_the_student_is_the_reference(trained):
@@ -219,7 +225,7 @@ def test_in_a_mixture_of_experts_one_list_says_which_layers_have_adapters(tmp_pa
         if lora.is_adapter(name):
             torch.nn.init.normal_(parameter, std=0.3)
     student, folder = Student(hf, len(hf.get_output_embeddings().weight), model.lora), tmp_path / "r"
-    export_student(student, settings, load_tokenizer("builtin:student", False), 1, {})
+    export_student(student, settings, load_tokenizer("builtin:student", False), 1)
     merged = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     base = load_causal_lm(path, torch.float32, attention=None, trust_remote_code=False)
     adapted = peft.PeftModel.from_pretrained(base, folder / "adapter")

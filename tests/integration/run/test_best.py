@@ -74,10 +74,6 @@ def test_it_ends_where_a_resumed_one_ends_and_goes_on_only_if_it_is_asked_to(gav
 def test_the_best_student_is_the_one_that_was_measured(tmp_path, capsys):
     kdrl = ("algorithm={name: kdrl, group_size: 8}", "teacher={backend: local, path: 'builtin:teacher'}")
     kdrl = (*kdrl, "data.completion_column=null", "rollout.prompts=16")
-        "data.completion_column=null",
-        "algorithm={name: kdrl, group_size: 8}",
-        "teacher={backend: local, path: 'builtin:teacher'}",
-    )
     train(arguments(tmp_path, *kdrl, "optim.lr=3.0e-3", "run.iterations=6"), tmp_path / "out")
     folder = tmp_path / "x"
     accuracy = [row["eval/greedy"] for row in rows(folder)]
