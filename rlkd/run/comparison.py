@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlkd.run.evaluated import Record, aligned, bounds, per_prompt, read, shown
+from rlkd.run.evaluated import Record, aligned, bounds, per_prompt, powers, read, shown
 from rlkd.run.statistics import interval, sign_test
 
 _GREEDY = ("wrong", "right")
@@ -68,7 +68,7 @@ def _paired(name: str, a: Sequence[Record], b: Sequence[Record]) -> tuple[list[t
 
 def _benchmark(pairs: Sequence[tuple[Record, Record]], max_tokens: int, seed: int) -> dict[str, Any]:
     a, b = [one for one, _ in pairs], [other for _, other in pairs]
-    of_a, of_b = (per_prompt(records, _ks(records)) for records in (a, b))
+    of_a, of_b = (per_prompt(records, powers(len(records[0]["samples"]))) for records in (a, b))
     differences = {}
     for figure in (figure for figure in of_a if figure in of_b):
         known = [(x, y) for x, y in zip(of_a[figure], of_b[figure], strict=True) if x is not None and y is not None]
@@ -101,10 +101,6 @@ def _benchmark(pairs: Sequence[tuple[Record, Record]], max_tokens: int, seed: in
     }
 
 
-def _ks(records: Sequence[Record]) -> range:
-    return range(1, 1 + len(records[0]["samples"]))
-
-
 def _greedy(record: Record) -> str | None:
     """None if the reward failed."""
     correct = record["greedy"]["correct"]
@@ -123,15 +119,12 @@ def _transitions(pairs: Sequence[tuple[str | None, str | None]], kinds: Sequence
 
 
 def comparison_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as lines of text. Of the curves, only k = 1, 2, 4, … and the last are shown."""
+    """The comparison as lines of text."""
     lines = [f"a: {comparison['a']}", f"b: {comparison['b']}", *(f"note: {note}" for note in comparison["notes"])]
     for name, found in comparison["benchmarks"].items():
         lines += ["", f"{name}, {found['prompts']} prompts"]
         rows = [("figure", "a", "b", "b − a", "95% interval")]
-        largest = max((_k(figure) for figure in found["differences"]), default=0)
         for figure, change in found["differences"].items():
-            if _k(figure) & (_k(figure) - 1) and _k(figure) != largest:
-                continue
             a, b = shown(figure, change["a"]), shown(figure, change["b"])
             difference, low, high = (shown(figure, change[key], "+") for key in ("difference", "low", "high"))
             rows.append((figure, a, b, difference, f"{low} to {high}"))
@@ -147,8 +140,3 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         if len(found["changed"]) > _SHOWN:
             lines.append(f"and {len(found['changed']) - _SHOWN} more")
     return "\n".join(lines)
-
-
-def _k(figure: str) -> int:
-    """The k of pass@k; 0 without one."""
-    return int(figure.partition("@")[2] or 0)

@@ -44,18 +44,18 @@ def majority_at_k(votes: Sequence[Hashable | None], correct: Sequence[bool], k: 
     """
     _check_k("majority", len(votes), k)
     sizes = Counter(vote for vote in votes if vote is not None)
-    silent = len(votes) - sum(sizes.values())
     share = {vote: sum(c for v, c in zip(votes, correct, strict=True) if v == vote) / sizes[vote] for vote in sizes}
     won = 0.0
     for winner in (vote for vote in sizes if share[vote]):
         for top in range(1, min(k, sizes[winner]) + 1):
-            # ways[t, m]: subsets of m samples in which the winner has `top` votes, t others too, and none has more.
+            # ways[t, m]: subsets of m samples in which the winner has `top` votes, t rivals too, and none has more.
             ways: dict[tuple[int, int], int] = {(0, top): math.comb(sizes[winner], top)}
-            for vote, size in sizes.items():
-                if vote != winner:
-                    ways = _one_more(ways, size, k, top)
+            rivals = [size for vote, size in sizes.items() if vote != winner and size >= top]
+            for size in rivals:
+                ways = _one_more(ways, size, k, top)
+            others = len(votes) - sizes[winner] - sum(rivals)  # however many are drawn, no answer has as many votes
             won += share[winner] * sum(
-                count * math.comb(silent, k - drawn) / (1 + tied) for (tied, drawn), count in ways.items()
+                count * math.comb(others, k - drawn) / (1 + tied) for (tied, drawn), count in ways.items()
             )
     return won / math.comb(len(votes), k)
 

@@ -40,13 +40,13 @@ QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 FEW = ("eval.prompts=8", "eval.samples=2")
 
 
-def tests(words):
+def by_name(words):
     given = parse(command, words)
     return benchmarks(asked_for(given["config"], given["words"], given["data"]), given["data"])
 
 
 def asked(words):
-    (only,) = tests(words).values()
+    (only,) = by_name(words).values()
     return only
 
 
@@ -129,11 +129,11 @@ def test_each_file_is_a_benchmark_with_a_name_of_its_own(finished_run):
         for path in ("gsm8k:a.jsonl", "b/own.jsonl", "own.jsonl", "b/own.jsonl", "math-500:c d/e.jsonl")
         for word in ("--data", path)
     ]
-    found = tests(["runs/x", "eval.prompts=3", *data])
+    found = by_name(["runs/x", "eval.prompts=3", *data])
     assert list(found) == ["gsm8k", "own", "own-2", "own-3", "math-500"]
     assert [one.eval.path for one in found.values()] == data[1::2]
     assert {one.model.path for one in found.values()} == {"runs/x/hf"}
-    assert list(tests(["runs/x"])) == ["reverse"]
+    assert list(by_name(["runs/x"])) == ["reverse"]
 
 
 def test_another_file_is_whole_even_if_the_run_held_out_a_share_of_its_data(finished_run):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import time
 from collections import Counter
 from fractions import Fraction
 
@@ -64,6 +65,15 @@ def test_majority_of_all_samples_by_hand():
     assert majority_at_k(["5", "4"], [False, True], 2) == 0.5
     assert majority_at_k([None, None], [False, False], 2) == 0.0
     assert majority_at_k([None, None, "4"], [False, False, True], 3) == 1.0, "samples without an answer do not vote"
+
+
+def test_a_majority_of_many_samples_takes_no_time():
+    """There are 10^18 subsets of 32 of 64 samples."""
+    votes = ["a"] * 20 + ["b"] * 14 + ["c"] * 5 + list("defghijklmnopqrstuvwxyz") + [None] * 2
+    started = time.process_time()
+    found = [majority_at_k(votes, [vote == "a" for vote in votes], k) for k in (1, 16, 32, 64)]
+    assert found[0] == pytest.approx(20 / 64) and found[0] < found[1] < found[2] < found[3] == 1.0
+    assert time.process_time() - started < 0.2
 
 
 def upper_tail(successes, trials, p):
