@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
-from rlkd.reporting.report_page import newest_rollouts
+from rlkd.reporting.samples import newest_rollouts
 from rlkd.storage import atomic
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
@@ -125,7 +125,7 @@ class Samples(IterationCallback):
         due = done == self.config.run.iterations or (every > 0 and done % every == 0)
         if not due or distributed.rank() != 0:
             return
-        rollouts, _ = newest_rollouts(Path(self.config.run_dir, "rollouts"))
+        rollouts = newest_rollouts(Path(self.config.run_dir, "rollouts"))
         rows = [[rollout.get("iteration"), *(_cell(rollout.get(name)) for name in COLUMNS)] for rollout in rollouts]
         for logger in trainer.loggers:
             if rows and isinstance(logger, WandbLogger):
