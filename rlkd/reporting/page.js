@@ -18,9 +18,10 @@ function make(tag, attributes = {}, ...children) {
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "—";
   const size = Math.abs(value);
-  if (size >= 1e3 && size < 1e7) return Math.round(value).toLocaleString("en");
+  if (size >= 1e3 && size < 1e7) return Math.round(value).toLocaleString("en").replace("-", "−");
   const short = Number(value.toPrecision(digits));
-  return size !== 0 && (size < 1e-3 || size >= 1e7) ? short.toExponential().replace("e+", "e") : String(short);
+  const long = size !== 0 && (size < 1e-3 || size >= 1e7);
+  return (long ? short.toExponential().replace("e+", "e") : String(short)).replaceAll("-", "−");
 }
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -183,7 +184,7 @@ function plot(place, width) {
     }, index);
     if (faint) add(curve.mean[0], curve.mean[1], { stroke, dash, width: 2.2, points: { show: false } }, null);
   });
-  const joined = uPlot.join(tables);
+  const joined = uPlot.join([[iterations()], ...tables]);
   const soft = () => colour("--soft");
   const grid = { stroke: () => colour("--rule"), width: 1 };
   const axis = { stroke: soft, font: FONT, grid, ticks: { show: false }, gap: 6, labelFont: FONT };
@@ -205,7 +206,13 @@ function plot(place, width) {
   return view;
 }
 
-/* Whole iterations: 1, 2, 5, 10, … */
+/* The first and the last of all plots, so that they have the same axis. */
+function iterations() {
+  const curves = data.runs.flatMap((run) => Object.values(run.series));
+  return [Math.min(...curves.map(({ x }) => x[0])), Math.max(...curves.map(({ x }) => x[x.length - 1]))];
+}
+
+/* Whole steps of an axis: 1, 2, 5, 10, … */
 function whole() {
   const steps = [];
   for (let power = 1; power <= 1e9; power *= 10) steps.push(power, 2 * power, 5 * power);
@@ -248,7 +255,7 @@ function tick(value, step, all) {
   if (value === 0) return "0";
   if (largest >= 1e6 || largest < 1e-3) {
     const digits = Math.max(0, Math.floor(Math.log10(Math.abs(value))) - Math.floor(Math.log10(step)) + (step.toPrecision(2).includes("25") ? 1 : 0));
-    return Number(value.toExponential(Math.min(digits, 12))).toExponential().replace("e+", "e").replace("-", "−");
+    return Number(value.toExponential(Math.min(digits, 12))).toExponential().replace("e+", "e").replaceAll("-", "−");
   }
   let places = 0;
   while (places < 12 && Math.abs(step * 10 ** places - Math.round(step * 10 ** places)) > 1e-6) places++;
@@ -347,7 +354,7 @@ function drawList() {
     const sorted = state.sort === key;
     const button = make("button", { type: "button", onclick: () => sortBy(key) }, label + (sorted ? (state.down ? " ↓" : " ↑") : ""));
     const numeric = ["at", "reward", "advantage", "length"].includes(key);
-    return make("th", { class: numeric ? "number" : "", scope: "col", "data-key": key,
+    return make("th", { class: numeric ? `number ${key}` : "", scope: "col", "data-key": key,
       "aria-sort": sorted ? (state.down ? "descending" : "ascending") : "none" }, button);
   })));
   const found = filtered();
@@ -359,10 +366,10 @@ function drawList() {
   const cell = (sample, key) => {
     if (key === "id" || key === "run") return make("td", { class: "id", title: sample[key] }, sample[key]);
     if (key === "end") return make("td", { class: sample.error ? "wrong" : "" }, sample.end);
-    return make("td", { class: "number" }, key === "at" ? sample.at.toLocaleString("en") : number(sample[key]));
+    return make("td", { class: `number ${key}` }, key === "at" ? sample.at.toLocaleString("en") : number(sample[key]));
   };
   document.querySelector("#list tbody").replaceChildren(...found.map((sample) => make("tr", {
-    "aria-selected": String(sample.key === state.chosen), "data-key": sample.key, onclick: () => choose(sample.key),
+    "aria-selected": String(sample.key === state.chosen), "data-key": sample.key, onclick: () => { $("list").focus({ preventScroll: true }); choose(sample.key); },
   }, ...columns.map(([key]) => cell(sample, key)))));
   drawSample();
 }

@@ -141,7 +141,7 @@ def _tiles(series: dict[str, list[Point]], stages: list[dict[str, Any]], samples
     seconds = values_of(series.get("time/total", []))
     done = sum(stage["done"] for stage in stages)
     planned = " + ".join(str(stage["planned"]) for stage in stages)
-    per = f", {number(sum(seconds) / len(seconds), 3)} s each" if seconds else ""
+    per = f", {number(sum(seconds) / len(seconds))} s each" if seconds else ""
     value = f"{done:,}" + (f" in {duration(sum(seconds))}" if seconds else "")
     tiles.append(_tile("", "Iterations", value, f"of {planned}{per}"))
     return tiles
@@ -158,6 +158,6 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
-def number(value: float, digits: int = 4) -> str:
-    """A number for display, with four significant digits and grouped thousands."""
-    return f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.{digits}g}"
+def number(value: float) -> str:
+    """A number for display, with three significant digits and grouped thousands."""
+    return (f"{value:,.0f}" if 1e3 <= abs(value) < 1e7 else f"{value:.3g}").replace("-", "−")

@@ -55,8 +55,3 @@ def embedded(data: Any) -> str:
 
 def _file(name: str) -> str:
     return files("rlkd.reporting").joinpath(name).read_text(encoding="utf-8")
-
-
-def reports(runs: Sequence[str | Path]) -> bytes:
-    """The page of `runs` as the server of `rlkd report --serve` sends it, which asks for new data by itself."""
-    return page(report_data(runs) | {"live": True}, source="'self'")
