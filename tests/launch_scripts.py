@@ -11,8 +11,11 @@ from pathlib import Path
 
 from torch.distributed.run import get_args_parser
 
-from rlkd.config_file import load, parse_args
+from rlkd.command_line import parse
+from rlkd.config_file import load
+from rlkd.serve import command as serve
 from rlkd.serve import plan
+from rlkd.train import command as train
 
 SNAPSHOTS = Path(__file__).with_name("launch_snapshots")
 CONFIG = ("--config", "configs/quickstart_vllm.yaml")
@@ -44,11 +47,11 @@ def assert_known(line: str) -> None:
     words = shlex.split(line)
     module = words.index("-m") + 1
     if words[module] == "rlkd.serve":
-        plan(words[module + 1 :])
+        plan(**parse(serve, words[module + 1 :]))
         return
     known = get_args_parser().parse_args(words[module + 1 :])
     assert (words[module], known.module, known.training_script) == ("torch.distributed.run", True, "rlkd.train")
-    args = parse_args(known.training_script_args)
-    config = load(args.files, args.overrides).config
+    args = parse(train, known.training_script_args)
+    config = load(args["config"], args["words"]).config
     assert config.run.resume == "auto"
     assert (config.trainer.devices, config.trainer.num_nodes) == (int(known.nproc_per_node), int(known.nnodes[:1]))

@@ -51,6 +51,10 @@ class OPDConfig(AlgorithmConfig):
     def teacher_writes(self) -> bool:
         return self.student_share < 1 and self.others == "teacher"
 
+    @property
+    def scores_given(self) -> bool:
+        return self.divergence.sampler_top_k > 0
+
     def trained_lengths(self, config: Config) -> dict[str, int]:
         if self.student_share == 1 or self.others == "teacher":
             return super().trained_lengths(config)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
+import re
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -21,6 +24,8 @@ Algorithms = Mapping[str, type[AlgorithmConfig]]
 """algorithm.name → class of the `algorithm` section."""
 LearnOptions = Callable[[str], type[AlgorithmConfig]]
 """module:Class → class of that algorithm's section. Raises: ValueError, one line."""
+_ENTRY = re.compile(r"  \w+(?:\.\w+|\[\])+:")
+"""The first line of a key's help."""
 Path = tuple[str | int, ...]
 """The path of a key: section, key, list index …"""
 
@@ -137,43 +142,87 @@ class Schema:
         """Every (dotted section, key) of the tree, for all kinds of each section."""
         for name, place in self.fields(Config).items():
             for model in place.models:
-                yield from _keys(name, model)
+                yield from ((section, key) for section, key, _ in _keys(name, model))
 
-    def help_text(self) -> str:
-        """Every dotted key with its type, default and description, wrapped at 100 columns."""
-        lines = [*_USAGE]
+    def sections(self) -> list[tuple[str, str]]:
+        """(name, description) of every section; of one with several kinds, their names."""
+        return [
+            (name, f"one of {', '.join(place.variants)}" if place.tag else _about(place.models[0]).split(". ")[0])
+            for name, place in self.fields(Config).items()
+        ]
+
+    def help_text(self, names: Sequence[str]) -> str:
+        """Every dotted key of the named sections with its type, default and description, wrapped at 100 columns.
+
+        Args:
+            names: sections, kinds of a section such as kdrl, dotted keys, or `all`.
+
+        Raises: ValueError, one line, for an unknown name.
+        """
+        blocks = list(self._blocks())
+        keys = [entry for _, lines in blocks for entry in _entries(lines)]
+        texts: list[str] = []
+        for name in names:
+            found = ["\n".join([*lines, ""]) for known, lines in blocks if name == "all" or name in known]
+            found = found or ["\n".join(lines) for key, lines in keys if _is_under(key, name)]
+            if not found:
+                sections = [section for section, _ in self.sections()]
+                near = difflib.get_close_matches(name, [*sections, *(key for key, _ in keys)], n=1)
+                hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(sections)}"
+                raise ValueError(f"--help {name}: unknown section or key; {hint}")
+            texts += found
+        return "\n".join(dict.fromkeys(texts)).rstrip("\n") + "\n"
+
+    def completions(self, incomplete: str) -> list[str]:
+        """What `key=value` may become: `key=`, or with one of the words that the key accepts."""
+        places: dict[str, list[Slot]] = {}
+        for name, section in self.fields(Config).items():
+            for model in section.models:
+                for path, key, place in _keys(name, model):
+                    places.setdefault(f"{path}.{key}", []).append(place)
+        key, equals, value = incomplete.partition("=")
+        if not equals:
+            return [f"{name}=" for name in places if name.startswith(key) and "[]" not in name]
+        words = dict.fromkeys(word for place in places.get(key, ()) for word in _words(place))
+        return [f"{key}={word}" for word in words if word.startswith(value)]
+
+    def _blocks(self) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """(names, lines) of each kind of section."""
         for name, place in self.fields(Config).items():
-            if place.tag is not None:
-                if place is self.algorithm and self.others:
-                    about = "algorithm.name: module:Class - an algorithm of your own, with the keys of its Options"
-                    lines += ["", *_wrapped(about, 0)]
-                for tag, model in place.variants.items():
-                    lines += _section_help(f"{name}.{place.tag}: {tag}", name, model)
-            else:
-                lines += _section_help(name, name, place.models[0])
-        lines += ["", "schedules: a number (constant) or a mapping with kind; iterations are counted from 0"]
+            if place.tag is None:
+                yield (name,), _section_help(name, name, place.models[0])
+                continue
+            if place is self.algorithm and self.others:
+                about = "algorithm.name: module:Class - an algorithm of your own, with the keys of its Options"
+                yield (name,), _wrapped(about, 0)
+            for tag, model in place.variants.items():
+                yield (name, tag), _section_help(f"{name}.{place.tag}: {tag}", name, model)
+        lines = ["schedules: a number (constant) or a mapping with kind; iterations are counted from 0"]
         for tag, model in slot(Schedule).variants.items():
             about = " ".join((model.__doc__ or "").split("\n")[0].split())
             keys = ", ".join(f"{key}: {expected(s)}" for key, s in fields(model).items() if key != "kind")
             lines += [f"  kind: {tag}", *_wrapped(f"{about} {keys}", 6)]
-        return "\n".join(lines) + "\n"
+        yield ("schedules",), lines
 
 
-_USAGE = (
-    "usage: python -m rlkd.train --config A.yaml [--config B.yaml ...] [key=value ...] [flags]",
-    "",
-    "Later files override earlier ones, and key=value overrides all files. A different algorithm.name",
-    "or teacher.backend replaces that section entirely. ${oc.env:NAME} reads an environment variable;",
-    "write \\${ for a literal ${. on, off, yes and no are read as true or false only by boolean keys.",
-    "",
-    "--config FILE     YAML file; several are merged, later ones override earlier ones",
-    "key=value         e.g. optim.lr=1e-5 or rollout.server.urls='[\"http://localhost:8000\"]'",
-    "--profile         trace the second iteration: <run>/trace-rank0.json.gz, for ui.perfetto.dev",
-    "--print-config    print the merged YAML with every default, and exit",
-    "--estimate        print the memory that each process needs and what is on which GPU, and exit;",
-    "                  --estimate=8x80 imagines 8 GPUs of 80 GiB, --estimate=80 as many as are used",
-    "--help            print this page",
-)
+def _entries(lines: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(dotted key, lines) of each key of a section's help."""
+    starts = [i for i, line in enumerate(lines) if _ENTRY.match(line)]
+    for start, end in itertools.pairwise([*starts, len(lines)]):
+        yield lines[start].strip().split(":")[0], list(lines[start:end])
+
+
+def _is_under(key: str, name: str) -> bool:
+    return key == name or key.startswith((f"{name}.", f"{name}["))
+
+
+def _words(place: Slot) -> list[str]:
+    """The words that complete a value: of a choice, a switch, or the kind of a section."""
+    return choices(place) + (["true", "false"] if bool in place.members else [])
+
+
+def _about(model: type[BaseModel]) -> str:
+    return " ".join((model.__doc__ or "").split("\n\n")[0].split())
 
 
 def choices(place: Slot) -> list[str]:
@@ -186,9 +235,9 @@ def dotted(path: Path) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
 
 
-def _keys(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+def _keys(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str, Slot]]:
     for name, place in fields(model).items():
-        yield section, name
+        yield section, name, place
         item = place.item
         if not place.is_schedule:
             for inner in place.models:
@@ -198,8 +247,8 @@ def _keys(section: str, model: type[BaseModel]) -> Iterator[tuple[str, str]]:
 
 
 def _section_help(title: str, path: str, model: type[BaseModel]) -> list[str]:
-    about = " ".join((model.__doc__ or "").split("\n\n")[0].split())
-    return ["", *_wrapped(f"{title}{f' - {about}' if about else ''}", 0), *_keys_help(path, model)]
+    about = _about(model)
+    return [*_wrapped(f"{title}{f' - {about}' if about else ''}", 0), *_keys_help(path, model)]
 
 
 def _keys_help(path: str, model: type[BaseModel], defaults: Mapping[str, Any] | None = None) -> list[str]:

@@ -11,13 +11,12 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
-from rlkd.config.command_line import Args, parse_args
 from rlkd.config.errors import ConfigError, Report, shown
 from rlkd.config.help import Algorithms, LearnOptions, Path, Schema, Slot, default
 from rlkd.config.schema import AlgorithmConfig, Config, Section
 from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
 
-__all__ = ["Args", "ConfigError", "Loaded", "help_text", "load", "parse_args"]
+__all__ = ["ConfigError", "Loaded", "load"]
 
 _TAGS: Mapping[tuple[str, ...], str] = {("algorithm",): "name", ("teacher",): "backend"}
 _SWITCHES = {"on": True, "yes": True, "off": False, "no": False}
@@ -33,16 +32,6 @@ class Loaded:
     config: Config
     text: str
     """YAML with every default filled in and references left unresolved; loading it gives the same `config`."""
-
-
-def help_text(algorithms: Algorithms, others: bool = False) -> str:
-    """Every dotted key with its type, default and description, wrapped at 100 columns.
-
-    Args:
-        algorithms: name → class of the `algorithm` section.
-        others: whether algorithm.name also accepts module:Class, an algorithm from outside the package.
-    """
-    return Schema(algorithms, others).help_text()
 
 
 def load(

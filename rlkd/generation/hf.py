@@ -80,6 +80,9 @@ class HFSampler:
             copy_into(self._model, weights)
         self.version = version
 
+    def sleep(self) -> None:
+        """Nothing sleeps: the model is in the trainer's memory."""
+
     def keep_loaded(self) -> None:
         """See `Sampler.keep_loaded`."""
         self.version = 0

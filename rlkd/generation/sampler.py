@@ -57,6 +57,13 @@ class Sampler(Protocol):
         """
         ...
 
+    def sleep(self) -> None:
+        """With `rollout.server.sleep`, give the servers' memory back until the next `publish`.
+
+        A collective, when no rank samples any more. Raises: RunStopped on every rank if a server refuses.
+        """
+        ...
+
     def keep_loaded(self) -> None:
         """Use the weights that `open` loaded, or that the servers were started with, as version 0.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -16,28 +15,20 @@ from rlkd.config.cross_checks import COLDEST_SERVED
 from rlkd.config.schema import LARGEST_SERVED_RANK, Config, SelfTeacherConfig
 from rlkd.data.seeds import request_seed
 from rlkd.distributed import RunStopped, on_rank_zero
+from rlkd.generation.rollout_answers import read_rollouts
 from rlkd.generation.sampler import Sampling
 from rlkd.models.lora import layer_names, skeleton
 from rlkd.models.vocabulary import padding, vocabulary_size
 from rlkd.models.weights import Published, TensorInfo, read_on_rank_zero
 from rlkd.servers import sleep
-from rlkd.servers.client import (
-    ServerError,
-    ServerLost,
-    VLLMClient,
-    check_ids,
-    check_model,
-    is_possible,
-    parse_version,
-    possible,
-)
+from rlkd.servers.client import ServerError, ServerLost, VLLMClient, check_model, parse_version
 from rlkd.servers.command import ServerRole
 from rlkd.servers.placement import weight_sync
 from rlkd.servers.plugin import ENGINE
 from rlkd.servers.pool import Answer, Job, ServerPool
-from rlkd.servers.responses import CacheReset, GenerateAnswer, Generated, Span, in_order
+from rlkd.servers.responses import CacheReset, GenerateAnswer
 from rlkd.storage.disk_errors import writing
-from rlkd.types import FinishReason, Prompt, Rollout, VersionSpan
+from rlkd.types import Prompt, Rollout
 from rlkd.weight_sync.nccl import DirectTransfer
 from rlkd.weight_sync.weight_file import WeightFile
 
@@ -157,6 +148,7 @@ class VLLMSampler:
         for client in self.pool.clients:
             client.weight_version()  # fails now, not after the first rollout, if a server lacks these routes
         self._ask_settings()
+        self._find_route()
         kind = weight_sync(self._config)
         if kind == "file":
             if distributed.rank() == 0:
@@ -172,18 +164,29 @@ class VLLMSampler:
         self._dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         self._batched = min(sequences for _, sequences in found)
 
-    def sleep(self) -> None:
-        """With `rollout.server.sleep`, give the servers' memory back until the next `publish`. A collective, when no
-        rank samples any more.
+    def _find_route(self) -> None:
+        """Learn how the servers return scores, if they are the teacher's too. A collective."""
+        teacher, server = self._config.teacher, self._config.rollout.server
+        if not isinstance(teacher, SelfTeacherConfig) or teacher.scorer != "policy_server":
+            return
+        if server.sleep:  # a run that was killed may have left them asleep, and then they would not answer
 
-        Raises: RunStopped on every rank if a server refuses.
-        """
+            def wake() -> None:
+                for client in self.pool.clients:
+                    sleep.wake(client, "weights")
+                    sleep.wake(client, "kv_cache")
+
+            on_rank_zero(wake)
+        self.pool.find_route(self._config.algorithm.scores_given)
+
+    def sleep(self) -> None:
+        """See `Sampler.sleep`."""
         level = self._config.rollout.server.sleep
         if level == 0:
             return
 
         def act() -> Mapping[str, str]:
-            sleep.fall_asleep(self.pool, level)
+            self.pool.everywhere(lambda client: sleep.fall_asleep(client, level), "falling asleep")
             return self.pool.lost
 
         self.pool.agree(on_rank_zero(act))
@@ -251,26 +254,8 @@ class VLLMSampler:
         self._holds[client.url] = self._version
 
     def _everywhere(self, act: Callable[[VLLMClient], None]) -> None:
-        """Run `act` on all servers in service in parallel. Servers that cannot be reached are taken out of service.
-
-        Raises: ServerError of the first server that rejects the weights. Such a server may have any mixture of weights
-            and is taken out of service too.
-        """
-
-        def attempt(client: VLLMClient) -> ServerError | None:
-            try:
-                act(client)
-            except ServerError as error:
-                self.pool.lose(client, str(error))
-                return error
-            return None
-
-        serving = self.pool.serving
-        with ThreadPoolExecutor(max(1, len(serving))) as threads:
-            failures = list(threads.map(attempt, serving))
-        for failure in failures:
-            if failure is not None and not isinstance(failure, ServerLost):
-                raise ServerError(f"a weight update failed, and that server is lost: {failure}") from failure
+        """See `ServerPool.everywhere`. A server that refuses weights may have any mixture of them."""
+        self.pool.everywhere(act, "a weight update")
 
     def _pause(self, client: VLLMClient) -> None:
         """Hold back new requests. Running ones finish, so that no completion mixes two versions; with
@@ -395,47 +380,24 @@ class VLLMSampler:
         )
         where = f"{client.url}, prompt {prompt.id!r}"
         check_model(answer.model, model, where)
-        try:
-            places = in_order([choice.index for choice in answer.choices], 1 if greedy else n)
-        except ValueError as error:
-            raise ServerError(f"{where}: {error}") from error
-        rollouts = [self._rollout(prompt, answer.choices[place], sampling, where, model) for place in places]
+
+        def version(reported: str) -> int:
+            return self._own_version(reported, where, model)
+
+        rollouts = read_rollouts(
+            answer, prompt, 1 if greedy else n, sampling, self._eos_ids, self.vocabulary, version, where
+        )
         return rollouts * n if greedy else rollouts
 
-    def _rollout(self, prompt: Prompt, choice: Generated, sampling: Sampling, where: str, model: str) -> Rollout:
-        token_ids = choice.token_ids or []
-        logprobs = sampled_logprobs(choice, where)
-        check_ids(token_ids, self.vocabulary, where)
-        reported, max_tokens = choice.finish_reason, sampling.max_tokens
-        ended = bool(token_ids) and token_ids[-1] in self._eos_ids
-        finish_reason: FinishReason = "stop" if ended else "length"
-        too_long = len(token_ids) > max_tokens or (reported == "length" and len(token_ids) != max_tokens)
-        if not token_ids or reported != finish_reason or too_long:
+    def _own_version(self, reported: str, where: str, model: str) -> int:
+        """Our version of the weights that an answer of `model` names. Raises: ServerLost, ServerError."""
+        if not self._as_started:
+            return parse_version(reported, where)
+        if reported != "default":
             raise ServerError(
-                f"{where}: expected a completion that ends with an end-of-sequence token ('stop') or after "
-                f"{max_tokens} tokens ('length'), got {len(token_ids)} tokens and {str(reported)[:40]!r}"
+                f"{where}: expected the weights that the server was started with, got version {reported[:40]!r}"
             )
-        spans = choice.weight_versions or []
-        ends = [0, *(span.end for span in spans)]
-        if [span.start for span in spans] != ends[:-1] or sorted(set(ends)) != ends or ends[-1] != len(token_ids):
-            raise ServerError(f"{where}: expected one weight version for each of {len(token_ids)} tokens")
-        return Rollout(
-            prompt=prompt,
-            token_ids=tuple(token_ids),
-            logprobs=logprobs,
-            weight_versions=tuple(self._span(span, where, model) for span in spans),
-            finish_reason=finish_reason,
-            top_ids=likeliest(choice, sampling.top_k) if sampling.top_k else None,
-        )
-
-    def _span(self, span: Span, where: str, model: str) -> VersionSpan:
-        if self._as_started:
-            if span.version != "default":
-                raise ServerError(
-                    f"{where}: expected the weights that the server was started with, got version {span.version[:40]!r}"
-                )
-            return VersionSpan(start=span.start, end=span.end, version=0)
-        return VersionSpan(start=span.start, end=span.end, version=parse_version(span.version, where))
+        return 0
 
     def close(self) -> None:
         """Stop the servers that this run started, and disconnect from the others, where our requests end too."""
@@ -449,38 +411,6 @@ class VLLMSampler:
         if self._direct is not None:
             self._direct.close()
         self._file, self._direct = None, None
-
-
-def sampled_logprobs(choice: Generated, where: str) -> tuple[float, ...]:
-    """The log-prob of every sampled token of a completion.
-
-    Raises: ServerError if a log-prob is missing, belongs to another token, or is vLLM's placeholder for −inf and NaN.
-    """
-    token_ids = choice.token_ids or []
-    content = (choice.logprobs.content if choice.logprobs is not None else None) or []
-    if len(content) != len(token_ids):
-        raise ServerError(f"{where}: {len(token_ids)} tokens but {len(content)} log-probs")
-    logprobs = []
-    for position, (token, entry) in enumerate(zip(token_ids, content, strict=True)):
-        if entry.token_id != token:
-            raise ServerError(f"{where}: token {position} is {token}, but its log-prob is of token {entry.token_id}")
-        logprobs.append(possible(entry.logprob, f"{where}: the log-prob of token {position}"))
-    return tuple(logprobs)
-
-
-def likeliest(choice: Generated, k: int) -> Tensor:
-    """[L, k] ids: the most likely tokens at each position of a completion; −1 if the response has fewer.
-
-    An entry has the sampled token, which need not be among the most likely, followed by the most likely tokens.
-    """
-    assert choice.logprobs is not None and choice.logprobs.content, "call sampled_logprobs first"
-    entries = choice.logprobs.content
-    ids = torch.full((len(entries), k), -1)
-    for row, entry in enumerate(entries):
-        logprobs = {one.token_id: one.logprob for one in entry.top_logprobs if is_possible(one.logprob)}
-        best = sorted(logprobs, key=lambda token: (-logprobs[token], token))[:k]
-        ids[row, : len(best)] = torch.tensor(best)
-    return ids
 
 
 def _begin_update(client: VLLMClient) -> None:

@@ -14,9 +14,7 @@ from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.weights import Published, read_on_rank_zero
 from rlkd.servers.client import ServerError, ServerLost, UnknownModel, VLLMClient
 from rlkd.servers.pool import Answer, Job
-from rlkd.servers.responses import Span
 from rlkd.storage.disk_errors import writing
-from rlkd.types import VersionSpan
 from rlkd.weight_sync.adapter_folder import AdapterFolder, version_of
 
 
@@ -37,6 +35,7 @@ class LoraVLLMSampler(VLLMSampler):
         base = resolve(model.path)
         self.pool.open(settings.urls, base)
         self._ask_settings()
+        self._find_route()
         self.check_version()
         if distributed.rank() == 0:
             assert model.lora is not None
@@ -100,11 +99,11 @@ class LoraVLLMSampler(VLLMSampler):
 
         return super().run(jobs, with_adapter, at_once)
 
-    def _span(self, span: Span, where: str, model: str) -> VersionSpan:
+    def _own_version(self, reported: str, where: str, model: str) -> int:
         """vLLM reports the version of the base; the adapter's version is in the model name (see `check_model`)."""
-        if span.version != "default":
-            raise ServerError(_changed(where, span.version))
-        return VersionSpan(start=span.start, end=span.end, version=version_of(model))
+        if reported != "default":
+            raise ServerError(_changed(where, reported))
+        return version_of(model)
 
     def close(self) -> None:
         """See `VLLMSampler.close`. Our adapters are unloaded from servers that keep running, and removed."""

@@ -1,4 +1,4 @@
-"""Reports a model folder that is damaged, incomplete or inconsistent as a one-line RunStopped."""
+"""Loads a model folder, and reports one that is damaged, incomplete or inconsistent as a one-line RunStopped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from rlkd.builtin import resolve
 from rlkd.distributed import RunStopped
 
 
@@ -29,6 +31,36 @@ def loading(path: str) -> Iterator[None]:
         raise RunStopped(f"the model {path} cannot be loaded: {message}") from error
     finally:
         transformers_logging.set_verbosity(before)
+
+
+def pretrained(
+    path: str,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    trust_remote_code: bool,
+    device: str | None = None,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """The model at `path` (folder, hub id, builtin:…) as transformers loads it, and its report for `check_report`.
+
+    Args:
+        device: "meta" to read no weights; None: the CPU.
+
+    Raises: RunStopped, one line, if transformers cannot load it.
+    """
+    with loading(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(path),
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            device_map=None if device is None else {"": device},
+            ignore_mismatched_sizes=True,  # check_report reports them by name
+            output_loading_info=True,
+        )
+    hf, report = loaded
+    return hf, report
 
 
 def check_whole(hf: PreTrainedModel, path: str, report: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Shard
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -38,7 +38,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from rlkd import distributed
 from rlkd.builtin import resolve
 from rlkd.distributed import local_part
-from rlkd.models.loading import check_report, loading, refuse_not_finite
+from rlkd.models.loading import check_report, loading, pretrained, refuse_not_finite
 
 _MAPPED = 16 * 2**20
 """Bytes read from a file after which it is mapped again: the pages of a mapping stay in memory while it exists."""
@@ -66,17 +66,7 @@ def begin(
         files = _files(folder)
         if files is None:
             return "its weights are not in safetensors files"
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            device_map={"": "meta"},
-            ignore_mismatched_sizes=True,  # check_report reports them by name
-            output_loading_info=True,
-        )
-    hf, report = loaded
+    hf, report = pretrained(path, config, dtype, attention, trust_remote_code, device="meta")
     check_report(path, report)
     with loading(path):
         unread = Unread(hf, path, _Files(files))

@@ -13,17 +13,16 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlkd import distributed
-from rlkd.builtin import resolve
 from rlkd.config.schema import LoraConfig, ModelConfig, TrainerConfig
 from rlkd.distributed import RunStopped
 from rlkd.losses import token_ratios
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models import lora, weights
-from rlkd.models.loading import check_whole, loading
+from rlkd.models.loading import check_whole, loading, pretrained
 from rlkd.models.logprob_head import ByProducts, Needs, PolicyOutput, teacher_divergence, token_logprobs
 from rlkd.models.output_check import check_output
 from rlkd.models.sharded_loading import Unread, begin
@@ -147,21 +146,7 @@ def load_causal_lm(
 
     Raises: RunStopped, one line, if it cannot be loaded completely or rlkd would compute its log-probs wrongly.
     """
-    folder = resolve(path)
-    with loading(path):
-        config = load_config(path, trust_remote_code)
-        _without_dropout(config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # check_whole reports them by name
-            output_loading_info=True,
-        )
-    hf: PreTrainedModel
-    hf, report = loaded
+    hf, report = pretrained(path, _config(path, trust_remote_code), dtype, attention, trust_remote_code)
     check_whole(hf, path, report)
     quantised = getattr(hf.config, "quantization_config", None) is not None
     if not quantised:
@@ -171,6 +156,14 @@ def load_causal_lm(
     if quantised:
         check_output(hf, path)  # the kernels of most quantised types run on a GPU only
     return hf
+
+
+def _config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """Its config.json, without dropout."""
+    with loading(path):
+        config = load_config(path, trust_remote_code)
+        _without_dropout(config)
+    return config
 
 
 def _without_dropout(config: PreTrainedConfig) -> None:
@@ -265,10 +258,7 @@ def _begin(
     """A model before it is sharded, checked; or why it must be loaded whole. A collective."""
 
     def begin_here() -> Unread | str:
-        with loading(path):
-            config = load_config(path, trust_remote_code)
-            _without_dropout(config)
-        return begin(path, config, dtype, attention, trust_remote_code)
+        return begin(path, _config(path, trust_remote_code), dtype, attention, trust_remote_code)
 
     def check(unread: Unread) -> None:
         try:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import os
 
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from rlkd.builtin import resolve
@@ -46,7 +48,12 @@ def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 @functools.lru_cache(maxsize=64)
 def _config(_: str, folder: str, trust_remote_code: bool, stamp: Stamp) -> PreTrainedConfig:
-    settings: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    before = hub_logging.get_verbosity()
+    hub_logging.set_verbosity(logging.ERROR)  # not two lines for each time that it asks a hub that does not answer
+    try:
+        settings: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    finally:
+        hub_logging.set_verbosity(before)
     return settings
 
 

@@ -17,7 +17,6 @@ from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
-from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.weights import Published
 from rlkd.pipeline import ahead
 from rlkd.pipeline.build import build_line, build_reference
@@ -179,8 +178,7 @@ class RolloutLoader:
         self.line.forget(iteration)
         started = time.perf_counter()
         walked, probe, sampled, ready = self.with_servers(lambda: self._waited(iteration))
-        if isinstance(self.line.policy, VLLMSampler):
-            self.line.policy.sleep()  # all ranks have their completions
+        self.line.policy.sleep()  # all ranks have their completions
         together = time.perf_counter()
         if staleness == 0:
             self.line.forget(iteration + 1)  # if it is asked for again, the weights may be others

@@ -18,7 +18,7 @@ import torch
 from rlkd.config.schema import Config, ServedTeacherConfig, ServerConfig
 from rlkd.generation.vllm import longest
 from rlkd.models.vocabulary import load_config
-from rlkd.planning.memory import GIB, Place, gib, published_bytes, server_place, shape_of, trainer_place
+from rlkd.planning.memory import GIB, ON_CPU, Place, gib, published_bytes, server_place, shape_of, trainer_place
 from rlkd.servers.placement import Role, Seat, seats, used, weight_sync
 from rlkd.teachers.served import teacher_longest
 
@@ -96,6 +96,10 @@ class Plan:
         for gpus, rows in blocks:
             heads = [f"{_ranges(gpus):<8}{gib(self.memory[gpus[0]]):>10}", *[" " * 18] * (len(rows) - 1)]
             lines += [f"{head}  {row}" for head, row in zip(heads, rows, strict=True)]
+        on_cpu = [seat for seat in self.seats if not seat.gpus]
+        if on_cpu and lines[1:]:  # trainers alone: where there are GPUs, every server has one
+            takes = gib(self.trainer.peak) if isinstance(self.trainer, Place) else "not known"
+            lines.append(f"{'CPU':<18}  {'trainer':<18}{takes:>10}  each of {len(on_cpu)}, {ON_CPU}")
         if any(seat.role == "policy" for seat in self.seats):
             kind = weight_sync(self.config, len(self.memory))
             lines.append(f"weights reach the policy's servers by {kind} (rollout.server.weight_sync)")

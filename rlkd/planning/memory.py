@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlkd.algorithms.registry import build_algorithm
-from rlkd.builtin import resolve
 from rlkd.config.schema import Config, LocalTeacherConfig, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
 from rlkd.generation.vllm import longest
 from rlkd.models.logprob_head import CHUNK_LOGITS, VOCABULARY_CHUNK
 from rlkd.models.lora import layers, skeleton
 from rlkd.models.student import blocks
+from rlkd.models.vocabulary import load_config
 from rlkd.teachers.served import teacher_longest
 
 GIB = 2**30
@@ -94,7 +94,7 @@ def shape_of(path: str, trust_remote_code: bool = False) -> Shape:
     Raises: ValueError, one line, if there is no such model, or it has no attention heads.
     """
     try:
-        return shape(AutoConfig.from_pretrained(resolve(path), trust_remote_code=trust_remote_code), trust_remote_code)
+        return shape(load_config(path, trust_remote_code), trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())[:300]}") from error
 
@@ -345,14 +345,21 @@ def server_place(name: str, model: Shape, server: ServerConfig, gpus: int, lengt
     return Place(name=name, resident=(weights,), phases=(sequence,), budget=server.memory)
 
 
+ON_CPU = "on the CPU (trainer.accelerator: cpu), so on no GPU"
+"""Of a trainer, in place of whether a GPU has room for it."""
+
+
 def report(config: Config, device_bytes: float | None) -> str:
-    """A line for each part of the memory, by process, and whether it fits a device of `device_bytes`; None: unknown."""
+    """A line for each part of the memory, by process, and whether it fits a GPU of `device_bytes`; None: unknown."""
     lines = []
-    for place in [trainer_place(config), *server_places(config)]:
+    trainer = trainer_place(config)
+    for place in [trainer, *server_places(config)]:
         lines.append(place.name)
         lines += [f"  {gib(part.bytes):>10}  {part.what}: {part.why}" for part in place.resident]
         lines += [f"  {gib(part.bytes):>10}  while {part.what}: {part.why}" for part in place.phases if part.bytes]
-        lines.append(f"  {gib(place.peak):>10}  at most at a time{_verdict(place, device_bytes)}")
+        on_cpu = place is trainer and config.trainer.accelerator == "cpu"
+        verdict = f", {ON_CPU}" if on_cpu else _verdict(place, device_bytes)
+        lines.append(f"  {gib(place.peak):>10}  at most at a time{verdict}")
     return "\n".join(lines)
 
 

@@ -6,41 +6,46 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlkd.algorithms.registry import known_options, learn_options
-from rlkd.config.load import ConfigError, checked, on_top, parse_args, read, set_by
+from rlkd.command_line import missing_config
+from rlkd.config.load import ConfigError, checked, on_top, read, set_by
 from rlkd.config.schema import Config
 from rlkd.storage.run_folder import checkpoints, iteration_of
 
 
-def asked_for(argv: Sequence[str]) -> Config:
-    """The configuration to evaluate, from a command line. A run's folder means its `config.yaml`.
+def asked_for(config: Sequence[str], words: Sequence[str]) -> Config:
+    """The configuration to evaluate. A run's folder means its `config.yaml`, on top of which come the other files.
+
+    Args:
+        config: configuration files, or folders of runs.
+        words: `key=value`, or folders of runs.
 
     The `config.yaml` of a run directory names the model that the run started from. The run's exported student is
     evaluated instead, unless another file or the command line sets `model.path`.
 
     Raises: ConfigError, also if that run has no student yet.
     """
-    arguments = []
-    for before, argument in zip(["", *argv], argv, strict=False):
-        file = str(Path(argument, "config.yaml")) if Path(argument).is_dir() else None
-        arguments.append(argument if file is None else file if before == "--config" else f"--config={file}")
-    args = parse_args(arguments)
-    under, over, problems = read(args.files, args.overrides)
+    folders = [word for word in words if "=" not in word and Path(word).is_dir()]
+    files = [str(Path(file, "config.yaml")) if Path(file).is_dir() else file for file in (*folders, *config)]
+    overrides = [word for word in words if word not in folders]
+    if not files:
+        raise missing_config(words)
+    under, over, problems = read(files, overrides)
     if "stages" in on_top(under, over).value and not problems:
         raise ConfigError(["stages: evaluate a single stage; its run directory is <run.dir>/<run.name>/<stage>"])
-    config = checked(on_top(under, over), problems, known_options(), learn_options).config
-    run_dir = run_directory(set_by(under, over, ("model", "path")), config)
-    path = config.model.path
+    settings = checked(on_top(under, over), problems, known_options(), learn_options).config
+    run_dir = run_directory(set_by(under, over, ("model", "path")), settings)
+    path = settings.model.path
     if run_dir is not None:
         path = str(run_dir / "hf")
         if not Path(path).is_dir():
-            raise ConfigError([_no_student(run_dir, config)])
+            raise ConfigError([_no_student(run_dir, settings)])
     # The model has no separate adapter: model.path is the base or an export with merged adapter. No weights are sent.
-    server = config.rollout.server.model_copy(update={"weight_sync": "file", "sleep": 0})
-    return config.model_copy(
+    server = settings.rollout.server.model_copy(update={"weight_sync": "file", "sleep": 0})
+    return settings.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": path, "lora": None}),
-            "rollout": config.rollout.model_copy(update={"server": server}),
-            "eval": config.eval.model_copy(update={"every": max(1, config.eval.every)}),
+            "model": settings.model.model_copy(update={"path": path, "lora": None}),
+            "rollout": settings.rollout.model_copy(update={"server": server}),
+            "eval": settings.eval.model_copy(update={"every": max(1, settings.eval.every)}),
         }
     )
 

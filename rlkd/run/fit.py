@@ -62,8 +62,13 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
     ]
 
 
-def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
-    """The Trainer of a run, without Lightning's own checkpoints, model summary and distributed sampler."""
+def build_trainer(config: Config, hooks: list[lightning.Callback], logged: bool = True) -> lightning.Trainer:
+    """The Trainer of a run, without Lightning's own checkpoints, model summary and distributed sampler.
+
+    Args:
+        hooks: its callbacks.
+        logged: whether the loggers of the configuration are used.
+    """
     strategy = SafeModelParallelStrategy(
         data_parallel_size=config.world_size, tensor_parallel_size=1, timeout=longest_wait(config)
     )
@@ -74,8 +79,8 @@ def build_trainer(config: Config, loader: RolloutLoader) -> lightning.Trainer:
         strategy=strategy,
         precision="32-true",
         max_epochs=-1,
-        logger=loggers(config),
-        callbacks=callbacks(config, loader),
+        logger=loggers(config) if logged else False,
+        callbacks=hooks,
         enable_checkpointing=False,
         enable_progress_bar=config.log.progress and sys.stdout.isatty(),
         enable_model_summary=False,
@@ -105,7 +110,8 @@ def run(config: Config, text: str) -> None:
     module = PolicyModule(config)
     loader = RolloutLoader(config, module.algorithm)
     try:
-        build_trainer(config, loader).fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
+        trainer = build_trainer(config, callbacks(config, loader))
+        trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     finally:
         loader.close()
         finish(config)

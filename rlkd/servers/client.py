@@ -19,7 +19,7 @@ IMPOSSIBLE_LOGPROB = -9999.0
 """vLLM's HTTP layer writes this for −inf, NaN and a missing log-prob; it is never a value."""
 
 
-_ROUNDING = 1e-3
+ROUNDING = 1e-3
 """How far above 0 a log-prob in half precision may come out."""
 
 
@@ -38,6 +38,10 @@ class ServerError(RunStopped):
 
 class ServerLost(ServerError):
     """The server is gone, or has lost the weights it was sent. It may come back and can be sent them again."""
+
+
+class Refused(ServerError):
+    """The server is well, but does not do what it was asked: it has no such route, or does not accept the request."""
 
 
 class UnknownModel(ServerError):
@@ -116,7 +120,8 @@ class VLLMClient:
             if code == 401:
                 message += "; set the environment variable that key_env names to the server's key"
             unknown = code == 404 and body is not None and f"The model `{body.get('model')}` does not exist" in message
-            raise (ServerLost if lost else UnknownModel if unknown else ServerError)(message)
+            refused = code in (400, 404, 405, 422)
+            raise (ServerLost if lost else UnknownModel if unknown else Refused if refused else ServerError)(message)
         return response
 
     @tenacity.retry(
@@ -212,7 +217,7 @@ def check_ids(token_ids: Sequence[int], vocabulary: int, where: str) -> None:
 
 def is_possible(logprob: float | None) -> TypeGuard[float]:
     """Whether `logprob` is a valid log-prob: not missing, not vLLM's placeholder, and not above 0."""
-    return logprob is not None and IMPOSSIBLE_LOGPROB < logprob <= _ROUNDING
+    return logprob is not None and IMPOSSIBLE_LOGPROB < logprob <= ROUNDING
 
 
 def possible(logprob: float | None, what: str) -> float:

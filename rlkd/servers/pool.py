@@ -18,6 +18,7 @@ from rlkd.config.schema import Config, ServerConfig
 from rlkd.distributed import on_every_rank, on_rank_zero
 from rlkd.servers.client import ServerError, ServerLost, VLLMClient
 from rlkd.servers.command import ServerRole
+from rlkd.servers.given import refusal
 from rlkd.servers.padding_probe import check_padding
 from rlkd.servers.placement import seats
 from rlkd.servers.process import VLLMServer, launch, new_key, server_key, wait_ready
@@ -61,6 +62,8 @@ class ServerPool:
         self._tried = -math.inf
         """When `run` last tried to revive servers."""
         self._key: str | None = None
+        self.scores_given = False
+        """Whether all servers return the log-probs of given tokens (given.py); `find_route` asks them."""
 
     # ---- starting and ending ------------------------------------------------------------------------------------
 
@@ -125,6 +128,27 @@ class ServerPool:
         for client in self.clients:
             check_padding(client, self._models[client.url], self.role.padding, self.role.samples)
 
+    def find_route(self, needed: bool) -> None:
+        """Ask each server once whether it scores given tokens; after this, `scores_given` is known. A collective.
+
+        Args:
+            needed: whether scores can be had in no other way.
+
+        Raises: RunStopped on every rank if `needed` and a server does not.
+        """
+
+        def act() -> bool:
+            refusals = [refusal(client, self._models[client.url]) for client in self.clients]
+            for why in filter(None, refusals if needed else ()):
+                raise ServerError(
+                    f"expected a {self.role.name} server that scores given tokens, got one that does not: {why}; use "
+                    "vLLM on a GPU with --enable-scale-out (python -m rlkd.serve), or set "
+                    "algorithm.divergence.support to teacher"
+                )
+            return not any(refusals)
+
+        self.scores_given = on_rank_zero(act)
+
     def close(self) -> None:
         """Stop the servers that we started and close all connections."""
         for server in self.servers:
@@ -156,6 +180,30 @@ class ServerPool:
                 print(f"{self.role.name} server {client.url} is out of service: {why}", file=sys.stderr, flush=True)
             self._lost[client.url] = why
             self._changed.notify_all()
+
+    def everywhere(self, act: Callable[[VLLMClient], None], what: str) -> None:
+        """Call `act` on all servers in service in parallel. Those on which it fails are taken out of service.
+
+        Args:
+            what: the act, for the message.
+
+        Raises: ServerError, of the first that refuses. One that is gone raises nothing.
+        """
+
+        def attempt(client: VLLMClient) -> ServerError | None:
+            try:
+                act(client)
+            except ServerError as error:
+                self.lose(client, str(error))
+                return error
+            return None
+
+        serving = self.serving
+        with ThreadPoolExecutor(max(1, len(serving))) as threads:
+            failures = list(threads.map(attempt, serving))
+        for failure in failures:
+            if failure is not None and not isinstance(failure, ServerLost):
+                raise ServerError(f"{what} failed, and that server is lost: {failure}") from failure
 
     def revive(self, act: Callable[[VLLMClient], None]) -> None:
         """Put every lost server on which `act` raises no ServerLost back into service. One attempt each."""

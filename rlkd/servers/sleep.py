@@ -10,36 +10,26 @@ takes its memory. Until both are awake it holds requests back.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 import torch
 
 from rlkd import distributed
-from rlkd.servers.client import ServerLost, VLLMClient
-from rlkd.servers.pool import ServerPool
+from rlkd.servers.client import VLLMClient
 
 ARGUMENTS = ("--enable-sleep-mode",)
 """What a server must be started with."""
 
 
-def fall_asleep(pool: ServerPool, level: int) -> None:
-    """Put all servers in service to sleep, in parallel. They must have no requests. One that is gone is out of service.
+def fall_asleep(client: VLLMClient, level: int) -> None:
+    """Take a server's memory from it. It must have no requests.
 
     Args:
         level: 1 or 2.
 
-    Raises: ServerError, one line, if a server refuses.
+    Raises: ServerLost, ServerError.
     """
-
-    def one(client: VLLMClient) -> None:
-        try:
-            client.order("/sleep", query={"level": str(level), "mode": "wait"})
-        except ServerLost as error:
-            pool.lose(client, str(error))
-
-    with ThreadPoolExecutor(max(1, len(pool.serving))) as threads:
-        list(threads.map(one, pool.serving))
+    client.order("/sleep", query={"level": str(level), "mode": "wait"})
 
 
 def wake(client: VLLMClient, part: Literal["weights", "kv_cache"]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,16 +15,20 @@ from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.vocabulary import padding, vocabulary_size
-from rlkd.servers.client import ServerError, VLLMClient, check_ids, check_model, is_possible, possible
+from rlkd.servers.client import ROUNDING, ServerError, VLLMClient, check_ids, check_model, is_possible, possible
 from rlkd.servers.command import ServerRole
+from rlkd.servers.given import given_logprobs
 from rlkd.servers.pool import Answer, Job, ServerPool
-from rlkd.servers.responses import CompletionsAnswer, GivenAnswer, LogprobEntry, float_array, in_order
+from rlkd.servers.responses import CompletionsAnswer, LogprobEntry, in_order
 from rlkd.teachers.teacher import FixedTeacher, ScoreRequest, check_scorable
 from rlkd.types import Completion, Signal, TeacherScores
 
-_PER_REQUEST = 16
-_AT_ONCE = 16
-"""Requests in progress at one server."""
+_PER_REQUEST, _AT_ONCE = 16, 16
+"""Sequences in a request to /v1/completions, and requests in progress at one server."""
+
+_GIVEN_AT_ONCE = 64
+"""Requests in progress at one server that each score one sequence by given tokens. vLLM 0.32 prefills 8,192 tokens at a
+time on an H100: with 64, even sequences of 256 tokens fill one step while the next one waits."""
 
 _ARGUMENTS = ("--enable-scale-out", "--max-logprobs", "-1")
 """vLLM needs --enable-scale-out for the route that scores given tokens. By default it returns at most the top 20."""
@@ -68,7 +73,7 @@ class _ServedScorer(FixedTeacher):
         self._ends = tuple(ends)
         self._vocabulary = vocabulary
 
-    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         raise NotImplementedError
 
     def score(self, questions: Sequence[ScoreRequest], signal: Signal) -> list[TeacherScores]:
@@ -77,15 +82,18 @@ class _ServedScorer(FixedTeacher):
         Raises: ServerError if the servers are lost or a response is incomplete or not finite.
         """
         check_scorable(questions)
-        size = 1 if signal.tier == "given" else _PER_REQUEST
+        by_given = signal.tier == "given" or (signal.tier == "sampled" and self.pool.scores_given)
+        if signal.tier == "sampled":
+            questions = [replace(question, ids=None) for question in questions]
+        size, at_once = (1, _GIVEN_AT_ONCE) if by_given else (_PER_REQUEST, _AT_ONCE)
         parts = [questions[start : start + size] for start in range(0, len(questions), size)]
 
         def one(client: VLLMClient, model: str, part: Sequence[ScoreRequest]) -> list[TeacherScores]:
-            if signal.tier == "given":
+            if by_given:
                 return [request_given(client, model, question) for question in part]
             return request_scores(client, model, part, signal)
 
-        return [scores for answer in self._run(parts, one) for scores in answer]
+        return [scores for answer in self._run(parts, one, at_once) for scores in answer]
 
     def layers(self) -> tuple[OutputLayer, ...]:
         """None, since the scores have no hidden states."""
@@ -100,7 +108,7 @@ class _ServedScorer(FixedTeacher):
             check_ids(completion.token_ids, self._vocabulary, client.url)
             return completion
 
-        return self._run(questions, one)
+        return self._run(questions, one, _AT_ONCE)
 
 
 class ServedTeacher(_ServedScorer):
@@ -129,12 +137,13 @@ class ServedTeacher(_ServedScorer):
         Raises: RunStopped if a server does not come up, cannot be reached, or serves another model.
         """
         self.pool.open(self._settings.addresses, self._model_path)
+        self.pool.find_route(self._config.algorithm.scores_given)
 
-    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         def is_the_teacher(client: VLLMClient) -> None:
             client.model_card(self._model_path, self._longest)
 
-        return self.pool.run(jobs, act, _AT_ONCE, reconnect=is_the_teacher)
+        return self.pool.run(jobs, act, at_once, reconnect=is_the_teacher)
 
     def close(self) -> None:
         """Stop the servers that this run started, and disconnect from the others."""
@@ -166,11 +175,11 @@ class PolicyServerTeacher(_ServedScorer):
     def open(self) -> None:
         """Nothing to do; the sampler connects to the servers."""
 
-    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer]) -> list[Answer]:
+    def _run(self, jobs: Sequence[Job], act: Callable[[VLLMClient, str, Job], Answer], at_once: int) -> list[Answer]:
         if self._base:
-            answers = self.pool.run(jobs, act, _AT_ONCE, reconnect=None)
+            answers = self.pool.run(jobs, act, at_once, reconnect=None)
         else:
-            answers = self._policy.run(jobs, act, _AT_ONCE)
+            answers = self._policy.run(jobs, act, at_once)
         self._policy.check_version()  # a response does not name the version of its weights
         return answers
 
@@ -209,37 +218,17 @@ def request_scores(
 
 
 def request_given(client: VLLMClient, model: str, question: ScoreRequest) -> TeacherScores:
-    """The log-probs of the completion tokens and of `question.ids`, from one server.
+    """The log-probs of the completion tokens and, if there are any, of `question.ids`, from one server.
 
     Raises: ServerError if the response is incomplete or not finite, or the server runs vLLM's old runner (on a CPU).
     """
-    assert question.ids is not None, "the question has no ids"
     actual = torch.tensor(question.completion)[:, None]
-    rows = torch.cat([actual, question.ids], dim=1)
-    answer = client.post(
-        "/inference/v1/generate",
-        {
-            "model": model,
-            "token_ids": [*question.prompt, *question.completion],
-            "sampling_params": {
-                "max_tokens": 1,  # vLLM's minimum
-                "temperature": 0,
-                "detokenize": False,
-                "prompt_logprob_token_ids": rows.tolist(),
-                "prompt_logprob_start": len(question.prompt) - 1,  # predicts the first completion token
-            },
-        },
-        GivenAnswer,
-    )
-    check_model(answer.model, model, client.url)
-    if answer.prompt_token_id_logprobs is None:
-        raise ServerError(f"{client.url}: expected log-probs of the given tokens, got none")
-    try:
-        logprobs = torch.from_numpy(float_array(answer.prompt_token_id_logprobs, rows.shape))
-    except ValueError as error:
-        raise ServerError(f"{client.url}: log-probs of given tokens: {' '.join(str(error).split())[:200]}") from error
-    if not logprobs[:, 0].isfinite().all() or logprobs.isnan().any() or (logprobs == torch.inf).any():
-        raise ServerError(f"{client.url}: a log-prob is NaN or +inf, or a completion token's is not finite")
+    rows = actual if question.ids is None else torch.cat([actual, question.ids], dim=1)
+    logprobs = given_logprobs(client, model, [*question.prompt, *question.completion], rows)
+    if not logprobs[:, 0].isfinite().all() or logprobs.isnan().any() or (logprobs > ROUNDING).any():
+        raise ServerError(f"{client.url}: a log-prob is NaN or above 0, or a completion token's is not finite")
+    if question.ids is None:
+        return TeacherScores(logprobs=tuple(logprobs[:, 0].tolist()))
     absent = logprobs[:, 1:] == -torch.inf
     return TeacherScores(
         logprobs=tuple(logprobs[:, 0].tolist()),

@@ -1,5 +1,7 @@
 """Log-probs of a server on a GPU against those of the trainer."""
 
+import time
+
 import pytest
 import torch
 from gpu_models import tiny_qwen
@@ -47,7 +49,7 @@ def questions() -> list[ScoreRequest]:
 
 
 def test_g2_a_server_scores_long_prompts_as_a_local_model_does(tmp_path, figure):
-    """`prompt_logprobs` of 0 and 5, and given tokens, of prompts that are prefilled in four parts, 32 at once."""
+    """The sampled token by both routes, the top 5 and given tokens, of prompts that are prefilled in four parts."""
     path, asked = save_model(tiny_qwen(0), tmp_path / "model"), questions()
     extra = "[--enforce-eager, --max-num-batched-tokens, '2048']"
     server = f"server: {{launch: true, dtype: float32, memory: 0.3, extra_args: {extra}}}"
@@ -60,26 +62,46 @@ def test_g2_a_server_scores_long_prompts_as_a_local_model_does(tmp_path, figure)
         ],
     )
     local, served = scorer(path, torch.float32, VOCABULARY), ServedTeacher(config, config.teacher)
-    signals = [Signal(), Signal(tier="top_k", k=K), Signal(tier="given")]
+    sampled = Signal()
+    # (the figure's name, the signal, whether the server returns an array)
+    asks = [
+        ("sampled", sampled, True),
+        ("sampled by JSON", sampled, False),
+        ("top_k", Signal(tier="top_k", k=K), True),
+        ("given", Signal(tier="given"), True),
+    ]
     torch.cuda.init()
     local.open()
     try:
         served.start()
         served.open()
-        worst = {}
-        for signal in signals:
+        assert served.pool.scores_given, "vLLM on a GPU has the V2 runner"
+        worst, found, ms = {}, {}, {}
+        for name, signal, as_array in asks:
+            served.pool.scores_given = as_array
+            served.score(asked, signal)  # the first use compiles kernels
+            started = time.perf_counter()
+            found[name] = served.score(asked, signal)
+            ms[name] = (time.perf_counter() - started) * 1000 / (len(asked) * (PROMPT + COMPLETION))
             gaps = [0.0]
-            for there, here in zip(served.score(asked, signal), local.score(asked, signal), strict=True):
+            for there, here in zip(found[name], local.score(asked, signal), strict=True):
                 gaps.append(float((torch.tensor(there.logprobs) - torch.tensor(here.logprobs)).abs().max()))
                 if here.top_logprobs is not None:
                     known = here.top_ids >= 0
                     assert torch.equal(there.top_ids >= 0, known)
                     gaps.append(float((there.top_logprobs - here.top_logprobs.cpu())[known].abs().max()))
-            worst[signal.tier] = max(gaps)
+            worst[name] = max(gaps)
+        routes = [torch.tensor([one.logprobs for one in found[name]]) for name in ("sampled", "sampled by JSON")]
+        apart = float((routes[0] - routes[1]).abs().max())
     finally:
         served.close()
-    figure("largest |Δ log-prob| in fp32: " + ", ".join(f"{tier} {gap:.1e}" for tier, gap in worst.items()))
+    figure(
+        "largest |Δ log-prob| in fp32: "
+        + ", ".join(f"{name} {gap:.1e} ({ms[name]:.4f} ms a token)" for name, gap in worst.items())
+        + f"; both routes of sampled {apart:.1e} apart"
+    )
     assert max(worst.values()) < 0.02
+    assert apart < 1e-3
 
 
 @pytest.mark.parametrize("fp32_head", ["false", "true"], ids=["bf16_head", "fp32_head"])

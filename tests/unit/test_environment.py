@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -53,3 +54,23 @@ def test_tests_see_no_gpu_unless_they_are_run_with_m_gpu(tmp_path):
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "7", "PYTHONPATH": paths}
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0 and "1 passed, 1 deselected" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("marked", "lock"), [(False, "cpu.lock"), (True, "gpu.lock")])
+def test_no_target_installs_the_lock_file_for_cpus_over_an_environment_for_gpus(tmp_path, marked, lock):
+    """`make -n` prints what would be run, here because the lock files are newer than the stamp."""
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "requirements").mkdir()
+    stamp = tmp_path / ".venv" / ".rlkd-installed"
+    for name in ("pyproject.toml", "requirements/cpu.lock", "requirements/gpu.lock", stamp):
+        (tmp_path / name).touch()
+    os.utime(stamp, (0, 0))
+    if marked:
+        (tmp_path / ".venv" / ".rlkd-gpu").touch()
+    for target in ("setup", "test-fast", "lint"):
+        command = ["make", "-n", "-f", str(ROOT / "Makefile"), target]
+        printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+        assert re.findall(r"\w+\.lock", printed) == [lock]
+    command = ["make", "-n", "-f", str(ROOT / "Makefile"), "setup-gpu"]
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert printed.index("venv --clear") < printed.index("touch .venv/.rlkd-gpu")

@@ -28,6 +28,11 @@ class AlgorithmConfig(Section):
         """Whether the teacher generates text, rather than only scoring tokens."""
         return False
 
+    @property
+    def scores_given(self) -> bool:
+        """Whether the teacher scores tokens that the sampler chose, which servers without a GPU cannot do."""
+        return False
+
     def trained_lengths(self, config: Config) -> dict[str, int]:
         """Key → tokens; their sum is the longest sequence that the student is trained on."""
         return {

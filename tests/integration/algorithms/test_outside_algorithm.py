@@ -183,5 +183,5 @@ def test_its_policy_is_served(here, monkeypatch):
     monkeypatch.setenv("RLKD_SERVER_KEY", "k")
     file = config_file("short_e:Shortest", "short_e")
     vllm = ["rollout.backend=vllm", "rollout.server.urls=[http://localhost:1]"]
-    command, _ = plan(["--config", file, "--role", "policy", "--host", "127.0.0.1", "--port", "1", *vllm])
+    command, _ = plan([file], vllm, role="policy", host="127.0.0.1", port=1, tensor_parallel=1, data_parallel=1)
     assert "--enable-scale-out" in command

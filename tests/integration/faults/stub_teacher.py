@@ -21,13 +21,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.path != "/v1/completions":
+            self.answer({"detail": "Not Found"}, status=404)
+            return
         entries = [[{str(token): {"logprob": logprob(token)}} for token in prompt] for prompt in asked["prompt"]]
         choices = [{"index": i, "prompt_logprobs": entry} for i, entry in enumerate(entries)]
         self.answer({"model": asked["model"], "choices": choices})
 
-    def answer(self, body):
+    def answer(self, body, status=200):
         text = json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("content-length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)

@@ -7,7 +7,8 @@ from transformers import DynamicCache, Qwen2Config
 from vllm_fixtures import tiny_model
 
 from rlkd.algorithms.registry import ALGORITHMS
-from rlkd.config.load import ConfigError, parse_args
+from rlkd.command_line import GPUs, parse
+from rlkd.config.load import ConfigError
 from rlkd.models.lora import inject
 from rlkd.models.student import blocks, load_causal_lm
 from rlkd.planning.memory import (
@@ -20,7 +21,7 @@ from rlkd.planning.memory import (
     shape_of,
     trainer_place,
 )
-from rlkd.train import main
+from rlkd.train import command, main
 
 # From the model cards: Qwen2.5-7B has 7.61 billion parameters, 6.53 without embeddings; 28 layers, 28 query
 # heads and 4 key-value heads of 128.
@@ -128,8 +129,8 @@ def test_a_report_says_what_fits_and_what_does_not(tmp_path, capsys):
         "data.path=x.jsonl",
     ]
     small, large = ["trainer.devices=1"], ["trainer.devices=8", "rollout.server.devices=[[8]]"]
-    for devices in (small, [*large, "teacher.server.devices=[[9,10]]"]):
-        assert main([*command, *devices, "--estimate=80"]) == 0
+    for devices, code in ((small, 1), ([*large, "teacher.server.devices=[[9,10]]"], 0)):
+        assert main([*command, *devices, "--estimate=80"]) == code
     one, eight = capsys.readouterr().out.split("student: ")[1:]
     # 16 bytes per parameter, as in ZeRO (arXiv 1910.02054, §3.1), there with half-precision copies.
     assert "28.37 GiB  master weights: 4 B · 7.62e9 parameters / 1" in one
@@ -167,15 +168,16 @@ def test_every_model_of_a_trainer_is_counted():
 
 
 def test_without_a_known_device_the_report_does_not_mention_it():
-    assert "give the size of the device by --estimate=GIB" in report(config(), None)
+    assert "give the size of the device by --estimate=GIB" in report(config("trainer.accelerator=auto"), None)
     assert server_places(config()) == []
     with pytest.raises(ConfigError, match="--estimate: .*'big'.*--estimate=80"):
-        parse_args(["--config", "x.yaml", "--estimate=big"])
+        parse(command, ["--config", "x.yaml", "--estimate=big"])
     for nothing in ("0", "0.0", "8x0", "0x80", "1000000000x80"):
         with pytest.raises(ConfigError, match=f"--estimate: .*'{nothing}'"):
-            parse_args(["--config", "x.yaml", f"--estimate={nothing}"])
-    assert parse_args(["--config", "x.yaml", "--estimate=80.5"]).estimate == 80.5
-    assert parse_args(["--config", "x.yaml", "--estimate=8x0.5"]).estimate_gpus == 8
+            parse(command, ["--config", "x.yaml", f"--estimate={nothing}"])
+    for flag, gpus in {"--estimate=80.5": GPUs(80.5), "--estimate=8x0.5": GPUs(0.5, 8), "--estimate": GPUs()}.items():
+        assert parse(command, ["--config", "x.yaml", flag, "a.b=1"])["estimate"] == gpus
+    assert parse(command, ["--config", "x.yaml"])["estimate"] is None
 
 
 def test_adapters_are_counted_as_they_are():

@@ -13,8 +13,9 @@ import torch
 import yaml
 from launch_scripts import CONFIG, OVERRIDES, assert_known, assert_snapshot, rendered, with_python
 
+from rlkd.command_line import parse
+from rlkd.serve import command, plan
 from rlkd.serve import main as serve
-from rlkd.serve import plan
 
 pytestmark = pytest.mark.process
 
@@ -44,7 +45,7 @@ def test_servers(environment, monkeypatch):
     sizes = {"PORT": "8001", "TENSOR_PARALLEL": "2", "DATA_PARALLEL": "4"}
     lines = [rendered(environment, "launch/server.sh", r, *CONFIG, *OVERRIDES, **sizes) for r in ("policy", "teacher")]
     assert_snapshot("server", "".join(lines))
-    commands = [plan(shlex.split(line.partition(" rlkd.serve ")[2])) for line in lines]
+    commands = [plan(**parse(command, shlex.split(line.partition(" rlkd.serve ")[2]))) for line in lines]
     shown = "".join(shlex.join(command) + "\n" for command, _ in commands)
     assert_snapshot("vllm", shown.replace(sys.executable, "python").replace(str(Path.cwd()), "."))
     assert all(variables["RLKD_SERVER_KEY"] == "secret" for _, variables in commands) and "secret" not in shown

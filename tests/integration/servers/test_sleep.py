@@ -31,7 +31,7 @@ from rlkd.config.schema import Config
 from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler, policy_role
 from rlkd.models.weights import Whole
-from rlkd.servers.client import ServerError
+from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.process import VLLMServer
 
 SAMPLING = Sampling(temperature=1.0, max_tokens=4, seed=0)
@@ -180,6 +180,28 @@ def test_a_gpu_without_room_for_the_cache_is_one_line(policy_path: str, served: 
     with pytest.raises(ServerError, match=f"POST {url}/wake_up answered 500") as error:
         sampler.publish(Whole(tiny_model(0).state_dict()), 0)
     assert "\n" not in str(error.value)
+    sampler.close()
+
+
+def test_a_server_that_refuses_to_sleep_stops_the_run_and_one_that_is_gone_does_not(
+    policy_path: str, served: tuple[Engine, str]
+) -> None:
+    engine, url = served
+    sampler = VLLMSampler(settings(policy_path, url, 1), [EOS])
+    sampler.open()
+    sampler.publish(Whole(tiny_model(0).state_dict()), 0)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, but not listening
+        gone = VLLMClient(f"http://127.0.0.1:{closed.getsockname()[1]}", timeout_s=5.0)
+        sampler.pool.clients.append(gone)
+        sampler.sleep()
+        assert engine.is_sleeping and set(sampler.pool.lost) == {gone.url}
+        sampler.publish(Whole(tiny_model(0).state_dict()), 1)
+        engine.refuses = "sleep"
+        with pytest.raises(ServerError, match=f"POST {url}/sleep.* answered 500") as error:
+            sampler.sleep()
+        assert "\n" not in str(error.value)
+        assert set(sampler.pool.lost) == {gone.url, url}
     sampler.close()
 
 

@@ -137,18 +137,20 @@ def test_vllm_reads_the_requests_for_samples_and_scores(wire):
     for ask in (
         lambda: sampler._one_prompt(client, "policy", prompt, 8, 0, sampling),
         lambda: request_given(client, "teacher", question),
+        lambda: request_given(client, "teacher", ScoreRequest((5, 6, 7), (8, 9))),
         lambda: request_scores(client, "teacher", [question, question], Signal(tier="top_k", k=5)),
         lambda: request_completion(client, "teacher", (5, 6), sampling, 4, [1]),
     ):
         with pytest.raises(ServerError, match="but not as a vLLM server does"):
             ask()
-    (_, sample), (_, given), (_, scores), (_, written) = requests
+    (_, sample), (_, given), (_, actual), (_, scores), (_, written) = requests
     read = GenerateRequest.model_validate(sample)
     assert (read.token_ids, read.model, read.sampling_params.n) == ([5, 6, 7], "policy", 8)
     assert (read.sampling_params.temperature, read.sampling_params.max_tokens) == (0.7, 9)
     assert (read.sampling_params.logprobs, read.sampling_params.stop_token_ids) == (5, [1, 2])
     params = GenerateRequest.model_validate(given).sampling_params
     assert params.prompt_logprob_token_ids == [[8, 3, -1], [9, 4, 5]] and params.prompt_logprob_start == 2
+    assert GenerateRequest.model_validate(actual).sampling_params.prompt_logprob_token_ids == [[8], [9]]
     read = CompletionRequest.model_validate(scores)
     assert (read.prompt, read.prompt_logprobs) == ([[5, 6, 7, 8, 9]] * 2, 5) and not read.model_extra
     read = CompletionRequest.model_validate(written)

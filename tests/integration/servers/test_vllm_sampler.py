@@ -19,8 +19,9 @@ from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
 from rlkd.data.seeds import request_seed
+from rlkd.generation.rollout_answers import sampled_logprobs
 from rlkd.generation.sampler import Sampling
-from rlkd.generation.vllm import VLLMSampler, sampled_logprobs
+from rlkd.generation.vllm import VLLMSampler
 from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, VLLMClient, parse_version
 from rlkd.servers.process import VLLMServer
@@ -88,12 +89,11 @@ def test_the_likeliest_tokens_are_the_models(sampler: VLLMSampler, model: LlamaF
 
 @pytest.mark.server
 def test_a_server_without_the_new_runner_is_an_error(sampler: VLLMSampler) -> None:
-    """On a CPU vLLM cannot score given tokens; `test_given_tokens…` has the response of a server that can."""
-    teacher = PolicyServerTeacher(sampler, (1,))
-    teacher.open()
+    """On a CPU vLLM cannot score given tokens, and says so at the start; test_given.py has servers that can."""
+    sampler.pool.find_route(needed=False)
+    assert not sampler.pool.scores_given
     with pytest.raises(ServerError, match="answered 400: prompt_logprob_token_ids requires the V2 model runner"):
-        teacher.score([ScoreRequest((5, 6), (7, 8), ids=torch.tensor([[7, 9], [8, 2]]))], Signal(tier="given"))
-    teacher.close()
+        sampler.pool.find_route(needed=True)
 
 
 @pytest.mark.server

@@ -5,16 +5,20 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from click.shell_completion import ShellComplete
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from pydantic import BaseModel, Field
 
+from rlkd import cli
+from rlkd.command_line import parse
 from rlkd.config.help import Schema, fields
 from rlkd.config.schedules import Constant, Linear, Schedule, Step
 from rlkd.config.schema import AlgorithmConfig, Config, LocalTeacherConfig, NoTeacherConfig, Section
 from rlkd.config.yaml_tree import scalar
-from rlkd.config_file import Args, ConfigError, Loaded, help_text, load, parse_args
+from rlkd.config_file import ConfigError, Loaded, completions, help_text, load
+from rlkd.train import command, main
 
 
 class Imitation(Section):
@@ -399,37 +403,80 @@ def test_a_plain_word_means_what_yaml_1_2_says():
 
 
 def test_command_line():
-    args = parse_args(["--config", "a.yaml", "x.y=1", "--config=b.yaml", "--print-config", "z=--w"])
-    assert args == Args(
-        files=("a.yaml", "b.yaml"), overrides=("x.y=1", "z=--w"), print_config=True, help=False, estimate=None
-    )
-    assert parse_args(["--help"]).help and parse_args(["-h"]).help
+    args = parse(command, ["--config", "a.yaml", "x.y=1", "--config=b.yaml", "--print-config", "z=--w"])
+    assert args == {
+        "config": ("a.yaml", "b.yaml"),
+        "words": ("x.y=1", "z=--w"),
+        "print_config": True,
+        "estimate": None,
+        "dry_run": False,
+        "profile": False,
+    }
     for argv, line in {
-        (): "command line: --config: missing; e.g. --config configs/quickstart.yaml",
-        ("a.yaml",): "command line: --config: missing; did you mean --config a.yaml?",
-        ("--config",): "command line: --config: expected a YAML file, got nothing",
-        ("--config", "--help"): "command line: --config: expected a YAML file, got nothing",
+        ("--config",): "command line: --config: expected a value, got nothing",
+        ("--config", "--profile"): "command line: --config: expected a FILE, got --profile",
         ("--confg", "a"): "command line: --confg: unknown flag; did you mean --config?",
-        ("--optim.lr=3",): "command line: --optim.lr: unknown flag; did you mean optim.lr=3?",
-        (
-            "-x",
-        ): "command line: -x: unknown flag; expected one of --config, --print-config, --estimate, --profile, --help or "
-        "key=value",
+        ("--optim.lr=3",): "command line: --optim.lr: unknown flag; did you mean optim.lr=VALUE?",
+        ("-x",): "command line: -x: unknown flag; expected one of --config, --print-config, --estimate, --dry-run, "
+        "--profile, --help or key=value",
     }.items():
         with pytest.raises(ConfigError) as caught:
-            parse_args(argv)
+            parse(command, argv)
         assert caught.value.lines == [line]
 
 
-def test_help_lists_every_flag():
-    described = set(re.findall(r"^--[a-z-]+", help_text(ALGORITHMS), re.MULTILINE))
-    with pytest.raises(ConfigError) as caught:
-        parse_args(["-x"])
-    assert described == set(re.findall(r"--[a-z-]+", caught.value.lines[0]))
+def test_a_command_line_without_a_configuration_is_one_line(capsys):
+    for argv, hint in {
+        (): "e.g. --config configs/quickstart.yaml",
+        ("a.yaml",): "did you mean --config a.yaml?",
+    }.items():
+        assert main(argv) == 2
+        assert capsys.readouterr().err == f"command line: --config: missing; {hint}\n"
+
+
+def test_the_help_is_one_screen_and_explains_each_section_and_key_when_asked(capsys):
+    def printed(*words):
+        assert main(["--help", *words]) == 0
+        return capsys.readouterr().out
+
+    page = printed()
+    assert len(page.splitlines()) < 40 and all(len(line) <= 100 for line in page.splitlines())
+    assert {name for name in Config.model_fields if f"\n  {name} " in page} == set(Config.model_fields)
+    for param in command.params:
+        assert param.name == "words" or param.opts[0] in page
+    assert printed("all") == help_text()
+    assert printed("checkpoint").splitlines()[0] == "checkpoint - Checkpoints and the exported student."
+    assert "algorithm.t_start" in printed("taid") and "checkpoint." not in printed("taid")
+    assert printed("run.seed").splitlines()[0] == "  run.seed: an integer >= 0 and < 2147483648; default 0"
+    assert len(printed("optim.lr", "run.name").splitlines()) == 5
+    assert main(["--help", "checkpont"]) == 2
+    assert capsys.readouterr().err == (
+        "command line: --help checkpont: unknown section or key; did you mean checkpoint?\n"
+    )
+
+
+def test_completions():
+    assert completions("run.s") == ["run.seed="]
+    assert completions("trainer.accelerator=") == [f"trainer.accelerator={word}" for word in ("auto", "cpu", "gpu")]
+    assert completions("log.profile=") == ["log.profile=true", "log.profile=false"]
+    assert completions("algorithm.name=kd") == ["algorithm.name=kdrl"]
+    assert completions("nothing") == completions("run.name=x") == []
+
+
+def test_what_a_shell_offers():
+    group = cli.Commands("rlkd")
+    for words, incomplete, offered in (
+        ([], "tr", ["train"]),
+        (["train"], "--pri", ["--print-config"]),
+        (["train", "--config", "x.yaml"], "optim.l", ["optim.lr="]),
+        (["evaluate"], "eval.pr", ["eval.prompts="]),
+    ):
+        found = ShellComplete(group, {}, "rlkd", "_RLKD_COMPLETE").get_completions(words, incomplete)
+        assert [item.value for item in found] == offered
 
 
 def test_help_lists_every_key_of_every_kind_of_section():
-    text = help_text(ALGORITHMS)
+    text = help_text(algorithms=ALGORITHMS)
     listed = set(re.findall(r"^  ([\w.\[\]]+):", text, flags=re.MULTILINE))
     assert {f"{section}.{key}" for section, key in Schema(ALGORITHMS).all_keys()} <= listed
     assert {"teacher.url", "teacher.batch_tokens", "algorithm.kd.coef", "reward.functions[].weight"} <= listed

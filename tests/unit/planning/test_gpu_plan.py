@@ -12,12 +12,14 @@ import torch
 from lines import assert_lines, one_line
 from transformers import Qwen2Config
 
+from rlkd.command_line import parse
 from rlkd.config.load import ConfigError
 from rlkd.config.schema import Config
 from rlkd.config_file import load, load_stages
 from rlkd.planning.gpu_plan import ASLEEP, gpu_plan, room_problems
 from rlkd.planning.memory import GIB, published_bytes
 from rlkd.planning.preflight import check
+from rlkd.serve import command as serve
 from rlkd.serve import plan as serve_plan
 from rlkd.servers.placement import seats, weight_sync
 from rlkd.train import main, print_plan
@@ -236,7 +238,7 @@ def test_a_server_started_by_hand_agrees_with_the_trainers_that_are_given_its_ad
     monkeypatch.setenv("RLKD_SERVER_KEY", "k")
     line = ["--config", str(CONFIGS / "kdrl.yaml"), "--role", "policy", "--host", "10.0.0.1", "--port", "8000", *TINY]
     for setting, trainers in (((), "file"), (("rollout.server.weight_sync=nccl",), "nccl")):
-        command, _ = serve_plan([*line, *setting])
+        command, _ = serve_plan(**parse(serve, [*line, *setting]))
         sent = command[command.index("--weight-transfer-config") + 1]
         urls = ("rollout.server.launch=false", "rollout.server.urls=[http://10.0.0.1:8000]")
         assert weight_sync(kdrl(*setting, *urls)) == trainers
@@ -340,12 +342,36 @@ def test_the_estimate_of_an_imagined_machine(capsys):
     report = capsys.readouterr().out.splitlines()
     assert any(line.startswith("3 to 7 ") and line.endswith(" no process") for line in report)
     assert "would stop" not in "\n".join(report)
-    assert main([*command, "--estimate=2x80"]) == 0
+    assert main([*command, "--estimate=2x80"]) == 1
     *_, before, line = capsys.readouterr().out.splitlines()
     assert "would stop" in before
     assert_lines([line], ("teacher.server.devices: ", "GPU 2"))
     many = ["--config", str(CONFIGS / "quickstart.yaml"), "trainer.accelerator=auto", "trainer.devices=16"]
-    assert main([*many, "--estimate=8x80"]) == 0
+    assert main([*many, "--estimate=8x80"]) == 1
     *_, before, line = capsys.readouterr().out.splitlines()
     assert "would stop" in before
     assert_lines([line], ("trainer.devices: ", "is 16", "has 8"))
+
+
+def test_the_estimate_of_a_recipe_is_refused_for_its_first_stage_alone(capsys):
+    """Only `opd` has a teacher, 14 GiB beside the 23 GiB of the student; the stages after it would run."""
+    files = [str(CONFIGS / name) for name in ("opd.yaml", "opd_then_grpo.yaml")]
+    models = [name.replace("teacher.path", "stages.opd.teacher.path") for name in shapes(student="1.5b")]
+    command = [part for file in files for part in ("--config", file)]
+    assert main([*command, *models, "--estimate=2x32"]) == 1
+    first, *others = capsys.readouterr().out.split("\nstage ")
+    assert_lines(first.splitlines()[-1:], ("trainer.devices: ", "GPU 0", "32.00 GiB"))
+    assert others and not any("would stop" in other for other in others)
+
+
+def test_a_trainer_on_the_cpu_is_on_no_gpu(capsys):
+    """A trainer of a 7B student needs 113 GiB and more, in main memory here, while its servers fit 24 GiB each."""
+    command = ["--config", str(CONFIGS / "kdrl.yaml"), *shapes(), "rollout.server.devices=[[0]]"]
+    command += ["teacher.server.devices=[[1]]", "trainer.devices=2"]
+    assert main([*command, "trainer.accelerator=cpu", "--estimate=2x24"]) == 0
+    student, *servers = capsys.readouterr().out.split("at most at a time")
+    assert servers[0].startswith(", on the CPU (trainer.accelerator: cpu)")
+    assert "DOES NOT FIT" not in "".join(servers)
+    (row,) = [line for line in servers[-1].splitlines() if "trainer  " in line]
+    need = student.split()[-2]
+    assert row.startswith("CPU ") and f"{need} GiB" in row and "each of 2" in row

@@ -1,6 +1,7 @@
 """What is found out before any model is loaded: one line for each thing that is wrong."""
 
 import json
+import logging
 import os
 import shutil
 import socket
@@ -469,3 +470,33 @@ def test_each_model_is_read_once(monkeypatch):
     known = json.loads(Path("mine/config.json").read_text())
     Path("mine/config.json").write_text(json.dumps(known | {"vocab_size": 50}))
     assert vocabulary_size(settings.model) == 50
+
+
+def test_a_hub_that_refuses_a_model_is_one_line(monkeypatch, capfd, caplog):
+    """It answers twice that it is busy: huggingface_hub asks again at once, and then warns and waits a second."""
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(429 if len(asked) < 3 else 404)
+            self.send_header("Retry-After", "0")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=hub.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{hub.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "handlers", [caplog.handler])
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    try:
+        assert main(["--config", QUICKSTART, "model.path=nowhere/at-all", "--estimate=8x80"]) == 2
+    finally:
+        hub.shutdown()
+        hub.server_close()
+    assert len(asked) == 3 and caplog.messages == []
+    assert_lines(capfd.readouterr().err.splitlines(), ("--estimate: nowhere/at-all: ",))

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from builders import config
 
+from rlkd.command_line import parse
 from rlkd.config_file import ConfigError
 from rlkd.data.chat import load_tokenizer
 from rlkd.data.heldout import heldout, heldout_prompts
-from rlkd.evaluate import main
+from rlkd.evaluate import command, main
 from rlkd.run.asked_for import asked_for
 from rlkd.run.evaluation import pass_at_k
 
@@ -53,6 +54,10 @@ QUICKSTART = str(Path(__file__).parents[3] / "configs" / "quickstart.yaml")
 FEW = ("eval.prompts=8", "eval.samples=2")
 
 
+def asked(words):
+    return asked_for(**parse(command, words))
+
+
 def test_a_run_is_evaluated_by_its_own_student(finished_run):
     for words in (
         ["runs/x"],
@@ -61,18 +66,18 @@ def test_a_run_is_evaluated_by_its_own_student(finished_run):
         ["--config=./runs/x/config.yaml", *FEW],
         ["runs/x/"],
     ):
-        assert Path(asked_for(words).model.path) == finished_run / "hf"
-    assert asked_for(["runs/x", "eval.prompts=9"]).eval.prompts == 9
+        assert Path(asked(words).model.path) == finished_run / "hf"
+    assert asked(["runs/x", "eval.prompts=9"]).eval.prompts == 9
 
 
 def test_a_model_that_is_named_wins_over_the_runs_own_student(finished_run):
     Path("other.yaml").write_text("model: {path: somewhere}")
-    assert asked_for(["runs/x", "model.path=builtin:student"]).model.path == "builtin:student"
-    assert asked_for(["runs/x", "--config", "other.yaml"]).model.path == "somewhere"
-    assert Path(asked_for(["--config", "other.yaml", "runs/x"]).model.path) == finished_run / "hf"
-    assert asked_for(["--config", QUICKSTART]).model.path == "builtin:student", "not the file of a run"
+    assert asked(["runs/x", "model.path=builtin:student"]).model.path == "builtin:student"
+    assert asked(["runs/x", "--config", "other.yaml"]).model.path == "somewhere"
+    assert asked(["--config", "other.yaml", "runs/x"]).model.path == "somewhere", "a run comes first"
+    assert asked(["--config", QUICKSTART]).model.path == "builtin:student", "not the file of a run"
     Path("config.yaml").write_text(Path(QUICKSTART).read_text())
-    assert asked_for(["--config", "config.yaml"]).model.path == "builtin:student", "neither is this one"
+    assert asked(["--config", "config.yaml"]).model.path == "builtin:student", "neither is this one"
 
 
 def test_a_run_without_a_student_is_one_line_and_its_initial_model_is_not_evaluated(finished_run, capsys):
@@ -85,12 +90,12 @@ def test_a_run_without_a_student_is_one_line_and_its_initial_model_is_not_evalua
         "training with run.resume=auto, or set the model to evaluate with model.path=FOLDER"
     )
     with pytest.raises(ConfigError, match="run.resume=auto and checkpoint.export=true"):
-        asked_for(["runs/x", "checkpoint.export=false"])
+        asked(["runs/x", "checkpoint.export=false"])
 
 
 def test_its_help_shows_how_to_call_it(capsys):
     assert main(["--help"]) == 0
-    assert "python -m rlkd.evaluate runs/x [key=value" in capsys.readouterr().out
+    assert "rlkd.evaluate [OPTIONS] [RUN] [key=value …]" in capsys.readouterr().out
 
 
 def test_other_mistakes_are_one_line_each(finished_run, capsys):
