@@ -77,7 +77,7 @@ function compared(runs) {
     make("th", { scope: "row" }, swatch(`--c${index % 6}`, []), run.label),
     ...labels.map((label) => {
       const tile = run.tiles.find((each) => each.label === label);
-      return tile ? make("td", {}, tile.value, make("span", {}, tile.detail)) : make("td", {}, "—");
+      return tile ? make("td", { title: tile.detail }, tile.value) : make("td", {}, "—");
     }));
   const head = make("tr", {}, ...["", ...labels].map((label) => make("th", { scope: "col" }, label)));
   return make("div", { class: "compared" },
@@ -288,6 +288,8 @@ function stageLines(u) {
   const { ctx } = u, { top, height } = u.bbox;
   ctx.save();
   ctx.strokeStyle = ctx.fillStyle = colour("--soft");
+  ctx.textAlign = "left";
+  ctx.lineWidth = devicePixelRatio;
   ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
   ctx.setLineDash([3 * devicePixelRatio, 3 * devicePixelRatio]);
   data.runs[0].stages.forEach((stage, index) => {

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,12 +22,18 @@ from rlkd.storage import atomic
 
 
 def write_report(run_dir: str | Path, *others: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page of a run, with `others` laid over it, to `out` or `<run_dir>/report.html`; return its path.
+    """Write the page of a run, with `others` laid over it; return its path.
+
+    Args:
+        out: the file; None: `<run_dir>/report.html`, or with `others` compare.html in the folder that holds all runs.
 
     Raises: ValueError if a file of a run is missing or a line is invalid; the message names file and line.
     """
-    path = Path(run_dir, "report.html") if out is None else Path(out)
-    atomic.write(path, page(report_data([run_dir, *others])))
+    runs = [run_dir, *others]
+    if out is None:
+        out = Path(os.path.commonpath(map(os.path.abspath, runs)), "compare.html") if others else Path(run_dir, "report.html")
+    path = Path(out)
+    atomic.write(path, page(report_data(runs)))
     return path
 
 
