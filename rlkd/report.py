@@ -45,9 +45,18 @@ command = Command(
     "report",
     params=[
         click.Argument(["runs"], metavar="RUN …", type=click.Path(), nargs=-1, required=True),
-        click.Option(["--out"], metavar="FILE", type=click.Path(), help="where to; else report.html in the run, or compare.html beside several runs"),
-        click.Option(["--serve"], is_flag=True, help="list the runs in the folder RUN, live, for a browser on this machine"),
-        click.Option(["--port"], type=click.IntRange(0, 65535), help=f"of --serve; {PORT} unless given, 0: any free one"),
+        click.Option(
+            ["--out"],
+            metavar="FILE",
+            type=click.Path(),
+            help="where to; else report.html in the run, or compare.html beside several runs",
+        ),
+        click.Option(
+            ["--serve"], is_flag=True, help="list the runs in the folder RUN, live, for a browser on this machine"
+        ),
+        click.Option(
+            ["--port"], type=click.IntRange(0, 65535), help=f"of --serve; {PORT} unless given, 0: any free one"
+        ),
     ],
     callback=report,
     help="Write report.html of a run's directory, runs/<run.name>, or one page that lays several runs over each other.",

@@ -140,7 +140,7 @@ def _tiles(series: dict[str, list[Point]], stages: list[dict[str, Any]], samples
             tiles.append(_tile(key, label or METRICS[key].title, value, detail))
     seconds = values_of(series.get("time/total", []))
     done = sum(stage["done"] for stage in stages)
-    planned = " + ".join(str(stage["planned"]) for stage in stages)
+    planned = " + ".join(grouped(stage["planned"]) for stage in stages)
     per = f", {number(sum(seconds) / len(seconds))} s each" if seconds else ""
     value = f"{done:,}" + (f" in {duration(sum(seconds))}" if seconds else "")
     tiles.append(_tile("", "Iterations", value, f"of {planned}{per}"))
@@ -149,6 +149,11 @@ def _tiles(series: dict[str, list[Point]], stages: list[dict[str, Any]], samples
 
 def _tile(key: str, label: str, value: str, detail: str) -> dict[str, str]:
     return {"key": key, "label": label, "value": value, "detail": detail}
+
+
+def grouped(planned: Any) -> str:
+    """A number of iterations with grouped thousands; a reference such as ${oc.env:N} as it is."""
+    return f"{planned:,}" if isinstance(planned, int) else str(planned)
 
 
 def duration(seconds: float) -> str:

@@ -31,7 +31,11 @@ def write_report(run_dir: str | Path, *others: str | Path, out: str | Path | Non
     """
     runs = [run_dir, *others]
     if out is None:
-        out = Path(os.path.commonpath(map(os.path.abspath, runs)), "compare.html") if others else Path(run_dir, "report.html")
+        out = (
+            Path(os.path.commonpath(map(os.path.abspath, runs)), "compare.html")
+            if others
+            else Path(run_dir, "report.html")
+        )
     path = Path(out)
     atomic.write(path, page(report_data(runs)))
     return path

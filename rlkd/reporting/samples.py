@@ -103,7 +103,12 @@ def _sample(rollout: dict[str, Any], iteration: int) -> dict[str, Any]:
     length = len(ends)
     cut = max(0, length - HEAD - TAIL)
     kept = list(range(length)) if not cut else [*range(HEAD), *range(length - TAIL, length)]
-    sample |= {"length": length, "cut": cut, "head": HEAD, "tokens": [text[ends[t - 1] if t else 0 : ends[t]] for t in kept]}
+    sample |= {
+        "length": length,
+        "cut": cut,
+        "head": HEAD,
+        "tokens": [text[ends[t - 1] if t else 0 : ends[t]] for t in kept],
+    }
     for key, short in (("logprobs", "logp"), ("teacher_logprobs", "teacher"), ("trainer_logprobs", "trainer"),
                        ("entropies", "entropy")):  # fmt: skip
         if rollout.get(key):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from rlkd.reporting.report_data import report_data
+from rlkd.reporting.report_data import grouped, report_data
 from rlkd.reporting.report_page import page
 from rlkd.reporting.run_files import is_run, read_stages
 from rlkd.storage.run_folder import stage_names
@@ -125,7 +125,9 @@ def _listed(runs: dict[str, Path]) -> dict[str, Any]:
             | {
                 "algorithm": " → ".join(str(stage.config["algorithm"]["name"]) for stage in stages),
                 "student": str(stages[0].config["model"]["path"]),
-                "done": " + ".join(f"{stage.done:,} of {of}" for stage, of in zip(stages, planned, strict=True)),
+                "done": " + ".join(
+                    f"{stage.done:,} of {grouped(of)}" for stage, of in zip(stages, planned, strict=True)
+                ),
             }
         )
     return {"runs": sorted(listed, key=lambda entry: -entry["changed"]), "now": time.time()}

@@ -139,7 +139,10 @@ def test_the_stages_of_a_run_are_one_page(tmp_path: Path) -> None:
     a_run(folder / "kdrl", ROWS)
     save_stage_names(folder, ["sft", "kdrl", "not_begun"])
     (run,) = report_data([folder])["runs"]
-    assert [(stage["name"], stage["start"], stage["done"]) for stage in run["stages"]] == [("sft", 0, 2), ("kdrl", 2, 4)]
+    assert [(stage["name"], stage["start"], stage["done"]) for stage in run["stages"]] == [
+        ("sft", 0, 2),
+        ("kdrl", 2, 4),
+    ]
     assert run["series"]["reward/mean"]["x"] == [1, 2, 3, 4, 5, 6]
     assert run["series"]["eval/greedy"]["x"] == [0, 2, 6]
     assert {sample["at"] for sample in run["samples"] if sample["stage"] == 1} == {6}
@@ -259,7 +262,9 @@ def test_several_runs_and_a_file_of_ones_own(tmp_path: Path, capsys: pytest.Capt
         ([], "runs"),
     ],
 )
-def test_mistakes_are_one_line(run_dir: Path, options: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    run_dir: Path, options: list[str], part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([option.replace("{run}", str(run_dir)) for option in options]) == 2
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1 and part in said

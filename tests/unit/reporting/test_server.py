@@ -81,7 +81,16 @@ def test_a_page_is_live(runs: Path, port: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/report", "/data.json", "/report?run=no_run", "/report?run=../runs/a", "/report?run=/etc", "/x", "/a/config.yaml"]
+    "path",
+    [
+        "/report",
+        "/data.json",
+        "/report?run=no_run",
+        "/report?run=../runs/a",
+        "/report?run=/etc",
+        "/x",
+        "/a/config.yaml",
+    ],
 )
 def test_only_runs_of_the_folder_are_sent(port: int, path: str) -> None:
     assert get(port, path)[0] == 404
