@@ -45,7 +45,7 @@ def rollout(iteration: int, number: int, tokens: list[str], **changes: object) -
 
 
 def long_run(folder: Path, iterations: int, metrics: list[str], dumps: int, completion: int) -> Path:
-    """A run with noise in all of `metrics`, and `dumps` files of 8 rollouts of `completion` tokens; returns `folder`."""
+    """A run with noise in all `metrics`, and `dumps` files of 8 rollouts of `completion` tokens; returns `folder`."""
     chance = random.Random(0)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG.format(name=folder.name, iterations=iterations))

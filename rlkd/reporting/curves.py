@@ -33,7 +33,7 @@ def values_of(points: Iterable[Point]) -> list[float]:
 
 
 def thin(points: Sequence[Point], most: int = MOST) -> list[Point]:
-    """At most `most` of the points, in order: the first, the last, and of each stretch its lowest, highest and a gap."""
+    """At most `most` of the points: the first, the last, and of each stretch between its lowest, highest and a gap."""
     if len(points) <= most:
         return list(points)
     kept, stretches = {0, len(points) - 1}, (most - 2) // 3
@@ -54,7 +54,7 @@ def is_flat(points: Iterable[Point], rounding: float = 0.0) -> bool:
 
 
 def running_mean(points: Sequence[Point]) -> tuple[int, list[Point]]:
-    """(points in the window, means of the window that ends at each of a few of the points); (0, []) for a short curve."""
+    """(points in the window, means of the window that ends at each of a few points); (0, []) for a short curve."""
     known = [(at, value) for at, value in points if value is not None]
     if len(known) < 5 * _WINDOW:
         return 0, []

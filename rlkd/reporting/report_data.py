@@ -128,9 +128,9 @@ def _tiles(series: dict[str, list[Point]], stages: list[dict[str, Any]], samples
         (("kd/kl", "kd/divergence", "reference/kl"), ""),
         (("loss", "nll"), ""),
     ):
-        key = next((key for key in keys if values_of(series.get(key, []))), None)
-        if key is not None:
-            values = values_of(series[key])
+        present = [key for key in keys if values_of(series.get(key, []))]
+        if present:
+            key, values = present[0], values_of(series[present[0]])
             edge = max(1, min(_EDGE, len(values) // 2))
             first, last = sum(values[:edge]) / edge, sum(values[-edge:]) / edge
             detail = f"means of the first and last {edge} iterations" if edge > 1 else "first and last iteration"

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
