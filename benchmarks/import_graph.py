@@ -15,6 +15,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "rlkd"
 LEVELS = (
+    "console",
     "distributed",
     "stream",
     "storage",
@@ -40,6 +41,7 @@ LEVELS = (
     "planning",
     "report",
     "evaluate",
+    "generate",
     "serve",
     "estimate",
     "train",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
+
+CHUNK = 64 * 2**20
+"""Bytes that `exchange` sends from each rank to each other at a time; they are copied to the process group's device."""
 
 
 class RunStopped(RuntimeError):
@@ -140,6 +144,40 @@ def on_every_rank(act: Callable[[], T]) -> T:
     if failure is not None and severity == worst:
         raise failure
     raise (RunStopped if worst == 1.0 else RuntimeError)("another rank failed; its error is above or in its own log")
+
+
+def exchange(outgoing: Mapping[int, Any]) -> dict[int, Any]:
+    """Send objects from rank to rank: `outgoing` by receiver. A collective, but for a rank only what it sends and gets.
+
+    Objects are pickled, with tensors on the host, and may be large. All pairs of ranks send in the same all-to-all, so
+    there is no order of sends and receives in which ranks could wait for each other.
+
+    Returns: what this rank got, by sender. Raises: on all ranks, if one cannot pickle or unpickle an object.
+    """
+    ranks, device = range(world_size()), _device()
+
+    def packed(to: int) -> Tensor:
+        if to not in outgoing:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(bytearray(pickle.dumps(outgoing[to])), dtype=torch.uint8)
+
+    sent = on_every_rank(lambda: [packed(to) for to in ranks])
+    sizes = torch.tensor([len(part) for part in sent], device=device)
+    expected = torch.empty_like(sizes)
+    dist.all_to_all_single(expected, sizes)
+    received = [torch.empty(size, dtype=torch.uint8) for size in expected.tolist()]
+    most = int(all_reduce([float(sizes.max())], "max")[0])
+    for start in range(0, most, CHUNK):
+        out = [part[start : start + CHUNK] for part in sent]
+        into = [part[start : start + CHUNK] for part in received]
+        lengths = [len(part) for part in into]
+        got = torch.empty(sum(lengths), dtype=torch.uint8, device=device)
+        dist.all_to_all_single(got, torch.cat(out).to(device), lengths, [len(part) for part in out])
+        for part, whole in zip(into, got.cpu().split(lengths), strict=True):
+            part.copy_(whole)
+    return on_every_rank(
+        lambda: {rank: pickle.loads(part.numpy().data) for rank, part in enumerate(received) if len(part)}
+    )
 
 
 def local_part(tensor: Tensor) -> Tensor:

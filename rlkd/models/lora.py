@@ -10,7 +10,6 @@ trained, in fp32.
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from rlkd.builtin import resolve
 from rlkd.config.schema import LoraConfig, ModelConfig
-from rlkd.storage import atomic
 
 NAME = "default"
 """PEFT's default name of an adapter; it is part of the parameter names."""
@@ -204,18 +202,13 @@ def peft_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write(adapter: Mapping[str, Tensor], lora: LoraConfig, base: str, folder: Path) -> None:
-    """Write an adapter in PEFT's format to `folder`, atomically; an existing folder is replaced.
+    """Write an adapter in PEFT's format to `folder`, which must exist.
 
     Args:
         adapter: full tensors under the names of PEFT's files (`Student.adapter_weights`).
         base: folder or hub id of the model that the adapter belongs to.
     """
-    partial = atomic.partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     adapted = [name.removeprefix(prefix).removesuffix(suffix) for name in adapter if name.endswith(suffix)]
-    _settings(lora, adapted, base).save_pretrained(partial)
-    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, partial / FILE)
-    atomic.share(partial)
-    atomic.remove(folder)
-    partial.rename(folder)
+    _settings(lora, adapted, base).save_pretrained(folder)
+    save_file({name: value.detach().cpu().contiguous() for name, value in adapter.items()}, folder / FILE)

@@ -13,12 +13,14 @@ from typing import Any, Protocol, TypeVar
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config, NoTeacherConfig
+from rlkd.console import phase
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.models.weights import Published
 from rlkd.pipeline import ahead
+from rlkd.pipeline.balance import balanced
 from rlkd.pipeline.build import build_line, build_reference
 from rlkd.pipeline.collate import collate, describe
 from rlkd.pipeline.line import Group, Walked
@@ -83,12 +85,14 @@ class RolloutLoader:
 
     def open(self) -> None:
         """Load models, connect to or start servers, start reward workers. Every rank calls it, once."""
-        parts: list[Sampler | Teacher] = [self.line.policy, *self.line.scorers.values()]
-        for part in parts:
+        parts: dict[str, Sampler | Teacher] = {"policy": self.line.policy, **self.line.scorers}
+        for part in parts.values():
             part.start()
         # Servers first: vLLM would count a model loaded here meanwhile, on the same GPU, as its own (`Seat.turn`).
-        for part in sorted(parts, key=lambda part: part.in_process):
-            part.open()
+        for name, part in sorted(parts.items(), key=lambda item: item[1].in_process):
+            what = f"loading the {name}" if part.in_process else f"waiting for servers: {name}"
+            with phase(what, self.config.log.progress):
+                part.open()
         distributed.on_every_rank(self.line.rewards.open)  # a module may be missing on one node only
 
     def check_parity(self) -> None:
@@ -172,7 +176,8 @@ class RolloutLoader:
     def batch(self, iteration: int) -> Batch:
         """This rank's share of iteration `iteration` (0 is the first), with its metrics in `metrics`.
 
-        The metrics of rewards, lengths and errors cover everything sampled, even if only part of it is trained on.
+        Its rows may be of groups that another rank sampled (`balanced`). The metrics of rewards, lengths and errors
+        cover everything that this rank sampled, even if only part of it is trained on.
         """
         staleness = self.config.rollout.max_staleness
         self.line.forget(iteration)
@@ -195,7 +200,7 @@ class RolloutLoader:
             if self.algorithm.scorer_signal(name).tier == "hidden"
         }
         batch = collate(
-            walked.trained,
+            balanced(walked.trained, self.config.trainer.share_prompts, metrics),
             iteration,
             layers,
             scorers=tuple(self.line.scorers),

@@ -99,6 +99,16 @@ def check_evaluation(config: Config) -> list[str]:
     return problems + [f"{line}; {own}" if "rollout.server.urls" in line else line for line in _servers(config)]
 
 
+def check_generation(config: Config) -> list[str]:
+    """Problems that would stop `rlkd.generate`, one line each; empty if none is found."""
+    plan = gpu_plan(config, gpu_memory(), roles=["policy"])
+    problems = _vllm(["rollout.server"] if config.rollout.server.launch else []) + plan.problems()
+    lengths = {"data.max_prompt_tokens": config.data.max_prompt_tokens, "rollout.max_tokens": config.rollout.max_tokens}
+    if _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems) is not None:
+        problems += _generation(config)
+    return problems + _servers(config)
+
+
 def _fewer_rows(config: Config, key: str, path: str) -> list[str]:
     """A teacher must have an embedding for every token of the student."""
     tokens, rows = vocabulary_size(config.model), embedding_rows(path, config.model.trust_remote_code)

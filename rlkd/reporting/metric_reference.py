@@ -100,7 +100,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Share of the held-out prompts whose greedy completion is correct. A fall while `accuracy` rises means "
                 "overfitting to the training prompts.",
                 panel="Held-out evaluation",
-                console=6,
+                console=7,
                 share=True,
             ),
             Metric(
@@ -208,7 +208,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "KL to the teacher",
                 "KL(π‖teacher), estimated (k3) on tokens that the student sampled and averaged over them. It should "
                 "fall; a rise means that the student moves away from the teacher.",
-                console=4,
+                console=5,
                 smooth=True,
             ),
             Metric(
@@ -419,6 +419,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Length of the completions of all authors, averaged over all that were drawn. A sudden change in "
                 "either direction often comes before a collapse.",
                 smooth=True,
+                console=4,
             ),
             Metric(
                 "completion/truncated",
@@ -473,6 +474,14 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Completion tokens in the trained batch, a sum over ranks. Far below `tokens/generated`, much of what "
                 "is sampled is not used.",
                 panel="Tokens",
+            ),
+            Metric(
+                "balance/tokens",
+                "",
+                "Heaviest rank",
+                "With several ranks: tokens, prompts included, of the rank that trains on the most, by the mean over "
+                "ranks, after they have exchanged groups. Well above 1, single groups are so long that no exchange "
+                "helps, and the other ranks wait in training.",
             ),
         ),
     ),
@@ -551,7 +560,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "time/collate",
                 "seconds",
                 "Collating",
-                "Time to make tensors of the rollouts; the slowest rank's.",
+                "Time to exchange groups between ranks and make tensors of the rollouts; the slowest rank's.",
             ),
             Metric(
                 "time/evaluate",
@@ -593,7 +602,7 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Throughput",
                 "`tokens/generated` (`tokens/trained` where nothing is generated) by `time/total`, over all ranks. It "
                 "falls where an evaluation or a checkpoint is part of the iteration.",
-                console=5,
+                console=6,
             ),
             Metric(
                 "memory/peak_gb",

@@ -68,10 +68,12 @@ class Checkpoint(IterationCallback):
 
     phase = "checkpoint"
 
-    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals):
+    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals, heldout: int):
+        """`heldout`: the number of prompts that evaluations measure, for the model card."""
         self.config = config
         self.loader = loader
         self.signals = signals
+        self.heldout = heldout
         self._saved: int | None = None
         """Iterations in the newest checkpoint. A checkpoint that could not be written counts too, and is not retried.
         None before the run has started."""
@@ -119,7 +121,7 @@ class Checkpoint(IterationCallback):
     def _export(self, module: PolicyModule, done: int) -> None:
         """Export the student if `checkpoint.export` is set. A collective."""
         if self.config.checkpoint.export:
-            export_student(module.model, self.config, self.loader.tokenizer, done)
+            export_student(module.model, self.config, self.loader.tokenizer, done, self.heldout)
 
     def _remove_later_checkpoints(self) -> None:
         """Remove checkpoints newer than the one that the run resumes from, as `RunLog` does with their rows.

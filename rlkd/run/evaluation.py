@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning
 
-from rlkd import distributed
+from rlkd import console, distributed
 from rlkd.config.schema import Config
 from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.sampler import Sampling
@@ -91,7 +91,8 @@ class Evaluate(IterationCallback):
                 flush=True,
             )
         if self.prompts and self.loader.iteration == 0:
-            self._evaluate(module)
+            with console.phase("evaluating the initial student", self.config.log.progress):
+                self._evaluate(module)
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         """Evaluate if it is due."""

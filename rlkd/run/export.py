@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,33 +21,46 @@ from rlkd.config.schema import Config, ModelConfig
 from rlkd.models import lora
 from rlkd.models.student import Student
 from rlkd.models.vocabulary import load_config
-from rlkd.models.weights import TensorInfo, read_on_rank_zero
+from rlkd.models.weights import read_on_rank_zero
+from rlkd.run.model_card import CARD, model_card
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import EXPORT_RECORD
 from rlkd.weight_sync.tensor_file import write_checkpoint
 
 
-def export_student(student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int) -> None:
+def export_student(
+    student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int, heldout: int = 0
+) -> None:
     """Write the student to `<run>/hf`, with adapters merged, and its adapter, if it has one, to `<run>/adapter`.
 
     A collective; rank 0 writes. `<run>/hf` is written last, so if it exists the adapter does too.
+
+    Args:
+        iteration: the number of iterations that the student was trained for.
+        heldout: the number of prompts that the run's evaluations measured, for the model card.
     """
     source, folder = config.model, Path(config.run_dir)
     if source.lora is not None:
         settings, base = source.lora, resolve(source.path)
 
         def write_adapter(tensors: Iterable[tuple[str, Tensor]]) -> None:
-            with writing(f"the adapter, to {folder},"):
-                lora.write(dict(tensors), settings, base, folder / "adapter")
+            with writing(f"the adapter, to {folder},"), atomic.folder(folder / "adapter") as partial:
+                lora.write(dict(tensors), settings, base, partial)
+                _write_for_text(copy.deepcopy(student.hf.config), tokenizer, source, partial)
+                card = model_card(config, iteration, heldout, adapter=True)
+                (partial / CARD).write_text(card, encoding="utf-8")
 
         read_on_rank_zero(student.adapter_weights(), write_adapter)
     dtype = export_dtype(config)
     weights = student.checkpoint_weights(dtype, vectors=True)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
-        with writing(f"the student, to {folder},"):
-            export(weights.infos, tensors, student.hf, tokenizer, source, folder / "hf", iteration, dtype)
+        with writing(f"the student, to {folder},"), atomic.folder(folder / "hf") as partial:
+            write_checkpoint(weights.infos, tensors, partial)
+            _write_small_files(student.hf, tokenizer, source, partial, dtype)
+            (partial / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
+            (partial / CARD).write_text(model_card(config, iteration, heldout), encoding="utf-8")
 
     read_on_rank_zero(weights, write)
 
@@ -66,42 +79,6 @@ def export_dtype(config: Config) -> torch.dtype:
     return dtype
 
 
-def export(
-    infos: Sequence[TensorInfo],
-    tensors: Iterable[tuple[str, Tensor]],
-    hf: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    source: ModelConfig,
-    folder: Path,
-    iteration: int,
-    dtype: torch.dtype,
-) -> None:
-    """Write model, tokenizer and generation config to `folder`, atomically.
-
-    Args:
-        infos, tensors: as checkpoint files have them (`Student.checkpoint_weights`).
-        hf: the model, of which only the settings are read.
-        source: the model that the student started from, whose generation config is copied.
-        folder: replaced if it exists.
-        iteration: the number of iterations that the weights were trained for; `run_folder.exported` reads it.
-        dtype: of the weights, which the model config names.
-    """
-    partial = atomic.partial(folder)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_checkpoint(infos, tensors, partial)
-    config = copy.deepcopy(hf.config)
-    config.architectures, config.dtype = [type(hf).__name__], str(dtype).removeprefix("torch.")
-    if hf.is_remote_code():
-        custom_object_save(hf, partial, config=config)  # type: ignore[arg-type]
-    GenerationConfig.from_model_config(config).save_pretrained(partial)
-    _write_small_files(config, tokenizer, source, partial)
-    (partial / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
-    atomic.share(partial)
-    atomic.remove(folder)
-    partial.rename(folder)
-
-
 def rehearse(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the export without its weights to a temporary folder.
 
@@ -111,19 +88,33 @@ def rehearse(config: Config, tokenizer: PreTrainedTokenizerBase) -> None:
     known = load_config(model.path, model.trust_remote_code)
     export_dtype(config)
     with tempfile.TemporaryDirectory() as folder:
-        _write_small_files(known, tokenizer, model, Path(folder))
+        known.save_pretrained(folder)
+        _write_for_text(known, tokenizer, model, Path(folder))
 
 
 def _write_small_files(
+    hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path, dtype: torch.dtype
+) -> None:
+    """Write the model config, with the `dtype` of the weights, the model's own code if any, and `_write_for_text`."""
+    config = copy.deepcopy(hf.config)
+    config.architectures, config.dtype = [type(hf).__name__], str(dtype).removeprefix("torch.")
+    if hf.is_remote_code():
+        custom_object_save(hf, folder, config=config)  # type: ignore[arg-type]
+    config.save_pretrained(folder)
+    _write_for_text(config, tokenizer, source, folder)
+
+
+def _write_for_text(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, source: ModelConfig, folder: Path
 ) -> None:
-    """Write model config and tokenizer, and copy the source's generation config.
+    """Write the tokenizer with its chat template, and copy the generation config of the student's start, `source`.
 
     It is copied because some chat models have one that is greedy and sets a temperature, which transformers reads but
-    refuses to write. If the source has none, the one that transformers derives from the model config stays.
+    refuses to write. If the source has none, it is what transformers derives from the model config.
     """
-    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     generation = cached_file(resolve(source.path), GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False)
     if generation is not None:
         shutil.copyfile(generation, folder / GENERATION_CONFIG_NAME)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)

@@ -18,10 +18,12 @@ from transformers.utils import logging as transformers_logging
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
+from rlkd.console import leads, phase
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
-from rlkd.run.metrics_log import RunLog, progress
+from rlkd.run.metrics_log import RunLog
+from rlkd.run.progress import Progress
 from rlkd.run.publish import Publish
 from rlkd.run.report import Report, write_reports
 from rlkd.run.resume import changes, resume_path
@@ -48,17 +50,17 @@ def longest_wait(config: Config) -> timedelta:
 
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
     """The callbacks that turn a plain `lightning.Trainer` into a run, in the order in which they must be called."""
-    signals = Signals()
+    signals, evaluation = Signals(), Evaluate(config, loader)
     return [
         signals,
         Publish(loader),
-        Evaluate(config, loader),
+        evaluation,
         RunLog(config, loader),
         Report(config),
         *([Trace(config, loader)] if config.log.profile else []),
-        *progress(config),
+        *([Progress(config)] if config.log.progress else []),
         *([] if config.log.wandb == "off" else [Samples(config)]),
-        Checkpoint(config, loader, signals),
+        Checkpoint(config, loader, signals, len(evaluation.prompts)),
     ]
 
 
@@ -82,7 +84,7 @@ def build_trainer(config: Config, hooks: list[lightning.Callback], logged: bool 
         logger=loggers(config) if logged else False,
         callbacks=hooks,
         enable_checkpointing=False,
-        enable_progress_bar=config.log.progress and sys.stdout.isatty(),
+        enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
@@ -108,7 +110,8 @@ def run(config: Config, text: str) -> None:
             atomic.write(Path(config.run_dir, "config.yaml"), text.encode())
     use_expandable_segments(config)
     module = PolicyModule(config)
-    loader = RolloutLoader(config, module.algorithm)
+    with phase("reading the data", config.log.progress):
+        loader = RolloutLoader(config, module.algorithm)
     try:
         trainer = build_trainer(config, callbacks(config, loader))
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
@@ -150,7 +153,11 @@ def run_stages(stages: Sequence[Stage]) -> int:
     for stage in stages:
         loaded = stage.loaded
         if stage.name is not None and finished(loaded.config):
+            if leads():
+                print(f"stage {stage.name} has already finished: {loaded.config.run_dir}", flush=True)
             continue
+        if stage.name is not None and leads():
+            print(f"stage {stage.name}", flush=True)
         if stage.starts_from is not None:
             loaded = with_values(loaded, {"model.path": stage.starts_from})
         changed = changes(loaded.config)

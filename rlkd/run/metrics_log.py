@@ -1,22 +1,18 @@
-"""Writes a run's metrics to metrics.jsonl, the loggers of the Trainer, and the console."""
+"""Writes a run's metrics to metrics.jsonl, and the loggers of the Trainer."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import lightning
-from lightning.pytorch.callbacks import RichProgressBar
 
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.loader import RolloutLoader
-from rlkd.reporting.metric_reference import CONSOLE
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
 from rlkd.training.callback import IterationCallback
@@ -101,52 +97,3 @@ class RunLog(IterationCallback):
                 if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
         atomic.write(self.path, "".join(kept).encode())
-
-
-def shown(row: dict[str, float]) -> dict[str, str]:
-    """The metrics for the console, formatted: those of CONSOLE that the row has."""
-    return {name: f"{row[name]:.3g}" for name in CONSOLE if name in row}
-
-
-class IterationBar(RichProgressBar):
-    """Lightning's Rich progress bar with the run's iterations as its length and our metrics."""
-
-    def __init__(self, config: Config):
-        super().__init__()
-        self.iterations = config.run.iterations
-
-    @property
-    def total_train_batches(self) -> int:
-        """The length of the bar."""
-        return self.iterations
-
-    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
-        """The metrics beside the bar."""
-        assert isinstance(pl_module, PolicyModule)
-        return dict(shown(pl_module.row))
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        """Replaces Lightning's epoch count, since a run is one endless epoch."""
-        return "iteration"
-
-
-class IterationLines(IterationCallback):
-    """Prints one line per iteration, for output that is not a terminal."""
-
-    phase = "log"
-
-    def __init__(self, config: Config):
-        self.iterations = config.run.iterations
-
-    def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
-        """Print the line of the iteration."""
-        if distributed.rank() == 0:
-            metrics = "  ".join(f"{name} {value}" for name, value in shown(module.row).items())
-            print(f"iteration {batch.iteration + 1}/{self.iterations}  {metrics}", flush=True)
-
-
-def progress(config: Config) -> list[lightning.Callback]:
-    """A bar on a terminal, lines elsewhere, nothing if `log.progress` is off."""
-    if not config.log.progress:
-        return []
-    return [IterationBar(config) if sys.stdout.isatty() else IterationLines(config)]

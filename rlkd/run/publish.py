@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning
 
-from rlkd import distributed
+from rlkd import console, distributed
 from rlkd.pipeline.loader import RolloutLoader
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
@@ -34,7 +34,9 @@ class Publish(IterationCallback):
         """Restore a resumed run, publish the first weights, and run the parity check."""
         if trainer.ckpt_path is not None:
             self.loader.restore(Path(trainer.ckpt_path))
-        self._publish(module, self.loader.iteration)
+        progress = self.loader.config.log.progress
+        with console.phase("publishing the weights", progress):
+            self._publish(module, self.loader.iteration)
         self.loader.check_parity()
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,15 +25,22 @@ def write(path: Path, content: bytes) -> None:
     os.replace(beside, path)
 
 
-def share(folder: Path) -> None:
-    """Give the files in `folder` the read and write permissions of the folder itself, which follow the umask.
+@contextmanager
+def folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write to, which replaces the folder `path` when the block has ended without an error.
 
-    safetensors creates files that only their owner can read.
+    Others may read the new folder and its files, whatever the umask (0755 and 0644, and what the umask allows beyond
+    that). safetensors creates files that only their owner can read.
     """
-    mode = folder.stat().st_mode & 0o666
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
+    beside = partial(path)
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    allowed = beside.stat().st_mode & 0o7777
+    yield beside
+    for inner in (beside, *beside.rglob("*")):
+        inner.chmod(allowed | 0o755 if inner.is_dir() else allowed & 0o666 | 0o644)
+    remove(path)
+    beside.rename(path)
 
 
 def remove(folder: Path) -> None:

@@ -36,8 +36,9 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
 def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[list[int]]:
     """Indices of the sequences of each micro-batch, longest first, each with sequences × longest ≤ budget tokens.
 
-    Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with the fewest
-    tokens, padding included, where a further micro-batch counts as `overhead` tokens.
+    The micro-batches with the most tokens come first: ranks wait for each other in every one, so those of one size
+    should meet. Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with
+    the fewest tokens, padding included, where a further micro-batch counts as `overhead` tokens.
 
     Raises: ValueError if one sequence exceeds the budget.
     """
@@ -61,7 +62,7 @@ def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[list
     while end > 0:
         parts.append(order[starts[end] : end])
         end = int(starts[end])
-    return parts[::-1]
+    return sorted(parts, key=lambda part: (-len(part) * lengths[part[0]], part))
 
 
 def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[torch.Tensor, Batch]]:

@@ -22,6 +22,7 @@ from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.algorithms.registry import build_algorithm
 from rlkd.config.schema import Config
+from rlkd.console import phase
 from rlkd.distributed import RunStopped
 from rlkd.metrics import MetricAccumulator
 from rlkd.models.logprob_head import Needs, PolicyOutput
@@ -95,7 +96,8 @@ class PolicyModule(lightning.LightningModule):
                 "without a device mesh; set it in the Trainer, even on one device"
             )
         config = self.config
-        self.student = build_student(config.model, config.trainer, mesh["data_parallel"], config.run.seed)
+        with phase("loading the student", config.log.progress):
+            self.student = build_student(config.model, config.trainer, mesh["data_parallel"], config.run.seed)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optim = self.config.optim

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlkd.config.schema import LoraConfig
 from rlkd.models import lora
+from rlkd.storage import atomic
 from rlkd.weight_sync.weight_file import SyncDirectory
 
 
@@ -41,7 +42,8 @@ class AdapterFolder(SyncDirectory):
     def write(self, adapter: Mapping[str, Tensor], version: int) -> str:
         """Write an adapter (full tensors, names of PEFT's files), completely or not at all, and return its name."""
         name = f"{self.directory.name}-v{version}"
-        lora.write(adapter, self._settings, self._base, self.directory / name)
+        with atomic.folder(self.directory / name) as folder:
+            lora.write(adapter, self._settings, self._base, folder)
         self._names.append(name)
         return name
 

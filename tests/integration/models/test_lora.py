@@ -103,6 +103,12 @@ def test_both_exports_compute_what_the_student_does(trained):
     assert (of(start()) - ours).abs().max() > 1, "otherwise a lost adapter would not show"
     told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (told["r"], told["lora_alpha"], told["base_model_name_or_path"]) == (4, 8, resolve("builtin:student"))
+    for name in ("chat_template.jinja", "generation_config.json"):
+        assert {(folder / part / name).read_text() for part in ("hf", "adapter")} == {
+            Path(resolve("builtin:student"), name).read_text()
+        }
+    assert {path.stat().st_mode & 0o777 for path in (folder / "adapter").iterdir()} == {0o644}
+    assert "library_name: peft" in (folder / "adapter" / "README.md").read_text()
 
 
 def test_without_adapters_the_student_is_the_reference(trained):

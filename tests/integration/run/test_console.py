@@ -21,5 +21,6 @@ def test_supervised_training_shows_its_loss_and_its_speed(tmp_path):
     lines = [line for line in train(arguments(tmp_path), tmp_path).splitlines() if line.startswith("iteration ")]
     assert len(lines) == 2
     for line in lines:
-        figures = re.fullmatch(r"iteration \d/2  loss (\S+)  tokens_per_s (\S+)", line)
+        form = r"iteration \d/2  loss (\S+)  completion/length \S+  tokens_per_s (\S+)  left 0:\d\d:\d\d"
+        figures = re.fullmatch(form, line)
         assert figures is not None and float(figures[1]) > 0 and float(figures[2]) > 0, line

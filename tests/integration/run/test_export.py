@@ -103,8 +103,10 @@ def test_an_unknown_type_is_one_line():
     assert "checkpoint.export_dtype: expected auto | float32 | bfloat16 | float16, got 'int8'" in line
 
 
-@pytest.mark.parametrize(("umask", "file", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
-def test_others_may_read_the_files_as_far_as_the_umask_lets_them(tmp_path, umask, file, folder_mode):
+@pytest.mark.parametrize(
+    ("umask", "file", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o644, 0o755), (2, 0o664, 0o775)]
+)
+def test_others_may_read_the_export_whatever_the_umask(tmp_path, umask, file, folder_mode):
     before = os.umask(umask)
     try:
         _, folder = exported("builtin:student", tmp_path)

@@ -60,7 +60,13 @@ def ended(folder: Path) -> Ended:
     return Ended(
         rows=[{name: value for name, value in row.items() if not name.startswith(own)} for row in rows],
         tensors=saved(folder, ITERATIONS),
-        files={f"{path.parent.name}/{path.name}": path.read_bytes() for path in files},
+        # The model card has the name of the run, which is that of its folder.
+        files={
+            f"{path.parent.name}/{path.name}": path.read_bytes().replace(folder.name.encode(), b"")
+            if path.name == "README.md"
+            else path.read_bytes()
+            for path in files
+        },
     )
 
 

@@ -3,7 +3,7 @@
 from builders import config
 
 from rlkd.run.evaluation import Evaluate
-from rlkd.run.metrics_log import shown
+from rlkd.run.progress import shown
 
 SFT = ("algorithm={name: sft}", "teacher=null", "data.completion_column=answer", "data.max_completion_tokens=16")
 FEW = ("run.iterations=2", "rollout.prompts=4", "eval.every=0")
@@ -12,7 +12,7 @@ FEW = ("run.iterations=2", "rollout.prompts=4", "eval.every=0")
 def test_the_console_shows_the_metrics_of_the_algorithm():
     assert shown({"loss": 0.23354, "tokens_per_s": 1234.5, "entropy": 1.0}) == {
         "loss": "0.234",
-        "tokens_per_s": "1.23e+03",
+        "tokens_per_s": "1,234",
     }
     assert list(shown({"eval/greedy": 0.5, "reward/mean": 0.25, "accuracy": 0.25})) == [
         "reward/mean",

@@ -37,6 +37,8 @@ def test_it_is_the_cheapest_division(seed):
         assert sorted(itertools.chain(*found)) == list(range(9))
         assert all(len(part) * lengths[part[0]] <= budget for part in found)
         assert cost(found, lengths) == min(cost(parts, lengths) for parts in divisions(order, budget, lengths))
+        tokens = [len(part) * lengths[part[0]] for part in found]
+        assert tokens == sorted(tokens, reverse=True), "ranks wait least if the n-th of all have about the same size"
 
 
 def test_a_sequence_beyond_the_budget_is_an_error():
