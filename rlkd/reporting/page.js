@@ -414,7 +414,7 @@ const COLOURS = {
   surprise: { name: "surprise", note: "−log π of the sampler, nats",
     of: (s) => (t) => (byToken(s, "logp")(t) === null ? null : -byToken(s, "logp")(t)) },
   gap: { name: "sampler–trainer gap", signed: true, note: "log π trainer − log π sampler, nats",
-    of: (s) => difference(byToken(s, "trainer"), byToken(s, "logp")) },
+    of: (s) => byToken(s, "gap") },
   author: { name: "author", note: "" },
 };
 const AUTHORS = { student: ["student", "--c0"], teacher: ["teacher", "--c1"], glue: ["template", "--c4"],
@@ -531,7 +531,7 @@ function showToken(t) {
   const rows = [["token", `${(place + 1).toLocaleString("en")} of ${sample.length.toLocaleString("en")}`]];
   if (sample.ids) rows.push(["id", String(sample.ids[t])]);
   rows.push(["author", (AUTHORS[authorOf(sample, t)] || [authorOf(sample, t)])[0]]);
-  for (const [name, key] of [["log π sampler", "logp"], ["log π teacher", "teacher"], ["log π trainer", "trainer"]]) {
+  for (const [name, key] of [["log π sampler", "logp"], ["log π teacher", "teacher"]]) {
     if (byToken(sample, key)(t) !== null) rows.push([name, number(byToken(sample, key)(t))]);
   }
   for (const key of coloursOf(sample)) {

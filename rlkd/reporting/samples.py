@@ -8,6 +8,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlkd.reporting.curves import finite, rounded
 
 ITERATIONS, EACH = 16, 6
@@ -34,10 +36,26 @@ def samples(folder: Path, iterations: int = ITERATIONS) -> list[dict[str, Any]]:
     files = _files(folder)
     found = []
     for index, iteration in enumerate(_spaced(sorted(files), iterations)):
-        of_ranks = files[iteration]
-        rollouts = _some_lines(of_ranks[index % len(of_ranks)], _LOOKED_AT)
-        found += [_sample(rollouts[i], iteration) for i in _chosen(rollouts)]
+        path = files[iteration][index % len(files[iteration])]
+        rollouts = _some_lines(path, _LOOKED_AT)
+        chosen = [rollouts[i] for i in _chosen(rollouts)]
+        _add_what_the_trainer_found(chosen, path.parent / "trainer" / f"{path.stem}.npz")
+        found += [_sample(rollout, iteration) for rollout in chosen]
     return found
+
+
+def _add_what_the_trainer_found(rollouts: list[dict[str, Any]], path: Path) -> None:
+    """Add `gaps` and `entropies` to rollouts, as far as they are in the file `path` (`write_by_token`)."""
+    if not path.exists():
+        return
+    with np.load(path) as arrays:
+        lengths = arrays["lengths"]
+        ends = np.cumsum(lengths)
+        for name in {"gaps", "entropies"} & set(arrays.files):
+            values = arrays[name]
+            for rollout in rollouts:
+                end, length = int(ends[rollout["row"]]), int(lengths[rollout["row"]])
+                rollout[name] = values[end - length : end].tolist()
 
 
 def _files(folder: Path) -> dict[int, list[Path]]:
@@ -109,7 +127,7 @@ def _sample(rollout: dict[str, Any], iteration: int) -> dict[str, Any]:
         "head": HEAD,
         "tokens": [text[ends[t - 1] if t else 0 : ends[t]] for t in kept],
     }
-    for key, short in (("logprobs", "logp"), ("teacher_logprobs", "teacher"), ("trainer_logprobs", "trainer"),
+    for key, short in (("logprobs", "logp"), ("teacher_logprobs", "teacher"), ("gaps", "gap"),
                        ("entropies", "entropy")):  # fmt: skip
         if rollout.get(key):
             sample[short] = [rounded(finite(rollout[key][t]), 4) for t in kept]

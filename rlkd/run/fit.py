@@ -20,6 +20,7 @@ from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
 from rlkd.console import leads, phase
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.run.by_token import ByToken
 from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
 from rlkd.run.metrics_log import RunLog
@@ -53,6 +54,7 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
     signals, evaluation = Signals(), Evaluate(config, loader)
     return [
         signals,
+        ByToken(config),
         Publish(loader),
         evaluation,
         RunLog(config, loader),

@@ -9,6 +9,7 @@ import lightning
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.reporting.report_page import write_report
+from rlkd.reporting.run_files import is_run
 from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import stage_names
 from rlkd.training.callback import IterationCallback
@@ -29,7 +30,10 @@ def write_reports(config: Config) -> Path:
 
 
 class Report(IterationCallback):
-    """Keeps the page of the run up to date: at the start, at every evaluation and after the last iteration."""
+    """Keeps the page of the run up to date: at the start, at every evaluation and after the last iteration.
+
+    A run by a Trainer of the user's own has no config.yaml, and no page.
+    """
 
     phase = "log"
 
@@ -38,10 +42,13 @@ class Report(IterationCallback):
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         """Write the page with the first evaluation."""
-        distributed.on_rank_zero(lambda: write_reports(self.config))
+        self._write()
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         """Write the page if it is due."""
         done, every = batch.iteration + 1, self.config.eval.every
         if done == self.config.run.iterations or (every and done % every == 0):
-            distributed.on_rank_zero(lambda: write_reports(self.config))
+            self._write()
+
+    def _write(self) -> None:
+        distributed.on_rank_zero(lambda: is_run(Path(self.config.run_dir)) and write_reports(self.config))

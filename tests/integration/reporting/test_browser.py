@@ -35,10 +35,15 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_lines(folder / "metrics.jsonl", rows)
     for at in range(5, 61, 5):
-        lines = [rollout(at, n, [NASTY, *"abcdefgh", " end"]) for n in range(8)]
+        lines = [rollout(at, n, [NASTY, *"abcdefgh", " End"], row=n) for n in range(8)]
         lines[2] |= {"reward": None, "error": f"ValueError: {NASTY}"} if at == 30 else {}
         lines[3] |= {"segments": [["teacher", 2, 5], ["glue", 5, 6]]}
         write_lines(folder / "rollouts" / f"{at:06d}-rank0.jsonl", lines)
+    trainer = folder / "rollouts/trainer"
+    trainer.mkdir()
+    found = np.tile(np.linspace(0, 0.09, 10, dtype=np.float16), 8)  # by token, of the eight completions
+    found[4] = np.nan
+    np.savez(trainer / "000060-rank0.npz", gaps=-found, entropies=10 * found, lengths=np.full(8, 10))
     return folder
 
 
@@ -137,6 +142,8 @@ def test_samples_are_filtered(tab):
     set_value(tab, "#at", "")
     set_value(tab, "#search", "TRAIN-3")
     assert {row[1] for row in tab.get(CELLS)} == {"train-3"}
+    set_value(tab, "#search", "H eND")
+    assert tab.get(f"{ROWS}.length") == everything, "in the completions, in capitals or not"
     set_value(tab, "#search", "nowhere")
     assert tab.get(CELLS) == []
 
@@ -156,6 +163,7 @@ def test_samples_are_sorted(tab):
 
 def test_tokens_are_coloured_by_what_the_reader_picks(tab):
     set_value(tab, "#search", "train-3")
+    set_value(tab, "#at", "55")
     options = "[...document.querySelector('#colour').options].map((option) => option.value)"
     assert tab.get(options) == ["advantage", "ratio", "surprise", "author"], "only what was recorded"
     colours = "[...document.querySelectorAll('.tokens span')].map((span) => getComputedStyle(span).backgroundColor)"
@@ -169,6 +177,20 @@ def test_tokens_are_coloured_by_what_the_reader_picks(tab):
     by_author = tab.get(colours)
     assert len({by_author[0], by_author[2], by_author[5]}) == 3 and by_author[2] == by_author[4]
     assert "template" in tab.get("document.querySelector('.legend').innerText")
+
+
+def test_what_the_trainer_found_is_shown_where_it_was_recorded(tab):
+    set_value(tab, "#search", "train-0")
+    set_value(tab, "#at", "60")
+    options = "[...document.querySelector('#colour').options].map((option) => option.value)"
+    assert tab.get(options) == ["advantage", "ratio", "entropy", "surprise", "gap", "author"]
+    set_value(tab, "#colour", "gap")
+    colours = tab.get("[...document.querySelectorAll('.tokens span')].map((s) => getComputedStyle(s).backgroundColor)")
+    assert colours[4] == "rgba(0, 0, 0, 0)" and "213, 94, 0" in colours[9], "no value, and a lower log-prob"
+    tab.point_at(".tokens span[data-t='9']")
+    tab.wait("!document.querySelector('#tip').hidden")
+    said = tab.get("document.querySelector('#tip').innerText")
+    assert "−0.09" in said and "0.9" in said, said
 
 
 def test_the_pointer_on_a_token_shows_its_numbers(tab):

@@ -32,7 +32,7 @@ def test_a_million_is_after_999_999(tmp_path):
 
 def test_an_iteration_shows_its_worst_its_best_and_a_failure(tmp_path):
     rows = [rollout(1, n, ["a"], reward=0.5) for n in range(20)]
-    rows[3]["reward"], rows[11]["reward"] = -2.0, 7.0
+    rows[3]["reward"], rows[13]["reward"] = -2.0, 7.0
     rows[17] |= {"reward": None, "error": "ZeroDivisionError: division by zero"}
     write_lines(tmp_path / "000001-rank0.jsonl", rows)
     shown = samples(tmp_path)
@@ -62,7 +62,7 @@ def test_tokens_have_their_texts_and_numbers(tmp_path):
     assert sample["tokens"] == ["a", "", "é", " <b>"] and sample["ids"] == [0, 1, 2, 3]
     assert sample["logp"] == [-0.1235, None, -2.0, -3.0] and sample["teacher"] == [-0.05, -0.25, -0.25, -0.45]
     assert sample["authors"] == ["student", "teacher", "teacher", "student"] and sample["cut"] == 0
-    assert "trainer" not in sample and "entropy" not in sample, "only what was recorded"
+    assert "gap" not in sample and "entropy" not in sample, "only what was recorded"
 
 
 def test_a_long_text_keeps_its_start_and_its_end(tmp_path):
