@@ -191,7 +191,7 @@ function plot(place, width) {
   const view = new uPlot({
     width, height: HEIGHT, padding: [10, 24, 0, 4], legend: { show: false },
     cursor: {
-      sync: { key: "iteration" }, points: { size: 7 }, drag: { x: true, y: false, setScale: true },
+      y: false, sync: { key: "iteration" }, points: { size: 7 }, drag: { x: true, y: false, setScale: true },
       dataIdx: (u, s, at) => nearest(u.data[s], at),
     },
     scales: { x: { time: false, range: xRange }, y: { range: (u, low, high) => yRange(panel, low, high) } },
