@@ -49,7 +49,7 @@ def dry_run(stage: Stage) -> int:
     module = PolicyModule(config)
     loader = RolloutLoader(config, module.algorithm)
     try:
-        trainer = build_trainer(config, [Publish(loader), StopBeforeRollout(config, loader)], logged=False)
+        trainer = build_trainer(config, [Publish(loader), StopBeforeRollout(config, loader)])
         trainer.fit(module, loader)
     finally:
         loader.close()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.loggers import Logger
 from transformers.utils import logging as transformers_logging
 
 from rlkd import distributed
@@ -66,12 +67,12 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
     ]
 
 
-def build_trainer(config: Config, hooks: list[lightning.Callback], logged: bool = True) -> lightning.Trainer:
+def build_trainer(config: Config, hooks: list[lightning.Callback], loggers: Sequence[Logger] = ()) -> lightning.Trainer:
     """The Trainer of a run, without Lightning's own checkpoints, model summary and distributed sampler.
 
     Args:
         hooks: its callbacks.
-        logged: whether the loggers of the configuration are used.
+        loggers: where metrics go beside metrics.jsonl.
     """
     strategy = SafeModelParallelStrategy(
         data_parallel_size=config.world_size, tensor_parallel_size=1, timeout=longest_wait(config)
@@ -83,7 +84,7 @@ def build_trainer(config: Config, hooks: list[lightning.Callback], logged: bool 
         strategy=strategy,
         precision="32-true",
         max_epochs=-1,
-        logger=loggers(config) if logged else False,
+        logger=list(loggers),
         callbacks=hooks,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -103,8 +104,13 @@ def use_expandable_segments(config: Config) -> None:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
-def run(config: Config, text: str) -> None:
-    """Train with `config`. `text` is the merged YAML, which is saved as `<run>/config.yaml`."""
+def run(config: Config, text: str, recipe: str | None = None) -> None:
+    """Train with `config`.
+
+    Args:
+        text: the merged YAML, which is saved as `<run>/config.yaml`.
+        recipe: the name of the whole run, if this is one of its stages.
+    """
     checkpoint = resume_path(config)
     if int(os.environ.get("RANK", "0")) == 0:
         with writing(f"run.dir: {config.run_dir}/config.yaml"):
@@ -115,7 +121,7 @@ def run(config: Config, text: str) -> None:
     with phase("reading the data", config.log.progress):
         loader = RolloutLoader(config, module.algorithm)
     try:
-        trainer = build_trainer(config, callbacks(config, loader))
+        trainer = build_trainer(config, callbacks(config, loader), loggers(config, recipe, checkpoint))
         trainer.fit(module, loader, ckpt_path=None if checkpoint is None else str(checkpoint))
     finally:
         loader.close()
@@ -167,7 +173,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node, since the data of nodes may differ
                 print("\n".join(changed), file=sys.stderr)
             return 2
-        run(loaded.config, loaded.text)
+        run(loaded.config, loaded.text, None if stage.name is None else Path(loaded.config.run.dir).name)
         # Rank 0 decides, since it writes the report last, and another rank may look for the report before that.
         if stage.name is not None and not distributed.broadcast(finished(loaded.config)):
             return 0  # after a signal; run.resume=auto continues with this stage

@@ -1,7 +1,8 @@
-"""Logs to Weights & Biases through Lightning's logger: metrics, the run's configuration, and tables of samples."""
+"""Logs to Weights & Biases, and to TensorBoard, through Lightning's loggers: metrics, the configuration, samples."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 
 import lightning
 import yaml
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from pydantic import ValidationError
 
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
 from rlkd.reporting.samples import newest_rollouts
+from rlkd.run.model_card import code_version
 from rlkd.storage import atomic
+from rlkd.storage.run_folder import iteration_of
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch
@@ -26,7 +29,11 @@ COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "finish_reas
 
 
 def tracking_problems(config: Config) -> list[str]:
-    """The values of W&B's own environment variables that W&B would reject, one line each."""
+    """The values of W&B's own environment variables that W&B would reject, one line each, or a missing TensorBoard."""
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        return [
+            "log.tensorboard: expected the package tensorboard, which is not installed; pip install 'rlkd[tensorboard]'"
+        ]
     if config.log.wandb == "off":
         return []
     import wandb
@@ -45,8 +52,26 @@ def tracking_problems(config: Config) -> list[str]:
     return []
 
 
-def loggers(config: Config) -> list[Logger]:
-    """The loggers for `log.wandb`, with the run's `config.yaml` as config; a resumed run continues the same W&B run.
+def loggers(config: Config, recipe: str | None = None, checkpoint: Path | None = None) -> list[Logger]:
+    """The loggers for `log.wandb` and `log.tensorboard`.
+
+    Args:
+        recipe: the name of the whole run, if this is one of its stages.
+        checkpoint: what the run continues from. TensorBoard hides what was logged of later iterations, unless its
+            folder was renamed.
+
+    Raises: RunStopped, see `wandb_loggers`.
+    """
+    found = wandb_loggers(config, recipe)
+    if config.log.tensorboard:
+        named = checkpoint is not None and checkpoint.name.startswith("iteration-")
+        first = iteration_of(checkpoint) + 1 if checkpoint is not None and named else 0
+        found.append(TensorBoardLogger(config.run_dir, name="", version="tensorboard", purge_step=first))
+    return found
+
+
+def wandb_loggers(config: Config, recipe: str | None) -> list[Logger]:
+    """The logger for `log.wandb`, with the run's `config.yaml` as config; a resumed run continues the same W&B run.
 
     If W&B cannot be reached, a warning is printed and the run logs offline.
 
@@ -55,10 +80,10 @@ def loggers(config: Config) -> list[Logger]:
     if config.log.wandb == "off":
         return []
     if config.log.wandb == "offline" or int(os.environ.get("RANK", "0")) != 0:
-        return [_logger(config, offline=config.log.wandb == "offline")]
+        return [_logger(config, recipe, offline=config.log.wandb == "offline")]
     import wandb
 
-    logger = _logger(config, offline=False)
+    logger = _logger(config, recipe, offline=False)
     try:
         assert logger.experiment is not None  # connects now
     except wandb.errors.CommError as error:
@@ -70,27 +95,29 @@ def loggers(config: Config) -> list[Logger]:
             file=sys.stderr,
             flush=True,
         )
-        return [_logger(config, offline=True)]
+        return [_logger(config, recipe, offline=True)]
     except wandb.errors.UsageError as error:
         raise RunStopped(f"log.wandb: {' '.join(str(error).split())}") from error
     return [logger]
 
 
 def finish(config: Config) -> None:
-    """End the W&B run, if there is one. The next stage gets its own."""
+    """End the W&B run, if there is one; it prints how to upload one that is offline. The next stage gets its own."""
     if config.log.wandb != "off":
         import wandb
 
         wandb.finish()
 
 
-def _logger(config: Config, *, offline: bool) -> WandbLogger:
+def _logger(config: Config, recipe: str | None, *, offline: bool) -> WandbLogger:
     identity = Path(config.run_dir, "wandb_id")
     if int(os.environ.get("RANK", "0")) == 0 and not identity.exists():
         identity.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(identity, os.urandom(4).hex().encode())
     return WandbLogger(
-        name=config.run.name,
+        name=config.run.name if recipe is None else f"{recipe}/{config.run.name}",
+        group=recipe or config.run.name,
+        job_type=config.algorithm.name if recipe is None else config.run.name,
         project=config.log.project,
         save_dir=config.run_dir,
         offline=offline,
@@ -105,11 +132,11 @@ def _settings(config: Config) -> dict[str, Any]:
     their values may be secrets."""
     path = Path(config.run_dir, "config.yaml")
     settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return settings
+    return settings | {"rlkd": code_version()}
 
 
 class Samples(IterationCallback):
-    """Logs a table of a few rollouts to W&B at every evaluation and after the last iteration.
+    """Logs a table of a few rollouts to W&B, as often as `log.samples_every` tells, and after the last iteration.
 
     The rollouts are the same as in the report, from the newest file (`log.rollouts_every`). `rollouts/` has all files.
     """
@@ -121,7 +148,7 @@ class Samples(IterationCallback):
 
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         """Log the table if it is due."""
-        done, every = batch.iteration + 1, self.config.eval.every
+        done, every = batch.iteration + 1, self.config.log.samples_every or self.config.eval.every
         due = done == self.config.run.iterations or (every > 0 and done % every == 0)
         if not due or distributed.rank() != 0:
             return

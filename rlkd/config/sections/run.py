@@ -49,6 +49,10 @@ class LogConfig(Section):
 
     wandb: Literal["online", "offline", "off"] = Field("off", description="Weights & Biases")
     project: str = Field("rlkd", description="project in Weights & Biases")
+    samples_every: int = Field(
+        0, ge=0, description="iterations between tables of samples in Weights & Biases; 0: as often as evaluations"
+    )
+    tensorboard: bool = Field(False, description="log to TensorBoard, too: tensorboard --logdir <run.dir>")
     rollouts_every: int = Field(1, ge=0, description="iterations between dumps of all rollouts as JSONL; 0: never")
     progress: bool = Field(True, description="show a progress bar (on a terminal) or one line per iteration")
     profile: bool = Field(False, description="trace the second iteration, for ui.perfetto.dev; --profile sets this")
