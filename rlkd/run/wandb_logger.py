@@ -138,7 +138,7 @@ def _settings(config: Config) -> dict[str, Any]:
 class Samples(IterationCallback):
     """Logs a table of a few rollouts to W&B, as often as `log.samples_every` tells, and after the last iteration.
 
-    The rollouts are the same as in the report, from the newest file (`log.rollouts_every`). `rollouts/` has all files.
+    The rollouts are of the newest file (`log.rollouts_every`). `rollouts/` has all files.
     """
 
     phase = "log"
