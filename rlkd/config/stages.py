@@ -92,7 +92,10 @@ def with_values(loaded: Loaded, changes: dict[str, str]) -> Loaded:
 
 
 def finished(config: Config) -> bool:
-    """Whether a run is complete: the student of its last iteration is exported and the report (written last) exists."""
+    """Whether a run is complete: the student of its last iteration is exported, and its report exists.
+
+    The report is written at every evaluation, after the last iteration and, with all samples, at the very end.
+    """
     folder = Path(config.run_dir)
     return (folder / "report.html").exists() and exported(folder) >= config.run.iterations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,18 @@ _OWN_NAMES = ("127.0.0.1", "localhost")
 
 def found_runs(root: Path) -> dict[str, Path]:
     """The runs in `root`, or up to three folders below it, by their path in it. A run with stages is one run."""
-    found: dict[str, Path] = {}
-    for pattern in (".", "*", "*/*", "*/*/*"):
-        for folder in sorted(root.glob(pattern)) if pattern != "." else [root]:
-            staged = any(is_run(folder / name) for name in stage_names(folder))
-            inside = any(folder.is_relative_to(other) and folder != other for other in found.values())
-            if not inside and (staged or is_run(folder)):
-                found[folder.relative_to(root).as_posix() if folder != root else root.resolve().name] = folder
-    return found
+    return {
+        root.resolve().name if folder == root else folder.relative_to(root).as_posix(): folder for folder in _runs(root)
+    }
+
+
+def _runs(folder: Path, depth: int = 3) -> Iterator[Path]:
+    """The folder itself if it is a run, which contains no others; else those in it."""
+    if is_run(folder) or any(is_run(folder / name) for name in stage_names(folder)):
+        yield folder
+    elif depth:
+        for inside in sorted(path for path in folder.iterdir() if path.is_dir()):
+            yield from _runs(inside, depth - 1)
 
 
 def server(root: Path, port: int) -> ThreadingHTTPServer:

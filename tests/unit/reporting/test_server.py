@@ -48,7 +48,7 @@ def get(port: int, path: str, **headers: str) -> tuple[int, str, str | None]:
 
 
 def test_runs_are_found_at_any_depth_and_stages_are_one(runs: Path) -> None:
-    assert list(found_runs(runs)) == ["a", "recipe", "deeper/b"]
+    assert list(found_runs(runs)) == ["a", "deeper/b", "recipe"]
     assert list(found_runs(runs / "a")) == ["a"]
 
 
