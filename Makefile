@@ -11,7 +11,7 @@ LOCK := requirements/$(if $(wildcard $(GPU)),gpu,cpu).lock
 # One thread: the tiny models gain nothing from more, and servers and other processes share the cores.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: setup setup-gpu quickstart quickstart-vllm test test-fast test-gpu soak lint bench clean
+.PHONY: setup setup-gpu quickstart quickstart-vllm test test-fast test-gpu soak lint bench docs clean
 
 setup: $(STAMP)
 
@@ -80,4 +80,10 @@ bench: $(STAMP)
 	cat $(BENCH)/[1-6].md > benchmarks/RESULTS.md
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-docs build *.egg-info
+
+# The pages of docs/ as a site, in runs/site; a link that leads nowhere is an error.
+docs:
+	test -x .venv-docs/bin/mkdocs || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --no-deps -r requirements/docs.lock
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from rlkd.config_file import help_text, sections
+
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Made-up names in "How to add an algorithm".
@@ -14,6 +16,7 @@ PLACEHOLDERS = {
     "rlkd/algorithms/mine_options.py",
     "rlkd.algorithms.Mine",
     "configs/mine.yaml",
+    "teacher.write",  # a method of the argument `teacher`
 }
 
 
@@ -71,6 +74,23 @@ def test_what_a_page_names_exists(page):
     assert sorted(name for name in dotted - PLACEHOLDERS if not exists(name)) == []
 
 
+def unknown_keys(text: str) -> list[str]:
+    """Keys of the configuration in backticks, such as `optim.lr` or `optim.lr=1e-5`, that no algorithm has."""
+    keys = {key for line in help_text().splitlines() for key in re.findall(r"^  ([\w.\[\]]+):", line)}
+    known = {re.sub(r"\[\]", "", key) for key in keys}
+    known |= {key.rsplit(".", i)[0] for key in known for i in range(1, key.count("."))}  # sections in sections
+    named = re.findall(rf"`((?:{'|'.join(name for name, _ in sections())})(?:\.\w+)+)(?=[`=:])", text)
+    return sorted({key for key in named if key not in known and key not in PLACEHOLDERS})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_keys_that_a_page_names_exist(page):
+    lines = page.read_text(encoding="utf-8").splitlines()
+    if page.name == "migrating.md":  # the keys of others are in the columns before the last
+        lines = [line.rsplit("|", 2)[-2] if line.startswith("| ") else line for line in lines]
+    assert unknown_keys("\n".join(lines)) == []
+
+
 def test_the_table_of_folders_has_the_order_of_the_import_graph():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (`rlkd/.*?) \|", page, re.MULTILINE)
@@ -84,6 +104,9 @@ def test_a_wrong_name_is_found():
     assert missing_paths("`rlkd/rollout/parts.py`, `rlkd/types.py`, `test_of_nothing.py`") == [
         "rlkd/rollout/parts.py",
         "test_of_nothing.py",
+    ]
+    assert unknown_keys("`optim.lr`, `optim.lr=1`, `optim.rate`, `rollout.server`, `reward.functions`") == [
+        "optim.rate"
     ]
     assert exists("rlkd.types.Batch.rows") and exists("rlkd.losses") and exists("rlkd.models.lora.layers")
     assert not exists("rlkd.types.Bunch") and not exists("rlkd.rollout.parts")
