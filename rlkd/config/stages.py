@@ -92,9 +92,10 @@ def with_values(loaded: Loaded, changes: dict[str, str]) -> Loaded:
 
 
 def finished(config: Config) -> bool:
-    """Whether a run is complete: the student of its last iteration is exported and the report (written last) exists.
+    """Whether a run is complete: the student of its last iteration is exported, and its report exists.
 
-    With `run.stop_after`, its last iteration may be an earlier one.
+    With `run.stop_after`, its last iteration may be an earlier one. The report is written at every evaluation, after
+    the last iteration and, with all samples, at the very end.
     """
     folder = Path(config.run_dir)
     record, limit = export_record(folder / "hf"), config.run.stop_after

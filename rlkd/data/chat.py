@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -200,6 +201,36 @@ def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
     text = tokenizer.decode(list(token_ids), skip_special_tokens=False)
     assert isinstance(text, str)
     return text
+
+
+def token_ends(
+    tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], text: str, alone: dict[int, str]
+) -> list[int]:
+    """Where each token ends in `text`, which is `decode` of them: the number of its characters up to there.
+
+    A token that holds part of a character ends where it begins, and the one that completes the character has it. The
+    last token ends with the text.
+
+    Args:
+        alone: the texts of single tokens, to which those of these tokens are added; start with an empty one.
+    """
+    for token in token_ids:
+        if token not in alone:
+            alone[token] = decode(tokenizer, [token])
+    if "".join(alone[token] for token in token_ids) == text:
+        return list(accumulate(len(alone[token]) for token in token_ids))
+    ends: list[int] = []
+    start = at = 0  # the first token without a text of its own yet, and where its text begins
+    for t in range(len(token_ids)):
+        # Decoded after the token before, since the first of a text may lose its space.
+        before = decode(tokenizer, token_ids[start - 1 : start]) if start else ""
+        piece = decode(tokenizer, token_ids[max(start - 1, 0) : t + 1])[len(before) :]
+        if piece and text.startswith(piece, at):
+            at, start = at + len(piece), t + 1
+        elif t - start == 8:  # longer than any character; the text of these tokens is unknown
+            start = t + 1
+        ends.append(at)
+    return [*ends[:-1], len(text)]
 
 
 def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], finish_reason: str) -> str:

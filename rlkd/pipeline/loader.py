@@ -205,8 +205,9 @@ class RolloutLoader:
             for name, scorer in self.line.scorers.items()
             if self.algorithm.scorer_signal(name).tier == "hidden"
         }
+        trained = balanced(walked.trained, self.config.trainer.share_prompts, metrics)
         batch = collate(
-            balanced(walked.trained, self.config.trainer.share_prompts, metrics),
+            trained,
             iteration,
             layers,
             scorers=tuple(self.line.scorers),
@@ -217,7 +218,7 @@ class RolloutLoader:
         )
         if self.algorithm.needs_rewards:
             check_errors(walked.drawn, self.config, f"iteration {iteration + 1}")
-        self._file = self.line.stream.submit(self._write(walked.trained, iteration))
+        self._file = self.line.stream.submit(self._write(trained, iteration))
         metrics.maximum("time/collate", time.perf_counter() - together)
         return batch
 

@@ -10,7 +10,20 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from rlkd.reporting.svg_plots import Panel
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: the names of its metrics, and how to draw them."""
+
+    title: str
+    keys: tuple[str, ...]
+    note: str = ""
+    share: bool = False
+    """The axis spans 0 to 1, so that plots of shares are easy to compare."""
+    smooth: bool = False
+    """With enough points, draw a running mean over the curve and mention it in the caption."""
+    rounding: float = 0.0
+    """Values that differ by less are treated as equal up to rounding, for example a loss of 1e-9 and one of −1e-9."""
 
 
 @dataclass(frozen=True)

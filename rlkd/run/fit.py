@@ -21,13 +21,14 @@ from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
 from rlkd.console import leads, phase
 from rlkd.pipeline.loader import RolloutLoader
-from rlkd.reporting.report_page import write_report
 from rlkd.run.best import Best
+from rlkd.run.by_token import ByToken
 from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
 from rlkd.run.metrics_log import RunLog
 from rlkd.run.progress import Progress
 from rlkd.run.publish import Publish
+from rlkd.run.report import Report, write_reports
 from rlkd.run.resume import changes, resume_path
 from rlkd.run.safe_loading import SafeModelParallelStrategy
 from rlkd.run.trace import Trace
@@ -35,6 +36,7 @@ from rlkd.run.wandb_logger import Samples, finish, loggers
 from rlkd.servers.placement import weight_sync
 from rlkd.storage import atomic
 from rlkd.storage.disk_errors import writing
+from rlkd.storage.run_folder import save_stage_names
 from rlkd.training.module import PolicyModule
 
 
@@ -55,9 +57,11 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
     best = Best(config, loader, len(evaluation.prompts))
     return [
         signals,
+        ByToken(config),
         Publish(loader),
         evaluation,
         RunLog(config, loader),
+        Report(config),
         *([Trace(config, loader)] if config.log.profile else []),
         *([Progress(config)] if config.log.progress else []),
         *([] if config.log.wandb == "off" else [Samples(config)]),
@@ -126,7 +130,7 @@ def run(config: Config, text: str, recipe: str | None = None) -> None:
         loader.close()
         finish(config)
     if distributed.rank() == 0:
-        report = write_report(config.run_dir)
+        report = write_reports(config)
         print(summary(config, report))
 
 
@@ -152,6 +156,11 @@ def run_stages(stages: Sequence[Stage]) -> int:
 
     Returns: the exit code; 2 if a stage cannot be resumed because its configuration has changed.
     """
+    names = [stage.name for stage in stages if stage.name is not None]
+    if names and int(os.environ.get("RANK", "0")) == 0:
+        folder = stages[0].loaded.config.run.dir
+        with writing(f"run.dir: {folder}/stages.json"):
+            save_stage_names(folder, names)
     for stage in stages:
         loaded = stage.loaded
         if stage.name is not None and finished(loaded.config):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
-from rlkd.reporting.report_page import newest_rollouts
+from rlkd.reporting.samples import newest_rollouts
 from rlkd.run.model_card import code_version
 from rlkd.storage import atomic
 from rlkd.storage.run_folder import iteration_of
@@ -138,7 +138,7 @@ def _settings(config: Config) -> dict[str, Any]:
 class Samples(IterationCallback):
     """Logs a table of a few rollouts to W&B, as often as `log.samples_every` tells, and after the last iteration.
 
-    The rollouts are the same as in the report, from the newest file (`log.rollouts_every`). `rollouts/` has all files.
+    The rollouts are of the newest file (`log.rollouts_every`). `rollouts/` has all files.
     """
 
     phase = "log"
@@ -152,7 +152,7 @@ class Samples(IterationCallback):
         due = done == self.config.run.iterations or (every > 0 and done % every == 0)
         if not due or distributed.rank() != 0:
             return
-        rollouts, _ = newest_rollouts(Path(self.config.run_dir, "rollouts"))
+        rollouts = newest_rollouts(Path(self.config.run_dir, "rollouts"))
         rows = [[rollout.get("iteration"), *(_cell(rollout.get(name)) for name in COLUMNS)] for rollout in rollouts]
         for logger in trainer.loggers:
             if rows and isinstance(logger, WandbLogger):

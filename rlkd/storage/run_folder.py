@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+
+from rlkd.storage import atomic
 
 NAME = re.compile(r"iteration-(\d{6,})")
 FILE = "config.json"
@@ -17,6 +19,9 @@ DATA_FILE = "data.json"
 """The file in a checkpoint with the number of rows of the data and their digest. Older checkpoints have none."""
 EXPORT_RECORD = "rlkd.json"
 """The file in `<run>/hf` with the iteration of the export; transformers ignores it."""
+
+STAGES_FILE = "stages.json"
+"""The file in `<run>` with the names of its stages in order; each has a folder of its own in it."""
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -58,3 +63,15 @@ def save_config(config: BaseModel, folder: Path) -> None:
 def save_data(data: Mapping[str, Any], folder: Path) -> None:
     """Save the identity of the run's data in a checkpoint's folder."""
     (folder / DATA_FILE).write_text(json.dumps(data), encoding="utf-8")
+
+
+def save_stage_names(run_dir: str | Path, names: Sequence[str]) -> None:
+    """Save the names of a run's stages, in order."""
+    Path(run_dir).mkdir(parents=True, exist_ok=True)
+    atomic.write(Path(run_dir, STAGES_FILE), json.dumps(list(names)).encode())
+
+
+def stage_names(run_dir: str | Path) -> list[str]:
+    """The names of a run's stages, in order; none if it has no stages."""
+    path = Path(run_dir, STAGES_FILE)
+    return list(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []

@@ -77,6 +77,9 @@ class PolicyModule(lightning.LightningModule):
         """Metrics of the last trained iteration, over all ranks."""
         self.seconds: defaultdict[str, float] = defaultdict(float)
         """By phase: the time since the last row of metrics, on this rank."""
+        self.by_token: dict[str, Tensor] = {}
+        """What the trainer found at the start of the last iteration, each [B, T]: `logprobs`, and with one update an
+        iteration `entropies`, if the algorithm needs them. In the order of the batch's rows."""
         self.updating = False
         """Whether an iteration's updates are in progress; the student must not be saved meanwhile."""
         self._first_gaps: list[float] = []
@@ -138,6 +141,8 @@ class PolicyModule(lightning.LightningModule):
             self._compare_on(replace(batch.probe, old_logprobs=self._own_logprobs(batch.probe)), meter)
         if per_iteration > 1:
             batch = replace(batch, old_logprobs=self._own_logprobs(batch))
+            assert batch.old_logprobs is not None
+            self.by_token = {"logprobs": batch.old_logprobs}
             if self._on_policy:
                 self._compare_on(batch, meter)
             else:
@@ -163,9 +168,13 @@ class PolicyModule(lightning.LightningModule):
         measured: list[dict[str, Tensor]] = []
         differences: list[Tensor] = []
         optimizer.zero_grad()
-        for micro in self._micro_batches(batch):
+        if first:
+            names = ("logprobs", "entropies") if self.algorithm.needs.entropy else ("logprobs",)
+            self.by_token = {name: torch.zeros_like(batch.advantages) for name in names}
+        for index, micro in self._micro_batches(batch):
             output: PolicyOutput = self.model(micro, self.algorithm.needs)
             if first:
+                self._note(index, output)
                 # With one update the policy has not changed since it sampled: the old log-probs are those of this
                 # forward.
                 micro = replace(micro, old_logprobs=output.logprobs.detach())
@@ -247,14 +256,21 @@ class PolicyModule(lightning.LightningModule):
         self._recent_gaps = checkpoint.get("recent_gaps", [])
         self.algorithm.load_state_dict(checkpoint)
 
-    def _micro_batches(self, batch: Batch) -> list[Batch]:
-        """This rank's micro-batches, padded with zero-weight ones to the largest number of any rank.
+    def _note(self, index: Tensor, output: PolicyOutput) -> None:
+        """Keep what is known of the tokens of the rows `index`."""
+        for name, value in (("logprobs", output.logprobs), ("entropies", output.entropy)):
+            if value is not None and name in self.by_token:
+                self.by_token[name][index, : value.shape[1]] = value.detach()[: len(index)]
+
+    def _micro_batches(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
+        """This rank's micro-batches, each with the indices of its rows, padded with zero-weight ones, of no row, to the
+        largest number of any rank.
 
         FSDP gathers parameters in every forward and backward, so a rank with fewer passes would deadlock the others.
         """
-        parts = [part for _, part in self._split(batch)]
+        parts = self._split(batch)
         most = int(distributed.all_reduce([float(len(parts))], "max")[0])
-        return parts + [zero_weight_batch(batch)] * (most - len(parts))
+        return parts + [(parts[0][0][:0], zero_weight_batch(batch))] * (most - len(parts))
 
     def _split(self, batch: Batch) -> list[tuple[Tensor, Batch]]:
         trainer = self.config.trainer
