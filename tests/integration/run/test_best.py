@@ -84,6 +84,7 @@ def test_the_best_student_is_the_one_that_was_measured(tmp_path, capsys):
     assert (folder / "evaluation-best" / "summary.json").exists()
 
 
+@pytest.mark.soak
 def test_all_ranks_end_together_and_the_next_stage_begins(tmp_path):
     stages = "stages={one: {run: {stop_after: 1}}, two: {run: {iterations: 1}, optim: {lr: 1.0e-6}}}"
     train_ranks(2, arguments(tmp_path, *WORSE, stages, "trainer.devices=2"), tmp_path / "out")

@@ -456,7 +456,7 @@ def test_the_help_is_one_screen_and_explains_each_section_and_key_when_asked(cap
 
 
 def test_completions():
-    assert completions("run.s") == ["run.seed="]
+    assert completions("run.se") == ["run.seed="]
     assert completions("trainer.accelerator=") == [f"trainer.accelerator={word}" for word in ("auto", "cpu", "gpu")]
     assert completions("log.profile=") == ["log.profile=true", "log.profile=false"]
     assert completions("algorithm.name=kd") == ["algorithm.name=kdrl"]

@@ -270,7 +270,7 @@ def test_the_keys_that_may_change_exist():
         below = {key for key in keys if key.startswith(f"{section}.") and not key.startswith("eval.fraction")}
         assert below and below <= free, section
     assert {key for key in free if not key.startswith(tuple(f"{section}." for section in sections))} == {
-        *("run.dir", "run.name", "run.iterations", "run.resume", "run.accept_changes"),
+        *("run.dir", "run.name", "run.iterations", "run.stop_after", "run.resume", "run.accept_changes"),
         *("trainer.devices", "trainer.num_nodes", "reward.workers", "reward.timeout_s"),
         *("teacher.teachers.0.url", "teacher.teachers.0.urls"),
     }
