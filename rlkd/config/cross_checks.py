@@ -67,6 +67,15 @@ def contradictions(config: Config) -> list[tuple[str, str]]:
             "than one iteration ahead; set it to 1 or 0, or set rollout.backend: vllm and rollout.in_flight: true"
         )
         found.append(("rollout.max_staleness", why))
+    if config.eval.fraction is not None and config.eval.path is not None:
+        why = f"is {config.eval.fraction:g}, a share of data.path, but eval.path is {config.eval.path}; drop one"
+        found.append(("eval.fraction", why))
+    if config.run.stop_after is not None and config.checkpoint.best is None:
+        why = f"is {config.run.stop_after}, but checkpoint.best names no metric; set it to eval/avg@k"
+        found.append(("run.stop_after", why))
+    if config.checkpoint.best is not None and not (config.eval.every and config.holds_out):
+        which = "eval.every is 0" if config.holds_out else "nothing is held out; set eval.path or eval.fraction"
+        found.append(("checkpoint.best", f"is {config.checkpoint.best}, but {which}"))
     longest = config.data.max_prompt_tokens + config.rollout.max_tokens
     trained = config.algorithm.trained_lengths(config)
     if config.trainer.micro_batch_tokens < sum(trained.values()):

@@ -101,6 +101,11 @@ class Config(Section):
         return f"{self.run.dir}/{self.run.name}"
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are prompts to evaluate on; the built-in task has some of its own."""
+        return bool(self.eval.path or self.eval.fraction) or self.data.path.startswith("builtin:")
+
+    @property
     def publishes_adapter(self) -> bool:
         """Whether only the LoRA adapter is sent to the sampler, which already has the base model."""
         return self.model.lora is not None and self.rollout.backend == "vllm"

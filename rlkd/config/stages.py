@@ -22,7 +22,7 @@ from rlkd.config.help import Algorithms, LearnOptions
 from rlkd.config.load import ConfigError, Loaded, checked, on_top, read
 from rlkd.config.schema import Config
 from rlkd.config.yaml_tree import Node
-from rlkd.storage.run_folder import exported
+from rlkd.storage.run_folder import export_record
 
 _NAME = re.compile(r"[\w.+-]+")
 
@@ -94,10 +94,14 @@ def with_values(loaded: Loaded, changes: dict[str, str]) -> Loaded:
 def finished(config: Config) -> bool:
     """Whether a run is complete: the student of its last iteration is exported, and its report exists.
 
-    The report is written at every evaluation, after the last iteration and, with all samples, at the very end.
+    With `run.stop_after`, its last iteration may be an earlier one. The report is written at every evaluation, after
+    the last iteration and, with all samples, at the very end.
     """
     folder = Path(config.run_dir)
-    return (folder / "report.html").exists() and exported(folder) >= config.run.iterations
+    record, limit = export_record(folder / "hf"), config.run.stop_after
+    stopped = limit is not None and record.get("waited", 0) >= limit
+    ended = stopped or record.get("iteration", 0) >= config.run.iterations
+    return (folder / "report.html").exists() and ended
 
 
 def _split_stages(root: Node) -> tuple[Node, dict[str, Node]]:

@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file, a Hugging Face data set or the built-in task.
+"""Prompts from a JSONL file, a Hugging Face data set or the built-in task, or a part of them.
 
 Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and reports the line of a
 bad row; `load_source` turns the rows into prompts.
@@ -17,12 +17,13 @@ from typing import Any, cast, overload
 from transformers import PreTrainedTokenizerBase
 
 from rlkd.config.schema import DataConfig
-from rlkd.data import rows
+from rlkd.data import formats, rows
 from rlkd.data.chat import Reading, encode_completion, read_as_configured
 from rlkd.data.faults import DataError, Faults
 from rlkd.data.jsonl import read_jsonl
 from rlkd.data.notes import Notes
 from rlkd.data.rows import LEAVE_OUT, Row
+from rlkd.data.split import Part
 from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
@@ -64,12 +65,18 @@ class PromptList(Sequence[Prompt]):
 
 
 def load_source(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, path: str | None = None, ends: Sequence[int] = ()
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | None = None,
+    ends: Sequence[int] = (),
+    part: Part | None = None,
 ) -> PromptList:
     """All prompts of `path` (default: data.path), as the student of `tokenizer` reads them.
 
-    `ends`: the tokens that end a completion (`sampler.eos_ids`), for data with completions; without them, the
-    tokenizer's end of sequence.
+    Args:
+        ends: the tokens that end a completion (`sampler.eos_ids`), for data with completions; without them, the
+            tokenizer's end of sequence.
+        part: which rows; None: all. The held-out part is in a random order, so its first prompts are like the others.
 
     Raises: DataError with a line for each fault in the data.
     """
@@ -78,7 +85,12 @@ def load_source(
     notes = Notes(data, tokenizer)
     if not ends and tokenizer.eos_token_id is not None:
         ends = (int(tokenizer.eos_token_id),)
+    left_out = 0
+    places: list[float] = []
     for row in _rows(data, path, faults):
+        if part is not None and not part.has(row):
+            left_out += 1
+            continue
         digest.add(row)
         faults.reached("tokenizer")
         try:
@@ -97,7 +109,16 @@ def load_source(
             continue
         notes.look(row, prompt)
         prompts.append(prompt)
+        places.append(part.place(row) if part is not None and part.held_out else 0.0)
     faults.check()
+    if part is not None and left_out and not digest.rows:
+        kind = "in" if part.held_out else "not in"
+        raise DataError(
+            [
+                f"{path}: none of {left_out} rows is {kind} the held-out part, with eval.fraction = {part.fraction:g}; "
+                f"{'raise' if part.held_out else 'lower'} it, or use more data"
+            ]
+        )
     if not prompts:
         raise DataError(
             [
@@ -109,8 +130,12 @@ def load_source(
     if rendered is not None:
         raise DataError([f"{path}: {rendered}"])
     lines = notes.lines(len(prompts))
+    if part is not None:
+        others = "trained on" if part.held_out else "held out"
+        lines.append(f"{digest.rows} of {digest.rows + left_out} rows; the others are {others} (eval.fraction)")
     if skipped:
         lines.append(f"{skipped} rows over data.max_prompt_tokens or data.max_completion_tokens were skipped")
+    prompts = [prompts[i] for i in sorted(range(len(prompts)), key=places.__getitem__)]
     return PromptList(prompts, skipped, digest.identity(), lines)
 
 
@@ -179,21 +204,22 @@ class _Digest:
     """Builds an `Identity` row by row."""
 
     def __init__(self) -> None:
-        self._rows, self._hash = 0, hashlib.sha256()
+        self.rows, self._hash = 0, hashlib.sha256()
 
     def add(self, row: Row) -> None:
-        self._rows += 1
+        self.rows += 1
         self._hash.update(row.canonical() + b"\n")
 
     def identity(self) -> Identity:
-        return Identity(self._rows, self._hash.hexdigest())
+        return Identity(self.rows, self._hash.hexdigest())
 
 
-def identity(data: DataConfig) -> Identity:
-    """The identity of the data as it is now. Raises: DataError."""
+def identity(data: DataConfig, part: Part | None = None) -> Identity:
+    """The identity of the data, or of a part of it, as it is now. Raises: DataError."""
     digest = _Digest()
     for row in read_rows(data):
-        digest.add(row)
+        if part is None or part.has(row):
+            digest.add(row)
     return digest.identity()
 
 
@@ -215,11 +241,19 @@ def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
         raise DataError([f"expected a .jsonl file, a data set, or {BUILTIN_TASK}, got the empty path {path!r}"])
     if path.startswith("builtin:"):
         data = data.model_copy(update=BUILTIN_COLUMNS)  # the built-in task has columns of its own
+    form, path = formats.named(path)
+    if form is not None:
+        data = data.model_copy(update=dict(form.columns))
     seen: dict[str, str] = {}
     number = -1
     try:
         for number, (where, columns) in enumerate(itertools.islice(_tables(data, path), data.limit)):
             faults.next_row()
+            if form is not None and not isinstance(columns, ValueError):
+                try:
+                    columns = form.read(columns)
+                except ValueError as error:
+                    columns = error
             if isinstance(columns, ValueError):
                 faults.add(f"{where}: {columns}")
                 continue

@@ -14,8 +14,9 @@ from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config, NoTeacherConfig
 from rlkd.console import phase
+from rlkd.data.heldout import part_of
 from rlkd.data.prompts import PromptStream
-from rlkd.data.sources import load_source
+from rlkd.data.sources import PromptList, load_source
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.models.weights import Published
@@ -57,20 +58,25 @@ class RolloutLoader:
     which would be sampled with old weights. Its only state is the iteration, and what was sampled ahead.
     """
 
-    def __init__(self, config: Config, algorithm: Algorithm | Owner):
-        """`algorithm`: what the left half asks, or the module that owns it."""
+    def __init__(self, config: Config, algorithm: Algorithm | Owner, source: PromptList | None = None):
+        """
+        Args:
+            algorithm: what the left half asks, or the module that owns it.
+            source: the prompts; None: those of data.path that are trained on.
+        """
         if not isinstance(algorithm, Algorithm):
             algorithm = algorithm.algorithm
         self.config = config
         self.algorithm = algorithm
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
-        ends = eos_ids(config.model.path, config.model.trust_remote_code)
-        source = load_source(config.data, self.tokenizer, ends=ends)
+        if source is None:
+            ends = eos_ids(config.model.path, config.model.trust_remote_code)
+            source = load_source(config.data, self.tokenizer, ends=ends, part=part_of(config, held_out=False))
+            if distributed.rank() == 0:
+                for note in source.notes:
+                    print(f"data: {note}", flush=True)
         self.data = source.identity
-        if distributed.rank() == 0:
-            for note in source.notes:
-                print(f"data: {note}", flush=True)
         self.line = build_line(config, algorithm, PromptStream(source, seed=config.run.seed))
         self._probe = Probe(self.line) if config.rollout.max_staleness > 0 else None
         self._file: Future[None] | None = None

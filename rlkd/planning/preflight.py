@@ -20,9 +20,10 @@ from rlkd.builtin import resolve
 from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerConfig
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
-from rlkd.data.heldout import heldout
+from rlkd.data.heldout import heldout, part_of
 from rlkd.data.prompts import PromptStream
 from rlkd.data.sources import load_source
+from rlkd.data.split import Part
 from rlkd.generation.sampler import eos_ids
 from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
@@ -79,21 +80,28 @@ def check(config: Config) -> list[str]:
     if found_all and _first_node(config):
         problems += room_problems(config, torch.cuda.device_count()) + gpu_plan(config, gpu_memory()).memory_problems()
     if student is not None:
-        problems += _generation(config) + _export(config, student) + _data(config, student)
+        problems += _generation(config) + _export(config, student) + _template(config, student)
+        problems += _prompts(config, student)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
     return problems + _server_lengths(config) + _servers(config)
 
 
-def check_evaluation(config: Config) -> list[str]:
-    """Problems that would stop `rlkd.evaluate`, one line each; empty if none is found."""
+def check_evaluation(benchmarks: Mapping[str, Config]) -> list[str]:
+    """Problems that would stop `rlkd evaluate`, one line each; empty if none is found.
+
+    `benchmarks`: name → configuration; they differ only in their held-out data.
+    """
+    config = next(iter(benchmarks.values()))
     if heldout(config) is None:
-        return ["eval.path: expected held-out data, got nothing; set eval.path=FILE"]
+        return ["eval.path: expected held-out data, got nothing; set eval.path=FILE, or --data FILE"]
     plan = gpu_plan(config, gpu_memory(), roles=["policy"])
     problems = _vllm(["rollout.server"] if config.rollout.server.launch else []) + plan.problems()
     lengths = config.algorithm.trained_lengths(config)
     student = _model("model.path", config.model.path, config.model.trust_remote_code, lengths, problems)
     if student is not None:
-        problems += _generation(config) + _data(config, student)
+        problems += _generation(config) + _template(config, student)
+        for one in benchmarks.values():
+            problems += _prompts(one, student, training=False)
     problems += [f"reward.functions: {line}" for line in registry.check(config.reward.functions)]
     own = "to start a server for the evaluation: rollout.server.urls=[] rollout.server.launch=true"
     return problems + [f"{line}; {own}" if "rollout.server.urls" in line else line for line in _servers(config)]
@@ -280,21 +288,27 @@ def _positions(model: Any) -> int | None:
     return None if limit is None else int(limit)
 
 
-def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    problems = _template(config, tokenizer)
-    sources: list[tuple[str, DataConfig]] = [("data.path", config.data)]
+def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase, *, training: bool = True) -> list[str]:
+    """Problems with the held-out data, and with those to train on."""
+    problems: list[str] = []
+    sources: list[tuple[str, DataConfig, Part | None]] = []
+    if training:
+        sources.append(("data.path", config.data, part_of(config, held_out=False)))
     held_out = heldout(config)
     if held_out is not None and config.eval.every > 0:
-        sources.append(("eval.path", held_out))
+        key = "eval.path" if config.eval.fraction is None else "eval.fraction"
+        sources.append((key, held_out, part_of(config, held_out=True)))
     try:
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
     except (ValueError, OSError):
         ends = ()  # reported by _generation
-    for key, source in sources:
+    for key, source, rows in sources:
         try:
-            prompts = load_source(source, tokenizer, ends=ends)
+            prompts = load_source(source, tokenizer, ends=ends, part=rows)
         except DataError as error:
             problems += [f"{key}: {line}" for line in error.lines]
+            if rows is not None:
+                break  # the other part of the same data has the same faults
             continue
         problems += _answers(config, key, prompts)
         try:

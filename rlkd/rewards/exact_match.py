@@ -22,5 +22,9 @@ def exact_match(
         raise ValueError("needs an answer, but the data has none; set data.answer_column")
     if after == "":
         raise ValueError("option after is empty; give the text that precedes the answer, or null")
-    judged = completion if after is None else completion.rsplit(after, 1)[-1]
-    return float(judged.strip() == answer.strip())
+    return float(judged(completion, after).strip() == answer.strip())
+
+
+def judged(completion: str, after: str | None) -> str:
+    """The part of `completion` that is compared with the answer."""
+    return completion if after is None else completion.rsplit(after, 1)[-1]

@@ -17,6 +17,7 @@ from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.distributed import RunStopped
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.run.best import Best
 from rlkd.run.export import export_student
 from rlkd.run.resume import as_run
 from rlkd.storage import atomic
@@ -63,16 +64,17 @@ class Signals(IterationCallback):
 class Checkpoint(IterationCallback):
     """Saves every `checkpoint.every` iterations and at the end of the run, and ends the run.
 
-    The run ends at `run.iterations`, or after the iteration in which a signal arrived.
+    The run ends at `run.iterations`, where `run.stop_after` ends it, or after the iteration in which a signal arrived.
     """
 
     phase = "checkpoint"
 
-    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals, heldout: int):
+    def __init__(self, config: Config, loader: RolloutLoader, signals: Signals, best: Best, heldout: int):
         """`heldout`: the number of prompts that evaluations measure, for the model card."""
         self.config = config
         self.loader = loader
         self.signals = signals
+        self.best = best
         self.heldout = heldout
         self._saved: int | None = None
         """Iterations in the newest checkpoint. A checkpoint that could not be written counts too, and is not retried.
@@ -83,7 +85,7 @@ class Checkpoint(IterationCallback):
         self._saved = self.loader.iteration
         if distributed.rank() == 0:
             self._remove_later_checkpoints()
-        if self.loader.iteration >= self.config.run.iterations:
+        if self.loader.iteration >= self.config.run.iterations or self.best.gives_up:
             self._export(module, self.loader.iteration)  # in case the run was stopped before its export
             trainer.should_stop = True
 
@@ -91,7 +93,7 @@ class Checkpoint(IterationCallback):
         """Save if a checkpoint is due, and end the run if it is complete or was signalled."""
         done = batch.iteration + 1
         signalled = self.signals.any_rank()
-        ending = signalled or done >= self.config.run.iterations
+        ending = signalled or done >= self.config.run.iterations or self.best.gives_up
         every = self.config.checkpoint.every
         if ending or (every and done % every == 0):
             self._save(trainer, done)
@@ -121,7 +123,8 @@ class Checkpoint(IterationCallback):
     def _export(self, module: PolicyModule, done: int) -> None:
         """Export the student if `checkpoint.export` is set. A collective."""
         if self.config.checkpoint.export:
-            export_student(module.model, self.config, self.loader.tokenizer, done, self.heldout)
+            known = {"waited": self.best.waited}
+            export_student(module.model, self.config, self.loader.tokenizer, done, self.heldout, known)
 
     def _remove_later_checkpoints(self) -> None:
         """Remove checkpoints newer than the one that the run resumes from, as `RunLog` does with their rows.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import lightning
 
 from rlkd import console, distributed
@@ -10,24 +12,19 @@ from rlkd.data.heldout import heldout_prompts
 from rlkd.generation.sampler import Sampling
 from rlkd.metrics import MetricAccumulator
 from rlkd.pipeline.loader import RolloutLoader, check_errors
+from rlkd.run.statistics import pass_at_k
 from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch, Prompt, ScoredRollout
 
 
-def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """1 − C(n−c, k) / C(n, k): the probability that k of n samples, c of them correct, include a correct one.
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A held-out prompt and the completions of it, with rewards."""
 
-    The unbiased estimator of arXiv 2107.03374, Eq. 1. Raises: ValueError unless 1 ≤ k ≤ n.
-    """
-    if not 1 <= k <= samples:
-        raise ValueError(f"pass@k: expected 1 ≤ k ≤ {samples} samples, got k = {k}; sample more, or lower k")
-    if samples - correct < k:
-        return 1.0
-    wrong = 1.0
-    for i in range(samples - correct + 1, samples + 1):
-        wrong *= 1.0 - k / i
-    return 1.0 - wrong
+    prompt: Prompt
+    greedy: ScoredRollout
+    samples: list[ScoredRollout]
 
 
 def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, strict: bool = True) -> dict[str, float]:
@@ -38,38 +35,52 @@ def evaluate(config: Config, loader: RolloutLoader, prompts: list[Prompt], *, st
     Raises: with `strict`, RunStopped if more rewards failed than `reward.max_error_rate` allows.
     """
     mine = prompts[distributed.rank() :: distributed.world_size()]
-    meter, groups = loader.with_servers(lambda: _evaluated(config, loader, mine))
-    if strict:
-        check_errors(groups, config, "evaluation")
-    return meter.reduce()
-
-
-def _evaluated(
-    config: Config, loader: RolloutLoader, mine: list[Prompt]
-) -> tuple[MetricAccumulator, list[list[ScoredRollout]]]:
-    """The metrics of this rank's share, and the scored completions that they are computed from."""
-    meter, scored = MetricAccumulator(), []
-    plans = (("greedy", 1, 0.0), ("sampled", config.eval.samples, config.eval.temperature))
+    found = answered(config, loader, mine, strict=strict)
+    meter = MetricAccumulator()
     meter.total("eval/errors", 0.0)
     for name in ("eval/greedy", "eval/avg@k", "eval/pass@k"):
         meter.mean(name, 0.0, 0.0)
-    for plan, n, temperature in plans:
-        if not mine:
-            continue
-        # A different seed from training, so that evaluation never repeats a training sample.
-        sampling = Sampling(temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31)
-        groups = loader.line.stream.run([loader.line.answers(prompt, n, sampling) for prompt in mine])
-        scored += groups
-        for group in groups:
-            known = [s.is_correct(config.reward.correct_at) is True for s in group if s.reward is not None]
-            meter.total("eval/errors", float(len(group) - len(known)))
-            if plan == "greedy":
-                meter.mean("eval/greedy", sum(known), len(known))
-            elif known:
-                meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
-                if len(known) == n:  # pass@n needs all n samples
-                    meter.mean("eval/pass@k", pass_at_k(n, sum(known), n), 1.0)
-    return meter, scored
+    for one in found:
+        greedy = is_correct(one.greedy, config)
+        known = [right for sample in one.samples if (right := is_correct(sample, config)) is not None]
+        meter.total("eval/errors", float(greedy is None) + len(one.samples) - len(known))
+        if greedy is not None:
+            meter.mean("eval/greedy", float(greedy), 1.0)
+        if known:
+            meter.mean("eval/avg@k", sum(known) / len(known), 1.0)
+        if len(known) == len(one.samples):  # pass@n needs all n samples
+            meter.mean("eval/pass@k", pass_at_k(len(known), sum(known), len(known)), 1.0)
+    return meter.reduce()
+
+
+def answered(config: Config, loader: RolloutLoader, mine: list[Prompt], *, strict: bool = True) -> list[Answered]:
+    """A greedy completion and `eval.samples` others of each of this rank's prompts. A collective.
+
+    Raises: as `evaluate`.
+    """
+
+    def act() -> list[Answered]:
+        groups = []
+        for n, temperature in ((1, 0.0), (config.eval.samples, config.eval.temperature)):
+            # A different seed from training, so that evaluation never repeats a training sample.
+            sampling = Sampling(
+                temperature=temperature, max_tokens=config.rollout.max_tokens, seed=config.run.seed + 2**31
+            )
+            groups.append(loader.line.stream.run([loader.line.answers(prompt, n, sampling) for prompt in mine]))
+        return [
+            Answered(prompt=prompt, greedy=greedy[0], samples=samples)
+            for prompt, greedy, samples in zip(mine, *groups, strict=True)
+        ]
+
+    found = loader.with_servers(act)
+    if strict:
+        check_errors([[one.greedy, *one.samples] for one in found], config, "evaluation")
+    return found
+
+
+def is_correct(scored: ScoredRollout, config: Config) -> bool | None:
+    """Whether a completion is correct; None if its reward failed."""
+    return scored.is_correct(config.reward.correct_at)
 
 
 class Evaluate(IterationCallback):
@@ -87,7 +98,7 @@ class Evaluate(IterationCallback):
         if self.config.eval.every and not self.prompts and distributed.rank() == 0:
             print(
                 "eval.path: not set, so this run has no held-out accuracy; set it to your own held-out data (in the "
-                "form of data.path), or set eval.every to 0",
+                "form of data.path), hold out a share of data.path by eval.fraction=0.1, or set eval.every to 0",
                 flush=True,
             )
         if self.prompts and self.loader.iteration == 0:

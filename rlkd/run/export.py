@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -28,24 +28,36 @@ from rlkd.storage.disk_errors import writing
 from rlkd.storage.run_folder import EXPORT_RECORD
 from rlkd.weight_sync.tensor_file import write_checkpoint
 
+LAST, BEST = "hf", "best"
+"""The folders of a run with the student of its last iteration, and that of its best evaluation."""
+
 
 def export_student(
-    student: Student, config: Config, tokenizer: PreTrainedTokenizerBase, iteration: int, heldout: int = 0
+    student: Student,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    iteration: int,
+    heldout: int = 0,
+    known: Mapping[str, float] | None = None,
+    name: str = LAST,
 ) -> None:
-    """Write the student to `<run>/hf`, with adapters merged, and its adapter, if it has one, to `<run>/adapter`.
+    """Write the student to `<run>/NAME`, with adapters merged, and its adapter, if it has one, beside it.
 
-    A collective; rank 0 writes. `<run>/hf` is written last, so if it exists the adapter does too.
+    The adapter's folder is `<run>/adapter`, or `<run>/best-adapter` for the best student. A collective; rank 0 writes.
+    The student is written last, so if it exists the adapter does too.
 
     Args:
         iteration: the number of iterations that the student was trained for.
         heldout: the number of prompts that the run's evaluations measured, for the model card.
+        known: what else `run_folder.export_record` should return.
     """
     source, folder = config.model, Path(config.run_dir)
+    adapter = folder / ("adapter" if name == LAST else f"{name}-adapter")
     if source.lora is not None:
         settings, base = source.lora, resolve(source.path)
 
         def write_adapter(tensors: Iterable[tuple[str, Tensor]]) -> None:
-            with writing(f"the adapter, to {folder},"), atomic.folder(folder / "adapter") as partial:
+            with writing(f"the adapter, to {folder},"), atomic.folder(adapter) as partial:
                 lora.write(dict(tensors), settings, base, partial)
                 _write_for_text(copy.deepcopy(student.hf.config), tokenizer, source, partial)
                 card = model_card(config, iteration, heldout, adapter=True)
@@ -56,10 +68,11 @@ def export_student(
     weights = student.checkpoint_weights(dtype, vectors=True)
 
     def write(tensors: Iterable[tuple[str, Tensor]]) -> None:
-        with writing(f"the student, to {folder},"), atomic.folder(folder / "hf") as partial:
+        with writing(f"the student, to {folder},"), atomic.folder(folder / name) as partial:
             write_checkpoint(weights.infos, tensors, partial)
             _write_small_files(student.hf, tokenizer, source, partial, dtype)
-            (partial / EXPORT_RECORD).write_text(json.dumps({"iteration": iteration}), encoding="utf-8")
+            record = {"iteration": iteration, **(known or {})}
+            (partial / EXPORT_RECORD).write_text(json.dumps(record), encoding="utf-8")
             (partial / CARD).write_text(model_card(config, iteration, heldout), encoding="utf-8")
 
     read_on_rank_zero(weights, write)

@@ -21,6 +21,7 @@ from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, finished, with_values
 from rlkd.console import leads, phase
 from rlkd.pipeline.loader import RolloutLoader
+from rlkd.run.best import Best
 from rlkd.run.by_token import ByToken
 from rlkd.run.checkpoint import Checkpoint, Signals
 from rlkd.run.evaluation import Evaluate
@@ -53,6 +54,7 @@ def longest_wait(config: Config) -> timedelta:
 def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]:
     """The callbacks that turn a plain `lightning.Trainer` into a run, in the order in which they must be called."""
     signals, evaluation = Signals(), Evaluate(config, loader)
+    best = Best(config, loader, len(evaluation.prompts))
     return [
         signals,
         ByToken(config),
@@ -63,7 +65,8 @@ def callbacks(config: Config, loader: RolloutLoader) -> list[lightning.Callback]
         *([Trace(config, loader)] if config.log.profile else []),
         *([Progress(config)] if config.log.progress else []),
         *([] if config.log.wandb == "off" else [Samples(config)]),
-        Checkpoint(config, loader, signals, len(evaluation.prompts)),
+        best,
+        Checkpoint(config, loader, signals, best, len(evaluation.prompts)),
     ]
 
 
@@ -142,7 +145,7 @@ def summary(config: Config, report: Path) -> str:
             label = name.replace("@k", f"@{config.eval.samples}")
             lines.append(f"{label:<12} {values[0]:6.1%} before  {values[-1]:6.1%} after")
     lines.append(f"report:      {report}")
-    for label, folder in (("student:", "hf"), ("adapter:", "adapter")):
+    for label, folder in (("student:", "hf"), ("best:", "best"), ("adapter:", "adapter")):
         if Path(config.run_dir, folder).exists():
             lines.append(f"{label:<12} {Path(config.run_dir, folder)}")
     return "\n".join(lines)

@@ -12,15 +12,18 @@ from typing import Any
 import torch
 
 from rlkd.config.schema import Config, Section
+from rlkd.data.heldout import part_of
 from rlkd.data.sources import identity
 from rlkd.distributed import compute_dtype
 from rlkd.storage.run_folder import DATA_FILE, FILE, checkpoints
 
 FREE = re.compile(
-    r"(run\.(dir|name|iterations|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|eval|checkpoint)\..*"
+    r"(run\.(dir|name|iterations|stop_after|resume|accept_changes)|trainer\.(devices|num_nodes)|(log|checkpoint)\..*"
+    r"|eval\.(?!fraction).*"
     r"|reward\.(workers|timeout_s)|rollout\.server\..*|teacher\.(teachers\.[^.]+\.)?(urls?|server\..*))"
 )
-"""Keys that may change on resume: how long, where and on which devices a run runs, and what it logs and evaluates."""
+"""Keys that may change on resume: how long, where and on which devices a run runs, and what it logs and evaluates.
+`eval.fraction` is none of them, since it also decides what is trained on."""
 
 FORMERLY: Mapping[str, Any] = {
     "algorithm.context.feedback_beside_sibling": True,
@@ -29,7 +32,7 @@ FORMERLY: Mapping[str, Any] = {
 }
 """Keys whose default differs from the behaviour of runs from before the key existed → the value for that behaviour."""
 
-_ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)")
+_ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)|eval\.fraction.*")
 """Keys that determine the rows of the data: if one of them changes, so does the digest of the rows."""
 
 
@@ -107,7 +110,7 @@ def _changed_data(config: Config, checkpoint: Path) -> list[str]:
         return []
     except (OSError, ValueError) as error:
         return [f"run.resume: {checkpoint} has no readable {DATA_FILE}: {error}; choose another checkpoint"]
-    found = asdict(identity(config.data))
+    found = asdict(identity(config.data, part_of(config, held_out=False)))
     if found == saved:
         return []
     old, new = (f"{data['rows']} rows (SHA-256 {data['digest'][:12]}…)" for data in (saved, found))

@@ -43,8 +43,16 @@ def exported(run_dir: str | Path) -> int:
 
 def seen_by(student: str | Path) -> int:
     """The number of iterations of an exported student in the folder `student`; 0 for any other model."""
+    return int(export_record(student).get("iteration", 0))
+
+
+def export_record(student: str | Path) -> dict[str, Any]:
+    """What a run has recorded of the student in the folder `student`; nothing for any other model.
+
+    `iteration`; `waited`: the evaluations since the best one; and for the best student the metric.
+    """
     record = Path(student, EXPORT_RECORD)
-    return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.exists() else 0
+    return dict(json.loads(record.read_text(encoding="utf-8"))) if record.exists() else {}
 
 
 def save_config(config: BaseModel, folder: Path) -> None:

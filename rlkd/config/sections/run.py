@@ -20,6 +20,9 @@ class RunConfig(Section):
     iterations: int = Field(
         100, ge=1, description="rollout batches to train on; a finished run can be resumed with more"
     )
+    stop_after: int | None = Field(
+        None, ge=1, description="end the run after this many evaluations without a higher checkpoint.best; null: never"
+    )
     resume: str = Field(
         "never",
         description="never: reject a directory that contains a run; auto: resume from its last checkpoint; or a path",
@@ -39,6 +42,10 @@ class EvalConfig(Section):
         None, description="held-out data, read like data.path; null: none (builtin tasks have their own)"
     )
     split: str = Field("test", description="split of the Hugging Face dataset at eval.path")
+    fraction: float | None = Field(
+        None, gt=0, lt=1, description="hold out about this share of data.path, which is not trained on; null: nothing"
+    )
+    fraction_seed: int = Field(0, ge=0, description="seed that chooses the held-out share; run.seed does not")
     prompts: int = Field(128, ge=1, description="number of held-out prompts")
     samples: int = Field(4, ge=1, description="k of avg@k and pass@k")
     temperature: float = Field(1.0, gt=0, description="temperature of avg@k and pass@k")
@@ -63,6 +70,9 @@ class CheckpointConfig(Section):
 
     every: int = Field(50, ge=0, description="iterations between checkpoints; 0: only at the end")
     keep: int = Field(2, ge=1, description="number of newest checkpoints to keep on disk")
+    best: Literal["eval/greedy", "eval/avg@k", "eval/pass@k"] | None = Field(
+        None, description="also write the student with the highest value of this metric to <run>/best; null: none"
+    )
     export: bool = Field(True, description="write the student in Hugging Face format to <run>/hf at the end")
     export_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="dtype of the exported weights; auto: as in the config at model.path"

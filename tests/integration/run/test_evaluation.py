@@ -1,6 +1,7 @@
 """Evaluation by a real sampler and real rewards."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from builders import config, opened
 
+from rlkd.builtin import resolve
 from rlkd.data.heldout import heldout_prompts
 from rlkd.evaluate import main
 from rlkd.generation.hf import HFSampler
@@ -73,9 +75,9 @@ FEW = ("eval.prompts=8", "eval.samples=2")
 def test_the_evaluated_model_is_printed_and_is_the_student(finished_run, capsys):
     assert main(["runs/x", *FEW]) == 0
     said = capsys.readouterr()
-    assert said.err == (
+    assert said.err.startswith(
         "evaluating runs/x/hf, after 200 iterations; data builtin:reverse, split heldout: 8 prompts, greedy and 2 "
-        "samples each at temperature 1\n"
+        "samples each at temperature 1, rewarded by exact_match\n"
     )
     assert json.loads(said.out)["eval/greedy"] > 0.8, "the teacher's weights, used here as the student's"
     assert main(["--config", QUICKSTART, *FEW]) == 0
@@ -84,9 +86,55 @@ def test_the_evaluated_model_is_printed_and_is_the_student(finished_run, capsys)
     assert json.loads(said.out)["eval/greedy"] < 0.5
 
 
-def test_nothing_is_published_by_an_evaluation(monkeypatch):
+def test_several_files_with_one_model_and_their_records(finished_run, capsys):
+    words = [json.dumps({"question": f"reverse: {word}", "answer": f"#### {word[::-1]}"}) for word in ("abc", "dbca")]
+    Path("gsm.jsonl").write_text("\n".join(words))
+    Path("own.jsonl").write_text('{"prompt": "reverse: fedcbak", "answer": "kabcdef"}\n')
+    command = ["runs/x", *FEW, "reward.functions=[{name: exact_match}]", "--k", "2"]
+    assert main([*command, "--data", "gsm8k:gsm.jsonl", "--data", "own.jsonl", "--out", "both"]) == 0
+    said = capsys.readouterr()
+    assert len([line for line in said.err.splitlines() if line.startswith("evaluating ")]) == 1
+    summary = json.loads(said.out)
+    assert summary == json.loads(Path("both/summary.json").read_text())
+    assert [one["prompts"] for one in summary["benchmarks"].values()] == [2, 1]
+    assert {"greedy", "avg@2", "pass@2", "majority@2"} < summary["benchmarks"]["own"].keys()
+    assert "pass@1" not in summary["benchmarks"]["own"]
+    first, second = (json.loads(line) for line in Path("both/gsm8k.jsonl").read_text().splitlines())
+    assert (first["answer"], second["id"], second["prompt"][-1]["content"]) == ("cba", "1", "reverse: dbca")
+    for completion in (first["greedy"], second["greedy"], *first["samples"], *second["samples"]):
+        right = completion["completion"] in ("cba", "acbd")
+        assert (completion["correct"], completion["reward"], completion["error"]) == (right, float(right), None)
+        assert completion["vote"] == "".join(completion["completion"].split()) and 0 < completion["tokens"] <= 16
+    assert len(first["samples"]) == 2
+    greedy = [one["greedy"]["mean"] for one in summary["benchmarks"].values()]
+    assert summary["eval/greedy"] == pytest.approx(sum(greedy) / 2)
+    assert main([*command, "--data", "own.jsonl", "--out", "alone"]) == 0
+    alone = json.loads(capsys.readouterr().out)["benchmarks"]["own"]
+    assert alone == summary["benchmarks"]["own"], "beside another benchmark as alone"
+
+
+def test_a_run_and_its_start_are_evaluated_and_compared(finished_run, capsys):
+    assert main(["runs/x", *FEW]) == main(["runs/x", *FEW, "model.path=builtin:student"]) == 0
+    capsys.readouterr()
+    assert main(["--compare", "evaluation/builtin-student", "runs/x"]) == 0
+    found = json.loads(capsys.readouterr().out)["benchmarks"]["reverse"]
+    assert found["differences"]["greedy"]["low"] > 0 and found["greedy"]["wrong to right"] >= 5
+    assert found["greedy"]["wrong to right"] == len(found["changed"]) - found["greedy"]["right to wrong"]
+
+
+def test_a_model_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(resolve("builtin:teacher"), "model")
+    Path("own.jsonl").write_text('{"prompt": "reverse: fedcbak", "answer": "kabcdef"}\n')
+    few = ["rollout.max_tokens=16", "rollout.backend=hf", "eval.samples=2", "data.max_prompt_tokens=32"]
+    assert main(["model", "--data", "own.jsonl", *few]) == 0
+    assert json.loads(capsys.readouterr().out)["eval/greedy"] == 1.0
+    assert {path.name for path in Path("evaluation/model").iterdir()} == {"summary.json", "own.jsonl"}
+
+
+def test_nothing_is_published_by_an_evaluation(monkeypatch, tmp_path):
     monkeypatch.delattr(HFSampler, "publish")
-    assert measured(config(*FEW))["eval/errors"] == 0
+    assert measured({"reverse": config(*FEW)}, tmp_path, [1])["eval/errors"] == 0
 
 
 def test_a_sampler_of_other_weights_is_not_measured():

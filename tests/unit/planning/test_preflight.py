@@ -144,7 +144,9 @@ def test_completions_that_never_end_are_refused(value):
     with_ends("endless", {"eos_token_id": value})
     parts = ("endless", "eos_token_id", "generation_config.json", str(value), 56)
     assert_lines(check(config("model.path=endless")), ("model.path: ", *parts))
-    assert_lines(check_evaluation(config("model.path=endless", "eval.path=small.jsonl")), ("model.path: ", *parts))
+    assert_lines(
+        check_evaluation({"small": config("model.path=endless", "eval.path=small.jsonl")}), ("model.path: ", *parts)
+    )
     with server("teacher") as url:
         found = check(config(f"teacher={{backend: served, path: endless, urls: [{url}]}}"))
     assert_lines([line for line in found if line.startswith("teacher.path")], ("teacher.path: ", *parts))

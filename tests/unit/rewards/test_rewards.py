@@ -18,6 +18,7 @@ from rlkd.rewards.exact_match import exact_match
 from rlkd.rewards.format_match import format
 from rlkd.rewards.math_answer import last_box, math
 from rlkd.rewards.math_bounds import OutOfTime, processor_time
+from rlkd.rewards.votes import vote
 
 NOTHING = {"prompt": "", "meta": {}}
 
@@ -37,6 +38,21 @@ def test_exact_match(completion, value):
 )
 def test_exact_match_of_what_follows_the_last_mark(completion, value):
     assert exact_match(completion, answer="cba", after="so: ", **NOTHING) == value
+
+
+@pytest.mark.parametrize(
+    ("functions", "completion", "answer"),
+    [
+        ([("exact_match", {})], " c ba\n", "cba"),
+        ([("exact_match", {"after": "so: "})], "no, so: cba", "cba"),
+        ([("exact_match", {})], " \n", None),
+        ([("format", {"pattern": ".*"}), ("math", {})], r"\boxed{7} or \boxed{\frac{1}{ 2}}", r"\frac{1}{2}"),
+        ([("math", {})], r"\boxed{7} or \boxed{8", None),
+        ([("mine:own", {})], "7", None),
+    ],
+)
+def test_a_completion_votes_for_what_its_reward_compares(functions, completion, answer):
+    assert vote([RewardFunction(name=name, options=options) for name, options in functions], completion) == answer
 
 
 def test_exact_match_refuses_an_empty_mark():
