@@ -57,7 +57,7 @@ def write_rollouts(
 def write_by_token(config: Config, batch: Batch, by_token: Mapping[str, Tensor]) -> None:
     """Write what the trainer found of this rank's completions, if `log.rollouts_every` selects this iteration.
 
-    `rollouts/trainer/*.npz` has these in half precision, the completions of all rows one after the other: `gaps`, the
+    `tokens/*.npz` has these in half precision, the completions of all rows one after the other: `gaps`, the
     trainer's log-probs less the sampler's (NaN for tokens that the student did not sample), and `entropies`, if they
     are in `by_token` [B, T]; and `lengths`, those of the completions. Row i is the line of rollouts/*.jsonl whose `row`
     is i.
@@ -73,7 +73,7 @@ def write_by_token(config: Config, batch: Batch, by_token: Mapping[str, Tensor])
     arrays["lengths"] = (batch.lengths - batch.prompt_lengths).cpu().numpy()
     content = io.BytesIO()
     np.savez(content, **arrays)
-    atomic.write(_path(config, "rollouts/trainer", batch.iteration, "npz"), content.getvalue())
+    atomic.write(_path(config, "tokens", batch.iteration, "npz"), content.getvalue())
 
 
 def _selected(config: Config, iteration: int) -> bool:

@@ -39,7 +39,7 @@ def samples(folder: Path, iterations: int = ITERATIONS) -> list[dict[str, Any]]:
         path = files[iteration][index % len(files[iteration])]
         rollouts = _some_lines(path, _LOOKED_AT)
         chosen = [rollouts[i] for i in _chosen(rollouts)]
-        _add_what_the_trainer_found(chosen, path.parent / "trainer" / f"{path.stem}.npz")
+        _add_what_the_trainer_found(chosen, path.parent.parent / "tokens" / f"{path.stem}.npz")
         found += [_sample(rollout, iteration) for rollout in chosen]
     return found
 

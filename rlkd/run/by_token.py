@@ -14,7 +14,7 @@ from rlkd.types import Batch
 
 
 class ByToken(IterationCallback):
-    """Writes `rollouts/trainer/*.npz` after an iteration whose rollouts are written."""
+    """Writes `tokens/*.npz` after an iteration whose rollouts are written."""
 
     phase = "dump"
 
@@ -25,7 +25,7 @@ class ByToken(IterationCallback):
         """Write the file of this rank. A collective. Raises: RunStopped on a disk error."""
 
         def act() -> None:
-            with writing(f"rollouts/trainer of iteration {batch.iteration + 1}"):
+            with writing(f"tokens/ of iteration {batch.iteration + 1}"):
                 write_by_token(self.config, batch, module.by_token)
 
         distributed.on_every_rank(act)

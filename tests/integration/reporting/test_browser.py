@@ -39,7 +39,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines[2] |= {"reward": None, "error": f"ValueError: {NASTY}"} if at == 30 else {}
         lines[3] |= {"segments": [["teacher", 2, 5], ["glue", 5, 6]]}
         write_lines(folder / "rollouts" / f"{at:06d}-rank0.jsonl", lines)
-    trainer = folder / "rollouts/trainer"
+    trainer = folder / "tokens"
     trainer.mkdir()
     found = np.tile(np.linspace(0, 0.09, 10, dtype=np.float16), 8)  # by token, of the eight completions
     found[4] = np.nan

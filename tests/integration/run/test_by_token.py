@@ -14,7 +14,7 @@ pytestmark = pytest.mark.process
 
 def recorded(folder, iteration, ranks):
     """The arrays of all ranks, each as one."""
-    files = [np.load(folder / f"rollouts/trainer/{iteration:06d}-rank{rank}.npz") for rank in range(ranks)]
+    files = [np.load(folder / f"tokens/{iteration:06d}-rank{rank}.npz") for rank in range(ranks)]
     return {name: np.concatenate([file[name] for file in files]).astype(float) for name in files[0].files}
 
 
@@ -23,7 +23,7 @@ def test_gaps_and_entropies_are_those_of_the_metrics(tmp_path, ranks, updates):
     folder = tmp_path / "run"
     batches = f"trainer.updates_per_iteration={updates}"
     train_small(ranks, folder, "run.iterations=3", batches, "log.rollouts_every=2", "trainer.micro_batch_tokens=128")
-    found = sorted(path.name for path in (folder / "rollouts/trainer").iterdir())
+    found = sorted(path.name for path in (folder / "tokens").iterdir())
     assert found == [f"00000{at}-rank{rank}.npz" for at in (1, 3) for rank in range(ranks)]
     for iteration in (1, 3):
         arrays, row = recorded(folder, iteration, ranks), rows(folder)[iteration - 1]
@@ -39,7 +39,7 @@ def test_gaps_and_entropies_are_those_of_the_metrics(tmp_path, ranks, updates):
 def test_the_report_gives_each_rollout_its_own(tmp_path):
     folder = tmp_path / "run"
     train_small(1, folder, "run.iterations=1")
-    arrays = np.load(folder / "rollouts/trainer/000001-rank0.npz")
+    arrays = np.load(folder / "tokens/000001-rank0.npz")
     starts = np.cumsum(arrays["lengths"]) - arrays["lengths"]
     lines = [json.loads(line) for line in (folder / "rollouts/000001-rank0.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(len(lines)))

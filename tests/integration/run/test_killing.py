@@ -56,7 +56,7 @@ class Ended:
 def ended(folder: Path) -> Ended:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     own = ("time/", "memory/", "tokens_per_s")
-    files = [path for name in ("rollouts", "hf") for path in sorted((folder / name).iterdir())]
+    files = [path for name in ("rollouts", "tokens", "hf") for path in sorted((folder / name).iterdir())]
     return Ended(
         rows=[{name: value for name, value in row.items() if not name.startswith(own)} for row in rows],
         tensors=saved(folder, ITERATIONS),
