@@ -49,6 +49,8 @@ def test_the_command_line_answers_without_torch(arguments, code, said):
     [
         ("evaluate", ["bad.key=1"], 2),
         ("evaluate", ["--help"], 0),
+        ("generate", ["builtin:student", "a prompt", "bad.key=1"], 2),
+        ("generate", ["--help"], 0),
         ("serve", ["--role", "policy", "--host", "h", "--port", "1", "bad.key=1"], 2),
         ("serve", ["--role", "policy", "--host", "h", "--port", "1"], 2),
     ],
