@@ -41,6 +41,7 @@ LEVELS = (
     "report",
     "evaluate",
     "generate",
+    "push",
     "serve",
     "estimate",
     "train",

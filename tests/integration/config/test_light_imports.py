@@ -61,6 +61,11 @@ def test_the_other_programs_answer_without_torch_too(program, arguments, code):
     assert (got, modules & HEAVY) == (code, set()) and len(stderr.splitlines()) == (code == 2)
 
 
+def test_a_push_without_a_student_is_refused_without_torch(tmp_path):
+    got, modules, stderr = run(f"from rlkd.push import main\ncode = main([{str(tmp_path)!r}])")
+    assert (got, modules & HEAVY) == (2, set()) and "has no hf/" in stderr and len(stderr.splitlines()) == 1
+
+
 def test_the_configuration_s_modules_and_the_options_import_no_torch():
     files = [*(ROOT / "rlkd/config").rglob("*.py"), *(ROOT / "rlkd/algorithms").glob("*_options.py")]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files if file.stem != "__init__"]
