@@ -32,6 +32,7 @@ LEVELS = (
     "teachers",
     "algorithms",
     "config_file",
+    "runs",
     "command_line",
     "pipeline",
     "training",

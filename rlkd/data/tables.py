@@ -55,7 +55,7 @@ def read_parquet(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises: ValueError, one line, if the file cannot be read.
     """
-    import pyarrow  # a dependency of datasets
+    import pyarrow  # here, since most runs do not need it
     import pyarrow.parquet
 
     number = 0
