@@ -13,8 +13,7 @@ from typing import Any, Protocol, TypeVar
 from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config, NoTeacherConfig
-from rlkd.data.prompts import PromptStream
-from rlkd.data.sources import load_source
+from rlkd.data.mixture import load_training_data
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.models.weights import Published
@@ -65,12 +64,12 @@ class RolloutLoader:
         self.iteration = 0
         self.tokenizer = algorithm.tokenizer
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
-        source = load_source(config.data, self.tokenizer, ends=ends)
+        source = load_training_data(config.data, self.tokenizer, ends)
         self.data = source.identity
         if distributed.rank() == 0:
             for note in source.notes:
                 print(f"data: {note}", flush=True)
-        self.line = build_line(config, algorithm, PromptStream(source, seed=config.run.seed))
+        self.line = build_line(config, algorithm, source.stream(config.run.seed))
         self._probe = Probe(self.line) if config.rollout.max_staleness > 0 else None
         self._file: Future[None] | None = None
         """The rollouts of the last batch, on their way to the disk."""

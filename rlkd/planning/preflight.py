@@ -21,7 +21,7 @@ from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerCo
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
 from rlkd.data.heldout import heldout
-from rlkd.data.prompts import PromptStream
+from rlkd.data.mixture import load_training_data
 from rlkd.data.sources import load_source
 from rlkd.generation.sampler import eos_ids
 from rlkd.generation.vllm import longest
@@ -292,15 +292,15 @@ def _data(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         ends = ()  # reported by _generation
     for key, source in sources:
         try:
-            prompts = load_source(source, tokenizer, ends=ends)
+            training = load_training_data(source, tokenizer, ends) if key == "data.path" else None
+            prompts = load_source(source, tokenizer, ends=ends) if training is None else training.prompts
         except DataError as error:
             problems += [f"{key}: {line}" for line in error.lines]
             continue
         problems += _answers(config, key, prompts)
         try:
-            if key == "data.path":
-                blocks = config.algorithm.sampling_rounds
-                PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # raises if too few
+            if training is not None:
+                training.check(config.rollout.prompts, config.algorithm.sampling_rounds)
             _check_embedded(prompts, vocabulary_size(config.model), tokenizer)
         except ValueError as error:
             problems.append(f"{key}: {error}")
