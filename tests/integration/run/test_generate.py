@@ -71,7 +71,10 @@ def test_the_sampler_is_in_this_process_unless_it_is_asked_for_vllm(finished_run
     file.write_text(
         file.read_text().replace("backend: hf", "backend: vllm").replace("urls: []", "urls: [http://127.0.0.1:1]")
     )
+    file.write_text(file.read_text().replace("limit: null", "limit: 1"))
     here = settings_for("runs/x", (), [])
+    assert here.data.limit is None, "the run's is for its own data"
+    assert settings_for("runs/x", (), ["data.limit=3"]).data.limit == 3
     assert (here.rollout.backend, here.rollout.server.urls, here.model.path) == ("hf", [], "runs/x/hf")
     served = settings_for("runs/x", (), ["rollout.backend=vllm"])
     assert served.rollout.server.launch and served.rollout.server.urls == []
