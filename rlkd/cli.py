@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, str] = {
     "train": "train a student",
     "evaluate": "measure held-out accuracy",
     "generate": "write completions by a run's student, or by any model",
+    "push": "put a run's student on the Hugging Face hub",
     "report": "write the page of a run",
     "estimate": "print the memory that a run needs, and its GPUs",
     "serve": "start a vLLM server for trainers on other machines",

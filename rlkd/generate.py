@@ -57,9 +57,11 @@ def settings_for(model: str, config: Sequence[str], overrides: Sequence[str]) ->
         found = load(
             [], [path, "data.path=builtin:reverse", "algorithm.name=grpo", "rollout.max_tokens=256", *changes]
         ).config
-    # The limit of the run's prompts does not hold for others, whose lengths are known later (`for_prompts`).
-    alone: dict[str, object] = {"teacher": NoTeacherConfig()}
-    alone["data"] = found.data.model_copy(update={"max_prompt_tokens": 1})
+    # The limits of the run's data do not hold for other prompts, whose lengths are known later (`for_prompts`).
+    free: dict[str, object] = {"max_prompt_tokens": 1}
+    if not any(word.startswith("data.limit=") for word in overrides):
+        free["limit"] = None
+    alone: dict[str, object] = {"teacher": NoTeacherConfig(), "data": found.data.model_copy(update=free)}
     if not serves:
         alone["rollout"] = found.rollout.model_copy(update={"backend": "hf", "server": RolloutServerConfig()})
     return found.model_copy(update=alone)

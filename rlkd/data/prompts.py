@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,16 @@ class PromptSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Prompt: ...
+
+
+class Stream(Protocol):
+    """Endless prompts, drawn by iteration."""
+
+    def take(
+        self, iteration: int, count: int, rank: int = 0, world: int = 1, *, block: int = 0, blocks: int = 1
+    ) -> list[Prompt]:
+        """See `PromptStream.take`."""
+        ...
 
 
 class PromptStream:
@@ -55,7 +66,49 @@ class PromptStream:
         return [self._source[int(i)] for i in _permutation(self._seed, epoch, size)[start : start + share]]
 
 
-@functools.lru_cache(maxsize=2)
+class MixedStream:
+    """Endless prompts from several sources, of which each has the same share in every iteration.
+
+    Each source is a `PromptStream` with epochs of its own. The shares are rounded to whole prompts; of the sources
+    with equal remainders, the first ones get one more.
+    """
+
+    def __init__(
+        self, sources: Sequence[PromptSource], shares: Sequence[float], names: Sequence[str], seed: int
+    ) -> None:
+        """`shares` are positive and add up to 1; `names` are for messages."""
+        self._streams = [PromptStream(source, seed) for source in sources]
+        self._shares = tuple(shares)
+        self._names = tuple(names)
+        self._seed = seed
+
+    def counts(self, count: int) -> list[int]:
+        """How many of `count` prompts each source gives."""
+        exact = [share * count for share in self._shares]
+        found = [int(part + 1e-9) for part in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])  # stable
+        for i in by_remainder[: count - sum(found)]:
+            found[i] += 1
+        return found
+
+    def take(
+        self, iteration: int, count: int, rank: int = 0, world: int = 1, *, block: int = 0, blocks: int = 1
+    ) -> list[Prompt]:
+        """See `PromptStream.take`. The sources' prompts are shuffled before they are shared among the ranks."""
+        if count % world:
+            raise ValueError(f"rollout.prompts is {count}, not divisible by the {world} ranks; choose a multiple")
+        prompts: list[Prompt] = []
+        for stream, part, name in zip(self._streams, self.counts(count), self._names, strict=True):
+            try:
+                prompts += stream.take(iteration, part, block=block, blocks=blocks) if part else []
+            except ValueError as error:
+                raise ValueError(f"data.mix: the part of {name}: {error}") from error
+        order = _permutation.__wrapped__(self._seed, 2**32 + iteration * blocks + block, count)  # used once
+        share = count // world
+        return [prompts[int(i)] for i in order[rank * share : (rank + 1) * share]]
+
+
+@functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> NDArray[np.int64]:
     """A permutation of range(size) by (seed, epoch).
 

@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file, a Hugging Face data set or the built-in task, or a part of them.
+"""Prompts from a file (JSONL, CSV, Parquet), a Hugging Face data set or the built-in task, or a part of them.
 
 Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and reports the line of a
 bad row; `load_source` turns the rows into prompts.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
@@ -24,9 +24,17 @@ from rlkd.data.jsonl import read_jsonl
 from rlkd.data.notes import Notes
 from rlkd.data.rows import LEAVE_OUT, Row
 from rlkd.data.split import Part
+from rlkd.data.tables import read_csv, read_parquet
 from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
+FILES: Mapping[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": read_jsonl,
+    ".csv": read_csv,
+    ".parquet": read_parquet,
+}
+"""End of a file's name → what reads its rows: (where, columns), or (where, the ValueError of a row)."""
+_KINDS = ", ".join(FILES)
 BUILTIN_COLUMNS = {f"{column}_column": column for column in ("id", "prompt", "answer", "privileged")}
 
 
@@ -238,12 +246,13 @@ def read_rows(data: DataConfig, path: str | None = None) -> Iterator[Row]:
 def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
     """The valid rows; the faults of the others are added to `faults`."""
     if not path.strip():
-        raise DataError([f"expected a .jsonl file, a data set, or {BUILTIN_TASK}, got the empty path {path!r}"])
+        raise DataError([f"expected a {_KINDS} file, a data set, or {BUILTIN_TASK}, got the empty path {path!r}"])
     if path.startswith("builtin:"):
         data = data.model_copy(update=BUILTIN_COLUMNS)  # the built-in task has columns of its own
     form, path = formats.named(path)
     if form is not None:
         data = data.model_copy(update=dict(form.columns))
+    nulls = not path.startswith("builtin:") and _reader(path) not in (read_jsonl, read_csv)
     seen: dict[str, str] = {}
     number = -1
     try:
@@ -257,7 +266,6 @@ def _rows(data: DataConfig, path: str, faults: Faults) -> Iterator[Row]:
             if isinstance(columns, ValueError):
                 faults.add(f"{where}: {columns}")
                 continue
-            nulls = not path.startswith("builtin:") and not path.endswith(".jsonl")
             faults.reached("columns")
             row = rows.read(data, columns, where, number, nulls)
             if isinstance(row, list):
@@ -285,11 +293,18 @@ def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any
         return ((f"{path}[{data.split}] row {i}", row) for i, row in enumerate(rows))
     if path.startswith("builtin:"):
         raise ValueError(f"{path!r} is unknown; the built-in task is {BUILTIN_TASK}")
-    if path.endswith(".jsonl"):
-        return read_jsonl(path)
+    reader = _reader(path)
+    if reader is not None:
+        return reader(path)
     if os.path.isfile(path):
-        raise ValueError(f"{path}: only .jsonl files are read; put other formats into a folder of their own")
+        raise ValueError(f"{path}: only {_KINDS} files are read; put other formats into a folder of their own")
     return _hugging_face(path, data.split)
+
+
+def _reader(path: str) -> Callable[[str], Iterator[tuple[str, Any]]] | None:
+    """What reads the file; None for a data set, which may be a folder called data.parquet."""
+    reader = next((reader for end, reader in FILES.items() if path.endswith(end)), None)
+    return None if reader is not read_jsonl and os.path.isdir(path) else reader
 
 
 def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

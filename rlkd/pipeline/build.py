@@ -13,7 +13,7 @@ from rlkd.config.schema import (
     SelfTeacherConfig,
     ServedTeacherConfig,
 )
-from rlkd.data.prompts import PromptStream
+from rlkd.data.prompts import Stream as Prompts
 from rlkd.distributed import compute_dtype
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampler, eos_ids
@@ -30,7 +30,7 @@ from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher
 from rlkd.teachers.teacher import Teacher
 
 
-def build_line(config: Config, algorithm: Algorithm, prompts: PromptStream) -> Line:
+def build_line(config: Config, algorithm: Algorithm, prompts: Prompts) -> Line:
     """The left half of the line. None of its parts is opened yet."""
     policy = build_sampler(config)
     # With LoRA the reference is the student with its adapters off, so the trainer computes its scores.

@@ -15,7 +15,7 @@ from rlkd import distributed
 from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config
 from rlkd.data.chat import last_user_text
-from rlkd.data.prompts import PromptStream
+from rlkd.data.prompts import Stream as Prompts
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import AsyncSampler, Sampler, Sampling
 from rlkd.metrics import MetricAccumulator
@@ -53,7 +53,7 @@ class Line:
         *,
         config: Config,
         algorithm: Algorithm,
-        prompts: PromptStream,
+        prompts: Prompts,
         policy: Sampler,
         scorers: Mapping[str, Teacher],
         rewards: RewardPool,

@@ -15,8 +15,9 @@ from rlkd.algorithms.base import Algorithm
 from rlkd.config.schema import Config, NoTeacherConfig
 from rlkd.console import phase
 from rlkd.data.heldout import part_of
-from rlkd.data.prompts import PromptStream
-from rlkd.data.sources import PromptList, load_source
+from rlkd.data.mixture import load_training_data
+from rlkd.data.prompts import PromptStream, Stream
+from rlkd.data.sources import PromptList
 from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.models.weights import Published
@@ -72,12 +73,16 @@ class RolloutLoader:
         self.tokenizer = algorithm.tokenizer
         if source is None:
             ends = eos_ids(config.model.path, config.model.trust_remote_code)
-            source = load_source(config.data, self.tokenizer, ends=ends, part=part_of(config, held_out=False))
+            data = load_training_data(config.data, self.tokenizer, ends, part_of(config, held_out=False))
             if distributed.rank() == 0:
-                for note in source.notes:
+                for note in data.notes:
                     print(f"data: {note}", flush=True)
-        self.data = source.identity
-        self.line = build_line(config, algorithm, PromptStream(source, seed=config.run.seed))
+            self.data = data.identity
+            prompts: Stream = data.stream(config.run.seed)
+        else:
+            self.data = source.identity
+            prompts = PromptStream(source, seed=config.run.seed)
+        self.line = build_line(config, algorithm, prompts)
         self._probe = Probe(self.line) if config.rollout.max_staleness > 0 else None
         self._file: Future[None] | None = None
         """The rollouts of the last batch, on their way to the disk."""

@@ -21,7 +21,7 @@ from rlkd.config.schema import Config, DataConfig, ServedTeacherConfig, ServerCo
 from rlkd.data.chat import first_difference, load_tokenizer, mentions
 from rlkd.data.faults import DataError
 from rlkd.data.heldout import heldout, part_of
-from rlkd.data.prompts import PromptStream
+from rlkd.data.mixture import load_training_data
 from rlkd.data.sources import load_source
 from rlkd.data.split import Part
 from rlkd.generation.sampler import eos_ids
@@ -304,7 +304,8 @@ def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase, *, training: bo
         ends = ()  # reported by _generation
     for key, source, rows in sources:
         try:
-            prompts = load_source(source, tokenizer, ends=ends, part=rows)
+            data = load_training_data(source, tokenizer, ends, rows) if key == "data.path" else None
+            prompts = load_source(source, tokenizer, ends=ends, part=rows) if data is None else data.prompts
         except DataError as error:
             problems += [f"{key}: {line}" for line in error.lines]
             if rows is not None:
@@ -312,9 +313,8 @@ def _prompts(config: Config, tokenizer: PreTrainedTokenizerBase, *, training: bo
             continue
         problems += _answers(config, key, prompts)
         try:
-            if key == "data.path":
-                blocks = config.algorithm.sampling_rounds
-                PromptStream(prompts, seed=0).take(0, config.rollout.prompts, blocks=blocks)  # raises if too few
+            if data is not None:
+                data.check(config.rollout.prompts, config.algorithm.sampling_rounds)
             _check_embedded(prompts, vocabulary_size(config.model), tokenizer)
         except ValueError as error:
             problems.append(f"{key}: {error}")

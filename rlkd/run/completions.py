@@ -24,8 +24,7 @@ def given_prompts(config: Config, texts: Sequence[str], path: str | None) -> lis
     """
     # What is only compared with, or trained on, need not be there.
     columns = ("answer_column", "privileged_column", "completion_column", "rejected_column")
-    free = {"limit": None, "max_prompt_tokens": _ANY_LENGTH, **dict.fromkeys(columns)}
-    data = config.data.model_copy(update=free)
+    data = config.data.model_copy(update={"max_prompt_tokens": _ANY_LENGTH, **dict.fromkeys(columns)})
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     if path is not None:
         return list(load_source(data, tokenizer, path))

@@ -47,12 +47,12 @@ def model_card(config: Config, iteration: int, prompts: int, adapter: bool = Fal
     if _on_hub(config.model.path):
         front["base_model"] = config.model.path
     if _on_hub(config.data.path):
-        front["datasets"] = [config.data.path]
+        front["datasets"] = [path for path in (config.data.path, *config.data.mix) if _on_hub(path)]
     facts = {
         "Base model": _base(config),
         "Method": method,
         "Teacher": ", ".join(f"`{teacher.path}`" for _, teacher in config.teachers) or f"{config.teacher.backend}",
-        "Training data": _named(config.data),
+        "Training data": _named(config.data) + _mixed_in(config.data),
         "Reward": _reward(config),
         "Iterations": f"{iteration}, of {config.rollout.prompts} prompts each",
         "Trained with": code_version(),
@@ -102,6 +102,10 @@ def _reward(config: Config) -> str:
 
 def _named(data: DataConfig) -> str:
     return f"`{data.path}`, split {data.split}"
+
+
+def _mixed_in(data: DataConfig) -> str:
+    return "".join(f", and `{path}` ({share:.0%} of each iteration)" for path, share in data.mix.items())
 
 
 def _accuracy(config: Config, prompts: int) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from rlkd.config.schema import Config, Section
 from rlkd.data.heldout import part_of
-from rlkd.data.sources import identity
+from rlkd.data.mixture import identity
 from rlkd.distributed import compute_dtype
 from rlkd.storage.run_folder import DATA_FILE, FILE, checkpoints
 
@@ -32,7 +32,7 @@ FORMERLY: Mapping[str, Any] = {
 }
 """Keys whose default differs from the behaviour of runs from before the key existed → the value for that behaviour."""
 
-_ROWS = re.compile(r"data\.(path|split|limit|\w+_column|messages\..*)|eval\.fraction.*")
+_ROWS = re.compile(r"data\.(path|mix\..*|split|limit|\w+_column|messages\..*)|eval\.fraction.*")
 """Keys that determine the rows of the data: if one of them changes, so does the digest of the rows."""
 
 

@@ -41,7 +41,7 @@ def written() -> set[str]:
                 parts |= set(node.values)
         texts = [node.value for node in nodes if isinstance(node, ast.Constant) and node not in parts]
         found |= {text for text in texts if isinstance(text, str) and NAME.fullmatch(text)}
-    return found - {"", "application/json"}
+    return {name for name in found if name and not name.startswith(("application/", "text/"))}
 
 
 def pattern(argument: ast.expr) -> str:

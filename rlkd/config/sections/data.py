@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -27,8 +27,11 @@ class DataConfig(Section):
     """
 
     path: str = Field(
-        description="a .jsonl file, a folder or hub id of a Hugging Face dataset, or builtin:reverse; gsm8k:PATH or "
-        "math-500:PATH reads the columns of these benchmarks"
+        description="a .jsonl, .csv or .parquet file, a folder or hub id of a Hugging Face dataset, or "
+        "builtin:reverse; gsm8k:PATH or math-500:PATH reads the columns of these benchmarks"
+    )
+    mix: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
+        {}, description="other data, read like data.path → its share of each iteration's prompts, e.g. {b.jsonl: 0.25}"
     )
     split: str = Field("train", description="split of a Hugging Face dataset")
     prompt_column: str = Field(
@@ -65,6 +68,13 @@ class DataConfig(Section):
     too_long: Literal["error", "skip"] = Field(
         "error", description="what to do with a row whose prompt or completion is too long"
     )
+
+    @field_validator("mix")
+    @classmethod
+    def _leaves_a_share(cls, value: dict[str, float]) -> dict[str, float]:
+        if sum(value.values()) >= 1:
+            raise ValueError(f"expected shares that leave some for data.path, got a sum of {sum(value.values()):g}")
+        return value
 
     @field_validator("template_variables")
     @classmethod

@@ -49,6 +49,8 @@ def test_the_command_line_answers_without_torch(arguments, code, said):
     [
         ("evaluate", ["bad.key=1"], 2),
         ("evaluate", ["--help"], 0),
+        ("generate", ["builtin:student", "a prompt", "bad.key=1"], 2),
+        ("generate", ["--help"], 0),
         ("serve", ["--role", "policy", "--host", "h", "--port", "1", "bad.key=1"], 2),
         ("serve", ["--role", "policy", "--host", "h", "--port", "1"], 2),
     ],
@@ -57,6 +59,11 @@ def test_the_other_programs_answer_without_torch_too(program, arguments, code):
     arguments = ["--config", "configs/quickstart.yaml", *arguments]
     got, modules, stderr = run(f"from rlkd.{program} import main\ncode = main({arguments!r})")
     assert (got, modules & HEAVY) == (code, set()) and len(stderr.splitlines()) == (code == 2)
+
+
+def test_a_push_without_a_student_is_refused_without_torch(tmp_path):
+    got, modules, stderr = run(f"from rlkd.push import main\ncode = main([{str(tmp_path)!r}])")
+    assert (got, modules & HEAVY) == (2, set()) and "has no hf/" in stderr and len(stderr.splitlines()) == 1
 
 
 def test_the_configuration_s_modules_and_the_options_import_no_torch():

@@ -60,6 +60,26 @@ def test_the_example_trains_resumes_and_is_evaluated(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "runs/own/hf, after 3 iterations" in done.stderr
     assert json.loads(done.stdout)["eval/greedy"] == rows(folder)[-1]["eval/greedy"]
+    check_the_page_on_exports(folder)
+
+
+def check_the_page_on_exports(folder):
+    """Its commands, but for the push, which needs a hub (test_push.py)."""
+    page = (ROOT / "docs" / "exports.md").read_text(encoding="utf-8")
+    two, many = (shlex.split(line) for line in re.findall(r"^rlkd generate .*$", page, re.MULTILINE))
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    printed = []
+    for command in (["-m", *two], ["-m", *many], ["-c", code]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=folder, env=ENV | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        printed.append(done.stdout)
+    assert printed[0].count("--- prompt ") == 2 and printed[1] == ""
+    assert len((folder / "completions.jsonl").read_text().splitlines()) == 16
+    assert "Name: reward/mean" in printed[2] and "0.0003" in printed[2]
+    card = (folder / "runs" / "own" / "hf" / "README.md").read_text()
+    assert "`words.jsonl`, split test: n = 4 prompts." in card and "| before | after 3 iterations |" in card
 
 
 def test_an_algorithm_from_a_file(folder):

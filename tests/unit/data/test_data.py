@@ -275,7 +275,8 @@ def test_a_line_that_is_not_utf8(tmp_path):
         ("a" * 300, "File name too long"),
         ("", "empty path"),
         ("broken_folder", "JSON parse error: Invalid value"),
-        ("table.csv", ".jsonl"),
+        ("table.csv", "empty"),
+        ("table.tsv", ".jsonl, .csv, .parquet"),
         ("empty_folder", "data set"),
         ("builtin:sort", "builtin:reverse"),
     ],
@@ -283,6 +284,7 @@ def test_a_line_that_is_not_utf8(tmp_path):
 def test_paths_that_are_no_data(tmp_path, monkeypatch, path, message):
     monkeypatch.chdir(tmp_path)
     Path("table.csv").write_text("prompt,answer\n")
+    Path("table.tsv").write_text("prompt\tanswer\n")
     Path("empty_folder").mkdir()
     Path("folder.jsonl").mkdir()
     Path("broken_folder").mkdir()

@@ -52,7 +52,7 @@ def test_what_was_not_held_out_is_not_measured(tmp_path, rows, overrides):
 
 def test_it_names_what_the_student_was_made_from(tmp_path):
     front, text, settings = card_of(
-        tmp_path, overrides=("reward.functions=[{name: math}, {name: format, weight: 0.5}]",)
+        tmp_path, overrides=("reward.functions=[{name: math}, {name: format, weight: 0.5}]", "data.mix={b.jsonl: 0.25}")
     )
     assert front == {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlkd", "kdrl"]}
     for line in (
@@ -60,7 +60,7 @@ def test_it_names_what_the_student_was_made_from(tmp_path):
         "| Base model | `builtin:student` |",
         "| Method | KDRL ([arXiv 2506.02208](https://arxiv.org/abs/2506.02208)) |",
         "| Teacher | `builtin:teacher` |",
-        "| Training data | `builtin:reverse`, split train |",
+        "| Training data | `builtin:reverse`, split train, and `b.jsonl` (25% of each iteration) |",
         "| Reward | `math` + 0.5 · `format` |",
     ):
         assert f"{line}\n" in text
