@@ -63,7 +63,7 @@ def read_file(path: str, problems: list[str]) -> Node | None:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror}")
+        problems.append(f"{path}: cannot be read: {error.strerror}{did_you_mean(path)}")
         return None
     try:
         root = yaml.compose(content, Loader=yaml.BaseLoader)

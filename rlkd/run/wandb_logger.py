@@ -10,7 +10,6 @@ from typing import Any
 import lightning
 import yaml
 from lightning.pytorch.loggers import Logger, WandbLogger
-from pydantic import ValidationError
 
 from rlkd import distributed
 from rlkd.config.schema import Config
@@ -23,26 +22,6 @@ from rlkd.types import Batch
 
 COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "finish_reason")
 """The columns of a table of samples."""
-
-
-def tracking_problems(config: Config) -> list[str]:
-    """The values of W&B's own environment variables that W&B would reject, one line each."""
-    if config.log.wandb == "off":
-        return []
-    import wandb
-
-    try:
-        wandb.Settings().update_from_env_vars(dict(os.environ))
-    except wandb.errors.UsageError as error:
-        return [f"log.wandb: W&B: {' '.join(str(error).split())}; correct its environment variable or unset it"]
-    except ValidationError as error:
-        names = [(f"WANDB_{str(fault['loc'][0]).upper()}", fault) for fault in error.errors()]
-        shown = {name: "" if "KEY" in name else f"got {fault['input']!r}; " for name, fault in names}
-        return [
-            f"{name}: {shown[name]}W&B: {fault['msg']}; correct the variable or unset it, or set log.wandb: off"
-            for name, fault in names
-        ]
-    return []
 
 
 def loggers(config: Config) -> list[Logger]:

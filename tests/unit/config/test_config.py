@@ -77,7 +77,7 @@ EXACT = {
     "rollout: {backend: vlm}": "a.yaml:4: rollout.backend: expected hf | vllm, got 'vlm'; did you mean vllm?",
     "log: {progress: maybe}": "a.yaml:4: log.progress: expected true or false, got 'maybe'",
     "optim: {lr: fast}": (
-        "a.yaml:4: optim.lr: expected a number, or a schedule with kind: constant | linear | cosine | step | "
+        "a.yaml:4: optim.lr: expected a number >= 0, or a schedule with kind: constant | linear | cosine | step | "
         "piecewise, got 'fast'"
     ),
     "optim: {lr: .inf}": "a.yaml:4: optim.lr: expected a finite number, got .inf",
@@ -254,9 +254,9 @@ def test_files_that_cannot_be_read():
 
 
 def test_a_file_without_mistakes_gives_the_values_it_holds():
-    config = loaded("optim: {lr: 1e-6, betas: [0.9, 1]}\nrollout: {prompts: 1_000}\nlog: {wandb: off}").config
+    config = loaded("optim: {lr: 1e-6, betas: [0.9, 0]}\nrollout: {prompts: 1_000}\nlog: {wandb: off}").config
     assert type(config) is Config and type(config.algorithm) is Plain
-    assert config.optim.lr == Constant(value=1e-6) and config.optim.betas == [0.9, 1]
+    assert config.optim.lr == Constant(value=1e-6) and config.optim.betas == [0.9, 0]
     assert config.rollout.prompts == 1000 and config.log.wandb == "off"
 
 
