@@ -18,6 +18,7 @@ LEVELS = (
     "distributed",
     "stream",
     "storage",
+    "raised",
     "config",
     "losses",
     "builtin",
