@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from pathlib import Path
 
 from rlkd.builtin import BUILTIN, MODELS, resolve
+from rlkd.storage import hub
 from rlkd.storage.near import did_you_mean
-
-HUB_ANSWER_S = 5.0
-"""Time limit of the one question to the hub."""
 
 
 def find(path: str) -> str:
@@ -29,7 +26,7 @@ def find(path: str) -> str:
         hint = " (~ is not expanded here)" if folder.startswith("~") else ""
         raise ValueError(f"no folder {folder}{hint}{did_you_mean(folder)}")
     else:
-        _ask_hub(folder)
+        hub.require(folder, "model", did_you_mean(folder, [BUILTIN + model for model in MODELS]))
     return folder
 
 
@@ -46,46 +43,3 @@ def _no_model(folder: str) -> str:
             "(merge_and_unload of peft), and give the merged model's folder"
         )
     return f"{expected} {folder}, which has no config.json"
-
-
-@functools.cache
-def _ask_hub(name: str) -> None:
-    """Raises: ValueError, one line, if the hub has no model of that name, or cannot be asked and none was downloaded.
-
-    transformers itself asks six times with pauses, 23 s in all, before it reports a hub that cannot be reached.
-    """
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    no_folder, hint = f"{name} is no folder here", did_you_mean(name, [BUILTIN + model for model in MODELS])
-    try:
-        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
-            return
-        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(name, "config.json"), timeout=HUB_ANSWER_S)
-    except errors.HFValidationError as error:
-        raise ValueError(f"{no_folder}, and no hub id: {_line(error)}{hint}") from error
-    except errors.GatedRepoError as error:
-        raise ValueError(
-            f"{no_folder}, and the hub's model is gated; ask for access on its page, then set HF_TOKEN{hint}"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise ValueError(
-            f"{no_folder}, and the hub has no such model; if it is a private one, set HF_TOKEN{hint}"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise ValueError(f"{no_folder}, and the hub's {name} has no config.json{hint}") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise ValueError(
-            f"{no_folder}, and it was not downloaded from the hub before; HF_HUB_OFFLINE forbids asking it{hint}"
-        ) from error
-    except errors.HfHubHTTPError:
-        return  # it is busy, for example; the library that loads the model asks again
-    except Exception as error:  # of the HTTP library, which is another one in each version of huggingface_hub
-        raise ValueError(
-            f"{no_folder}, and the hub cannot be reached to look for it there ({_line(error)}); correct the path, or "
-            f"the connection{hint}"
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:120]

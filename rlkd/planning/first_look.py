@@ -9,11 +9,16 @@ import os
 import tempfile
 from pathlib import Path
 
-from rlkd.config.schema import Config
+from rlkd.config.schema import Config, DataConfig
+from rlkd.data.faults import DataError
+from rlkd.data.sources import read_rows
 from rlkd.models.found import find
 from rlkd.run.tracking import tracking_problems
 from rlkd.storage.near import did_you_mean
 from rlkd.storage.run_folder import checkpoints
+
+FIRST_ROWS = 1000
+"""Rows of a file that are read here; `preflight.check` reads all."""
 
 
 def first_look(config: Config) -> list[str]:
@@ -28,15 +33,30 @@ def first_look(config: Config) -> list[str]:
 
 
 def _data_files(config: Config) -> list[str]:
-    """The files of data that are not there."""
+    """The files of data that are not there, and the faults of the first rows of the training data.
+
+    Only of .jsonl files: other sources import other libraries.
+    """
     asked = {"data.path": config.data.path}
     if config.eval.path is not None and config.eval.every > 0:
         asked["eval.path"] = config.eval.path
-    return [
-        f"{key}: no file {path}{did_you_mean(path)}"
-        for key, path in asked.items()
-        if path.endswith(".jsonl") and ":" not in path and not os.path.exists(path)
-    ]
+    files = {key: path for key, path in asked.items() if path.endswith(".jsonl") and ":" not in path}
+    problems = [f"{key}: no file {path}{did_you_mean(path)}" for key, path in files.items() if not os.path.exists(path)]
+    if "data.path" in files and not problems:
+        first = config.data.model_copy(update={"limit": min(config.data.limit or FIRST_ROWS, FIRST_ROWS)})
+        if faults(first):
+            problems += [f"data.path: {line}" for line in faults(config.data)]  # of all rows
+    return problems
+
+
+def faults(data: DataConfig) -> list[str]:
+    """The faults of all rows that can be found without a tokenizer, one line each."""
+    try:
+        for _ in read_rows(data):
+            pass
+    except DataError as error:
+        return error.lines
+    return []
 
 
 def run_directory(config: Config) -> list[str]:

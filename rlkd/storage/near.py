@@ -11,12 +11,13 @@ def did_you_mean(path: str, others: Sequence[str] = ()) -> str:
     """`; did you mean …?` with the name most like `path`, which does not exist; nothing if none is like it.
 
     Args:
-        others: names that may be meant besides the files and folders beside `path`.
+        others: names, such as builtin:student, that may be meant besides the files and folders beside `path`.
     """
     wrong = Path(path)
     siblings = [entry.name for entry in wrong.parent.iterdir()] if wrong.parent.is_dir() else []
     near = difflib.get_close_matches(wrong.name, siblings, n=1, cutoff=0.75)
     if near:
         return f"; did you mean {wrong.with_name(near[0])}?"
-    like = difflib.get_close_matches(path, others, n=1, cutoff=0.75)
-    return f"; did you mean {like[0]}?" if like else ""
+    names = {name.rpartition(":")[2]: name for name in others} | {name: name for name in others}
+    like = difflib.get_close_matches(path, names, n=1, cutoff=0.75)
+    return f"; did you mean {names[like[0]]}?" if like else ""
