@@ -11,13 +11,13 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 
 def place(error: BaseException) -> str:
-    """` (FILE:LINE)` of the innermost line of `error`'s traceback that is the user's; nothing if none is.
+    """` at FILE:LINE` of the innermost line of `error`'s traceback that is the user's; nothing if none is.
 
     Lines of rlkd, of Python's library and of installed packages are not, since a user corrects what called them.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not _of_others(frame.filename):
-            return f" ({frame.filename}:{frame.lineno})"
+            return f" at {frame.filename}:{frame.lineno}"
     return ""
 
 

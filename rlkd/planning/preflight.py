@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import json
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
@@ -205,6 +207,13 @@ def _model(
     except ValueError as error:
         problems.append(f"{key}: {error}")
         return None
+    kind, its_code = _kind(folder)
+    if kind is not None and kind not in CONFIG_MAPPING and not its_code:
+        problems.append(
+            f"{key}: expected a model that transformers {transformers.__version__} knows, got {path} of type {kind}; "
+            "install a version that knows it, or use another model"
+        )
+        return None
     try:
         model = load_config(path, trust_remote_code)
         tokenizer = load_tokenizer(path, trust_remote_code)
@@ -227,6 +236,18 @@ def _model(
             "one of them"
         )
     return tokenizer
+
+
+def _kind(folder: str) -> tuple[str | None, bool]:
+    """(the architecture that the config.json of a folder names, whether the folder has code for it).
+
+    (None, False) if it names none, or is not in this folder or no JSON, which transformers reports.
+    """
+    try:
+        settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, False
+    return (settings.get("model_type"), "auto_map" in settings) if isinstance(settings, dict) else (None, False)
 
 
 def _positions(model: Any) -> int | None:

@@ -11,8 +11,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rlkd.raised import place
-
 if TYPE_CHECKING:  # not at run time: workers start without pydantic
     from rlkd.config.schema import RewardFunction
 
@@ -57,7 +55,7 @@ def resolve(name: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the user's module may raise anything
-        raise ValueError(f"reward {name!r}: importing {module_name} raised {one_line(error)}{place(error)}") from error
+        raise ValueError(f"reward {name!r}: importing {module_name} raised {one_line(error)}") from error
     found: Callable[..., Any] | None = vars(module).get(function_name)
     if found is None or not callable(found):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]

@@ -68,7 +68,7 @@ def _logger(config: Config, *, offline: bool) -> WandbLogger:
     if int(os.environ.get("RANK", "0")) == 0 and not identity.exists():
         identity.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(identity, os.urandom(4).hex().encode())
-    return WandbLogger(
+    logger = WandbLogger(
         name=config.run.name,
         project=config.log.project,
         save_dir=config.run_dir,
@@ -77,6 +77,8 @@ def _logger(config: Config, *, offline: bool) -> WandbLogger:
         resume="allow",
         config=_settings(config),
     )
+    logger._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect, even if it is None
+    return logger
 
 
 def _settings(config: Config) -> dict[str, Any]:

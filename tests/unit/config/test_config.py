@@ -95,7 +95,13 @@ EXACT = {
     "teacher: {backend: served, path: x, url: u, batch_tokens: 3}": (
         "a.yaml:4: teacher.batch_tokens: unknown key here; only teacher.backend: local | self has it"
     ),
-    "reward: {functions: [math]}": "a.yaml:4: reward.functions[0]: expected a section with name, got 'math'",
+    "reward: {functions: [math]}": (
+        "a.yaml:4: reward.functions[0]: expected a section with name, got 'math'; write {name: math}"
+    ),
+    "optim: {lr: -1}": (
+        "a.yaml:4: optim.lr: expected a number >= 0, or a schedule with kind: constant | linear | cosine | step | "
+        "piecewise, got -1"
+    ),
     "trainer: {micro_batch_tokens: 3}": (
         "a.yaml:4: trainer.micro_batch_tokens: is 3, less than one sequence of data.max_prompt_tokens + "
         "rollout.max_tokens = 1280 tokens; raise it"
