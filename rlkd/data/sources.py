@@ -80,7 +80,6 @@ def load_source(
 
     path = data.path if path is None else path
     faults, prompts, skipped, digest = Faults(path), [], 0, _Digest()
-    too_long: list[str] = []
     notes = Notes(data, tokenizer)
     if not ends and tokenizer.eos_token_id is not None:
         ends = (int(tokenizer.eos_token_id),)
@@ -96,16 +95,14 @@ def load_source(
             if data.too_long == "skip":
                 skipped += 1
             else:
-                too_long.append(f"{row.where}: {error}")
+                line = f"{row.where}: {error}; raise it, or leave such rows out by data.too_long: skip"
+                faults.add(line, "tokenizer", "too_long")  # if all rows are, the limit is wrong
             continue
         except ValueError as error:
             faults.add(f"{row.where}: {error}")
             continue
         notes.look(row, prompt)
         prompts.append(prompt)
-    if too_long:
-        others = f" ({len(too_long)} rows are too long)" if too_long[1:] else ""
-        faults.add(f"{too_long[0]}{others}; raise it, or leave such rows out by data.too_long: skip")
     faults.check()
     if not prompts:
         raise DataError(
