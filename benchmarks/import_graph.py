@@ -19,6 +19,7 @@ LEVELS = (
     "distributed",
     "stream",
     "storage",
+    "raised",
     "config",
     "losses",
     "builtin",

@@ -19,6 +19,8 @@ from rlkd.config.yaml_tree import COMMAND_LINE
 _SIZE = re.compile(r"(?:([1-9]\d{0,2})x)?(?=.*[1-9])(\d+(?:\.\d+)?)")
 """[GPUSx]GIB, neither of which is 0."""
 HELP = ("--help", "-h")
+INTERRUPTED = 130
+"""The exit code after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def gpus_option(flag: str, about: str) -> click.Option:
 def run(command: click.Command, argv: Sequence[str], name: str | None = None) -> int:
     """Run a command line: parse it and call the command.
 
-    Returns: what the command returns; 2 after a mistake, with one line each on stderr, once in a torchrun group.
+    Returns: what the command returns; 2 after a mistake, with one line each on stderr, once in a torchrun group;
+        130 after Ctrl-C.
     """
     try:
         return int(command.main(list(argv), prog_name=name or f"rlkd {command.name}", standalone_mode=False) or 0)
@@ -140,6 +143,9 @@ def run(command: click.Command, argv: Sequence[str], name: str | None = None) ->
         lines = [_line(error, command)]
     except ConfigError as error:
         lines = error.lines
+    except (click.Abort, KeyboardInterrupt):  # click makes an Abort of Ctrl-C
+        print("interrupted", file=sys.stderr, flush=True)
+        return INTERRUPTED
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(lines), file=sys.stderr)
     return 2

@@ -6,8 +6,10 @@ lengths, log-probs, weight updates, the key). Prints the command, which contains
 
 from __future__ import annotations
 
+import errno
 import os
 import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,10 +88,25 @@ def plan(
     return command, server_environment(started, settings, host=host, key=key)
 
 
+def require_free(host: str, port: int) -> None:
+    """Raises: ValueError, one line, if a server cannot listen there; vLLM would find out after half a minute."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as vLLM does
+            probe.bind((host, port))
+    except OverflowError as error:
+        raise ValueError(f"--port: expected a port from 1 to 65535, got {port}") from error
+    except OSError as error:
+        flag, asked = ("--port", port) if error.errno in (errno.EADDRINUSE, errno.EACCES) else ("--host", host)
+        what = "a free port of this machine" if flag == "--port" else "an address of this machine"
+        raise ValueError(f"{flag}: expected {what}, got {asked} ({error.strerror}); choose another one") from error
+
+
 def serve(**given: Any) -> int:
     """Replace this process by the server; `given` is what `plan` takes. Returns: 2 if it cannot be started."""
     try:
         line, environment = plan(**given)
+        require_free(given["host"], given["port"])
     except ConfigError:
         raise
     except ValueError as error:

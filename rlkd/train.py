@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -36,13 +36,13 @@ def train(
         from rlkd.estimate import print_estimate
 
         return print_estimate(stages, estimate)
-    from rlkd.planning.preflight import check
+    from rlkd.planning.first_look import first_look
 
-    problems = [
-        line if stage.name is None else f"stage {stage.name}: {line}"
-        for stage in stages
-        for line in check(stage.loaded.config) + served_elsewhere(stage)
-    ]
+    problems = found_by(lambda stage: first_look(stage.loaded.config), stages)
+    if not problems:
+        from rlkd.planning.preflight import check
+
+        problems = found_by(lambda stage: check(stage.loaded.config) + served_elsewhere(stage), stages)
     if problems:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: disks and devices may differ
             print("\n".join(problems), file=sys.stderr)
@@ -59,6 +59,11 @@ def train(
     except RunStopped as error:
         print(f"stopped: {error}", file=sys.stderr, flush=True)
         return 1
+
+
+def found_by(check: Callable[[Stage], list[str]], stages: Sequence[Stage]) -> list[str]:
+    """The problems that `check` finds in each stage, with the stage's name."""
+    return [line if stage.name is None else f"stage {stage.name}: {line}" for stage in stages for line in check(stage)]
 
 
 def served_elsewhere(stage: Stage) -> list[str]:

@@ -21,6 +21,8 @@ COLDEST_SERVED = 0.01
 def contradictions(config: Config) -> list[tuple[str, str]]:
     """Contradictions between keys of different sections: (first key, one-line message with both keys and the fix)."""
     found: list[tuple[str, str]] = []
+    if not all(0 <= beta < 1 for beta in config.optim.betas):
+        found.append(("optim.betas", f"expected two numbers >= 0 and < 1, got {config.optim.betas}"))
     if config.rollout.prompts % config.world_size:
         found.append(
             (

@@ -115,6 +115,9 @@ class Report:
         line = f"expected {what}, got {shown(node)}"
         if not isinstance(node.value, str):
             return line
+        section = _section_of(slot, node.value)
+        if section is not None:
+            return f"{line}; write {section}"
         numeric = {int, float} & set(slot.members) or slot.is_schedule
         if numeric and "${" in node.value:
             return f"{line}; a reference gives a string: write ${{oc.decode:{node.value}}} to parse it as a number"
@@ -169,6 +172,15 @@ class Report:
                 return []
             place = self.schema.fields(place.models[0])[str(part)]
         return [place] if place.tag is not None else []
+
+
+def _section_of(slot: Slot, word: str) -> str | None:
+    """`{name: word}` for a slot of a section whose only required key is `name`, or a list with it; otherwise None."""
+    if slot.item is not None:
+        section = _section_of(slot.item, word)
+        return None if section is None else f"[{section}]"
+    required = [name for model in slot.models for name, f in model.model_fields.items() if f.is_required()]
+    return f"{{{required[0]}: {word}}}" if len(required) == 1 and not slot.is_schedule else None
 
 
 def _near(value: Any, known: Sequence[str]) -> str:

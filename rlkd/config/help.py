@@ -115,7 +115,8 @@ def plain(value: Any) -> Any:
 def expected(place: Slot) -> str:
     """The values that a slot accepts, in words: `an integer >= 1`, `hf | vllm`, `a list of text, or null`."""
     if place.is_schedule:
-        words = [f"a number, or a schedule with kind: {' | '.join(place.variants)}"]
+        bound = _limits(tuple(Constant.model_fields["value"].metadata))
+        words = [f"a number{bound}, or a schedule with kind: {' | '.join(place.variants)}"]
     elif place.tag is not None:
         words = [f"a section with {place.tag}: {' | '.join(place.variants)}"]
     else:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 from rlkd.config.errors import ConfigError, Report, shown
 from rlkd.config.help import Algorithms, LearnOptions, Path, Schema, Slot, default
 from rlkd.config.schema import AlgorithmConfig, Config, Section
-from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override
+from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override, unspaced
 
 __all__ = ["ConfigError", "Loaded", "load"]
 
@@ -56,11 +56,12 @@ def read(files: Sequence[str], overrides: Sequence[str]) -> tuple[Node, Node, li
     """
     problems: list[str] = []
     roots = [root for root in (read_file(path, problems) for path in files) if root is not None]
-    arguments = [node for node in (read_override(item, problems) for item in overrides) if node is not None]
+    arguments = unspaced(overrides, problems)
+    nodes = [node for node in (read_override(item, problems) for item in arguments) if node is not None]
     if len(roots) < len(files):
         raise ConfigError(problems)  # keys missing elsewhere may be in the unreadable file
     override = Node({}, COMMAND_LINE)
-    for node in arguments:
+    for node in nodes:
         override = merge(override, node, {})  # merged first, so that the order of algorithm.name and its keys is free
     root = Node({}, ", ".join(files))
     for node in roots:

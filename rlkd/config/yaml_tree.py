@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from rlkd.storage.near import did_you_mean
+
 COMMAND_LINE = "command line"
 MISSING = "???"
 MAX_DEPTH = 50
@@ -63,7 +65,7 @@ def read_file(path: str, problems: list[str]) -> Node | None:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        problems.append(f"{path}: cannot be read: {error.strerror}")
+        problems.append(f"{path}: cannot be read: {error.strerror}{did_you_mean(path)}")
         return None
     try:
         root = yaml.compose(content, Loader=yaml.BaseLoader)
@@ -80,6 +82,22 @@ def read_file(path: str, problems: list[str]) -> Node | None:
     except RecursionError:
         problems.append(f"{path}: broken YAML: {_TOO_DEEP}")
         return None
+
+
+def unspaced(arguments: Sequence[str], problems: list[str]) -> list[str]:
+    """The arguments without those of a `key = value` with spaces, each of which is added to `problems`."""
+    kept, rest = [], list(arguments)
+    while rest:
+        parts = [rest.pop(0)]
+        if rest and "=" not in parts[0] and rest[0].startswith("="):
+            parts.append(rest.pop(0))
+        if rest and parts[-1].endswith("=") and "=" not in rest[0]:
+            parts.append(rest.pop(0))
+        if len(parts) == 1:
+            kept += parts
+        else:
+            problems.append(f"{COMMAND_LINE}: expected {''.join(parts)}, got {' '.join(parts)!r}; leave out the spaces")
+    return kept
 
 
 def read_override(argument: str, problems: list[str]) -> Node | None:

@@ -15,16 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlkd.config.schema import DataConfig
 from rlkd.data import control
+from rlkd.data.rows import LAST_BY_ASSISTANT
 from rlkd.distributed import RunStopped
 from rlkd.types import Prompt
 
 Messages = tuple[Mapping[str, Any], ...]
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
-LAST_BY_ASSISTANT = (
-    "the last message is the assistant's, so there is nothing to answer; take it out (data.completion_column is for "
-    "completions), or let the student continue it by data.continue_final_message: true"
-)
 _PLACE = "rlkd-place-of-the-text"
 _ASKS_FOR_NONE = re.compile(r"content['\"\]]*\s+is\s+(not\s+)?none", re.IGNORECASE)
 

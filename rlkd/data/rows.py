@@ -8,10 +8,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, TypeVar
 
 from rlkd.config.schema import DataConfig, MessageKeys
-from rlkd.data.chat import LAST_BY_ASSISTANT
 
 T = TypeVar("T")
 
+LAST_BY_ASSISTANT = (
+    "the last message is the assistant's, so there is nothing to answer; take it out (data.completion_column is for "
+    "completions), or let the student continue it by data.continue_final_message: true"
+)
 LEAVE_OUT = "leave the row out of the data"
 KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 """Others must be named in data.messages.roles, since a template may accept any word as a role, even a misspelt one."""

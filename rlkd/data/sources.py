@@ -12,20 +12,23 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from rlkd.config.schema import DataConfig
 from rlkd.data import formats, rows
-from rlkd.data.chat import Reading, encode_completion, read_as_configured
 from rlkd.data.faults import DataError, Faults
 from rlkd.data.jsonl import read_jsonl
-from rlkd.data.notes import Notes
 from rlkd.data.rows import LEAVE_OUT, Row
 from rlkd.data.split import Part
 from rlkd.data.tables import read_csv, read_parquet
-from rlkd.types import Prompt
+from rlkd.storage import hub
+from rlkd.storage.near import did_you_mean
+
+if TYPE_CHECKING:  # `read_rows` is called before these are imported, which takes ten seconds
+    from transformers import PreTrainedTokenizerBase
+
+    from rlkd.data.chat import Reading
+    from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
 FILES: Mapping[str, Callable[[str], Iterator[tuple[str, Any]]]] = {
@@ -47,7 +50,7 @@ class Identity:
     """SHA-256 of the rows' content, in order."""
 
 
-class PromptList(Sequence[Prompt]):
+class PromptList(Sequence["Prompt"]):
     """Prompts in memory, in the order of the data."""
 
     def __init__(self, prompts: Sequence[Prompt], skipped: int, identity: Identity, notes: Sequence[str]) -> None:
@@ -88,6 +91,8 @@ def load_source(
 
     Raises: DataError with a line for each fault in the data.
     """
+    from rlkd.data.notes import Notes
+
     path = data.path if path is None else path
     faults, prompts, skipped, digest = Faults(path), [], 0, _Digest()
     notes = Notes(data, tokenizer)
@@ -110,7 +115,8 @@ def load_source(
             if data.too_long == "skip":
                 skipped += 1
             else:
-                faults.add(f"{row.where}: {error}; raise it, or leave such rows out by data.too_long: skip")
+                line = f"{row.where}: {error}; raise it, or leave such rows out by data.too_long: skip"
+                faults.add(line, "tokenizer", "too_long")  # if all rows are, the limit is wrong
             continue
         except ValueError as error:
             faults.add(f"{row.where}: {error}")
@@ -157,6 +163,9 @@ class _TooLong(ValueError):
 
 def _encoded(data: DataConfig, tokenizer: PreTrainedTokenizerBase, row: Row, ends: Sequence[int]) -> Prompt:
     """The row as the student reads it. Raises: ValueError, one line; _TooLong because of its length."""
+    from rlkd.data.chat import read_as_configured
+    from rlkd.types import Prompt
+
     variables = dict(data.template_variables) | ({} if row.tools is None else {"tools": list(row.tools)})
     try:
         reading = read_as_configured(data, tokenizer, row.prompt, variables, data.system)
@@ -199,6 +208,8 @@ def _completion(
             "nothing ends a completion: the tokenizer has no EOS token, and the model's generation_config.json no "
             "eos_token_id; add one"
         )
+    from rlkd.data.chat import encode_completion
+
     token_ids = encode_completion(tokenizer, prompt, text, ends)
     if len(token_ids) > data.max_completion_tokens:
         raise _TooLong(
@@ -323,6 +334,8 @@ def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any
             if table.split is not None and str(table.split) != split:
                 raise ValueError(f"it is split {str(table.split)!r}, but data.split is {split!r}")
         else:
+            if not folder.exists() and path[:1] not in "/.~" and not _in_cache(path):
+                hub.require(path, "dataset", did_you_mean(path))
             table = datasets.load_dataset(path, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
@@ -330,3 +343,10 @@ def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any
     assert isinstance(table, datasets.Dataset)
     for number, row in enumerate(table):
         yield f"{path}[{split}] row {number}", row
+
+
+def _in_cache(path: str) -> bool:
+    """Whether `datasets` has prepared the data set of that hub id before, so that it needs no hub."""
+    import datasets
+
+    return Path(datasets.config.HF_DATASETS_CACHE, path.replace("/", "___")).exists()

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from rlkd.builtin import resolve
 from rlkd.config.schema import ModelConfig
 from rlkd.data.chat import load_tokenizer
+from rlkd.models.found import find
 
 Stamp = tuple[tuple[str, int, int], ...]
 
@@ -40,7 +41,8 @@ def _vocabulary_size(_: str, folder: str, trust_remote_code: bool, stamp: Stamp)
 def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """A copy of the configuration of the model at `path` (folder, hub id, builtin:…), which is read once.
 
-    Raises: OSError and ValueError from transformers, and anything that the model's own code raises.
+    Raises: ValueError, one line, if there is none; OSError and ValueError from transformers, and anything that the
+        model's own code raises.
     """
     folder = resolve(path)
     return copy.deepcopy(_config(os.path.abspath(folder), folder, trust_remote_code, _stamp(folder)))
@@ -48,6 +50,7 @@ def load_config(path: str, trust_remote_code: bool) -> PreTrainedConfig:
 
 @functools.lru_cache(maxsize=64)
 def _config(_: str, folder: str, trust_remote_code: bool, stamp: Stamp) -> PreTrainedConfig:
+    find(folder)
     before = hub_logging.get_verbosity()
     hub_logging.set_verbosity(logging.ERROR)  # not two lines for each time that it asks a hub that does not answer
     try:

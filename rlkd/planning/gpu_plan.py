@@ -294,6 +294,11 @@ def too_many_trainers(config: Config, gpus: int) -> list[str]:
     devices, accelerator = config.trainer.devices, config.trainer.accelerator
     if devices <= gpus or accelerator == "cpu" or (accelerator == "auto" and gpus == 0):
         return []
+    if not gpus:
+        return [
+            "trainer.accelerator: is gpu, but torch finds no GPU on this node; set cpu, or correct the driver "
+            "(nvidia-smi) or the build of torch"
+        ]
     return [
         f"trainer.devices: is {devices} with trainer.accelerator {accelerator}, but this node has {gpus}; lower it, or "
         "set trainer.accelerator: cpu"

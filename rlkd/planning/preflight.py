@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import json
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedTokenizerBase
 
 from rlkd.algorithms.registry import build_algorithm
 from rlkd.builtin import resolve
@@ -28,16 +30,17 @@ from rlkd.generation.sampler import eos_ids
 from rlkd.generation.vllm import longest
 from rlkd.losses.lm_head import logit_transform
 from rlkd.models import lora
+from rlkd.models.found import find
 from rlkd.models.vocabulary import embedding_rows, load_config, vocabulary_size
+from rlkd.planning.first_look import run_directory
 from rlkd.planning.gpu_plan import gpu_memory, gpu_plan, room_problems, too_many_trainers
 from rlkd.rewards import registry
 from rlkd.rewards.answers import check_answers
 from rlkd.run.export import rehearse
-from rlkd.run.wandb_logger import tracking_problems
+from rlkd.run.tracking import tracking_problems
 from rlkd.servers.client import ServerError, VLLMClient
 from rlkd.servers.placement import weight_sync
 from rlkd.servers.process import server_key
-from rlkd.storage.run_folder import checkpoints
 from rlkd.teachers.served import teacher_longest
 from rlkd.types import Prompt
 
@@ -50,10 +53,7 @@ def check(config: Config) -> list[str]:
 
     Loads configurations and tokenizers of the models, and the data, but no weights. Safe on all ranks at once.
     """
-    problems = _run_directory(config) + _devices(config) + tracking_problems(config)
-    wrong = [beta for beta in config.optim.betas if not 0 <= beta < 1]
-    if wrong:
-        problems.append(f"optim.betas: expected two numbers ≥ 0 and < 1, got {wrong[0]:g}")
+    problems = run_directory(config) + _devices(config) + tracking_problems(config)
     lengths = config.algorithm.trained_lengths(config)
     trusted = config.model.trust_remote_code
     student = _model("model.path", config.model.path, trusted, lengths, problems)
@@ -166,32 +166,6 @@ def _export(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return []
 
 
-def _run_directory(config: Config) -> list[str]:
-    """Only files that a training run writes count, since another rank may just have created the directory."""
-    resume, folder = config.run.resume, Path(config.run_dir)
-    try:
-        above = next(path for path in (folder, *folder.parents) if path.exists() or path.is_symlink())
-    except OSError as error:  # a name that is too long
-        return [f"run.dir: {str(folder)[:80]}…: {error.strerror}; choose another run.dir or run.name"]
-    if not above.is_dir():
-        return [f"run.dir: {above} is a file, where the run's directory {folder} should be; choose another run.dir"]
-    if not os.access(above, os.W_OK | os.X_OK):
-        return [f"run.dir: {above} cannot be written to; choose another run.dir, or correct its permissions"]
-    if resume == "never":
-        if Path(folder, "metrics.jsonl").exists() or checkpoints(folder):
-            return [
-                f"run.name: {folder} already has a run in it; continue it by run.resume=auto, or choose another "
-                "run.name"
-            ]
-    elif resume != "auto" and not Path(resume).is_dir():
-        names = ", ".join(str(path) for path in checkpoints(folder)[-3:])
-        hint = f"; {folder} has {names}" if names else ""
-        return [
-            f"run.resume: expected never, auto, or the folder of a checkpoint, got {resume}, which does not exist{hint}"
-        ]
-    return []
-
-
 def _devices(config: Config) -> list[str]:
     problems = []
     started = int(os.environ.get("WORLD_SIZE", config.world_size))  # set by torchrun
@@ -247,16 +221,16 @@ def _model(
     language model. A server may have other models, such as Qwen3-VL, and checks them itself.
     """
     try:
-        folder = resolve(path)
+        folder = find(path)
     except ValueError as error:
         problems.append(f"{key}: {error}")
         return None
-    if not Path(folder).is_dir() and (folder[:1] in "/.~" or folder.count("/") > 1):
-        hint = " (~ is not expanded here)" if folder.startswith("~") else ""
-        problems.append(f"{key}: no folder {folder}{hint}")
-        return None
-    if Path(folder).is_dir() and not Path(folder, "config.json").is_file():
-        problems.append(f"{key}: expected a model folder in Hugging Face form, got {path}, which has no config.json")
+    kind, its_code = _kind(folder)
+    if kind is not None and kind not in CONFIG_MAPPING and not its_code:
+        problems.append(
+            f"{key}: expected a model that transformers {transformers.__version__} knows, got {path} of type {kind}; "
+            "install a version that knows it, or use another model"
+        )
         return None
     try:
         model = load_config(path, trust_remote_code)
@@ -280,6 +254,18 @@ def _model(
             "one of them"
         )
     return tokenizer
+
+
+def _kind(folder: str) -> tuple[str | None, bool]:
+    """(the architecture that the config.json of a folder names, whether the folder has code for it).
+
+    (None, False) if it names none, or is not in this folder or no JSON, which transformers reports.
+    """
+    try:
+        settings = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None, False
+    return (settings.get("model_type"), "auto_map" in settings) if isinstance(settings, dict) else (None, False)
 
 
 def _positions(model: Any) -> int | None:

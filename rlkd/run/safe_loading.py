@@ -77,6 +77,18 @@ def _data_only() -> Iterator[None]:
 class SafeModelParallelStrategy(ModelParallelStrategy):
     """Lightning's strategy, restricted to loading checkpoints that contain only data."""
 
+    def setup_environment(self) -> None:
+        """Meet the other ranks. Raises: RunStopped if the port for it is taken, or if they cannot be reached."""
+        try:
+            super().setup_environment()
+        except (torch.distributed.DistNetworkError, torch.distributed.DistStoreError) as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            reason = " ".join(str(error).split())[:200]
+            raise RunStopped(
+                f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; choose a free port, and an address that all "
+                "nodes reach"
+            ) from error
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint. Raises: RunStopped if it would run code, is truncated, or lacks a file."""
         check_index(Path(checkpoint_path))

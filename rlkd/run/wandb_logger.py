@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 import lightning
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from pydantic import ValidationError
 
 from rlkd import distributed
 from rlkd.config.schema import Config
@@ -26,30 +24,6 @@ from rlkd.types import Batch
 
 COLUMNS = ("prompt", "completion", "answer", "reward", "advantage", "finish_reason")
 """The columns of a table of samples."""
-
-
-def tracking_problems(config: Config) -> list[str]:
-    """The values of W&B's own environment variables that W&B would reject, one line each, or a missing TensorBoard."""
-    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        return [
-            "log.tensorboard: expected the package tensorboard, which is not installed; pip install 'rlkd[tensorboard]'"
-        ]
-    if config.log.wandb == "off":
-        return []
-    import wandb
-
-    try:
-        wandb.Settings().update_from_env_vars(dict(os.environ))
-    except wandb.errors.UsageError as error:
-        return [f"log.wandb: W&B: {' '.join(str(error).split())}; correct its environment variable or unset it"]
-    except ValidationError as error:
-        names = [(f"WANDB_{str(fault['loc'][0]).upper()}", fault) for fault in error.errors()]
-        shown = {name: "" if "KEY" in name else f"got {fault['input']!r}; " for name, fault in names}
-        return [
-            f"{name}: {shown[name]}W&B: {fault['msg']}; correct the variable or unset it, or set log.wandb: off"
-            for name, fault in names
-        ]
-    return []
 
 
 def loggers(config: Config, recipe: str | None = None, checkpoint: Path | None = None) -> list[Logger]:
@@ -114,7 +88,7 @@ def _logger(config: Config, recipe: str | None, *, offline: bool) -> WandbLogger
     if int(os.environ.get("RANK", "0")) == 0 and not identity.exists():
         identity.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(identity, os.urandom(4).hex().encode())
-    return WandbLogger(
+    logger = WandbLogger(
         name=config.run.name if recipe is None else f"{recipe}/{config.run.name}",
         group=recipe or config.run.name,
         job_type=config.algorithm.name if recipe is None else config.run.name,
@@ -125,6 +99,8 @@ def _logger(config: Config, recipe: str | None, *, offline: bool) -> WandbLogger
         resume="allow",
         config=_settings(config),
     )
+    logger._wandb_init.pop("anonymous", None)  # W&B warns that it has no effect, even if it is None
+    return logger
 
 
 def _settings(config: Config) -> dict[str, Any]:

@@ -89,8 +89,8 @@ class VLLMServer:
         Args:
             timeout: seconds; None: the configured ones.
 
-        Raises: ServerError, one line and the end of the log, when the server ends or does not answer in time; the
-            server is then stopped.
+        Raises: ServerError when the server ends or does not answer in time; the server is then stopped. It is one
+            line with the reason, and the end of the log where that names none.
         """
         limit_s = self._timeout_s if timeout is None else timeout
         deadline = time.monotonic() + limit_s
@@ -112,7 +112,7 @@ class VLLMServer:
         return self._supervisor.poll() is not None
 
     def check_alive(self) -> None:
-        """Raises: ServerError, one line and the end of the log, when the server has ended for good."""
+        """Raises: ServerError, as `wait_ready` does, when the server has ended for good."""
         if self.ended:
             raise ServerError(self._failure_message(f"ended with exit code {self._supervisor.returncode}"))
 
@@ -129,18 +129,25 @@ class VLLMServer:
 
     def _failure_message(self, what: str) -> str:
         lines = self.log.read_text(errors="replace").splitlines()
-        headline = f"the vLLM server {self.name!r} {what}{_cause(lines)}; its log is {self.log}, which ends:"
-        return "\n    ".join([headline, *lines[-8:]])
+        cause, log = cause_in(lines), f"its log is {self.log}"
+        if cause is not None:
+            return f"the vLLM server {self.name!r} {what}: {cause}; {log}"
+        return "\n    ".join([f"the vLLM server {self.name!r} {what}; {log}, which ends:", *lines[-8:]])
 
 
-def _cause(log: Sequence[str]) -> str:
-    """The last exception that the log names, or nothing. A validation error has its reason on the next line."""
-    for i in reversed(range(len(log))):
-        found = re.search(r"\b[A-Z]\w*(Error|Exception): .+", log[i])
-        if found is not None:
-            more = log[i + 1 : i + 2] if "validation error" in found[0] else []
-            return ": " + " ".join([found[0], *more]).strip()[:300]
-    return ""
+def cause_in(log: Sequence[str]) -> str | None:
+    """The last exception that the log of a server names, without the lists that vLLM appends; None if it names none.
+
+    A validation error has its reason on the next line. The failure of vLLM's first process is only a consequence.
+    """
+    found = [(i, re.search(r"\b[A-Z]\w*(Error|Exception): .+", log[i])) for i in reversed(range(len(log)))]
+    named = [(i, match[0]) for i, match in found if match is not None and " WARNING " not in log[i]]
+    first = [(i, text) for i, text in named if "Engine core initialization failed" not in text]
+    for i, text in first or named:
+        more = log[i + 1 : i + 2] if "validation error" in text else []
+        whole = " ".join(" ".join([text, *more]).split())
+        return re.sub(r"\.? Supported architectures: .*", "", whole)[:300]
+    return None
 
 
 def cpu_cores(slot: int, slots: int) -> str:

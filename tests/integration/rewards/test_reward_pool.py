@@ -265,7 +265,13 @@ NO_REWARDS = {
 def test_each_failure_is_no_reward_with_its_cause(mine):
     with pool("act", timeout_s=10.0) as scorer:
         results = scorer.score(items(*(act for completion in NO_REWARDS for act in (completion, "return 1"))))
-    assert [r.error for r in results[::2]] == [f"reward pool_rewards_x:act: {error}" for error in NO_REWARDS.values()]
+    errors = [r.error for r in results[::2]]
+    places = [error.partition(" at ")[2] for error in errors if error is not None and "raised" in error]
+    assert [error.partition(" at ")[0] for error in errors] == [
+        f"reward pool_rewards_x:act: {e}" for e in NO_REWARDS.values()
+    ]
+    (file, line), (same, _) = (place.rsplit(":", 1) for place in places[:2])
+    assert Path(file) == Path(same) == Path("pool_rewards_x.py").absolute() and int(line) > 1
     assert [r.reward for r in results] == [None, 1.0] * len(NO_REWARDS)
     assert running(mine, 0) == 0, "something outlived the pool"
 

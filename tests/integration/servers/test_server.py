@@ -102,10 +102,9 @@ def test_a_server_that_cannot_start_reports_why_in_one_line(tmp_path: Path) -> N
     server = start_server("hopeless", str(model), tmp_path)
     with pytest.raises(RuntimeError) as failure:
         server.wait_ready()
-    first_line, *rest = str(failure.value).splitlines()
+    (first_line,) = str(failure.value).splitlines()
     assert first_line.startswith("the vLLM server 'hopeless' ended with exit code 1 before it was ready: ")
     assert str(model) in first_line and str(tmp_path / "hopeless.log") in first_line
-    assert rest, "the end of the log"
     server.stop()
     assert not group_members(server.pid)
 

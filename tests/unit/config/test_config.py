@@ -77,7 +77,7 @@ EXACT = {
     "rollout: {backend: vlm}": "a.yaml:4: rollout.backend: expected hf | vllm, got 'vlm'; did you mean vllm?",
     "log: {progress: maybe}": "a.yaml:4: log.progress: expected true or false, got 'maybe'",
     "optim: {lr: fast}": (
-        "a.yaml:4: optim.lr: expected a number, or a schedule with kind: constant | linear | cosine | step | "
+        "a.yaml:4: optim.lr: expected a number >= 0, or a schedule with kind: constant | linear | cosine | step | "
         "piecewise, got 'fast'"
     ),
     "optim: {lr: .inf}": "a.yaml:4: optim.lr: expected a finite number, got .inf",
@@ -95,7 +95,13 @@ EXACT = {
     "teacher: {backend: served, path: x, url: u, batch_tokens: 3}": (
         "a.yaml:4: teacher.batch_tokens: unknown key here; only teacher.backend: local | self has it"
     ),
-    "reward: {functions: [math]}": "a.yaml:4: reward.functions[0]: expected a section with name, got 'math'",
+    "reward: {functions: [math]}": (
+        "a.yaml:4: reward.functions[0]: expected a section with name, got 'math'; write {name: math}"
+    ),
+    "optim: {lr: -1}": (
+        "a.yaml:4: optim.lr: expected a number >= 0, or a schedule with kind: constant | linear | cosine | step | "
+        "piecewise, got -1"
+    ),
     "trainer: {micro_batch_tokens: 3}": (
         "a.yaml:4: trainer.micro_batch_tokens: is 3, less than one sequence of data.max_prompt_tokens + "
         "rollout.max_tokens = 1280 tokens; raise it"
@@ -254,9 +260,9 @@ def test_files_that_cannot_be_read():
 
 
 def test_a_file_without_mistakes_gives_the_values_it_holds():
-    config = loaded("optim: {lr: 1e-6, betas: [0.9, 1]}\nrollout: {prompts: 1_000}\nlog: {wandb: off}").config
+    config = loaded("optim: {lr: 1e-6, betas: [0.9, 0]}\nrollout: {prompts: 1_000}\nlog: {wandb: off}").config
     assert type(config) is Config and type(config.algorithm) is Plain
-    assert config.optim.lr == Constant(value=1e-6) and config.optim.betas == [0.9, 1]
+    assert config.optim.lr == Constant(value=1e-6) and config.optim.betas == [0.9, 0]
     assert config.rollout.prompts == 1000 and config.log.wandb == "off"
 
 

@@ -313,9 +313,9 @@ def test_where_a_run_cannot_be_written():
 
 
 def test_what_only_writing_finds_out_is_one_line_too(capsys):
-    assert main(["--config", QUICKSTART, "run.dir=/proc/runs"]) == 1
+    assert main(["--config", QUICKSTART, "run.dir=/proc/runs"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert_lines([line], ("stopped: run.dir: ", "/proc/runs/quickstart/config.yaml"))
+    assert_lines([line], ("run.dir: ", "/proc/runs/quickstart", "No such file or directory"))
 
 
 LAUNCHED = ("rollout.backend=vllm", "rollout.server.launch=true")
@@ -359,7 +359,7 @@ def test_a_checkpoint_to_resume_from_must_exist():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="speaks of a machine without GPUs")
 def test_devices():
-    assert_lines(check(config("trainer.accelerator=gpu")), ("trainer.devices: ", 1, 0, "trainer.accelerator: cpu"))
+    assert_lines(check(config("trainer.accelerator=gpu")), ("trainer.accelerator: ", "no GPU", "set cpu"))
 
 
 def test_a_server_that_serves_the_model_is_fine():

@@ -3,7 +3,7 @@
 import pytest
 from builders import config
 
-from rlkd.run.wandb_logger import tracking_problems
+from rlkd.run.tracking import tracking_problems
 
 
 @pytest.mark.parametrize("mode", ["", "of", "OFFLINE"])

@@ -10,6 +10,7 @@ from builders import config
 from rlkd.generation.sampler import Sampling
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.servers.client import ServerError
+from rlkd.servers.process import cause_in
 from rlkd.servers.responses import (
     CompletionsAnswer,
     GenerateAnswer,
@@ -133,3 +134,30 @@ def test_each_token_has_one_weight_version(spans):
     prompt, sampling = Prompt(id="p", messages=(), token_ids=(5,)), Sampling(temperature=1.0, max_tokens=4, seed=0)
     with pytest.raises(ServerError, match="expected one weight version for each of 2 tokens"):
         VLLMSampler(config(), [EOS])._one_prompt(Client(), "m", prompt, 1, 1, sampling)
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (["INFO started", "Killed"], None),
+        (["WARNING such as OSError: [Errno 24] Too many open files"], None),
+        (
+            ["ValueError: no such layer", "RuntimeError: Engine core initialization failed. See above"],
+            "ValueError: no such layer",
+        ),
+        (
+            ["RuntimeError: Engine core initialization failed. See above"],
+            "RuntimeError: Engine core initialization failed. See above",
+        ),
+        (
+            [
+                "pydantic_core.ValidationError: 1 validation error for ModelConfig",
+                "  Value error, Model architectures ['X'] are not there. Supported architectures: dict_keys(['A'])",
+                "    For further information visit https://errors.pydantic.dev",
+            ],
+            "ValidationError: 1 validation error for ModelConfig Value error, Model architectures ['X'] are not there",
+        ),
+    ],
+)
+def test_why_a_server_ended_is_the_first_cause_that_its_log_names(log, cause):
+    assert cause_in([line.replace("WARNING", "(APIServer) WARNING 11-28") for line in log]) == cause
