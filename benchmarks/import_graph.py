@@ -18,6 +18,7 @@ LEVELS = (
     "distributed",
     "stream",
     "storage",
+    "plugins",
     "config",
     "losses",
     "builtin",

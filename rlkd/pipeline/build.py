@@ -12,15 +12,17 @@ from rlkd.config.schema import (
     RoutedTeacherConfig,
     SelfTeacherConfig,
     ServedTeacherConfig,
+    TeacherConfig,
 )
 from rlkd.data.prompts import PromptStream
-from rlkd.distributed import compute_dtype
+from rlkd.distributed import RunStopped, compute_dtype
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.pipeline.line import Line
+from rlkd.plugins import TEACHER, find
 from rlkd.rewards.pool import RewardPool
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.lockstep import Lockstep
@@ -71,8 +73,22 @@ def build_teacher(config: Config, policy: Sampler, lockstep: Lockstep | None = N
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
         return PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
+    if isinstance(teacher, TeacherConfig):
+        return _own_teacher(config, teacher.backend)
     assert not isinstance(teacher, NoTeacherConfig), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher, lockstep)
+
+
+def _own_teacher(config: Config, name: str) -> Teacher:
+    """A teacher from outside the package. Raises: RunStopped if it lacks a part of the protocol."""
+    made: Teacher = find(name, TEACHER, lambda found: found(config))
+    missing = [part for part in vars(Teacher) if not part.startswith("_") and not hasattr(made, part)]
+    if missing:
+        raise RunStopped(
+            f"teacher.backend: expected {name} to have what a teacher has, got a class without {', '.join(missing)}; "
+            "derive it from rlkd.teachers.teacher.FixedTeacher and define score"
+        )
+    return made
 
 
 def _one_teacher(

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from rlkd.plugins import one_line
 from rlkd.rewards import LARGEST, registry
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _call(
             return None, f"expected a number from -{LARGEST:g} to {LARGEST:g}, got {shown}", None
         return float(number), None, words
     except BaseException as error:  # SystemExit too: this sample has no reward, and the error gives the reason
-        return None, f"raised {registry.one_line(error)}", None
+        return None, f"raised {one_line(error)}", None
 
 
 @functools.cache

@@ -286,19 +286,14 @@ class PolicyModule(lightning.LightningModule):
         return own
 
 
-_CLASSES: dict[type[Algorithm], type[PolicyModule]] = {}
-
-
 def module_class(algorithm: type[Algorithm]) -> type[PolicyModule]:
-    """The LightningModule of one algorithm: `rlkd.algorithms.GRPO` trains by `rlkd.algorithms.grpo.GRPO`.
+    """A LightningModule of one algorithm: `rlkd.algorithms.GRPO` trains by `rlkd.algorithms.grpo.GRPO`.
 
     Its constructor refuses a config of another algorithm.
     """
-    if algorithm not in _CLASSES:
-        # pickle finds a class by its module and name, so those of the built-in ones are where users find them.
-        attributes = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": "rlkd.algorithms"}
-        _CLASSES[algorithm] = type(algorithm.__name__, (PolicyModule,), attributes)
-    return _CLASSES[algorithm]
+    # pickle finds a class by its module and name, so those of the built-in ones are where users find them.
+    attributes = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": "rlkd.algorithms"}
+    return type(algorithm.__name__, (PolicyModule,), attributes)
 
 
 def check_finite(student: Student, iteration: int) -> None:
