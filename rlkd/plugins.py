@@ -36,6 +36,7 @@ ALGORITHM = Kind("rlkd.algorithms", "class", "module:Class", "my_algorithm:MyAlg
 REWARD = Kind("rlkd.rewards", "function", "module:function", "my_rewards:my_reward")
 DATA_SOURCE = Kind("rlkd.data_sources", "class or function", "module:Class", "my_data:MyData")
 TEACHER = Kind("rlkd.teachers", "class", "module:Class", "my_teacher:MyTeacher")
+SAMPLER = Kind("rlkd.samplers", "class", "module:Class", "my_sampler:MySampler")
 
 
 def search_path() -> list[str]:

@@ -1,4 +1,4 @@
-"""Prompts from a JSONL file, a Hugging Face data set or the built-in task.
+"""Prompts from a JSONL file, a Hugging Face data set, the built-in task, or a class from outside the package.
 
 Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and reports the line of a
 bad row; `load_source` turns the rows into prompts.
@@ -23,6 +23,7 @@ from rlkd.data.faults import DataError, Faults
 from rlkd.data.jsonl import read_jsonl
 from rlkd.data.notes import Notes
 from rlkd.data.rows import LEAVE_OUT, Row
+from rlkd.plugins import DATA_SOURCE, find, is_outside, one_line, where
 from rlkd.types import Prompt
 
 BUILTIN_TASK = "builtin:reverse"
@@ -255,7 +256,26 @@ def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any
         return read_jsonl(path)
     if os.path.isfile(path):
         raise ValueError(f"{path}: only .jsonl files are read; put other formats into a folder of their own")
+    if "/" not in path and not os.path.exists(path) and is_outside(path, DATA_SOURCE):
+        return _own(path, data.split)
     return _hugging_face(path, data.split)
+
+
+def _own(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
+    """The rows that a class or function from outside the package gives for `split`: an iterable of dicts."""
+    try:
+        source = find(path, DATA_SOURCE, lambda found: found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    number = -1
+    try:
+        for number, row in enumerate(source(split)):
+            fault = ValueError(f"expected a dict of columns, got {type(row).__name__} {str(row)[:40]!r}")
+            yield f"{path}[{split}] row {number}", row if isinstance(row, Mapping) else fault
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"{path}: with split {split!r}, after {number + 1} rows it raised {one_line(error)}{where(error)}"
+        ) from error
 
 
 def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rlkd.algorithms.base import Algorithm
@@ -22,7 +24,7 @@ from rlkd.generation.vllm import VLLMSampler
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.pipeline.line import Line
-from rlkd.plugins import TEACHER, find
+from rlkd.plugins import SAMPLER, TEACHER, Kind, find
 from rlkd.rewards.pool import RewardPool
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.lockstep import Lockstep
@@ -58,6 +60,9 @@ def build_sampler(config: Config) -> Sampler:
     ends = eos_ids(config.model.path, config.model.trust_remote_code)
     if config.rollout.backend == "hf":
         return HFSampler(config, ends)
+    if config.rollout.backend != "vllm":
+        own: Sampler = _own(config.rollout.backend, SAMPLER, Sampler, config, ends)
+        return own
     kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
     return kind(config, ends)
 
@@ -74,19 +79,20 @@ def build_teacher(config: Config, policy: Sampler, lockstep: Lockstep | None = N
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
         return PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
     if isinstance(teacher, TeacherConfig):
-        return _own_teacher(config, teacher.backend)
+        own: Teacher = _own(teacher.backend, TEACHER, Teacher, config)
+        return own
     assert not isinstance(teacher, NoTeacherConfig), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher, lockstep)
 
 
-def _own_teacher(config: Config, name: str) -> Teacher:
-    """A teacher from outside the package. Raises: RunStopped if it lacks a part of the protocol."""
-    made: Teacher = find(name, TEACHER, lambda found: found(config))
-    missing = [part for part in vars(Teacher) if not part.startswith("_") and not hasattr(made, part)]
+def _own(name: str, kind: Kind, protocol: Any, *arguments: Any) -> Any:
+    """A sampler or teacher from outside the package. Raises: RunStopped if it lacks a part of its protocol."""
+    made = find(name, kind, lambda found: found(*arguments))
+    missing = [part for part in vars(protocol) if not part.startswith("_") and not hasattr(made, part)]
     if missing:
         raise RunStopped(
-            f"teacher.backend: expected {name} to have what a teacher has, got a class without {', '.join(missing)}; "
-            "derive it from rlkd.teachers.teacher.FixedTeacher and define score"
+            f"{name}: expected what every {protocol.__name__} has, got a class without {', '.join(missing)}; see "
+            f"{protocol.__module__}"
         )
     return made
 

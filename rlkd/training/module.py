@@ -209,9 +209,9 @@ class PolicyModule(lightning.LightningModule):
 
     def _check_gap(self, mismatch: MetricAccumulator, iteration: int) -> None:
         """See `check_mismatch`. `self.row` still holds the metrics of the previous iteration."""
-        served = self.config.rollout.backend == "vllm"  # in this process a strict load takes all weights or fails
+        checks = self.config.rollout.backend != "hf"  # the hf sampler's strict load takes all weights or fails
         moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may start at 0
-        changed = served and len(self._first_gaps) == 1 and moved
+        changed = checks and len(self._first_gaps) == 1 and moved
         at_start = self._first_gaps[0] if changed else None
         gap = check_mismatch(mismatch, self.config, iteration, self._recent_gaps, at_start)
         if gap is None:

@@ -26,8 +26,11 @@ class DataConfig(Section):
     `meta.gold.value` takes precedence.
     """
 
-    path: str = Field(description="a .jsonl file, a folder or hub id of a Hugging Face dataset, or builtin:reverse")
-    split: str = Field("train", description="split of a Hugging Face dataset")
+    path: str = Field(
+        description="a .jsonl file, a folder or hub id of a Hugging Face dataset, builtin:reverse, or your own "
+        "module:Class"
+    )
+    split: str = Field("train", description="split of a Hugging Face dataset, or what your own class is called with")
     prompt_column: str = Field(
         "prompt", description="column with the prompt: a string or a list of chat messages; a.b.c is a nested column"
     )
