@@ -20,6 +20,7 @@ LEVELS = (
     "stream",
     "storage",
     "raised",
+    "plugins",
     "config",
     "losses",
     "builtin",

@@ -21,4 +21,5 @@ def __getattr__(name: str) -> type[PolicyModule]:
     from rlkd.algorithms.registry import algorithm_class
     from rlkd.training.module import module_class
 
-    return module_class(algorithm_class(name.lower()))
+    globals()[name] = module = module_class(algorithm_class(name.lower()))  # the same class next time
+    return module

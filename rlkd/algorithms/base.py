@@ -15,7 +15,7 @@ from typing import Any, ClassVar, get_args
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlkd.algorithms.registry import ALGORITHMS
+from rlkd.algorithms.registry import ALGORITHMS, OPTIONS
 from rlkd.config.kinds import Reduction
 from rlkd.config.schema import AlgorithmConfig, Config, NoTeacherConfig
 from rlkd.data.chat import completion_text, load_tokenizer
@@ -75,19 +75,30 @@ class Algorithm:
     """Whether rollouts whose reward could not be computed are left out of training."""
 
     def __init_subclass__(cls) -> None:
-        """Register the algorithm under the `name` of its Options, for configs."""
+        """Register the algorithm under the `name` of its Options, for configs.
+
+        A class that is defined again, as in a notebook, replaces the first. Raises: ValueError if another module has an
+        algorithm of that name.
+        """
         super().__init_subclass__()
         if "Options" not in cls.__dict__ or "name" not in cls.Options.__annotations__:
             return  # a variant without a name of its own, for use from Python or as module:Class
         for name in get_args(cls.Options.model_fields["name"].annotation):  # empty if it is a plain str
-            assert name not in ALGORITHMS, f"two algorithms are called {name!r}"
+            home = f"rlkd.algorithms.{name}" if name in OPTIONS else ALGORITHMS.get(name, cls).__module__
+            if cls.__module__ != home:
+                raise ValueError(
+                    f"{cls.__name__}.Options.name: expected a name that no other algorithm has, got {name!r}, which is "
+                    f"that of one in {home}; choose another"
+                )
             ALGORITHMS[name] = cls
 
     def __init__(self, config: Config):
         if not isinstance(config.algorithm, self.Options):
+            again = config.algorithm.name in get_args(self.Options.model_fields["name"].annotation)
+            fix = "load the configuration again, as the class is newer" if again else "set the name of this algorithm"
             raise ValueError(
                 f"algorithm.name: expected {self.Options.__name__} for {type(self).__name__}, got "
-                f"{config.algorithm.name}; set the name of this algorithm"
+                f"{config.algorithm.name}; {fix}"
             )
         self.config = config
 

@@ -1,74 +1,43 @@
-"""`algorithm.name: module:Class`: user-defined algorithms from outside the package."""
+"""Algorithms from outside the package: `algorithm.name: module:Class`, or a name that an installed package declares."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import sys
-import traceback
-from typing import Any, Literal
-
-from pydantic import Field, create_model
+from typing import Any
 
 from rlkd.algorithms.base import Algorithm
 from rlkd.algorithms.registry import ALGORITHMS
+from rlkd.config.own_options import own_options
 from rlkd.config.schema import AlgorithmConfig
-from rlkd.rewards.registry import one_line, search_path
+from rlkd.plugins import ALGORITHM, find
 
 
 def learn(name: str) -> None:
-    """Import the class `name` (`module:Class`) and register it in ALGORITHMS under `name`.
+    """Import the class `name` and register it in ALGORITHMS under `name`, in place of one that it replaces.
 
     Its `algorithm` section is its Options class, with `name` as the algorithm's name, so that `config.yaml` and
-    checkpoints record where the class comes from. Like reward modules, it may be in the working directory.
+    checkpoints record where the class comes from.
 
     Raises: ValueError with a one-line message.
     """
-    if name in ALGORITHMS:
-        return
-    module_name, _, class_name = name.partition(":")
-    if not module_name or not class_name or module_name.startswith("."):
-        raise ValueError("expected module:Class; e.g. my_algorithm:MyAlgorithm for the class in my_algorithm.py")
-    sys.path[:] = search_path()
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # the user's module may raise anything; show its own message
-        raise ValueError(f"importing {module_name} raised {one_line(error)}{_where(error)}") from error
-    found = vars(module).get(class_name)
-    if found is None:
-        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        near = difflib.get_close_matches(class_name, classes, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"module {module_name} has no class {class_name}{hint}")
+    find(name, ALGORITHM, lambda found: _register(name, found))
+
+
+def _register(name: str, found: Any) -> None:
+    """Register a subclass of `found` whose Options have that name, unless it is there. Raises: ValueError, one line."""
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
         raise ValueError(
-            f"{class_name} of {module_name}: expected a subclass of rlkd.algorithms.base.Algorithm; derive it from "
-            "that, or from an algorithm such as rlkd.algorithms.grpo.GRPO"
+            f"{' of '.join(reversed(name.split(':')))}: expected a subclass of rlkd.algorithms.base.Algorithm; derive "
+            "it from that, or from an algorithm such as rlkd.algorithms.grpo.GRPO"
         )
-    _register(name, found)
-
-
-def _register(name: str, found: type[Algorithm]) -> None:
-    """Define a subclass of `found` whose Options have the name `name`; subclassing `Algorithm` registers it."""
-    options = getattr(found, "Options", None)
-    if not (isinstance(options, type) and issubclass(options, AlgorithmConfig)):
-        raise ValueError(
-            f"{found.__name__} has no Options; define Options as a subclass of rlkd.config.AlgorithmConfig"
-        )
-    field: Any = (Literal[name], Field(description=name))
-    type(
+    known = ALGORITHMS.get(name)
+    if known is not None and (known is found or found in known.__bases__):
+        return
+    type(  # a subclass with a name of its own registers itself
         found.__name__,
         (found,),
         {
-            "Options": create_model(options.__name__, __base__=options, __doc__=options.__doc__, name=field),
+            "Options": own_options(found, AlgorithmConfig, "name", name),
             "__doc__": found.__doc__,
             "__module__": found.__module__,
         },
     )
-
-
-def _where(error: BaseException) -> str:
-    """` at FILE:LINE` of the innermost frame with a source file; empty if the module was not found."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    own = [frame for frame in frames[1:] if not frame.filename.startswith("<")]
-    return f" at {own[-1].filename}:{own[-1].lineno}" if own else ""

@@ -20,6 +20,7 @@ from rlkd.algorithms.sft_options import SFTConfig
 from rlkd.algorithms.taid_options import TAIDConfig
 from rlkd.algorithms.thinktuning_options import ThinkTuningConfig
 from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.plugins import ALGORITHM, is_outside
 
 if TYPE_CHECKING:
     from rlkd.algorithms.base import Algorithm
@@ -58,11 +59,13 @@ def known_options() -> dict[str, type[AlgorithmConfig]]:
     return {**OPTIONS, **{name: algorithm.Options for name, algorithm in ALGORITHMS.items()}}
 
 
-def learn_options(name: str) -> type[AlgorithmConfig]:
-    """The section class of an algorithm outside the package; `name` is module:Class. Imports torch.
+def learn_options(name: str) -> type[AlgorithmConfig] | None:
+    """The section class of an algorithm from outside the package; None if `name` does not stand for one. Imports torch.
 
-    Raises: ValueError with a one-line message if there is no such algorithm.
+    Raises: ValueError with a one-line message if the algorithm cannot be imported.
     """
+    if name in OPTIONS or not is_outside(name, ALGORITHM):
+        return None
     from rlkd.algorithms import outside
 
     outside.learn(name)

@@ -1,5 +1,5 @@
 """The configuration: its classes, and loading them from YAML files and overrides. Nothing here imports torch."""
 
-from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.config.schema import AlgorithmConfig, Config, TeacherConfig
 
-__all__ = ["AlgorithmConfig", "Config"]
+__all__ = ["AlgorithmConfig", "Config", "TeacherConfig"]

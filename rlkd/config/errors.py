@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from rlkd.config.help import Path, Schema, Slot, choices, dotted, expected
 from rlkd.config.yaml_tree import COMMAND_LINE, Node, at, scalar
+from rlkd.plugins import installed
 
 _MAX_SHOWN_CHARS = 60
 
@@ -69,14 +70,14 @@ class Report:
         """Report that the section at `path` has no tag, or an unknown one."""
         node, exact = at(self.root, path)
         assert place.tag is not None
-        kinds = list(place.variants)
+        kinds = [*place.variants, *(installed(place.outside) if place.outside is not None else [])]
         if exact and not isinstance(node.value, dict) and node.value is not None:
             hint = f"; did you mean {dotted(path)}.{place.tag}: {node.value}?" if node.value in kinds else ""
             self.add(path, f"expected {expected(place)}, got {shown(node)}{hint}")
             return
         path = (*path, place.tag)
         tag, exact = at(self.root, path)
-        own = " | module:Class of your own" if self.schema.others and place is self.schema.algorithm else ""
+        own = f" | {place.outside.form} of your own" if place.outside is not None else ""
         names = f"expected {' | '.join(kinds)}{own}"
         self.add(path, f"{names}, got {shown(tag)}{_near(tag.value, kinds)}" if exact else f"missing; {names}")
 

@@ -9,6 +9,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types as bounds
@@ -18,12 +19,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlkd.config.schedules import Constant, Schedule
-from rlkd.config.schema import AlgorithmConfig, Config
+from rlkd.config.schema import AlgorithmConfig, Config, Teacher, TeacherConfig
+from rlkd.plugins import ALGORITHM, TEACHER, Kind
 
 Algorithms = Mapping[str, type[AlgorithmConfig]]
 """algorithm.name → class of the `algorithm` section."""
-LearnOptions = Callable[[str], type[AlgorithmConfig]]
-"""module:Class → class of that algorithm's section. Raises: ValueError, one line."""
+LearnOptions = Callable[[str], type[AlgorithmConfig] | None]
+"""algorithm.name → class of its section; None if it is not from outside the package. Raises: ValueError, one line."""
 _ENTRY = re.compile(r"  \w+(?:\.\w+|\[\])+:")
 """The first line of a key's help."""
 Path = tuple[str | int, ...]
@@ -41,6 +43,8 @@ class Slot:
     """The discriminator key, if the members are several kinds of section."""
     metadata: tuple[Any, ...] = ()
     """Bounds on the value."""
+    outside: Kind | None = None
+    """What else the tag may name: a class from outside the package."""
 
     @property
     def models(self) -> tuple[type[BaseModel], ...]:
@@ -127,17 +131,28 @@ def expected(place: Slot) -> str:
 class Schema:
     """The configuration tree for a given set of algorithms."""
 
-    def __init__(self, algorithms: Algorithms, others: bool = False) -> None:
-        """`others`: whether algorithm.name also accepts module:Class, an algorithm from outside the package."""
+    def __init__(
+        self,
+        algorithms: Algorithms,
+        own_teachers: Mapping[str, type[TeacherConfig]] = MappingProxyType({}),
+        others: bool = False,
+    ) -> None:
+        """
+        Args:
+            own_teachers: teacher.backend → class of the `teacher` section, for teachers from outside the package.
+            others: whether algorithm.name and teacher.backend also accept module:Class.
+        """
         self.config = Config
-        self.others = others
+        self.own_teachers = own_teachers
         self.root = Slot((Config,))
-        self.algorithm = Slot(tuple(algorithms.values()), tag="name")
+        self.algorithm = Slot(tuple(algorithms.values()), tag="name", outside=ALGORITHM if others else None)
+        built_in = [model for model in slot(Teacher).models if model is not TeacherConfig]
+        self.teacher = Slot((*built_in, *own_teachers.values()), tag="backend", outside=TEACHER if others else None)
         assert list(self.algorithm.variants) == list(algorithms), "the names of ALGORITHMS and of their Config differ"
 
     def fields(self, model: type[BaseModel]) -> dict[str, Slot]:
-        """Key → slot of a section's class; for Config, `algorithm` lists the known algorithms."""
-        return fields(model) | ({"algorithm": self.algorithm} if model is Config else {})
+        """Key → slot of a section's class; for Config, with the known algorithms and teachers."""
+        return fields(model) | ({"algorithm": self.algorithm, "teacher": self.teacher} if model is Config else {})
 
     def all_keys(self) -> Iterator[tuple[str, str]]:
         """Every (dotted section, key) of the tree, for all kinds of each section."""
@@ -193,8 +208,8 @@ class Schema:
             if place.tag is None:
                 yield (name,), _section_help(name, name, place.models[0])
                 continue
-            if place is self.algorithm and self.others:
-                about = "algorithm.name: module:Class - an algorithm of your own, with the keys of its Options"
+            if place.outside is not None:
+                about = f"{name}.{place.tag}: {place.outside.form} - one of your own, with the keys of its Options"
                 yield (name,), _wrapped(about, 0)
             for tag, model in place.variants.items():
                 yield (name, tag), _section_help(f"{name}.{place.tag}: {tag}", name, model)
@@ -287,8 +302,7 @@ def _wrapped(text: str, indent: int) -> list[str]:
 
 
 def _tag(field: FieldInfo) -> str | None:
-    assert field.discriminator is None or isinstance(field.discriminator, str)
-    return field.discriminator
+    return field.discriminator if isinstance(field.discriminator, str) else None
 
 
 def _expected_one(member: Any) -> str:

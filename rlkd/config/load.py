@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticUndefined
 
 from rlkd.config.errors import ConfigError, Report, shown
-from rlkd.config.help import Algorithms, LearnOptions, Path, Schema, Slot, default
+from rlkd.config.help import Algorithms, LearnOptions, Path, Schema, Slot, default, dotted
 from rlkd.config.schema import AlgorithmConfig, Config, Section
+from rlkd.config.sections.teacher import teacher_options
 from rlkd.config.yaml_tree import COMMAND_LINE, MISSING, Node, at, merge, read_file, read_override, unspaced
 
 __all__ = ["ConfigError", "Loaded", "load"]
@@ -41,7 +42,7 @@ def load(
 
     Args:
         algorithms: name → class of the `algorithm` section.
-        learn: returns that class for a name of the form module:Class; None: such names are rejected.
+        learn: returns that class for a name from outside the package; None: such names are rejected.
 
     Raises: ConfigError with one line per mistake.
     """
@@ -81,30 +82,36 @@ def set_by(under: Node, over: Node, path: Path) -> str:
 
 def checked(root: Node, problems: Sequence[str], algorithms: Algorithms, learn: LearnOptions | None = None) -> Loaded:
     """Validate a merged tree. Raises: ConfigError with one line per mistake, `problems` first."""
-    outside = _outside_name(root) if learn is not None else None
-    unknown = None
-    if learn is not None and outside is not None and outside not in algorithms:
+    kinds: dict[str, dict[str, Any]] = {"algorithm": dict(algorithms), "teacher": {}}
+    wrong: dict[Path, str] = {}
+    learners = {} if learn is None else {"algorithm": learn, "teacher": teacher_options}
+    for section, options_of in learners.items():
+        path = (section, _TAGS[section,])
+        name = _selected(root, path)
         try:
-            algorithms = {**algorithms, outside: learn(outside)}
+            options = None if name is None else options_of(name)
         except ValueError as error:
-            unknown = str(error)
-    schema = Schema(algorithms, others=learn is not None)
+            wrong[path] = str(error)
+            continue
+        if options is not None:
+            kinds[section][str(name)] = options
+    schema = Schema(kinds["algorithm"], kinds["teacher"], others=learn is not None)
     report = Report(root, schema, list(problems))
-    if unknown is not None:
-        report.refused(("algorithm", "name"), unknown)
+    for key, why in wrong.items():
+        report.refused(key, why)
     return _Loading(root, schema, report).run()
 
 
-def _outside_name(root: Node) -> str | None:
-    """algorithm.name if it has the form module:Class; otherwise, or if it cannot be resolved, None."""
-    node, exact = at(root, ("algorithm", "name"))
+def _selected(root: Node, path: Path) -> str | None:
+    """The name at `path`; None if it is missing, not a text, or cannot be resolved."""
+    node, exact = at(root, path)
     name = node.value if exact else None
     if isinstance(name, str) and "${" in name:
         try:
-            name = OmegaConf.select(OmegaConf.create(_plain(root)), "algorithm.name")
+            name = OmegaConf.select(OmegaConf.create(_plain(root)), dotted(path))
         except OmegaConfBaseException:
             return None  # reported where references are resolved
-    return name if isinstance(name, str) and ":" in name else None
+    return name if isinstance(name, str) else None
 
 
 @dataclass
@@ -247,22 +254,30 @@ class _Loading:
         return values if isinstance(container, DictConfig) else list(values.values())
 
     def _checked(self, values: dict[str, Any]) -> Config | None:
-        """Validate the values. The algorithm section is validated first, by the class that its name selects."""
+        """Validate the values. Sections whose classes are not named in Config are validated first, by those classes."""
         section, place = values.get("algorithm"), self.schema.algorithm
-        kind = section.get("name") if isinstance(section, dict) else None
-        algorithm = AlgorithmConfig(name="unknown")
-        if isinstance(kind, str) and kind in place.variants:
-            try:
-                algorithm = place.variants[kind].model_validate(section)  # type: ignore[assignment]
-            except ValidationError as error:
-                self.report.pydantic(error.errors(), ("algorithm",), Slot((place.variants[kind],)))
+        known: dict[str, Any] = {"algorithm": AlgorithmConfig(name="unknown")}
+        if isinstance(section, dict) and section.get("name") in place.variants:
+            known |= self._validated("algorithm", section, place.variants[section["name"]])
         else:
             self.report.unknown_kind(place, ("algorithm",))
+        section = values.get("teacher")
+        if isinstance(section, dict) and section.get("backend") in self.schema.own_teachers:
+            own = self.schema.own_teachers[section["backend"]]
+            known |= {"teacher": None} | self._validated("teacher", section, own)
         try:
-            return Config.model_validate(values | {"algorithm": algorithm})
+            return Config.model_validate(values | known)
         except ValidationError as error:
             self.report.pydantic(error.errors(), (), self.schema.root)
             return None
+
+    def _validated(self, name: str, section: dict[str, Any], model: type[BaseModel]) -> dict[str, BaseModel]:
+        """{name: the section}; empty after mistakes, which are reported."""
+        try:
+            return {name: model.model_validate(section)}
+        except ValidationError as error:
+            self.report.pydantic(error.errors(), (name,), Slot((model,)))
+            return {}
 
 
 def _keep_set(section: Section, node: Node) -> None:

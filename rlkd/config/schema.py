@@ -27,6 +27,7 @@ from rlkd.config.sections.teacher import (
     SelfTeacherConfig,
     ServedTeacherConfig,
     Teacher,
+    TeacherConfig,
 )
 from rlkd.config.sections.training import OptimConfig, TrainerConfig
 
@@ -65,6 +66,7 @@ __all__ = [
     "ServedTeacherConfig",
     "ServerConfig",
     "Teacher",
+    "TeacherConfig",
     "TrainerConfig",
 ]
 

@@ -1,4 +1,5 @@
-"""Prompts from a file (JSONL, CSV, Parquet), a Hugging Face data set or the built-in task, or a part of them.
+"""Prompts from a file (JSONL, CSV, Parquet), a Hugging Face data set, the built-in task or code from outside the
+package, or a part of them.
 
 Reading has two steps. `read_rows` checks everything that can be checked without a tokenizer and reports the line of a
 bad row; `load_source` turns the rows into prompts.
@@ -21,6 +22,8 @@ from rlkd.data.jsonl import read_jsonl
 from rlkd.data.rows import LEAVE_OUT, Row
 from rlkd.data.split import Part
 from rlkd.data.tables import read_csv, read_parquet
+from rlkd.plugins import DATA_SOURCE, find, is_outside, one_line
+from rlkd.raised import place
 from rlkd.storage import hub
 from rlkd.storage.near import did_you_mean
 
@@ -309,6 +312,8 @@ def _tables(data: DataConfig, path: str) -> Iterator[tuple[str, Mapping[str, Any
         return reader(path)
     if os.path.isfile(path):
         raise ValueError(f"{path}: only {_KINDS} files are read; put other formats into a folder of their own")
+    if "/" not in path and not os.path.exists(path) and is_outside(path, DATA_SOURCE):
+        return _own(path, data.split)
     return _hugging_face(path, data.split)
 
 
@@ -316,6 +321,23 @@ def _reader(path: str) -> Callable[[str], Iterator[tuple[str, Any]]] | None:
     """What reads the file; None for a data set, which may be a folder called data.parquet."""
     reader = next((reader for end, reader in FILES.items() if path.endswith(end)), None)
     return None if reader is not read_jsonl and os.path.isdir(path) else reader
+
+
+def _own(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any] | ValueError]]:
+    """The rows that a class or function from outside the package gives for `split`: an iterable of dicts."""
+    try:
+        source = find(path, DATA_SOURCE, lambda found: found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    number = -1
+    try:
+        for number, row in enumerate(source(split)):
+            fault = ValueError(f"expected a dict of columns, got {type(row).__name__} {str(row)[:40]!r}")
+            yield f"{path}[{split}] row {number}", row if isinstance(row, Mapping) else fault
+    except Exception as error:  # the user's code may raise anything
+        raise ValueError(
+            f"{path}: with split {split!r}, after {number + 1} rows it raised {one_line(error)}{place(error)}"
+        ) from error
 
 
 def _hugging_face(path: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from rlkd.algorithms.base import Algorithm
@@ -12,15 +14,17 @@ from rlkd.config.schema import (
     RoutedTeacherConfig,
     SelfTeacherConfig,
     ServedTeacherConfig,
+    TeacherConfig,
 )
 from rlkd.data.prompts import Stream as Prompts
-from rlkd.distributed import compute_dtype
+from rlkd.distributed import RunStopped, compute_dtype
 from rlkd.generation.hf import HFSampler
 from rlkd.generation.sampler import Sampler, eos_ids
 from rlkd.generation.vllm import VLLMSampler
 from rlkd.generation.vllm_lora import LoraVLLMSampler
 from rlkd.models.vocabulary import vocabulary_size
 from rlkd.pipeline.line import Line
+from rlkd.plugins import SAMPLER, TEACHER, Kind, find
 from rlkd.rewards.pool import RewardPool
 from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.lockstep import Lockstep
@@ -56,6 +60,9 @@ def build_sampler(config: Config) -> Sampler:
     ends = eos_ids(config.model.path, config.model.trust_remote_code)
     if config.rollout.backend == "hf":
         return HFSampler(config, ends)
+    if config.rollout.backend != "vllm":
+        own: Sampler = _own(config.rollout.backend, SAMPLER, Sampler, config, ends)
+        return own
     kind = LoraVLLMSampler if config.publishes_adapter else VLLMSampler
     return kind(config, ends)
 
@@ -71,8 +78,23 @@ def build_teacher(config: Config, policy: Sampler, lockstep: Lockstep | None = N
         assert isinstance(policy, VLLMSampler), "the configuration was checked"
         ends = eos_ids(config.model.path, config.model.trust_remote_code)
         return PolicyServerTeacher(policy, ends, base=teacher.weights == "fixed")
+    if isinstance(teacher, TeacherConfig):
+        own: Teacher = _own(teacher.backend, TEACHER, Teacher, config)
+        return own
     assert not isinstance(teacher, NoTeacherConfig), "an algorithm with a teacher refuses backend none"
     return _one_teacher(config, teacher, lockstep)
+
+
+def _own(name: str, kind: Kind, protocol: Any, *arguments: Any) -> Any:
+    """A sampler or teacher from outside the package. Raises: RunStopped if it lacks a part of its protocol."""
+    made = find(name, kind, lambda found: found(*arguments))
+    missing = [part for part in vars(protocol) if not part.startswith("_") and not hasattr(made, part)]
+    if missing:
+        raise RunStopped(
+            f"{name}: expected what every {protocol.__name__} has, got a class without {', '.join(missing)}; see "
+            f"{protocol.__module__}"
+        )
+    return made
 
 
 def _one_teacher(

@@ -104,6 +104,11 @@ class RolloutLoader:
             what = f"loading the {name}" if part.in_process else f"waiting for servers: {name}"
             with phase(what, self.config.log.progress):
                 part.open()
+        if len(set(distributed.gather(self.data.digest))) > 1:
+            raise RunStopped(
+                f"data.path: expected the same rows in the same order of {self.config.data.path} on every rank, got "
+                "others; copy one file to all nodes, or let your own class depend on nothing but the split"
+            )
         distributed.on_every_rank(self.line.rewards.open)  # a module may be missing on one node only
 
     def check_parity(self) -> None:

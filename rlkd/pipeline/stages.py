@@ -27,8 +27,9 @@ def sampler_stage(stream: Stream, sampler: Sampler) -> AsyncSampler:
     """`sampler` for coroutines of `stream`."""
     if isinstance(sampler, HFSampler):
         return BatchedSampler(stream, sampler.groups)
-    assert isinstance(sampler, VLLMSampler), "there are no other samplers"
-    return ThreadedSampler(stream, sampler)
+    if isinstance(sampler, VLLMSampler):
+        return ThreadedSampler(stream, sampler)
+    return BatchedSampler(stream, lambda prompts, **how: enumerate(sampler.sample(prompts, **how)))
 
 
 def teacher_stages(stream: Stream, teachers: Mapping[str, Teacher]) -> dict[str, AsyncTeacher]:

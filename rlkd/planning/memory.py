@@ -15,7 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from rlkd.algorithms.registry import build_algorithm
-from rlkd.config.schema import Config, LocalTeacherConfig, SelfTeacherConfig, ServedTeacherConfig, ServerConfig
+from rlkd.config.schema import (
+    Config,
+    LocalTeacherConfig,
+    NoTeacherConfig,
+    SelfTeacherConfig,
+    ServedTeacherConfig,
+    ServerConfig,
+)
 from rlkd.generation.vllm import longest
 from rlkd.models.logprob_head import CHUNK_LOGITS, VOCABULARY_CHUNK
 from rlkd.models.lora import layers, skeleton
@@ -250,7 +257,7 @@ def _training(config: Config, model: Shape) -> Part:
     if recomputed:
         activations += tokens * (each * model.hidden * recomputed + inner)
     logits = 4 * model.output_layer + 4 * max(VOCABULARY_CHUNK.values()) * min(tokens, _TOKEN_CHUNK)
-    if config.teachers or isinstance(config.teacher, SelfTeacherConfig):
+    if not isinstance(config.teacher, NoTeacherConfig):
         logits = max(logits, 4 * model.output_layer + 8 * 4 * CHUNK_LOGITS)  # a divergence: see logprob_head.py
     why = (
         f"gathered weights {gib(gathered)}, their gradients {gib(gradients)}, activations of {tokens} tokens "

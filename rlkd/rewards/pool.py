@@ -22,7 +22,8 @@ from typing import Any
 
 from rlkd.config.schema import RewardConfig, RewardFunction
 from rlkd.distributed import RunStopped
-from rlkd.rewards import LARGEST, registry
+from rlkd.plugins import one_line, search_path
+from rlkd.rewards import LARGEST
 from rlkd.rewards.worker_process import Job, WorkerProcess
 
 START_TIMEOUT_S = 120.0
@@ -116,7 +117,7 @@ class RewardPool:
         """
         assert self._thread is None, "the pool is open"
         functions = [[f.name, f.options] for f in self._functions]
-        self._setup = _line({"path": registry.search_path(), "functions": functions})
+        self._setup = _line({"path": search_path(), "functions": functions})
         self._closing, self._failure = False, None
         self._awake, self._wake = os.pipe()
         os.set_blocking(self._awake, False)
@@ -330,5 +331,5 @@ def _payload(item: RewardItem) -> bytes:
     except (TypeError, ValueError) as error:
         raise RunStopped(
             f"prompt {item.prompt[:40]!r}: expected columns and messages that are JSON, since rewards get them, got: "
-            f"{registry.one_line(error)}; write such values as texts, or leave their columns out of the data"
+            f"{one_line(error)}; write such values as texts, or leave their columns out of the data"
         ) from error

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
 import inspect
-import os
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from rlkd.plugins import REWARD, did_you_mean, find, installed, is_outside, one_line
 
 if TYPE_CHECKING:  # not at run time: workers start without pydantic
     from rlkd.config.schema import RewardFunction
@@ -35,32 +33,23 @@ _WRITTEN_FOR = {
 _LISTS = re.compile(r"(?:\w+\.)*(?:list|sequence|iterable)\b", re.IGNORECASE)
 
 
-def search_path() -> list[str]:
-    """The folders in which `module:function` is searched: this process's sys.path and the working directory."""
-    here = os.getcwd()
-    return list(sys.path) if here in sys.path or "" in sys.path else [here, *sys.path]
-
-
 def resolve(name: str) -> Callable[..., Any]:
-    """The reward function called `name`: a builtin, or `module:function` with a module on sys.path.
+    """The reward function called `name`: a builtin, `module:function`, or one that an installed package declares.
 
     Raises: ValueError, one line.
     """
-    module_name, colon, function_name = BUILTIN.get(name, name).partition(":")
-    if not (module_name and colon and function_name):
-        known = f"{', '.join(BUILTIN)}, or your own as module:function"
-        raise ValueError(f"reward {name!r} is unknown{_did_you_mean(name, BUILTIN)}; use one of {known}")
-    if module_name == "__main__":
+    if name.startswith("__main__:"):
         raise ValueError(f"reward {name!r}: workers are processes of their own; move the function into a module")
+    if name not in BUILTIN and not is_outside(name, REWARD):
+        known = [*BUILTIN, *installed(REWARD)]
+        raise ValueError(
+            f"reward {name!r} is unknown{did_you_mean(name, known)}; use one of {', '.join(known)}, or your own as "
+            "module:function"
+        )
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # the user's module may raise anything
-        raise ValueError(f"reward {name!r}: importing {module_name} raised {one_line(error)}") from error
-    found: Callable[..., Any] | None = vars(module).get(function_name)
-    if found is None or not callable(found):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        hint = _did_you_mean(function_name, functions)
-        raise ValueError(f"reward {name!r}: module {module_name} has no function {function_name}{hint}")
+        found: Callable[..., Any] = find(BUILTIN.get(name, name), REWARD, lambda function: function)
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: {error}") from error
     return found
 
 
@@ -69,7 +58,6 @@ def check(functions: Sequence[RewardFunction]) -> list[str]:
 
     Imports the user's modules into this process, so that errors appear before any model is loaded.
     """
-    sys.path[:] = search_path()
     problems = []
     for function in functions:
         try:
@@ -110,7 +98,7 @@ def _wrong_options(name: str, function: Callable[..., Any], options: Mapping[str
         if option in GIVEN:
             problems.append(f"reward {name!r}: {option} is given by the data and cannot be an option")
         elif option not in keywords and not anything:
-            problems.append(f"reward {name!r} has no option {option!r}{_did_you_mean(option, keywords)}")
+            problems.append(f"reward {name!r} has no option {option!r}{did_you_mean(option, keywords)}")
     if problems:
         return problems
     try:
@@ -141,13 +129,3 @@ def _foreign(signature: inspect.Signature) -> str | None:
     if returned is not signature.empty and _LISTS.match(text):
         return f"returns {text[:40]}: it is written for a batch"
     return None
-
-
-def _did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(wrong, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def one_line(error: BaseException) -> str:
-    """`error` as one line of at most 300 characters: its type and its message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

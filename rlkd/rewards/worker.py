@@ -26,6 +26,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from rlkd.plugins import one_line
 from rlkd.raised import place
 from rlkd.rewards import LARGEST, registry
 
@@ -99,7 +100,7 @@ def _call(
             return None, f"expected a number from -{LARGEST:g} to {LARGEST:g}, got {shown}", None
         return float(number), None, words
     except BaseException as error:  # SystemExit too: this sample has no reward, and the error gives the reason
-        return None, f"raised {registry.one_line(error)}{place(error)}", None
+        return None, f"raised {one_line(error)}{place(error)}", None
 
 
 @functools.cache

@@ -68,9 +68,6 @@ class LocalScorer(FixedTeacher):
         self._hf: PreTrainedModel | None = None
         self._writes = False  # whether check_decode has passed; it is not needed for scoring
 
-    def start(self) -> None:
-        """Nothing to start."""
-
     def open(self) -> None:
         """Load the model. With `lockstep`, a collective. Raises: RunStopped, see `load_causal_lm`."""
         device, trusted = local_device(self.accelerator), self.trust_remote_code

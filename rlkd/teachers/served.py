@@ -13,7 +13,6 @@ from rlkd.config.schema import Config, ServedTeacherConfig
 from rlkd.data.seeds import request_seed
 from rlkd.generation.sampler import Sampling, eos_ids
 from rlkd.generation.vllm import VLLMSampler
-from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.vocabulary import padding, vocabulary_size
 from rlkd.servers.client import ROUNDING, ServerError, VLLMClient, check_ids, check_model, is_possible, possible
 from rlkd.servers.command import ServerRole
@@ -94,10 +93,6 @@ class _ServedScorer(FixedTeacher):
             return request_scores(client, model, part, signal)
 
         return [scores for answer in self._run(parts, one, at_once) for scores in answer]
-
-    def layers(self) -> tuple[OutputLayer, ...]:
-        """None, since the scores have no hidden states."""
-        return ()
 
     def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
         """See `Teacher.write`. Raises: ServerError, see `score`."""

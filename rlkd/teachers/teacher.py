@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from rlkd.distributed import RunStopped
 from rlkd.generation.sampler import Sampling
 from rlkd.losses.lm_head import OutputLayer
 from rlkd.models.weights import Weights
@@ -115,7 +116,34 @@ class AsyncTeacher(Protocol):
 
 
 class FixedTeacher:
-    """The part of the protocol of every teacher whose weights stay as they are."""
+    """The part of the protocol that is the same for most teachers whose weights stay as they are.
+
+    In this process, with nothing to load, no hidden states and no text of its own, `score` is all that is missing.
+    """
+
+    @property
+    def in_process(self) -> bool:
+        return True
+
+    def start(self) -> None:
+        """There is nothing to start."""
+
+    def open(self) -> None:
+        """There is nothing to load."""
+
+    def close(self) -> None:
+        """There is nothing to release."""
+
+    def layers(self) -> tuple[OutputLayer, ...]:
+        """None, since its scores have no hidden states."""
+        return ()
+
+    def write(self, questions: Sequence[ScoreRequest], sampling: Sampling, iteration: int) -> list[Completion]:
+        """Raises: RunStopped, since it only scores."""
+        raise RunStopped(
+            f"teacher.backend: expected a teacher that writes, got {type(self).__name__}, which only scores; choose "
+            "another teacher, or define its write"
+        )
 
     @property
     def follows(self) -> bool:

@@ -220,9 +220,9 @@ class PolicyModule(lightning.LightningModule):
 
     def _check_gap(self, mismatch: MetricAccumulator, iteration: int) -> None:
         """See `check_mismatch`. `self.row` still holds the metrics of the previous iteration."""
-        served = self.config.rollout.backend == "vllm"  # in this process a strict load takes all weights or fails
+        checks = self.config.rollout.backend != "hf"  # the hf sampler's strict load takes all weights or fails
         moved = self.row.get("grad_norm", 0.0) > 0 and self.row.get("lr", 0.0) > 0  # a warm-up may start at 0
-        changed = served and len(self._first_gaps) == 1 and moved
+        changed = checks and len(self._first_gaps) == 1 and moved
         at_start = self._first_gaps[0] if changed else None
         gap = check_mismatch(mismatch, self.config, iteration, self._recent_gaps, at_start)
         if gap is None:
@@ -304,19 +304,14 @@ class PolicyModule(lightning.LightningModule):
         return own
 
 
-_CLASSES: dict[type[Algorithm], type[PolicyModule]] = {}
-
-
 def module_class(algorithm: type[Algorithm]) -> type[PolicyModule]:
-    """The LightningModule of one algorithm: `rlkd.algorithms.GRPO` trains by `rlkd.algorithms.grpo.GRPO`.
+    """A LightningModule of one algorithm: `rlkd.algorithms.GRPO` trains by `rlkd.algorithms.grpo.GRPO`.
 
     Its constructor refuses a config of another algorithm.
     """
-    if algorithm not in _CLASSES:
-        # pickle finds a class by its module and name, so those of the built-in ones are where users find them.
-        attributes = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": "rlkd.algorithms"}
-        _CLASSES[algorithm] = type(algorithm.__name__, (PolicyModule,), attributes)
-    return _CLASSES[algorithm]
+    # pickle finds a class by its module and name, so those of the built-in ones are where users find them.
+    attributes = {"Algorithm": algorithm, "__doc__": algorithm.__doc__, "__module__": "rlkd.algorithms"}
+    return type(algorithm.__name__, (PolicyModule,), attributes)
 
 
 def check_finite(student: Student, iteration: int) -> None:

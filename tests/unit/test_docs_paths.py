@@ -12,6 +12,8 @@ ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Made-up names in "How to add an algorithm".
 PLACEHOLDERS = {
+    "rlkd.data_sources",
+    "rlkd.samplers",
     "rlkd/algorithms/mine.py",
     "rlkd/algorithms/mine_options.py",
     "rlkd.algorithms.Mine",

@@ -27,13 +27,13 @@ class DataConfig(Section):
     """
 
     path: str = Field(
-        description="a .jsonl, .csv or .parquet file, a folder or hub id of a Hugging Face dataset, or "
-        "builtin:reverse; gsm8k:PATH or math-500:PATH reads the columns of these benchmarks"
+        description="a .jsonl, .csv or .parquet file, a folder or hub id of a Hugging Face dataset, builtin:reverse, "
+        "or your own module:Class; gsm8k:PATH or math-500:PATH reads the columns of these benchmarks"
     )
     mix: dict[str, Annotated[float, Field(gt=0, lt=1)]] = Field(
         {}, description="other data, read like data.path → its share of each iteration's prompts, e.g. {b.jsonl: 0.25}"
     )
-    split: str = Field("train", description="split of a Hugging Face dataset")
+    split: str = Field("train", description="split of a Hugging Face dataset, or what your own class is called with")
     prompt_column: str = Field(
         "prompt", description="column with the prompt: a string or a list of chat messages; a.b.c is a nested column"
     )

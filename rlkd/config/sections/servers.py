@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from rlkd.config.sections.base import Section
+from rlkd.plugins import SAMPLER, did_you_mean, find, installed, is_outside
 
 WILDCARDS = ("", "0.0.0.0", "::")
 """Addresses that a server can listen on but a client cannot connect to."""
@@ -84,7 +85,9 @@ class RolloutServerConfig(ServerConfig):
 class RolloutConfig(Section):
     """How the student samples completions for training."""
 
-    backend: Literal["hf", "vllm"] = Field("hf", description="hf: in the trainer process; vllm: one or more servers")
+    backend: Literal["hf", "vllm"] | str = Field(
+        "hf", description="hf: in the trainer process; vllm: one or more servers; or your own module:Class"
+    )
     prompts: int = Field(16, ge=1, description="prompts per iteration, summed over all ranks")
     temperature: float = Field(1.0, gt=0, description="sampling temperature; also used for the policy's log-probs")
     max_tokens: int = Field(256, ge=1, description="longest completion, in tokens")
@@ -109,3 +112,15 @@ class RolloutConfig(Section):
         256, ge=1, description="rows that the hf sampler decodes at a time; rewards of the first begin meanwhile"
     )
     server: RolloutServerConfig = Field(RolloutServerConfig(), description="vLLM servers of the policy")
+
+    @field_validator("backend")
+    @classmethod
+    def _is_a_sampler(cls, name: str) -> str:
+        if name in ("hf", "vllm"):
+            return name
+        if not is_outside(name, SAMPLER):
+            known = ["hf", "vllm", *installed(SAMPLER)]
+            hint = did_you_mean(name, known).strip(" ()") or f"e.g. {SAMPLER.example}"
+            raise ValueError(f"expected {' | '.join(known)} | {SAMPLER.form} of your own; {hint}")
+        find(name, SAMPLER, lambda found: found)
+        return name

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, SerializeAsAny, Tag, model_validator
 
+from rlkd.config.own_options import own_options
 from rlkd.config.sections.base import Section
 from rlkd.config.sections.servers import ServerConfig
+from rlkd.plugins import TEACHER, find, is_outside
 
 
 class _Teacher(Section):
@@ -17,6 +19,12 @@ class _Teacher(Section):
     check_parity: bool = Field(
         False, description="at the start, check that the teacher's scoring agrees with the trainer's"
     )
+
+
+class TeacherConfig(_Teacher):
+    """Options of a teacher of your own; its Options derive from this class."""
+
+    backend: str = Field(description="the class of the teacher, as module:Class")
 
 
 class NoTeacherConfig(Section):
@@ -139,7 +147,30 @@ class RoutedTeacherConfig(Section):
         return self
 
 
+def _backend(section: Any) -> str | None:
+    """The tag of a `teacher` section: its backend, or `own` if the class of a user's teacher has validated it."""
+    if isinstance(section, TeacherConfig):
+        return "own"
+    return section.get("backend") if isinstance(section, dict) else getattr(section, "backend", None)
+
+
 Teacher = Annotated[
-    NoTeacherConfig | LocalTeacherConfig | ServedTeacherConfig | SelfTeacherConfig | RoutedTeacherConfig,
-    Field(discriminator="backend"),
+    Annotated[NoTeacherConfig, Tag("none")]
+    | Annotated[LocalTeacherConfig, Tag("local")]
+    | Annotated[ServedTeacherConfig, Tag("served")]
+    | Annotated[SelfTeacherConfig, Tag("self")]
+    | Annotated[RoutedTeacherConfig, Tag("routed")]
+    | Annotated[SerializeAsAny[TeacherConfig], Tag("own")],
+    Discriminator(_backend),
 ]
+
+
+def teacher_options(name: str) -> type[TeacherConfig] | None:
+    """The section class of a teacher from outside the package; None if `name` does not stand for one.
+
+    Raises: ValueError with a one-line message if the teacher cannot be imported.
+    """
+    built_in = ("none", "local", "served", "self", "routed")
+    if name in built_in or not is_outside(name, TEACHER):
+        return None
+    return find(name, TEACHER, lambda found: own_options(found, TeacherConfig, "backend", name))

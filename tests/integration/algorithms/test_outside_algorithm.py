@@ -1,15 +1,21 @@
 """An algorithm in a user's file, outside the package, is trained, resumed, evaluated, used in a stage and served."""
 
+import gc
 import json
 import sys
+import types
+import weakref
 from pathlib import Path
 
 import pytest
 import yaml
+from lines import one_line
+from packages import install
 from runs import start, train, train_ranks
 
-from rlkd.algorithms.registry import ALGORITHMS
+from rlkd.algorithms.registry import ALGORITHMS, algorithm_class, build_algorithm
 from rlkd.config_file import ConfigError, load
+from rlkd.training.module import PolicyModule, module_class
 
 ALGORITHM = '''
 from dataclasses import replace
@@ -102,10 +108,7 @@ def test_a_subclass_of_ours_has_its_options_and_a_short_name_of_its_own_may_stan
     file = config_file("mine_a:Mine", "mine_a", source)
     Path(file).write_text(Path(file).read_text().replace("scale: 2.0", "baseline: leave_one_out\n  normalise: false"))
     assert load([file]).config.algorithm.baseline == "leave_one_out"
-    named = ALGORITHM.replace("    group_size", "    name: Literal['briefest']\n    group_size").replace(
-        "from dataclasses", "from typing import Literal\nfrom dataclasses"
-    )
-    file = config_file("mine_b:Shortest", "mine_b", named)
+    file = config_file("mine_b:Shortest", "mine_b", NAMED)
     assert load([file]).config.algorithm.name == "mine_b:Shortest"
     assert load([file], ["algorithm.name=briefest"]).config.algorithm.name == "briefest"
 
@@ -143,6 +146,61 @@ def test_what_is_wrong_with_it_is_one_line_at_its_place(here, name, source, line
     assert wrong.startswith("own.yaml:6: algorithm.name: ") and f"got {name.strip(chr(39))!r}; " in wrong, wrong
     assert line.replace("{here}", str(here / f"{module}.py")) in wrong, wrong
     assert other.startswith("command line: optim.rl: unknown key")
+
+
+NAMED = ALGORITHM.replace("    group_size", "    name: Literal['briefest']\n    group_size").replace(
+    "from dataclasses", "from typing import Literal\nfrom dataclasses"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [(ALGORITHM, "notebook:Shortest"), (NAMED, "briefest")], ids=["module:Class", "named"]
+)
+def test_a_class_that_is_defined_again_replaces_the_first_of_which_nothing_is_left(here, monkeypatch, source, name):
+    notebook = types.ModuleType("notebook")
+    monkeypatch.setitem(sys.modules, "notebook", notebook)
+    file = config_file(name, "unused")
+    exec(source, vars(notebook))
+    first = load([file]).config
+    old = build_algorithm(first)
+    classes = [
+        weakref.ref(cls) for cls in (notebook.Shortest, type(old), type(first.algorithm), module_class(type(old)))
+    ]
+    assert isinstance(old, notebook.Shortest) and old.longest_completion == 16
+    exec(source + "\n    longest_completion = 7\n", vars(notebook))
+    second = load([file]).config
+    assert build_algorithm(second).longest_completion == PolicyModule(second).algorithm.longest_completion == 7
+    with pytest.raises(ValueError, match=one_line("algorithm.name", name, "load the configuration again")):
+        build_algorithm(first)
+    del old, first
+    gc.collect()
+    assert [cls() for cls in classes] == [None] * 4
+
+
+def test_a_name_of_another_module_or_of_ours_is_refused(here):
+    Path("mine_c.py").write_text(NAMED)
+    Path("mine_d.py").write_text(NAMED)
+    Path("mine_e.py").write_text(NAMED.replace("'briefest'", "'grpo'"))
+    assert load([config_file("mine_c:Shortest", "mine_f")]).config.algorithm.name == "mine_c:Shortest"
+    for module, parts in {"mine_d": ("'briefest'", "mine_c"), "mine_e": ("'grpo'", "rlkd.algorithms.grpo")}.items():
+        with pytest.raises(ConfigError, match=one_line(module, "Shortest.Options.name", *parts)):
+            load(["own.yaml"], [f"algorithm.name={module}:Shortest"])
+    assert algorithm_class("grpo").__module__ == "rlkd.algorithms.grpo"
+
+
+def test_a_package_s_algorithm_has_its_name_there_and_a_broken_one_is_named(here):
+    declared = {"shortest-of-plg": "plg_short:Shortest", "torn": "plg_short:Field"}
+    sys.path.append(str(here))
+    install(here, "plg-short", {"rlkd.algorithms": declared}, ALGORITHM)
+    file = config_file("shortest-of-plg", "unused")
+    for _ in range(2):
+        loaded = load([file])
+        assert yaml.safe_load(loaded.text)["algorithm"] == {"name": "shortest-of-plg", "group_size": 4, "scale": 2.0}
+        assert isinstance(build_algorithm(loaded.config), sys.modules["plg_short"].Shortest)
+    with pytest.raises(ConfigError, match=one_line("'shortest-of'", "torn", "did you mean shortest-of-plg?")):
+        load([file], ["algorithm.name=shortest-of"])
+    with pytest.raises(ConfigError, match=one_line("algorithm.name", "plg-short 1.0", "subclass")):
+        load([file], ["algorithm.name=torn"])
 
 
 def test_the_error_for_an_unknown_name_mentions_ones_own_algorithms(here):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from import_graph import LEVELS
+from packages import install
 
 from rlkd.algorithms.registry import OPTIONS, algorithm_class
 
@@ -64,6 +65,22 @@ def test_the_other_programs_answer_without_torch_too(program, arguments, code):
 def test_a_push_without_a_student_is_refused_without_torch(tmp_path):
     got, modules, stderr = run(f"from rlkd.push import main\ncode = main([{str(tmp_path)!r}])")
     assert (got, modules & HEAVY) == (2, set()) and "has no hf/" in stderr and len(stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "read"), [(["--help"], False), (["--print-config"], False), (["teacher.backend=lcal"], True)]
+)
+def test_no_package_is_asked_for_names_before_an_unknown_one(tmp_path, monkeypatch, arguments, read):
+    install(tmp_path, "plg-asked", {"rlkd.teachers": {"lokal": "plg_asked:Local"}})
+    monkeypatch.setenv("PYDANTIC_DISABLE_PLUGINS", "__all__")  # pydantic reads entry points of its own
+    (opened, modules), _, stderr = run(
+        f"sys.path.append({str(tmp_path)!r})\n"
+        "opened = []\n"
+        "sys.addaudithook(lambda event, of: opened.append(str(of[0])) if event == 'open' else None)\n"
+        f"from rlkd.train import main\nmain(['--config', 'configs/quickstart.yaml', *{arguments!r}])\n"
+        "code = ['plg_asked' in ' '.join(opened), 'plg_asked' in sys.modules]"
+    )
+    assert (opened, modules) == (read, False) and ("lokal" in stderr) == read
 
 
 def test_the_configuration_s_modules_and_the_options_import_no_torch():

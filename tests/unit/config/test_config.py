@@ -74,7 +74,9 @@ EXACT = {
     "run: {dir: }": "a.yaml:4: run.dir: expected text, got nothing",
     "checkpoint: {keep: '3'}": "a.yaml:4: checkpoint.keep: expected an integer >= 1, got '3'; drop the quotes",
     "optim: {betas: [0.9]}": "a.yaml:4: optim.betas: expected a list of numbers (exactly 2), got [0.9]",
-    "rollout: {backend: vlm}": "a.yaml:4: rollout.backend: expected hf | vllm, got 'vlm'; did you mean vllm?",
+    "rollout: {backend: vlm}": (
+        "a.yaml:4: rollout.backend: expected hf | vllm | module:Class of your own, got 'vlm'; did you mean vllm?"
+    ),
     "log: {progress: maybe}": "a.yaml:4: log.progress: expected true or false, got 'maybe'",
     "optim: {lr: fast}": (
         "a.yaml:4: optim.lr: expected a number >= 0, or a schedule with kind: constant | linear | cosine | step | "

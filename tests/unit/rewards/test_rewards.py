@@ -330,7 +330,7 @@ def test_good_functions_have_no_problems(mine):
     [
         ("exact_mach", {}, ("'exact_mach'", "did you mean exact_match?", "exact_match, math")),
         ("module.function", {}, ("'module.function'", "module:function")),
-        ("my_rewards_x:", {}, ("'my_rewards_x:'", "unknown")),
+        ("my_rewards_x:", {}, ("'my_rewards_x:'", "module:function")),
         ("my_rewards_y:length", {}, ("my_rewards_y", "ModuleNotFoundError")),
         ("my_broken_x:f", {}, ("my_broken_x", "nosuchmodule")),
         ("my_rewards_x:lenght", {}, ("lenght", "did you mean length?")),
