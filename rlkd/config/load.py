@@ -257,14 +257,15 @@ class _Loading:
         """Validate the values. Sections whose classes are not named in Config are validated first, by those classes."""
         section, place = values.get("algorithm"), self.schema.algorithm
         known: dict[str, Any] = {"algorithm": AlgorithmConfig(name="unknown")}
-        if isinstance(section, dict) and section.get("name") in place.variants:
-            known |= self._validated("algorithm", section, place.variants[section["name"]])
+        kind = section.get("name") if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(kind, str) and kind in place.variants:
+            known |= self._validated("algorithm", section, place.variants[kind])
         else:
             self.report.unknown_kind(place, ("algorithm",))
         section = values.get("teacher")
-        if isinstance(section, dict) and section.get("backend") in self.schema.own_teachers:
-            own = self.schema.own_teachers[section["backend"]]
-            known |= {"teacher": None} | self._validated("teacher", section, own)
+        kind = section.get("backend") if isinstance(section, dict) else None
+        if isinstance(section, dict) and isinstance(kind, str) and kind in self.schema.own_teachers:
+            known |= {"teacher": None} | self._validated("teacher", section, self.schema.own_teachers[kind])
         try:
             return Config.model_validate(values | known)
         except ValidationError as error:

@@ -151,7 +151,8 @@ def _backend(section: Any) -> str | None:
     """The tag of a `teacher` section: its backend, or `own` if the class of a user's teacher has validated it."""
     if isinstance(section, TeacherConfig):
         return "own"
-    return section.get("backend") if isinstance(section, dict) else getattr(section, "backend", None)
+    backend = section.get("backend") if isinstance(section, dict) else getattr(section, "backend", None)
+    return None if backend is None else str(backend)
 
 
 Teacher = Annotated[
