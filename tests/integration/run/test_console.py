@@ -23,4 +23,4 @@ def test_supervised_training_shows_its_loss_and_its_speed(tmp_path):
     for line in lines:
         form = r"iteration \d/2  loss (\S+)  completion/length \S+  tokens_per_s (\S+)  left 0:\d\d:\d\d"
         figures = re.fullmatch(form, line)
-        assert figures is not None and float(figures[1]) > 0 and float(figures[2]) > 0, line
+        assert figures is not None and float(figures[1]) > 0 and float(figures[2].replace(",", "")) > 0, line
