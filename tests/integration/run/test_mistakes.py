@@ -3,8 +3,8 @@
 The second half starts processes: mistakes that are found while a run starts, and how long the first kind takes.
 """
 
-import json
 import contextlib
+import json
 import os
 import resource
 import shutil
