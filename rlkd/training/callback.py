@@ -15,7 +15,7 @@ class IterationCallback(lightning.Callback):
     """Base of our callbacks: typed, and without Lightning's unused arguments."""
 
     phase: ClassVar[str] = "callbacks"
-    """The time that `iteration_ended` takes is counted under this name in `PolicyModule.seconds`."""
+    """The time that its methods take is counted under this name in `PolicyModule.seconds`."""
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         """Called before the first iteration, after a resumed run was restored."""
@@ -25,7 +25,9 @@ class IterationCallback(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, PolicyModule)
+        started = time.perf_counter()
         self.run_started(trainer, pl_module)
+        pl_module.seconds[self.phase] += time.perf_counter() - started
 
     def on_train_batch_end(
         self,
