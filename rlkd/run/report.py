@@ -1,4 +1,4 @@
-"""Writes report.html of a run, and of all stages of a recipe, at each evaluation and at the end."""
+"""Writes report.html of a run, and of all stages of a recipe, at each evaluation."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def write_reports(config: Config) -> Path:
 
 
 class Report(IterationCallback):
-    """Keeps the page of the run up to date: at the start, at every evaluation and after the last iteration.
+    """Keeps the page of the run up to date: at the start and at every evaluation but the last.
 
-    A run by a Trainer of the user's own has no config.yaml, and no page.
+    `run` writes the last one, when all samples are on the disk. A run by a Trainer of the user's own has no
+    config.yaml, and no page.
     """
 
     phase = "log"
@@ -47,7 +48,7 @@ class Report(IterationCallback):
     def iteration_ended(self, trainer: lightning.Trainer, module: PolicyModule, batch: Batch) -> None:
         """Write the page if it is due."""
         done, every = batch.iteration + 1, self.config.eval.every
-        if done == self.config.run.iterations or (every and done % every == 0):
+        if every and done % every == 0 and done < self.config.run.iterations:
             self._write()
 
     def _write(self) -> None:
