@@ -199,16 +199,7 @@ class Line:
 
     async def reward(self, rollouts: Sequence[Rollout]) -> Group:
         """Each rollout with its reward, computed in the worker processes."""
-        items = [
-            RewardItem(
-                completion=self.algorithm.text(rollout),
-                answer=rollout.prompt.answer,
-                prompt=last_user_text(rollout.prompt.messages),
-                messages=rollout.prompt.messages,
-                meta=dict(rollout.prompt.meta),
-            )
-            for rollout in rollouts
-        ]
+        items = [reward_item(rollout.prompt, self.algorithm.text(rollout)) for rollout in rollouts]
         results = await asyncio.wrap_future(self.rewards.submit(items))
         return [
             ScoredRollout(
@@ -235,6 +226,17 @@ class Line:
             for i, scores in zip(asked, scores_of, strict=True):
                 rows[i] = rows[i].with_scores(name, scores)
         return rows
+
+
+def reward_item(prompt: Prompt, completion: str) -> RewardItem:
+    """What the rewards read of a completion."""
+    return RewardItem(
+        completion=completion,
+        answer=prompt.answer,
+        prompt=last_user_text(prompt.messages),
+        messages=prompt.messages,
+        meta=dict(prompt.meta),
+    )
 
 
 def without_reward(rollouts: Sequence[Rollout]) -> Group:

@@ -10,10 +10,9 @@ import lightning
 from rlkd import distributed
 from rlkd.config.schema import Config
 from rlkd.config.stages import Stage, with_values
-from rlkd.data.chat import last_user_text
 from rlkd.distributed import RunStopped
+from rlkd.pipeline.line import reward_item
 from rlkd.pipeline.loader import RolloutLoader
-from rlkd.rewards.pool import RewardItem
 from rlkd.run.fit import build_trainer, use_expandable_segments
 from rlkd.run.publish import Publish
 from rlkd.training.callback import IterationCallback
@@ -64,14 +63,7 @@ def _rewarded(loader: RolloutLoader) -> str:
     """What the rewards return for a row whose completion is its own answer."""
     (prompt,) = loader.line.prompts.take(0, 1, 0, 1)
     completion = prompt.answer or ""
-    item = RewardItem(
-        completion=completion,
-        answer=prompt.answer,
-        prompt=last_user_text(prompt.messages),
-        messages=prompt.messages,
-        meta=dict(prompt.meta),
-    )
-    (result,) = loader.line.rewards.submit([item]).result()
+    (result,) = loader.line.rewards.submit([reward_item(prompt, completion)]).result()
     if result.error is not None:
         raise RunStopped(f"the rewards of row {prompt.id}, for the completion {completion[:40]!r}: {result.error}")
     return (
