@@ -40,7 +40,6 @@ def settings_for(model: str, config: Sequence[str], overrides: Sequence[str]) ->
     Raises: ConfigError.
     """
     from rlkd.config.schema import NoTeacherConfig, RolloutServerConfig
-    from rlkd.config_file import load
     from rlkd.run.asked_for import asked_for
 
     own = [word for word in overrides if word.startswith("rollout.server.urls=")]
@@ -48,15 +47,10 @@ def settings_for(model: str, config: Sequence[str], overrides: Sequence[str]) ->
     changes = [*overrides, *(["rollout.server.urls=[]", "rollout.server.launch=true"] if serves and not own else [])]
     changes += ["rollout.server.launch=false"] if serves and own else []
     folder = Path(model).parent if Path(model).name == "hf" else Path(model)
-    path = f"model.path={json.dumps(model)}"
-    if Path(folder, "config.yaml").is_file():
-        found = asked_for(config, [str(folder), *changes])
-    elif config:
-        found = asked_for(config, [path, *changes])
-    else:  # nothing is read from this data, and nothing is trained by this algorithm
-        found = load(
-            [], [path, "data.path=builtin:reverse", "algorithm.name=grpo", "rollout.max_tokens=256", *changes]
-        ).config
+    of_run = Path(folder, "config.yaml").is_file()
+    which = str(folder) if of_run else f"model.path={json.dumps(model)}"
+    unread = () if of_run or config else ("builtin:reverse",)  # a configuration must name data
+    found = asked_for(config, [which, *changes], unread)
     # The limits of the run's data do not hold for other prompts, whose lengths are known later (`for_prompts`).
     free: dict[str, object] = {"max_prompt_tokens": 1}
     if not any(word.startswith("data.limit=") for word in overrides):
