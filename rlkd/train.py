@@ -47,11 +47,12 @@ def train(
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once per node: disks and devices may differ
             print("\n".join(problems), file=sys.stderr)
         return 2
+    from rlkd.console import leads
     from rlkd.distributed import RunStopped
     from rlkd.run.dry_run import dry_run as run_dry
     from rlkd.run.fit import quiet, run_stages
 
-    if os.environ.get("RANK", "0") == "0":
+    if leads():
         print_plan(stages)
     quiet()
     try:

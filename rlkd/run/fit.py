@@ -115,7 +115,7 @@ def run(config: Config, text: str, recipe: str | None = None) -> None:
         recipe: the name of the whole run, if this is one of its stages.
     """
     checkpoint = resume_path(config)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if leads():
         with writing(f"run.dir: {config.run_dir}/config.yaml"):
             Path(config.run_dir).mkdir(parents=True, exist_ok=True)
             atomic.write(Path(config.run_dir, "config.yaml"), text.encode())
@@ -157,7 +157,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
     Returns: the exit code; 2 if a stage cannot be resumed because its configuration has changed.
     """
     names = [stage.name for stage in stages if stage.name is not None]
-    if names and int(os.environ.get("RANK", "0")) == 0:
+    if names and leads():
         folder = stages[0].loaded.config.run.dir
         with writing(f"run.dir: {folder}/stages.json"):
             save_stage_names(folder, names)

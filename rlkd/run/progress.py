@@ -46,7 +46,6 @@ class Progress(IterationCallback):
         self._rows = 0
         self._began = 0.0
         """The time before the first iteration of this process."""
-        self._first = 0
 
     def run_started(self, trainer: lightning.Trainer, module: PolicyModule) -> None:
         """Show the bar."""

@@ -34,7 +34,7 @@ def updates(batch: Batch, count: int, seed: int) -> Iterator[Batch]:
 
 
 def split_by_tokens(lengths: list[int], budget: int, overhead: int) -> list[list[int]]:
-    """Indices of the sequences of each micro-batch, longest first, each with sequences × longest ≤ budget tokens.
+    """Indices of the sequences of each micro-batch, with sequences × longest ≤ budget tokens; in each, longest first.
 
     The micro-batches with the most tokens come first: ranks wait for each other in every one, so those of one size
     should meet. Sequences of similar length go together. Of all divisions of the sorted sequences it is the one with
@@ -77,7 +77,7 @@ def micro_batches(batch: Batch, budget: int, width: int | None) -> list[tuple[to
     overhead = OVERHEAD["cuda" if batch.input_ids.is_cuda else "cpu"]
     lengths: list[int] = batch.lengths.tolist()
     if width is None:
-        parts = split_by_tokens(lengths, budget, overhead)  # longest first
+        parts = split_by_tokens(lengths, budget, overhead)
         indices = [torch.tensor(part, device=batch.input_ids.device) for part in parts]
         return [(index, batch.rows(index, lengths[part[0]])) for index, part in zip(indices, parts, strict=True)]
     sequences = [rows for group in _groups(batch) for rows in _joined(batch, group, budget, width)]
