@@ -178,7 +178,7 @@ def own_logprobs(settings, batch):
     return torch.nn.functional.pad(logprobs, (1, 0))
 
 
-def local_scorer(name="teacher", **changes):
+def local_scorer(path="builtin:teacher", **changes):
     filled = {
         "vocabulary": 56,
         "temperature": 1.0,
@@ -188,6 +188,6 @@ def local_scorer(name="teacher", **changes):
         "attention": None,
         "trust_remote_code": False,
     }
-    made = LocalScorer(f"builtin:{name}", **(filled | changes))
+    made = LocalScorer(path, **(filled | changes))
     made.open()
     return made

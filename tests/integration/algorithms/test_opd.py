@@ -92,7 +92,7 @@ def test_on_policy_the_samplers_top_k_is_the_students(rest):
 
 
 def test_a_student_that_is_its_own_teacher_learns_nothing():
-    own = local_scorer("student")
+    own = local_scorer("builtin:student")
     for tier in TIERS.values():
         found = captured(settings(divergence=tier), own)
         assert max(g.abs().max() for g in found.gradients.values()) < 1e-5, tier
@@ -102,7 +102,7 @@ def test_the_full_tier_is_the_mean_reverse_kl_by_a_plain_forward(teacher):
     made = settings()
     module = OPD(made)
     rows = [s for group in groups(module, teacher=teacher) for s in group]
-    student, values = local_scorer("student"), []
+    student, values = local_scorer("builtin:student"), []
     for s in rows:
         ids = torch.tensor([[*s.rollout.prompt.token_ids, *s.rollout.token_ids]])
         log_s, log_t = (

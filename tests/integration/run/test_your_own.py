@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+from builders import local_scorer
 from runs import ENV, ROOT, start, train
 
 from rlkd.data.chat import load_tokenizer
-from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Signal
 
@@ -128,17 +127,7 @@ def test_raft_on_its_own_data_trains_resumes_and_is_evaluated(folder):
 
 def mean_logprob(path: str, lines: list[dict]) -> float:
     """What a model gives the tokens of dumped completions, on average."""
-    scorer = LocalScorer(
-        path,
-        vocabulary=56,
-        temperature=1.0,
-        batch_tokens=4096,
-        dtype=torch.float32,
-        accelerator="cpu",
-        attention=None,
-        trust_remote_code=False,
-    )
-    scorer.open()
+    scorer = local_scorer(path)
     tokenizer = load_tokenizer(path, False)
     prompts = [tokenizer(line["prompt"], add_special_tokens=False).input_ids for line in lines]
     questions = [ScoreRequest(p, line["token_ids"]) for p, line in zip(prompts, lines, strict=True)]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders import local_scorer
 from transformers import LlamaForCausalLM
 from vllm_fixtures import EOS, VOCABULARY, prompts, run_config, save_model, tiny_model, true_logprobs
 
@@ -26,7 +27,6 @@ from rlkd.models.weights import Whole
 from rlkd.servers.client import ServerError, VLLMClient, parse_version
 from rlkd.servers.process import VLLMServer
 from rlkd.servers.responses import Completed, Generated, parse
-from rlkd.teachers.local import LocalScorer
 from rlkd.teachers.served import PolicyServerTeacher, ServedTeacher, completion_logprobs, request_given
 from rlkd.teachers.teacher import ScoreRequest
 from rlkd.types import Prompt, Rollout, Signal, TeacherScores
@@ -209,17 +209,7 @@ def test_a_served_teacher_writes_as_the_local_one_does(
     settings = run_config(policy_path, policy_server.url)
     served = ServedTeacher(settings, settings.teacher)
     served.open()
-    local = LocalScorer(
-        save_model(model, tmp_path),
-        vocabulary=VOCABULARY,
-        temperature=1.0,
-        batch_tokens=4096,
-        dtype=torch.float32,
-        accelerator="cpu",
-        attention=None,
-        trust_remote_code=False,
-    )
-    local.open()
+    local = local_scorer(save_model(model, tmp_path), vocabulary=VOCABULARY)
     questions = [ScoreRequest(prompt.token_ids, name=prompt.id) for prompt in prompts(12)]
     a, b = (teacher.write(questions, GREEDY, 0) for teacher in (served, local))
     assert [c.token_ids for c in a] == [c.token_ids for c in b]

@@ -232,7 +232,7 @@ def test_what_a_teacher_writes_is_a_function_of_seed_iteration_and_name():
 
 @pytest.fixture(scope="module")
 def routed():
-    return RoutedTeacher("whose", {"small": local_scorer("student"), "large": local_scorer("teacher")})
+    return RoutedTeacher("whose", {"small": local_scorer("builtin:student"), "large": local_scorer("builtin:teacher")})
 
 
 def asked(names, questions):
