@@ -70,6 +70,8 @@ class RolloutLoader:
         self.config = config
         self.algorithm = algorithm
         self.iteration = 0
+        self.made = 0.0
+        """When the last batch was complete."""
         self.tokenizer = algorithm.tokenizer
         if source is None:
             ends = eos_ids(config.model.path, config.model.trust_remote_code)
@@ -229,7 +231,8 @@ class RolloutLoader:
         if self.algorithm.needs_rewards:
             check_errors(walked.drawn, self.config, f"iteration {iteration + 1}")
         self._file = self.line.stream.submit(self._write(trained, iteration))
-        metrics.maximum("time/collate", time.perf_counter() - together)
+        self.made = time.perf_counter()
+        metrics.maximum("time/collate", self.made - together)
         return batch
 
     async def _write(self, groups: list[Group], iteration: int) -> None:

@@ -563,6 +563,13 @@ SECTIONS: tuple[tuple[str, tuple[Metric, ...]], ...] = (
                 "Time to exchange groups between ranks and make tensors of the rollouts; the slowest rank's.",
             ),
             Metric(
+                "time/transfer",
+                "seconds",
+                "Handing over",
+                "Time from the batch to the start of its training, on rank 0: copies to the device, and waiting for "
+                "Python, which the file of `rollouts/` uses meanwhile.",
+            ),
+            Metric(
                 "time/evaluate",
                 "seconds",
                 "Evaluation",

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import lightning
 
@@ -19,8 +20,8 @@ from rlkd.training.callback import IterationCallback
 from rlkd.training.module import PolicyModule
 from rlkd.types import Batch
 
-PHASES = ("dump", "join", "publish", "evaluate", "log", "checkpoint")
-"""What callbacks do between two rows; writing a row and saving a checkpoint count in the row after."""
+PHASES = ("transfer", "dump", "join", "publish", "evaluate", "log", "checkpoint")
+"""What is done between two rows outside `training_step`; writing a row and a checkpoint count in the row after."""
 WORK = ("rollout", "reward", "teacher", "train", "join", "publish", "evaluate", "checkpoint")
 """What a run is for. The rest of an iteration is overhead."""
 
@@ -50,6 +51,13 @@ class RunLog(IterationCallback):
         evaluated = {k: v for k, v in module.row.items() if k.startswith("eval/")}
         if evaluated:
             self._write(trainer, {"iteration": 0} | evaluated)
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the time since the batch was complete."""
+        assert isinstance(pl_module, PolicyModule)
+        pl_module.seconds["transfer"] += time.perf_counter() - self.loader.made
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
